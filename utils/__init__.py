@@ -1,0 +1,1 @@
+"""Text, ranks and files: everything that knows nothing of models."""

@@ -1,0 +1,186 @@
+"""Numbers for people and for programs: metrics.jsonl, TensorBoard, one console line, progress bars.
+
+The rank lives here: off rank 0 the same classes do nothing, so callers need no guard.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.distributed import is_main
+
+# How the console shows the values that have a unit; the others get four significant digits.
+UNITS = {
+    "lr": "lr {:.1e}",
+    "seconds_per_step": "{:.2f} s/step",
+    "samples_per_second": "{:.1f} samples/s",
+    "tokens_per_second": "{:.0f} tokens/s",
+}
+
+
+class MetricsLogger:
+    """Writes each set of values to `metrics.jsonl`, to TensorBoard and, as one readable line, to the console.
+
+    Args:
+        output_dir: the run's folder; `metrics.jsonl` there gets one record a call. An existing file is continued.
+        tensorboard_dir: where TensorBoard's event files go; None: no TensorBoard.
+        console_every: a line for every n-th step; values named "eval/..." are always shown.
+        total_steps: shown after the step, as in "step 20/300".
+        console: names (without "train/") to show, in this order; None: all.
+        drop_after: continue an existing `metrics.jsonl` but drop its records of later steps, which this run repeats
+            (resuming at step n: n; starting afresh: -1). None: keep everything.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        tensorboard_dir: str | Path | None = None,
+        console_every: int = 1,
+        total_steps: int | None = None,
+        console: Sequence[str] | None = None,
+        drop_after: int | None = None,
+    ):
+        self.active = is_main()
+        self.console_every = max(1, console_every)
+        self.total_steps = total_steps
+        self.console = console
+        self.tensorboard = None
+        if not self.active:
+            return
+        path = Path(output_dir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if drop_after is not None and path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= drop_after]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        if tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter  # a second of start-up, paid only when asked for
+
+            self.tensorboard = SummaryWriter(str(tensorboard_dir))
+
+    def log(self, step: int, values: Mapping[str, Any], epoch: float | None = None) -> None:
+        """Records `values` (numbers or one-element tensors) under `step`; rank 0 only.
+
+        Not-a-number and infinity become null in `metrics.jsonl`, as JSON has neither; the console shows them.
+        """
+        if not self.active:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        record = {"step": step, "time": round(time.time(), 3)}
+        if epoch is not None:
+            record["epoch"] = epoch
+        record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.tensorboard is not None:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if step % self.console_every == 0 or step == self.total_steps or any(n.startswith("eval/") for n in numbers):
+            tqdm.write(console_line(step, numbers, epoch, self.total_steps, self.console))
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        if not self.active:
+            return
+        self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def _step(line: str) -> float:
+    """The step of a record; a line torn by a kill counts as the last of all, so it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
+
+
+def console_line(
+    step: int,
+    values: Mapping[str, float],
+    epoch: float | None = None,
+    total_steps: int | None = None,
+    names: Sequence[str] | None = None,
+) -> str:
+    """One line for people: `step 20/300  reward 1.23  kl 0.04  lr 1.0e-06  2.10 s/step`.
+
+    Values of one group other than train ("eval/loss", "eval/kl") lose the prefix, and the line begins with the group.
+    """
+    groups = {name.rpartition("/")[0] for name in values}
+    group = groups.pop() if len(groups) == 1 else ""
+    parts = [f"step {step}" + (f"/{total_steps}" if total_steps else "")]
+    if group not in ("", "train"):
+        parts.insert(0, group)
+    if epoch is not None:
+        parts.append(f"epoch {epoch:.2f}")
+    shown = {}
+    for name, value in values.items():
+        short = name.removeprefix(group + "/") if group else name.removeprefix("train/")
+        shown[short] = UNITS.get(short, short.replace("_", " ") + " {:.4g}").format(value)
+    if names is not None and group in ("", "train"):
+        shown = {name: shown[name] for name in names if name in shown}
+    return "  ".join([*parts, *shown.values()])
+
+
+class ProgressLines:
+    """Stands in for a tqdm bar where there is no terminal: one plain line every `every` seconds, none when silent.
+
+    Same use as tqdm: `update(n)`, `set_postfix(**values)`, `close()`, or as a context manager.
+    """
+
+    def __init__(self, total: int, desc: str, unit: str, *, silent: bool = False, every: float = 30.0):
+        self.total, self.desc, self.unit, self.silent, self.every = total, desc, unit, silent, every
+        self.n = 0
+        self.postfix = ""
+        self.started = self.printed = time.monotonic()
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        now = time.monotonic()
+        if not self.silent and self.n < self.total and now - self.printed >= self.every:
+            self._print(now)
+
+    def set_postfix(self, **values: Any) -> None:
+        self.postfix = ", ".join(f"{name} {value}" for name, value in values.items())
+
+    def close(self) -> None:
+        if not self.silent:
+            self._print(time.monotonic())
+            self.silent = True  # a second close says nothing
+
+    def _print(self, now: float) -> None:
+        self.printed = now
+        seconds = max(now - self.started, 1e-9)
+        rate = self.n / seconds
+        left = (self.total - self.n) / rate if rate else math.nan
+        times = f"{tqdm.format_interval(seconds)} so far"
+        if 0 < self.n < self.total:
+            times += f", {tqdm.format_interval(left)} to go"
+        line = f"{self.desc}: {self.n}/{self.total} {self.unit}, {times}, {rate:.3g} {self.unit}/s"
+        print(line + (f", {self.postfix}" if self.postfix else ""), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+
+def progress(total: int, desc: str, unit: str) -> "tqdm | ProgressLines":
+    """ETA and throughput on rank 0: a tqdm bar on a terminal, otherwise a line every half minute; elsewhere nothing.
+
+    Args:
+        total: how many units there are to do.
+        unit: their name in the plural ("steps", "prompts").
+    """
+    if is_main() and sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=f" {unit}", dynamic_ncols=True, smoothing=0.1)
+    return ProgressLines(total, desc, unit, silent=not is_main())

@@ -1,0 +1,121 @@
+"""Start and end of a run: one clear line for bad input, and a `run.json` that says how the run was made.
+
+No heavy import at module level: a wrong flag is refused before torch is loaded.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+USER_ERROR = 2
+INTERRUPTED = 130
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "tokenizers", "peft", "numpy")
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what (flag, file, row), what was expected, and the remedy."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs `main` and turns a UserError into one line on stderr and exit status 2, Ctrl-C into 130.
+
+    Rank 0 speaks for all. The launchers stop every rank as soon as one has failed (within a second), so the other
+    ranks wait for that; one that is still alive failed alone and speaks for itself. Any other exception passes through
+    with its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)
+            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
+    """Makes the run's folder; rank 0 writes `run.json` there (arguments, versions, seed, git commit, ...).
+
+    Args:
+        args: a namespace, dataclass instance or dict with the parsed flags.
+        stage: the name that goes into `run.json`, for example "step1".
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if int(os.environ.get("RANK", "0")) == 0:
+            text = json.dumps(describe_run(args, stage), indent=2, default=str)
+            (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--output_dir: cannot write to {folder} ({reason}); choose another folder") from error
+    return folder
+
+
+def describe_run(args: Any, stage: str) -> dict[str, Any]:
+    """The content of `run.json`."""
+    arguments = dict(args) if isinstance(args, Mapping) else dict(vars(args))
+    return {
+        "stage": stage,
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "arguments": arguments,
+        "seed": arguments.get("seed"),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "device": device_name(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide a run's numbers; a missing package is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with "-dirty" when tracked files differ from it; None outside a repository.
+
+    The file must be tracked: an installed copy below somebody else's repository has no commit of its own.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        commit = git("rev-parse", "HEAD")
+        return commit + "-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit yet
+        return None
+
+
+def device_name() -> str:
+    """The accelerator's name, for example "NVIDIA A100-SXM4-80GB", or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
