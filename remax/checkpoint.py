@@ -1,0 +1,94 @@
+"""Hugging Face export of a model at any ZeRO stage: a folder that plain transformers loads.
+
+The state dict is gathered parameter by parameter onto rank 0, so that no other rank holds more than one full parameter, and adapters are
+merged in that copy: the training model keeps its adapters apart and goes on learning.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remax.engines import gathered
+from remax.modeling import PolicyModel
+from remax.reward_model import RewardModel
+from utils.distributed import barrier, is_main
+
+
+def full_state_dict(hf: PreTrainedModel, zero3: bool) -> dict[str, Tensor]:
+    """Whole tensors in CPU memory on rank 0, an empty dict on the others. Every rank must call it. Tied tensors appear once."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in hf.named_parameters():  # tied parameters are listed once
+        with gathered([parameter], zero3):
+            if is_main():
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if is_main():
+        persistent = hf.state_dict().keys()
+        state |= {name: b.detach().to("cpu", copy=True) for name, b in hf.named_buffers() if name in persistent}
+    return state
+
+
+def merge_adapters(state: dict[str, Tensor], hf: PreTrainedModel) -> dict[str, Tensor]:
+    """LoRA folded into the weights, W + scale * B A, with the names of the model without adapters. The input is left as it is."""
+    merged: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        merged[name.replace(".base_layer.", ".")] = tensor
+        if name.endswith(".base_layer.weight"):
+            stem = name[: -len(".base_layer.weight")]
+            layer = hf.get_submodule(stem)
+            for adapter in layer.active_adapters:
+                a, b = state[f"{stem}.lora_A.{adapter}.weight"], state[f"{stem}.lora_B.{adapter}.weight"]
+                delta = layer.scaling[adapter] * (b.float() @ a.float())  # (out, in)
+                delta = delta.T if layer.fan_in_fan_out else delta  # GPT-2's Conv1D stores (in, out)
+                merged[f"{stem}.weight"] = (tensor.float() + delta).to(tensor.dtype)
+    return merged
+
+
+def export(model: PolicyModel | RewardModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, zero3: bool) -> None:
+    """Writes weights (safetensors), config, generation config and tokenizer. Every rank must call it; it returns when all is written.
+
+    The folder appears whole or not at all: it is written beside its place and renamed.
+    """
+    hf, folder = model.hf, Path(folder)
+    state = merge_adapters(full_state_dict(hf, zero3), hf)
+    if is_main():
+        partial = folder.with_name(folder.name + ".partial")
+        plain = _without_adapters(hf)
+        plain.save_pretrained(partial, state_dict=state)
+        if isinstance(model, PolicyModel):
+            model.own_generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _replace(partial, folder)
+    barrier()
+
+
+def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
+    """An empty model of the same configuration, so that saving neither sees adapters nor moves any weight."""
+    with torch.device("meta"):
+        plain = type(hf)(hf.config)
+    if hf.can_generate():
+        plain.generation_config = hf.generation_config
+    return plain
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Moves the folder `source` to `target`, putting aside and then removing what was there."""
+    import shutil
+
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def note(folder: str | Path, name: str, values: dict) -> None:
+    """A small json file beside an export, on rank 0: why it was saved and how good it is."""
+    if is_main():
+        (Path(folder) / name).write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,73 @@
+"""From a few typed settings to DeepSpeed's configuration dictionary; the only place that knows its keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one model is spread over the ranks.
+
+    zero_stage: 0 (a copy on each rank) to 3 (optimizer states, gradients and parameters partitioned).
+    offload: optimizer states in CPU memory (trained, stage >= 1), or a frozen model's parameters (stage 3).
+    offload_parameters: a trained model's parameters too (stage 3).   dtype: fp32, bf16 or fp16.
+    micro_batch_size: rows per forward on one rank.   gradient_clipping: largest gradient norm, 0 for none.
+    """
+
+    zero_stage: int = 0
+    offload: bool = False
+    offload_parameters: bool = False
+    dtype: str = "fp32"
+    micro_batch_size: int = 1
+    gradient_clipping: float = 1.0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def _common(config: EngineConfig) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        # The loss is normalised by its own global denominator, and the engine wrapper says which micro-batch is the last, so
+        # DeepSpeed must neither divide by a number of steps nor count to one.
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": config.dtype == "bf16"},
+        "fp16": {"enabled": config.dtype == "fp16", "initial_scale_power": 16, "loss_scale_window": 100},
+        "wall_clock_breakdown": False,
+    }
+
+
+def _zero3(offload_parameters: bool) -> dict:
+    return {
+        "offload_param": {"device": "cpu" if offload_parameters else "none", "pin_memory": torch.cuda.is_available()},
+        "stage3_param_persistence_threshold": 10_000,
+        "stage3_max_live_parameters": 30_000_000,
+        "stage3_prefetch_bucket_size": 30_000_000,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+
+
+def training_config(config: EngineConfig) -> dict:
+    """For a trained model."""
+    zero: dict = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    if config.zero_stage >= 1:
+        zero["offload_optimizer"] = {"device": "cpu" if config.offload else "none", "pin_memory": torch.cuda.is_available()}
+    if config.zero_stage == 3:
+        zero |= _zero3(config.offload_parameters)
+    return _common(config) | {
+        "zero_optimization": zero,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def inference_config(config: EngineConfig) -> dict:
+    """For a frozen model at ZeRO-3; at stage 0 a frozen model needs no engine."""
+    return _common(config) | {"zero_optimization": {"stage": 3, "overlap_comm": False} | _zero3(config.offload)}

@@ -1,0 +1,129 @@
+"""Log-probs, entropy and KL of answer tokens, in chunks: the full-vocabulary tensor of a batch never exists.
+
+A batch of B answers of A tokens over V words would make logits of B*A*V numbers, six times over in a naive loss. Here the head is
+applied to `chunk` tokens at a time and each chunk is computed again in the backward pass, so the peak is chunk*V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[Tensor], Tensor]  # (n, H) hidden states -> (n, V) logits
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution answers are drawn from: temperature, then top_k (0: all), then top_p, as in Hugging Face `generate`."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1.0 or self.top_k > 0
+
+    def without_truncation(self) -> Sampling:
+        """The same temperature over the whole vocabulary: what a reference, which needs full support, is evaluated with."""
+        return Sampling(self.temperature)
+
+    def apply(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(n, V) logits of the model, (n,) drawn tokens -> (n, V) logits of the sampling distribution, -inf outside the kept set.
+
+        A drawn token is always kept. Generation and training round differently, so a token at the edge of the kept set can fall out
+        of it on replay; it was drawn, so its probability was not zero.
+        """
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if not self.truncates:
+            return logits
+        with torch.no_grad():
+            drop = torch.zeros_like(logits, dtype=torch.bool)
+            if self.top_k > 0:
+                kth = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[:, -1:]
+                drop = logits < kth
+            if self.top_p < 1.0:
+                ascending, order = logits.masked_fill(drop, -torch.inf).sort(-1)
+                below = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
+                below[:, -1] = False  # the most probable token stays whatever top_p
+                drop = drop | torch.zeros_like(drop).scatter(-1, order, below)
+            drop.scatter_(-1, targets[:, None], False)
+        return logits.masked_fill(drop, -torch.inf)
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """Per answer token, all (B, A), padding columns 0: log-probs of the given tokens (with grad), entropy of the distribution they
+    were evaluated in, and KL(policy || reference) over the whole vocabulary, where asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    full_kl: Tensor | None = None
+
+
+def chunk_stats(
+    logits: Tensor, targets: Tensor, sampling: Sampling, entropy: bool, reference_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, V) logits, (n,) targets -> (n,) log-prob of the target, (n,) entropy, (n,) KL to the reference's distribution.
+
+    logp = z_y - logsumexp(z);  H = -sum_v p_v log p_v;  KL = sum_v p_v (log p_v - log q_v). In float32 or wider.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    logits = sampling.apply(logits, targets)
+    normaliser = logits.logsumexp(-1)  # (n,)
+    logprob = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+    zero = torch.zeros_like(logprob)
+    if not entropy and reference_logits is None:
+        return logprob, zero, zero
+    logp = logits - normaliser[:, None]
+    p = logp.exp()
+    logp = logp.masked_fill(p == 0, 0.0)  # 0 * log 0 = 0
+    h = -(p * logp).sum(-1) if entropy else zero
+    if reference_logits is None:
+        return logprob, h, zero
+    logq = sampling.without_truncation().apply(reference_logits.to(logits.dtype), targets).log_softmax(-1)
+    return logprob, h, (p * (logp - logq)).sum(-1)
+
+
+def token_stats(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    *,
+    chunks: int = 1,
+    sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+    entropy: bool = False,
+    reference_hidden: Tensor | None = None,
+    reference_head: Head | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, H) hidden states and (N,) target ids -> log-probs, entropy, KL, each (N,), computed in `chunks` pieces.
+
+    With more than one piece each is recomputed in the backward pass. The number of pieces is the caller's, because under ZeRO-3 each
+    call of the head gathers its weight over all ranks: every rank must call it equally often. Rows are added where N < chunks.
+    """
+
+    def piece(h: Tensor, y: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            reference_logits = reference_head(ref) if ref is not None else None
+        return chunk_stats(head(h), y, sampling, entropy, reference_logits)
+
+    n = len(targets)
+    if chunks == 1:
+        return piece(hidden, targets, reference_hidden)
+    if n < chunks:
+        rows = torch.arange(chunks, device=targets.device).clamp(max=n - 1)
+        hidden, targets = hidden[rows], targets[rows]
+        reference_hidden = reference_hidden[rows] if reference_hidden is not None else None
+    references = reference_hidden.tensor_split(chunks) if reference_hidden is not None else [None] * chunks
+    parts = [
+        checkpoint(piece, h, y, ref, use_reentrant=False, preserve_rng_state=False)
+        for h, y, ref in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), references, strict=True)
+    ]
+    logprob, h, kl = (torch.cat(column)[:n] for column in zip(*parts, strict=True))
+    return logprob, h, kl

@@ -1,0 +1,227 @@
+"""Typed batches of token ids; every mask, alignment and off-by-one of the project lives here.
+
+Layout. A `Sequences` row holds its prompt and then its answer from column 0 on, and padding only behind them. So positions count from
+zero in every model family, a causal model needs no attention mask, and a batch can be cut to its longest row. Per-token tensors of an
+answer have shape (B, A), column j belonging to answer token j, and the padding behind a short answer. Left padding exists only in
+`Prompts`, because generation needs all prompts to end in the same column.
+
+All masks come from lengths, never from `ids != pad`: the pad token may be EOS, and EOS may stand inside a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """(B,) lengths -> (B, width) bool, True in the first `lengths[i]` columns of row i."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def pad_rows(rows: Sequence[Tensor], pad_id: int, width: int | None = None) -> Tensor:
+    """B tensors of ids, each (n_i,) -> (B, width), padded on the right; width defaults to the longest row."""
+    width = max((len(row) for row in rows), default=0) if width is None else width
+    padded = torch.full((len(rows), width), pad_id, dtype=torch.long, device=rows[0].device if len(rows) else None)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as generation takes them.
+
+    input_ids: (B, P) left-padded.   lengths: (B,) tokens of each prompt, at least 1.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, P) int64, 1 on the prompt's tokens, which are the last `lengths[i]` columns."""
+        return length_mask(self.lengths, self.input_ids.shape[1]).flip(1).long()
+
+    def to(self, device: torch.device | str) -> Prompts:
+        return Prompts(self.input_ids.to(device), self.lengths.to(device))
+
+    def repeat(self, times: int) -> Prompts:
+        """Each prompt `times` times, copies adjacent: (B * times, P)."""
+        return Prompts(self.input_ids.repeat_interleave(times, 0), self.lengths.repeat_interleave(times, 0))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts with their answers.
+
+    input_ids: (B, T) right-padded, prompt then answer.   prompt_lengths: (B,), at least 1.
+    answer_lengths: (B,) tokens of each answer, its EOS included; an empty answer that ended is EOS alone, so 1.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    answer_lengths: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:  # (B,)
+        return self.prompt_lengths + self.answer_lengths
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool: True on every real token."""
+        return length_mask(self.lengths, self.input_ids.shape[1])
+
+    @property
+    def end_index(self) -> Tensor:
+        """(B,) column of each row's last token, where the reward is read."""
+        return self.lengths - 1
+
+    @property
+    def answer_width(self) -> int:
+        """A, the longest answer of the batch (at least 1, so that no tensor is empty)."""
+        return max(int(self.answer_lengths.max()), 1)
+
+    @property
+    def answer_mask(self) -> Tensor:
+        """(B, A) bool: True on answer tokens, EOS included."""
+        return length_mask(self.answer_lengths, self.answer_width)
+
+    def answer(self, values: Tensor) -> Tensor:
+        """(B, T, ...) per-token values -> (B, A, ...) of the answer tokens; columns behind an answer repeat some valid token."""
+        columns = self.prompt_lengths[:, None] + torch.arange(self.answer_width, device=values.device)  # (B, A)
+        return self._gather(values, columns)
+
+    def predictors(self, values: Tensor) -> Tensor:
+        """(B, T, ...) -> (B, A, ...): the values at the position that predicts answer token j, one before it."""
+        columns = self.prompt_lengths[:, None] - 1 + torch.arange(self.answer_width, device=values.device)  # (B, A)
+        return self._gather(values, columns)
+
+    @staticmethod
+    def _gather(values: Tensor, columns: Tensor) -> Tensor:
+        columns = columns.clamp(max=values.shape[1] - 1)
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        return values[rows, columns]
+
+    @property
+    def answer_ids(self) -> Tensor:
+        """(B, A) ids of the answer tokens; what stands behind an answer is meaningless and masked by `answer_mask`."""
+        return self.answer(self.input_ids)
+
+    def trim(self) -> Sequences:
+        """The same rows, cut to the longest of them."""
+        return replace(self, input_ids=self.input_ids[:, : int(self.lengths.max())])
+
+    def select(self, rows: Tensor | slice) -> Sequences:
+        """Some of the rows, trimmed."""
+        return Sequences(self.input_ids[rows], self.prompt_lengths[rows], self.answer_lengths[rows]).trim()
+
+    def to(self, device: torch.device | str) -> Sequences:
+        return Sequences(self.input_ids.to(device), self.prompt_lengths.to(device), self.answer_lengths.to(device))
+
+    @classmethod
+    def from_batch(cls, batch: dict[str, Tensor], prefix: str = "") -> Sequences:
+        """From a loader's batch: `input_ids` and `lengths` (or `chosen_ids`, `chosen_lengths`), and `prompt_lengths`."""
+        ids, lengths = (f"{prefix}_ids", f"{prefix}_lengths") if prefix else ("input_ids", "lengths")
+        return cls(batch[ids], batch["prompt_lengths"], batch[lengths] - batch["prompt_lengths"])
+
+    @classmethod
+    def from_generation(cls, prompts: Prompts, answers: Tensor, eos_ids: Sequence[int], pad_id: int) -> Sequences:
+        """`answers`: (B, A) ids as generated. An answer ends with its first EOS, which belongs to it; without one it takes all of A.
+
+        A row of the result is the prompt without its left padding, then the answer without what was generated behind EOS.
+        """
+        is_eos = torch.isin(answers, torch.tensor(list(eos_ids), device=answers.device))
+        before_or_at_first_eos = (is_eos.cumsum(1) - is_eos.long()) == 0  # (B, A)
+        answer_lengths = before_or_at_first_eos.sum(1)
+        joined = torch.cat([prompts.input_ids, answers], 1)  # (B, P + A)
+        start = prompts.input_ids.shape[1] - prompts.lengths  # (B,) columns of left padding
+        columns = start[:, None] + torch.arange(joined.shape[1], device=joined.device)
+        shifted = cls._gather(joined, columns)
+        keep = length_mask(prompts.lengths + answer_lengths, joined.shape[1])
+        return cls(shifted.masked_fill(~keep, pad_id), prompts.lengths, answer_lengths).trim()
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Sequences], pad_id: int) -> Sequences:
+        width = max(part.input_ids.shape[1] for part in parts)
+        ids = [torch.nn.functional.pad(part.input_ids, (0, width - part.input_ids.shape[1]), value=pad_id) for part in parts]
+        return cls(
+            torch.cat(ids),
+            torch.cat([part.prompt_lengths for part in parts]),
+            torch.cat([part.answer_lengths for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Scored answers: what an algorithm learns from. Rows of one prompt are adjacent.
+
+    rewards: (B,) reward model's score of the answer.   baseline: (B,) reward of the greedy answer to the same prompt.
+    reference_logprobs, old_logprobs: (B, A) log-probs under the frozen reference, and under the policy that sampled.
+    values: (B, A) the critic's estimates before each answer token.   advantages, returns: (B, A), or advantages (B, 1) when equal
+    for all tokens of an answer.
+    """
+
+    sequences: Sequences
+    rewards: Tensor
+    baseline: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    reference_hidden: Tensor | None = None  # (B, A, H) for the full-vocabulary KL only
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def select(self, rows: Tensor | slice) -> Rollout:
+        """Some of the rows; per-token tensors are cut to the width of the longest answer among them."""
+        sequences = self.sequences.select(rows)
+        width = sequences.answer_width
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x[rows]
+            return x[:, :width] if x.dim() > 1 and x.shape[1] > 1 else x
+
+        rest = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name != "sequences"}
+        return Rollout(sequences, **rest)
+
+    def split(self, size: int, *, by_length: bool = True) -> Iterator[Rollout]:
+        """Micro-batches of at most `size` rows; rows of similar length together, so that little of them is padding.
+
+        Every rank cuts the same number of micro-batches from the same number of rows.
+        """
+        order = self.sequences.lengths.argsort(stable=True) if by_length else torch.arange(len(self))
+        for start in range(0, len(self), size):
+            yield self.select(order[start : start + size])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+        """Rows of several rollouts as one; all must have the same fields set."""
+        if len(parts) == 1:
+            return parts[0]
+        sequences = Sequences.concatenate([part.sequences for part in parts], pad_id)
+        width = sequences.answer_width
+
+        def join(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                return None
+            if values[0].dim() > 1 and max(v.shape[1] for v in values) > 1:
+                tail = (0, 0) * (values[0].dim() - 2)
+                values = [torch.nn.functional.pad(v, (*tail, 0, width - v.shape[1])) for v in values]
+            return torch.cat(values)
+
+        return Rollout(sequences, **{f.name: join(f.name) for f in fields(Rollout) if f.name != "sequences"})
