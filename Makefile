@@ -1,0 +1,46 @@
+# `make` lists the targets. Each does its own set-up, in .venv; results go to output/.
+#   PYTHON=/path/to/python3   the interpreter to make .venv with (default: the first Python >= 3.10 on the PATH)
+#   VENV=folder               another place for the environment
+#   SETUP=no                  use the environment that is active, as it is (conda, a container)
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test check style clean
+
+PYTHON ?=
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+ifneq ($(SETUP),no)
+ENVIRONMENT := $(abspath $(VENV))
+READY := $(ENVIRONMENT)/.ready
+export PATH := $(ENVIRONMENT)/bin:$(PATH)
+# Made again when these files change, and when the folder was moved or its Python removed.
+$(READY): setup.py pyproject.toml constraints.txt
+	@PYTHON=$(PYTHON) .ci/setup $(ENVIRONMENT)
+ifneq ($(shell test "$$(cat $(READY) 2>&1)" = $(ENVIRONMENT) && $(ENVIRONMENT)/bin/python -c '' 2>&1 && echo intact),intact)
+.PHONY: $(READY)
+endif
+endif
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU; results in output/demo
+	@bash demo.sh
+
+test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
+	python -m pytest $(PYTEST_ARGS)
+
+check: $(READY) ## lint, import direction, shell syntax
+	ruff check .
+	for script in .ci/* utils/*.sh step*/*/*.sh step*/*/*/*.sh; do bash -n $$script; done
+	python -m pytest tests/test_layout.py -q -k imports
+
+style: $(READY) ## format and fix the Python files
+	ruff check --fix .
+	ruff format .
+
+clean: ## remove .venv and caches (results in output/ stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

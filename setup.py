@@ -1,0 +1,31 @@
+"""Installs the packages `remax` and `utils`; the stages' programs are run from the clone.
+
+Ranges stand here, the versions that the tests ran with in constraints.txt: `pip install -c constraints.txt -e .`
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="remax",
+    version="0.1.0",
+    description="RLHF in three stages (supervised fine-tuning, reward model, ReMax) on plain DeepSpeed",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["remax", "remax.*", "utils", "utils.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "deepspeed>=0.18",
+        "matplotlib>=3.8",
+        "ninja>=1.11",  # DeepSpeed compiles its CPU optimizer with it (--offload without a GPU)
+        "numpy>=1.26",
+        "peft>=0.18",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.15",
+        "torch>=2.6",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={"dev": ["hypothesis>=6.100", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9"]},
+)

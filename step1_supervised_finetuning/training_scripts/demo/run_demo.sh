@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The built-in corpus (python -m utils.demo), supervised: under a minute on two CPU cores.
+# Extra flags are passed on and win; variables and machines: utils/launch.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
+MODEL=${MODEL:-$ROOT/output/demo/models/actor}
+DATA=${DATA:-$ROOT/output/demo/data}
+OUTPUT=${OUTPUT:-$ROOT/output/demo/sft}
+
+launch \
+    --data_path "$DATA" \
+    --data_split 2,4,4 \
+    --model_name_or_path "$MODEL" \
+    --per_device_train_batch_size 16 \
+    --per_device_eval_batch_size 16 \
+    --max_seq_len 96 \
+    --learning_rate 1e-3 \
+    --weight_decay 0 \
+    --num_train_epochs 1 \
+    --gradient_accumulation_steps 1 \
+    --lr_scheduler_type cosine \
+    --num_warmup_steps 0 \
+    --seed 2023 \
+    --zero_stage 2 \
+    "$@"

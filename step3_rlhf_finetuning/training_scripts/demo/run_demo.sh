@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The built-in corpus (python -m utils.demo), ReMax: two minutes on two CPU cores.
+# Extra flags are passed on and win; variables and machines: utils/launch.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
+MODEL=${MODEL:-$ROOT/output/demo/sft/final}
+REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/demo/reward/final}
+DATA=${DATA:-$ROOT/output/demo/data}
+OUTPUT=${OUTPUT:-$ROOT/output/demo/remax}
+
+launch \
+    --algo remax \
+    --data_path "$DATA" \
+    --data_split 2,4,4 \
+    --actor_model_name_or_path "$MODEL" \
+    --reward_model_name_or_path "$REWARD_MODEL" \
+    --per_device_generation_batch_size 16 \
+    --per_device_training_batch_size 16 \
+    --per_device_eval_batch_size 16 \
+    --max_prompt_seq_len 32 \
+    --max_answer_seq_len 64 \
+    --actor_learning_rate 1e-4 \
+    --actor_weight_decay 0.1 \
+    --num_train_epochs 1 \
+    --lr_scheduler_type cosine \
+    --num_warmup_steps 0 \
+    --kl_ctl 0.05 \
+    --gamma 1 \
+    --seed 2023 \
+    --actor_zero_stage 2 \
+    --reference_zero_stage 3 \
+    --reward_zero_stage 3 \
+    --disable_actor_dropout \
+    --disable_reward_dropout \
+    --save_answers \
+    "$@"

@@ -1,0 +1,122 @@
+"""Shared by all tests: no network, one thread a process, tiny models and rows made from the built-in corpus."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # two ranks on two cores; more threads than cores cost more than they bring
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def missing_for_compilation() -> str | None:
+    """What DeepSpeed's C++ optimizer needs and this machine lacks."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return "no C++ compiler"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "no Python.h"
+    if shutil.which("ninja") is None:
+        return "no ninja"
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    lacking = missing_for_compilation()
+    for item in items:
+        if lacking and item.get_closest_marker("compiled"):
+            item.add_marker(pytest.mark.skip(reason=lacking))
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with train.jsonl (200 rows) and test.jsonl (24 rows) of {prompt, chosen, rejected}."""
+    from utils.demo import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"), seed=0, train_rows=200, test_rows=24)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of 400 words with a pad token of its own, trained on the built-in corpus."""
+    from utils.demo import make_rows, train_tokenizer
+
+    train, _ = make_rows(seed=0, train_rows=200, test_rows=1)
+    return train_tokenizer((row["prompt"] + row["chosen"] for row in train), vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer):
+    """tiny_model("opt"): the folder of a random causal language model, one for each of utils.demo.ARCHITECTURES."""
+    from utils.demo import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def make(architecture: str) -> Path:
+        return save_tiny_model(folder / architecture, architecture, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_model(tmp_path_factory, tiny_model):
+    """tiny_reward_model("opt"): the same with a scalar head, as AutoModelForSequenceClassification saves it."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("reward_models")
+
+    @functools.cache
+    def make(architecture: str) -> Path:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = AutoModelForSequenceClassification.from_pretrained(tiny_model(architecture), num_labels=1)
+        model.save_pretrained(folder / architecture)
+        AutoTokenizer.from_pretrained(tiny_model(architecture)).save_pretrained(folder / architecture)
+        return folder / architecture
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    """run_command([program, ...], cwd=..., **environment) -> CompletedProcess; `.stdout` holds stderr too."""
+
+    def run(command, cwd=ROOT, timeout=300, **environment) -> subprocess.CompletedProcess:
+        # The programs of this Python's environment first; nothing that a launcher of an outer run may have left behind.
+        inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return subprocess.run(
+            [str(part) for part in command],
+            cwd=cwd,
+            env=inherited | {"PATH": path, "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in environment.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
