@@ -1,0 +1,267 @@
+"""Encoded rows -> padded batches for every rank.
+
+The rows of one step are the same set on 1 or n ranks (with the same global batch), their order depends on the seed and
+the epoch alone, and nothing is drawn from the global random generators, so that a run can go on exactly where another
+one stopped.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from utils.data.encoding import Names, encode_rows
+from utils.data.preferences import load_data_set
+from utils.data.splits import stage_indices
+from utils.distributed import barrier
+from utils.run import UserError
+
+KINDS = ("supervised", "ranking", "prompts")
+LENGTH_FLAGS = ("--max_seq_len", "--max_seq_len", "--max_prompt_seq_len")
+BATCH_FLAGS = ("--per_device_train_batch_size", "--per_device_train_batch_size", "--per_device_generation_batch_size")
+
+
+def build_loaders(
+    *,
+    stage: int,
+    tokenizer: PreTrainedTokenizerBase,
+    data_path: Sequence[str],
+    max_len: int,
+    train_batch_size: int,
+    eval_batch_size: int,
+    data_split: str = "2,4,4",
+    data_output_path: str | None = None,
+    sft_only_data_path: Sequence[str] = (),
+    seed: int = 2023,
+    data_seed: int = 1234,
+    rank: int = 0,
+    world_size: int = 1,
+    num_proc: int | None = None,
+) -> tuple[DataLoader, DataLoader]:
+    """The loaders (train, eval) of one stage on one rank.
+
+    Each data set is split over the stages on its own. Its eval rows serve every stage: nothing is trained on them.
+
+    Args:
+        stage: 0 supervised, 1 ranking, 2 prompts.
+        max_len: tokens; of prompt and answer together (stages 0 and 1) or of the prompt (stage 2).
+        train_batch_size, eval_batch_size: rows per rank.
+        data_output_path: folder of the cache; None: the datasets library's own.
+        sft_only_data_path: data sets that serve stage 0 wholly, and no other stage.
+        seed: of the order of the training rows.
+        data_seed: of the split over the stages.
+        num_proc: processes that encode; None: this one.
+
+    Returns:
+        train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` says where
+            it stands.
+        eval_loader: the same number of batches on every rank, in a fixed order; filler rows have weight 0.
+
+    Raises:
+        UserError: see `load_data_set` and `encode_rows`; or fewer training rows than one step takes.
+    """
+    with local_rank_zero_first():
+        train, evaluation = encode_data_sets(
+            stage,
+            tokenizer,
+            data_path=data_path,
+            max_len=max_len,
+            data_split=data_split,
+            cache_dir=data_output_path,
+            sft_only_data_path=sft_only_data_path,
+            data_seed=data_seed,
+            num_proc=num_proc,
+        )
+    global_batch = train_batch_size * world_size
+    if len(train) < global_batch:
+        raise UserError(
+            f"{BATCH_FLAGS[stage]} {train_batch_size}: {len(train)} training rows are too few for one batch of "
+            f"{global_batch} on {world_size} rank{'s' * (world_size > 1)}; lower it, or give more data"
+        )
+    collate = partial(COLLATORS[stage], pad_id=tokenizer.pad_token_id)
+    order = EpochSampler(len(train), train_batch_size, rank=rank, world_size=world_size, seed=seed)
+    return (
+        make_loader(train, order, train_batch_size, collate),
+        make_loader(evaluation, EvalSampler(len(evaluation), rank, world_size), eval_batch_size, collate),
+    )
+
+
+def encode_data_sets(
+    stage: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_path: Sequence[str],
+    max_len: int,
+    data_split: str,
+    cache_dir: str | None,
+    sft_only_data_path: Sequence[str] = (),
+    data_seed: int = 1234,
+    num_proc: int | None = None,
+) -> tuple[Dataset, Dataset]:
+    """All data sets of one stage, encoded: (train, eval)."""
+    sources = [("--data_path", name) for name in data_path]
+    if stage == 0:
+        sources += [("--sft_only_data_path", name) for name in sft_only_data_path]
+    encoded: dict[str, list[Dataset]] = {"train": [], "eval": []}
+    for flag, name in sources:
+        train, evaluation = load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag)
+        if flag == "--data_path":
+            train = train.select(stage_indices(len(train), data_split, stage, data_seed))
+        for data, rows in (("train", train), ("eval", evaluation)):
+            names = Names(data, f"{flag} {name}", LENGTH_FLAGS[stage])
+            encoded[data].append(
+                encode_rows(rows, KINDS[stage], tokenizer, max_len, cache_dir=cache_dir, names=names, num_proc=num_proc)
+            )
+    train, evaluation = (datasets.concatenate_datasets(encoded[data]) for data in ("train", "eval"))
+    return train, evaluation
+
+
+@contextmanager
+def local_rank_zero_first() -> Iterator[None]:
+    """The first rank of each machine runs the block alone and fills the cache; then the others, who find it full.
+
+    An error on the first rank lets the others go on, into the same error.
+    """
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:
+            barrier()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+class EpochSampler(Sampler[int]):
+    """Shuffled training rows of one rank: step s takes rows s * G .. (s + 1) * G of the epoch's order, G the global
+    batch; the ranks share them in turn. The incomplete last step is left out.
+
+    State: the epoch, and the number of rows that this rank has handed out in it.
+    """
+
+    def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0):
+        self.n_rows, self.rank, self.world_size, self.seed = n_rows, rank, world_size, seed
+        self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
+        self.epoch = 0
+        self.position = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch's order; a new epoch starts at its first row."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed % 2**40 << 20) + self.epoch)
+        order = torch.randperm(self.n_rows, generator=generator).tolist()
+        mine = order[self.rank :: self.world_size]
+        while self.position < self.rows_per_rank:
+            self.position += 1
+            yield mine[self.position - 1]
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.rows_per_rank
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class EvalSampler(Sampler[int]):
+    """All rows in order, shared by the ranks in turn; numbers beyond the last row are fillers, so that ranks agree."""
+
+    def __init__(self, n_rows: int, rank: int = 0, world_size: int = 1):
+        self.rows_per_rank = -(-n_rows // world_size)
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.rows_per_rank * self.world_size, self.world_size))
+
+    def __len__(self) -> int:
+        return self.rows_per_rank
+
+
+class WeightedRows(torch.utils.data.Dataset):
+    """Rows with a weight: 1, and 0 for the filler rows that stand at numbers beyond the last one."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        n = len(self.rows)
+        batch = self.rows[[i % n for i in indices]]
+        return [
+            {**{name: values[k] for name, values in batch.items()}, "weight": float(i < n)}
+            for k, i in enumerate(indices)
+        ]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.__getitems__([i])[0]
+
+
+def make_loader(rows: Dataset, sampler: Sampler[int], batch_size: int, collate: Callable[..., Any]) -> DataLoader:
+    """A loader in this process. Its own generator: a DataLoader would draw a seed from the global one."""
+    return DataLoader(
+        WeightedRows(rows), batch_size=batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator()
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Padding
+
+
+def pad(rows: list[list[int]], pad_id: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids (B, T), lengths (B,)), T the longest row; padded on the right or on the left."""
+    lengths = torch.tensor([len(row) for row in rows])  # (B,)
+    ids = torch.full((len(rows), int(lengths.max())), pad_id)  # (B, T)
+    for i, row in enumerate(rows):
+        ids[i, ids.size(1) - len(row) if left else 0 :][: len(row)] = torch.tensor(row)
+    return ids, lengths
+
+
+def collate_supervised(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """input_ids (B, T) right-padded, lengths (B,), prompt_lengths (B,), weight (B,)."""
+    ids, lengths = pad([row["input_ids"] for row in rows], pad_id)
+    return {"input_ids": ids, "lengths": lengths, **shared(rows)}
+
+
+def collate_ranking(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """chosen_ids (B, T1), rejected_ids (B, T2) right-padded, their lengths (B,), prompt_lengths (B,), weight (B,)."""
+    batch = shared(rows)
+    for name in ("chosen", "rejected"):
+        batch[f"{name}_ids"], batch[f"{name}_lengths"] = pad([row[f"{name}_ids"] for row in rows], pad_id)
+    return batch
+
+
+def collate_prompts(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """input_ids (B, P) left-padded, lengths (B,), weight (B,), prompt: the B texts."""
+    ids, lengths = pad([row["input_ids"] for row in rows], pad_id, left=True)
+    weight = torch.tensor([row["weight"] for row in rows])
+    return {"input_ids": ids, "lengths": lengths, "weight": weight, "prompt": [row["prompt"] for row in rows]}
+
+
+def shared(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What every batch with answers has: prompt_lengths (B,), weight (B,)."""
+    return {
+        "prompt_lengths": torch.tensor([row["prompt_length"] for row in rows]),
+        "weight": torch.tensor([row["weight"] for row in rows]),
+    }
+
+
+COLLATORS = (collate_supervised, collate_ranking, collate_prompts)

@@ -1,0 +1,516 @@
+"""Rows of any accepted shape -> prompt, chosen, rejected, margin.
+
+Text convention, that of Dahoas/rm-static: a prompt ends with "Assistant:" and an answer begins with a space, so that
+prompt + answer is the whole dialogue. What is written so, or in any template of the user's own, is taken as it stands;
+bare questions and lists of messages are written as Human/Assistant dialogue.
+
+The shape is found from the columns; data sets known by name have a small function each, in `ADAPTERS`. To add one,
+write a function from a row to an `Example` and name it in that table.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, Features, Value
+
+from utils.data.sources import SHAPES, Part, read_splits, row_name
+from utils.distributed import print0
+from utils.run import UserError
+
+ASSISTANT = "\n\nAssistant:"
+HOLD_OUT = 0.05
+HOLD_OUT_SEED = 1234
+TEXT = Features(
+    {"prompt": Value("string"), "chosen": Value("string"), "rejected": Value("string"), "margin": Value("float64")}
+)
+NORMALISED = Features({**TEXT, "skipped": Value("string")})
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. `margin` says by how much the chosen answer is better, where the data set knows it."""
+
+    prompt: str
+    chosen: str | None
+    rejected: str | None
+    margin: float | None = None
+
+
+class RowSkipped(Exception):
+    """The row is well-formed but cannot be used; the text is the reason that is counted and reported."""
+
+
+class RowRefused(Exception):
+    """The row's content is wrong: (column, what was found and expected)."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def as_dialogue(question: str) -> str:
+    """A bare question as a prompt."""
+    return f"\n\nHuman: {question}{ASSISTANT}"
+
+
+def as_answer(prompt: str, answer: str) -> str:
+    """The answer as it follows `prompt`: a space after "Assistant:", nothing where the user's own template stands."""
+    glued = prompt.endswith("Assistant:") and answer and not answer[0].isspace()
+    return " " + answer if glued else answer
+
+
+def pair(prompt: str, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:
+    """An Example of a finished prompt and the two answers."""
+    if chosen is not None:
+        chosen = as_answer(prompt, chosen)
+    if rejected is not None:
+        rejected = as_answer(prompt, rejected)
+    return Example(prompt, chosen, rejected, margin)
+
+
+def ask(question: str | None, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:
+    """An Example of a bare question and its answers; rows of public sets without one are skipped."""
+    if not question or not chosen:
+        raise RowSkipped("no question or no answer")
+    return pair(as_dialogue(question), chosen, rejected, margin)
+
+
+def text(row: Row, column: str) -> str:
+    """The string in `column`."""
+    value = row[column]
+    if not isinstance(value, str):
+        found = "missing or null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise RowRefused(column, f"found {found}, expected text")
+    return value
+
+
+def margin(row: Row) -> float | None:
+    """The number in the column `margin`; None where there is none."""
+    value = row.get("margin")
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise RowRefused("margin", f"found {str(value)[:40]!r}, expected a number") from None
+
+
+def turns(row: Row, column: str) -> list[dict[str, str]]:
+    """The messages in `column`, their roles and contents checked."""
+    messages = []
+    for message in row[column]:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise RowRefused(column, 'expected messages like {"role": "user", "content": "..."}')
+        if message["role"] not in ("system", "user", "assistant"):
+            raise RowRefused(column, f"role {message['role']!r} is not supported, expected system, user or assistant")
+        if not isinstance(message["content"], str):
+            raise RowRefused(column, f"the content of a message is {type(message['content']).__name__}, expected text")
+        messages.append({"role": message["role"], "content": message["content"]})
+    if not messages:
+        raise RowRefused(column, "found an empty list, expected messages")
+    return messages
+
+
+def write_dialogue(messages: list[dict[str, str]], column: str) -> str:
+    """Messages up to a user's turn as a prompt."""
+    if not messages or messages[-1]["role"] != "user":
+        raise RowRefused(column, "expected a user's message before the answer")
+    prefix = {"system": "", "user": "\n\nHuman: ", "assistant": ASSISTANT + " "}
+    return "".join(prefix[message["role"]] + message["content"] for message in messages) + ASSISTANT
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes: functions of a row
+
+
+def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example:
+    """prompt with chosen/rejected, with a completion (column `answer`), or alone; text or lists of messages.
+
+    Args:
+        answer: the column of the good answer; None where there is none.
+        bare: the prompts are plain questions, to be written as dialogue.
+    """
+    if row.get("label") is False:
+        raise RowSkipped("label false: an unwanted answer")
+    columns = [column for column in (answer, "rejected") if column in row]
+    lists = [column for column in ("prompt", *columns) if isinstance(row.get(column), list)]
+    if lists:
+        return conversation(row, answer)
+    prompt = text(row, "prompt")
+    answers = [text(row, column) for column in columns]
+    return pair(as_dialogue(prompt) if bare else prompt, *(answers or [None]), margin=margin(row))
+
+
+def conversation(row: Row, answer: str | None) -> Example:
+    """Lists of {role, content}: a prompt and an answer each, or whole dialogues whose last message is the answer."""
+    asked: list[dict[str, str]] = []
+    if row.get("prompt") is not None:
+        is_list = isinstance(row["prompt"], list)
+        asked = turns(row, "prompt") if is_list else [{"role": "user", "content": text(row, "prompt")}]
+    answers: list[str] = []
+    before: list[list[dict[str, str]]] = []
+    for column in (answer, "rejected"):
+        if column is None or column not in row:
+            continue
+        if not isinstance(row[column], list):
+            answers.append(text(row, column))
+            before.append([])
+            continue
+        messages = turns(row, column)
+        if messages[-1]["role"] != "assistant":
+            raise RowRefused(column, "the last message must be the assistant's")
+        answers.append(messages[-1]["content"])
+        before.append(messages[:-1])
+    if len(before) == 2 and before[0] != before[1]:
+        raise RowSkipped("the two dialogues differ before their last turn")
+    earlier = before[0] if before else []
+    repeats_prompt = earlier[: len(asked)] == asked or (len(asked) == 1 and asked[0] in earlier)
+    messages = earlier if repeats_prompt else asked + earlier
+    prompt = write_dialogue(messages, "prompt" if asked else str(answer))
+    return pair(prompt, *(answers or [None]), margin=margin(row))
+
+
+def dialogues(row: Row) -> Example:
+    """chosen and rejected hold the whole dialogue; what they share up to the last "Assistant:" is the prompt."""
+    if isinstance(row["chosen"], list):
+        return conversation(row, "chosen")
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    shared = os.path.commonprefix([chosen, rejected])
+    cut = shared.rfind(ASSISTANT)
+    end = cut + len(ASSISTANT) if cut >= 0 else shared.rfind("Assistant:") + len("Assistant:")
+    if end < len("Assistant:") or "Assistant:" not in shared:
+        raise RowSkipped('the two dialogues share no prompt up to an "Assistant:"')
+    if "\n\nHuman:" in chosen[end:] or "\n\nHuman:" in rejected[end:]:
+        raise RowSkipped("the two dialogues differ before their last turn")
+    return pair(chosen[:end], chosen[end:], rejected[end:], margin(row))
+
+
+def last_answer(row: Row) -> Example:
+    """messages: one dialogue, whose last message is the answer."""
+    if not isinstance(row["messages"], list):
+        raise RowRefused("messages", 'expected a list like [{"role": "user", "content": "..."}, ...]')
+    return conversation(row, "messages")
+
+
+def find_shape(columns: list[str]) -> tuple[str, Callable[..., Example] | None]:
+    """The name of the shape and the function from row to Example, or None when the columns fit no shape."""
+    if {"prompt", "chosen", "rejected"} <= set(columns):
+        return "prompt/chosen/rejected", partial(prompt_and_answers, answer="chosen")
+    if {"chosen", "rejected"} <= set(columns):
+        return "whole dialogues chosen/rejected", dialogues
+    if "rejected" in columns:
+        return "", None
+    for answer in ("chosen", "completion"):
+        if {"prompt", answer} <= set(columns):
+            return f"prompt/{answer}", partial(prompt_and_answers, answer=answer)
+    if "messages" in columns:
+        return "messages", last_answer
+    if "prompt" in columns:
+        return "prompts", partial(prompt_and_answers, answer=None)
+    return "", None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets known by name: functions of a row
+
+
+def rm_static(row: Row) -> Example:
+    return pair(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"), margin(row))
+
+
+def synthetic_instruct(row: Row) -> Example:
+    return ask(row["prompt"], row["chosen"], row["rejected"])
+
+
+def rlhf_reward_datasets(row: Row) -> Example:
+    # The prompt stops before "Assistant:"; the answers may repeat the dialogue.
+    prompt = text(row, "prompt").removesuffix("Assistant:") + "Assistant:"
+    chosen, rejected = (text(row, column).split("Assistant:")[-1] for column in ("chosen", "rejected"))
+    return pair(prompt, chosen, rejected)
+
+
+def webgpt(row: Row) -> Example:
+    scored = [(float(row["score_0"]), row["answer_0"]), (float(row["score_1"]), row["answer_1"])]
+    # Without the passages they cite, marks such as " [1, 2]" mean nothing.
+    (worse, rejected), (better, chosen) = sorted(
+        ((score, re.sub(r" ?\[[^\]]*\]", "", answer)) for score, answer in scored), key=lambda pair: pair[0]
+    )
+    return ask(row["question"]["full_text"], chosen, rejected if better > worse else None, better - worse)
+
+
+def shp(row: Row) -> Example:
+    a, b = row["human_ref_A"], row["human_ref_B"]
+    return ask(row["history"], *((a, b) if int(row["labels"]) == 1 else (b, a)))
+
+
+def sharegpt_vicuna(row: Row) -> Example:
+    if not row["prompt"] or not row["label"]:
+        raise RowSkipped("no question or no answer")
+    return pair(row["prompt"].replace("USER", "Human").replace("ASSISTANT", "Assistant"), row["label"])
+
+
+def zhihu(row: Row) -> Example:
+    return ask(row["INSTRUCTION"], row["RESPONSE"])
+
+
+def miracl(row: Row) -> Example:
+    passages = (row["positive_passages"], row["negative_passages"])
+    return ask(row["query"], *(found[0]["text"] if found else None for found in passages))
+
+
+def hc3(row: Row) -> Example:
+    return ask(row["question"], next(iter(row["human_answers"] or []), None))
+
+
+def mkqa(row: Row, *, language: str) -> Example:
+    answers = row["answers"][language]
+    return ask(row["queries"][language], answers[0]["text"] if answers else None)
+
+
+def qg_jaquad(row: Row) -> Example:
+    return ask(row["question"], row["sentence"])
+
+
+def qag_jaquad(row: Row) -> Example:
+    return ask(next(iter(row["questions"] or []), None), row["paragraph"])
+
+
+def ultrafeedback(row: Row) -> Example:
+    example = conversation(row, "chosen")
+    return Example(example.prompt, example.chosen, example.rejected, row["score_chosen"] - row["score_rejected"])
+
+
+ADAPTERS: dict[str, Callable[[Row], Example]] = {
+    "Dahoas/rm-static": rm_static,
+    "Dahoas/full-hh-rlhf": rm_static,
+    "Dahoas/synthetic-instruct-gptj-pairwise": synthetic_instruct,
+    "yitingxie/rlhf-reward-datasets": rlhf_reward_datasets,
+    "openai/webgpt_comparisons": webgpt,
+    "stanfordnlp/SHP": shp,
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": sharegpt_vicuna,
+    "local/jsonfile": rm_static,
+    "wangrui6/Zhihu-KOL": zhihu,
+    "Cohere/miracl-zh-queries-22-12": miracl,
+    "Cohere/miracl-ja-queries-22-12": miracl,
+    "Hello-SimpleAI/HC3-Chinese": hc3,
+    "mkqa-Chinese": partial(mkqa, language="zh_cn"),
+    "mkqa-Japanese": partial(mkqa, language="ja"),
+    "lmqg/qg_jaquad": qg_jaquad,
+    "lmqg/qag_jaquad": qag_jaquad,
+    "Anthropic/hh-rlhf": dialogues,
+    "HuggingFaceH4/ultrafeedback_binarized": ultrafeedback,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_preferences(data_path: list[str], *, cache_dir: str | None) -> tuple[Dataset, Dataset]:
+    """All data sets of `--data_path`, one after the other: (train, eval) with columns prompt, chosen, rejected, margin.
+
+    `chosen`, `rejected` and `margin` are None where a data set has none.
+
+    Raises:
+        UserError: a data set cannot be read; see `load_data_set`.
+    """
+    loaded = [load_data_set(name, cache_dir=cache_dir) for name in data_path]
+    return tuple(datasets.concatenate_datasets(list(parts)) for parts in zip(*loaded, strict=True))
+
+
+def load_data_set(
+    name: str, *, cache_dir: str | None, num_proc: int | None = None, flag: str = "--data_path"
+) -> tuple[Dataset, Dataset]:
+    """One data set as (train, eval), from a file, a folder or the hub; columns prompt, chosen, rejected, margin.
+
+    eval is the data set's own test split. A data set without one gives up a seeded 5 % of its rows (at least one),
+    where possible whole prompts, so that no held-out prompt is trained on with another answer.
+
+    Args:
+        cache_dir: where the Arrow files go; None: the datasets library's own folder.
+        num_proc: processes that convert rows; None: this one.
+        flag: the flag that errors name.
+
+    Raises:
+        UserError: nothing there, an unreadable file, columns of no known shape, a wrong value, a split without rows.
+    """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    splits = read_splits(name, cache_dir, flag)
+    shape, convert = choose_conversion(name, splits, flag)
+    bare = shape_needs_dialogue(convert, splits["train"])
+    if isinstance(convert, partial) and convert.func is prompt_and_answers:
+        convert = partial(convert, bare=bare)
+    ready = {}
+    for split, parts in splits.items():
+        normalised = [normalise(part, convert, shape, bare, cache_dir, num_proc, flag) for part in parts]
+        ready[split] = drop_skipped(datasets.concatenate_datasets(normalised), name, split, flag)
+    train, evaluation = (ready["train"], ready["test"]) if "test" in ready else hold_out(ready["train"], name, flag)
+    how = "; bare prompts written as Human/Assistant dialogue" if bare else ""
+    print0(f"{flag} {name}: {shape}, {len(train)} rows to train and {len(evaluation)} to evaluate{how}")
+    return train, evaluation
+
+
+def choose_conversion(name: str, splits: dict[str, list[Part]], flag: str) -> tuple[str, Callable[..., Example]]:
+    """The shape's name for reports, and the function from row to Example."""
+    part = splits["train"][0]
+    known = known_name(name)
+    if known and known != "local/jsonfile":
+        return known, ADAPTERS[known]
+    shape, convert = find_shape(part.rows.column_names)
+    if convert is None:
+        found = ", ".join(part.rows.column_names)
+        raise UserError(f"{flag}: {part.place} has the columns {found}; expected {SHAPES}: rename the columns")
+    return shape, convert
+
+
+def known_name(name: str) -> str | None:
+    """The data set of ADAPTERS that `name` means: the name itself, or a folder called like it."""
+    path = Path(name)
+    if name in ADAPTERS:
+        return name
+    if not path.is_dir():
+        return None
+    ends = {"/".join(path.resolve().parts[-2:]), path.resolve().name}
+    return next((known for known in ADAPTERS if known in ends or known.split("/")[-1] in ends), None)
+
+
+def shape_needs_dialogue(convert: Callable[..., Example], parts: list[Part], look_at: int = 1000) -> bool:
+    """Whether text prompts are bare questions.
+
+    A template leaves its mark at the end of every prompt ("Assistant:", "### Response:", "[/INST]"); questions do not
+    end alike.
+    """
+    if not isinstance(convert, partial) or convert.func is not prompt_and_answers:
+        return False
+    rows = parts[0].rows
+    prompts = [value for value in rows[: min(look_at, len(rows))]["prompt"] if isinstance(value, str)]
+    if not prompts:
+        return False
+    ending = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
+    if ending.rstrip().endswith("Assistant:"):
+        return False
+    cue = ending.rstrip(" ")
+    return len(prompts) == 1 or len(cue) < 2 or cue[-1] not in ":]>|\n"
+
+
+def normalise(
+    part: Part,
+    convert: Callable[..., Example],
+    shape: str,
+    bare: bool,
+    cache_dir: str | None,
+    num_proc: int | None,
+    flag: str,
+) -> Dataset:
+    """The part's rows as prompt, chosen, rejected, margin and the reason why a row is skipped; cached."""
+    fingerprint = fingerprint_of(part.rows._fingerprint, Path(__file__).read_bytes(), shape, bare)
+    return part.rows.map(
+        partial(normalise_batch, convert=convert, place=part.place, file=part.file, flag=flag),
+        batched=True,
+        with_indices=True,
+        remove_columns=part.rows.column_names,
+        features=NORMALISED,
+        num_proc=num_proc if num_proc and len(part.rows) > 10_000 else None,
+        new_fingerprint=fingerprint,
+        cache_file_name=cache_file(cache_dir, "rows", fingerprint),
+        desc="Reading rows",
+    )
+
+
+def normalise_batch(
+    batch: dict[str, list],
+    indices: list[int],
+    *,
+    convert: Callable[[Row], Example],
+    place: str,
+    file: Path | None,
+    flag: str,
+) -> dict[str, list]:
+    """Rows of any shape -> columns of NORMALISED."""
+    columns: dict[str, list] = {name: [] for name in NORMALISED}
+    for i, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        reason = None
+        try:
+            example = convert(dict(zip(batch.keys(), values, strict=True)))
+        except RowSkipped as skipped:
+            example, reason = Example("", None, None), str(skipped)
+        except RowRefused as refused:
+            column, problem = refused.args
+            raise UserError(f"{flag}: {place}, {row_name(file, i)}, column {column!r}: {problem}") from None
+        except KeyError as missing:
+            found = ", ".join(batch)
+            raise UserError(f"{flag}: {place} has no column {missing}; it has {found}") from None
+        for name in TEXT:
+            columns[name].append(getattr(example, name))
+        columns["skipped"].append(reason)
+    return columns
+
+
+def drop_skipped(rows: Dataset, name: str, split: str, flag: str) -> Dataset:
+    """Leaves out the rows that carry a reason, and reports how many."""
+    skipped = rows.with_format("arrow")["skipped"][:]
+    kept = np.flatnonzero(np.asarray(skipped.is_null()))
+    report_dropped(f"{flag} {name} ({split})", Counter(skipped.drop_null().to_pylist()), len(rows))
+    if not len(kept):
+        raise UserError(f"{flag}: the {split} split of {name} has no usable row")
+    if len(kept) < len(rows):
+        rows = rows.select(kept)
+    return rows.remove_columns("skipped")
+
+
+def report_dropped(what: str, reasons: Counter[str], total: int) -> None:
+    """One line for all dropped rows; none where nothing was dropped."""
+    if reasons:
+        listed = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        print0(f"{what}: {sum(reasons.values())} of {total} rows dropped: {listed}")
+
+
+def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
+    """(train, eval): a seeded 5 % of the rows, at least one, is held out; by whole prompts where that is possible."""
+    n = len(rows)
+    if n < 2:
+        raise UserError(f"{flag}: {name} has one row; expected at least two, since one is held out for evaluation")
+    target = max(1, round(HOLD_OUT * n))
+    groups: dict[bytes, list[int]] = {}
+    for start in range(0, n, 1000):
+        for i, prompt in enumerate(rows[start : start + 1000]["prompt"], start):
+            groups.setdefault(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), []).append(i)
+    order = np.random.RandomState(HOLD_OUT_SEED)  # its stream is the same in every numpy version
+    held: list[int] = []
+    prompts = list(groups.values())
+    for k in order.permutation(len(prompts)):
+        if len(held) + len(prompts[k]) <= target:
+            held += prompts[k]
+    if not held:  # every prompt has more than 5 % of the rows
+        held = order.permutation(n)[:target].tolist()
+    mask = np.zeros(n, dtype=bool)
+    mask[held] = True
+    return rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask))
+
+
+def fingerprint_of(*parts: object) -> str:
+    """A short name for content: equal in every process and on every rank."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def cache_file(cache_dir: str | None, kind: str, fingerprint: str) -> str:
+    """Where the datasets library keeps a converted table."""
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "converted"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{kind}-{fingerprint}.arrow")

@@ -1,0 +1,256 @@
+"""Where rows come from: a file, a folder, or the Hugging Face hub; the datasets library reads and caches them."""
+
+import codecs
+import csv
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, Value
+
+from utils.hub import hub_is_reachable
+from utils.run import UserError
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TRAIN_SPLITS = ("train", "train_prefs", "train_sft")
+EVAL_SPLITS = ("test", "eval", "validation", "valid", "dev", "test_prefs", "test_sft")
+SHAPES = "prompt/chosen/rejected, chosen/rejected (whole dialogues), prompt/completion, messages, or prompt alone"
+# Where the hub's repository or configuration is not simply the name.
+HUB_REPOSITORIES = {
+    "mkqa-Chinese": ("apple/mkqa", None),
+    "mkqa-Japanese": ("apple/mkqa", None),
+    "Hello-SimpleAI/HC3-Chinese": ("Hello-SimpleAI/HC3-Chinese", "all"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file or of one split of a data set, as they were read."""
+
+    rows: Dataset
+    place: str  # for messages
+    file: Path | None = None
+
+
+def read_splits(name: str, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+    """{"train": parts} and, where the data set has its own, {"test": parts}."""
+    path = Path(name).expanduser()
+    if name == "local/jsonfile" and not path.exists():
+        return read_folder(jsonfile_folder(flag), name, cache_dir, flag)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return read_saved(path, flag)
+        return read_folder(path, name, cache_dir, flag)
+    if path.is_file():
+        return {"train": [read_file(path, cache_dir, flag)]}
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or file_format(path)
+    if looks_local:
+        raise UserError(f"{flag}: no such file or folder: {name}")
+    return read_hub(name, cache_dir, flag)
+
+
+def jsonfile_folder(flag: str) -> Path:
+    """The `data` folder with train.json and eval.json that local/jsonfile means."""
+    candidates = [Path.cwd() / "data", Path(__file__).resolve().parents[2] / "data"]
+    for folder in candidates:
+        if (folder / "train.json").is_file() and (folder / "eval.json").is_file():
+            return folder
+    places = " or ".join(map(str, dict.fromkeys(candidates)))
+    raise UserError(f"{flag} local/jsonfile: expected train.json and eval.json in {places}")
+
+
+def pick_splits(found: dict[str, Any], place: str, flag: str) -> dict[str, Any]:
+    """{"train": ..., "test": ...} out of the splits that a data set has, by their usual names."""
+    train = next((found[name] for name in TRAIN_SPLITS if name in found), None)
+    test = next((found[name] for name in EVAL_SPLITS if name in found), None)
+    if train is None:
+        raise UserError(f"{flag}: {place} has no train split; it has {', '.join(map(str, found))}")
+    return {"train": train} if test is None else {"train": train, "test": test}
+
+
+def read_saved(path: Path, flag: str) -> dict[str, list[Part]]:
+    """A folder written by `save_to_disk`."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{flag}: cannot read {path} as a saved data set: {first_line(error)}") from error
+    found = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    splits = pick_splits(found, str(path), flag)
+    return {split: [not_empty(Part(rows, f"{path} ({split})"), flag)] for split, rows in splits.items()}
+
+
+def read_folder(path: Path, name: str, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+    """A folder with files named after their split: its own, those in `data/`, or, as in a hub snapshot, deeper ones."""
+    for files in (sorted(path.iterdir()), sorted((path / "data").glob("*")), sorted(path.rglob("*"))):
+        usable = [file for file in files if file.is_file() and file_format(file) and not file.name.startswith(".")]
+        found: dict[str, list[Path]] = {}
+        for file in usable:
+            split = split_of(file)
+            if split:
+                found.setdefault(split, []).append(file)
+        if found:
+            break
+        if len(usable) == 1 and name != "local/jsonfile":  # a single file without a split's name
+            found = {"train": usable}
+            break
+    if not found:
+        kinds = ", ".join(FORMATS)
+        raise UserError(f"{flag}: {path} holds no data files; expected train and test files ({kinds}, also .gz)")
+    splits = pick_splits(found, str(path), flag)
+    return {split: [read_file(file, cache_dir, flag) for file in files] for split, files in splits.items()}
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file's name tells: "train_prefs" of train_prefs-00000-of-00002.parquet, "test" of a.test.csv."""
+    stem = file.name.lower()
+    for suffix in [*FORMATS, ".gz"]:
+        stem = stem.replace(suffix, "")
+    stem = re.sub(r"-\d+-of-\d+.*$", "", stem)
+    if stem in TRAIN_SPLITS + EVAL_SPLITS:
+        return stem
+    if re.match(r"(train|test)_(sft|gen|prefs)$", stem):
+        return stem
+    words = re.split(r"[^a-z]+", stem)
+    return next((split for split in TRAIN_SPLITS + EVAL_SPLITS if split in words), None)
+
+
+def file_format(path: Path) -> str | None:
+    """The datasets library's reader for this file, by its suffix; None for other files."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def read_file(path: Path, cache_dir: str | None, flag: str) -> Part:
+    """The rows of one file.
+
+    Raises:
+        UserError: an unknown suffix, an empty file, or content that is not what the suffix says.
+    """
+    reader = file_format(path)
+    if reader is None:
+        raise UserError(f"{flag}: {path} is of no known kind; expected {', '.join(FORMATS)}, also with .gz")
+    if path.stat().st_size == 0:
+        raise UserError(f"{flag}: {path} is empty; expected rows of {SHAPES}")
+    options: dict[str, Any] = {}
+    try:
+        if reader == "csv":  # csv knows no types: "4" is an answer, and so is "NA"
+            options = {"features": Features({c: Value("string") for c in csv_header(path)}), "keep_default_na": False}
+        rows = datasets.load_dataset(
+            reader, data_files=str(path.resolve()), split="train", cache_dir=cache_dir, **options
+        )
+    except (OSError, EOFError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"{flag}: {path}{why_unreadable(path, reader, error)}") from error
+    return not_empty(Part(rows, str(path), path), flag)
+
+
+def not_empty(part: Part, flag: str) -> Part:
+    """The part, when it has rows."""
+    if len(part.rows) == 0:
+        raise UserError(f"{flag}: {part.place} has no rows; expected {SHAPES}")
+    return part
+
+
+def open_text(path: Path) -> Any:
+    """The file's bytes, decompressed."""
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def csv_header(path: Path) -> list[str]:
+    """The column names in the first line."""
+    with open_text(path) as file:
+        lines = (line.decode("utf-8-sig") for line in file)
+        return next(csv.reader(lines))
+
+
+def why_unreadable(path: Path, reader: str, error: Exception) -> str:
+    """What follows the file's name in the error: the first bad line where one is found, else the reader's words."""
+    try:
+        if reader == "json":
+            for line, problem in bad_lines(path):
+                return f", line {line}: {problem}"
+        with open_text(path) as file:
+            if not any(line.strip() for line in file):
+                return f" is empty; expected rows of {SHAPES}"
+    except (OSError, EOFError) as broken:
+        return f" cannot be read: {first_line(broken)}"
+    cause = error.__cause__ or error
+    return f" cannot be read as {reader}: {first_line(cause)}"
+
+
+def bad_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(1-based line, problem) of a file of JSON rows."""
+    with open_text(path) as file:
+        start = file.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
+        if start.startswith(b"["):
+            try:
+                rows = json.loads(file.read().decode("utf-8-sig"))
+            except json.JSONDecodeError as error:
+                yield error.lineno, f"not valid JSON ({error.msg}, column {error.colno})"
+                return
+            except UnicodeDecodeError as error:
+                yield 1, f"not UTF-8 ({error.reason}, byte {error.start})"
+                return
+            for i, row in enumerate(rows, 1):
+                if not isinstance(row, dict):
+                    yield i, f"element {i} of the list is {type(row).__name__}, expected an object of columns"
+            return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except json.JSONDecodeError as error:
+                yield number, f"not valid JSON ({error.msg}, column {error.colno}); expected one object a line"
+            except UnicodeDecodeError as error:
+                yield number, f"not UTF-8 ({error.reason}, byte {error.start})"
+            else:
+                if not isinstance(row, dict):
+                    yield number, f"found {type(row).__name__}, expected an object of columns"
+
+
+def row_name(file: Path | None, index: int) -> str:
+    """A row for messages, from 1: "line 7" of a JSON-lines file, "row 7" elsewhere (a csv header is no row)."""
+    if file is None or file_format(file) != "json":
+        return f"row {index + 1}"
+    with open_text(file) as lines:
+        if lines.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return f"row {index + 1}"
+        filled = (number for number, line in enumerate(lines, 1) if line.strip())
+        return f"line {next(number for row, number in enumerate(filled) if row == index)}"
+
+
+def read_hub(name: str, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+    """A data set of the Hugging Face hub, or its copy in the cache when the hub is out of reach."""
+    repository, configuration = HUB_REPOSITORIES.get(name, (name, None))
+    load = partial(datasets.load_dataset, repository, configuration, cache_dir=cache_dir)
+    online = hub_is_reachable()
+    try:
+        try:
+            loaded = load()
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            loaded = load(revision="refs/convert/parquet")  # the hub's own conversion of such data sets
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if online:
+            raise UserError(f"{flag}: cannot load {name} from the hub: {first_line(error)}") from error
+        raise UserError(
+            f"{flag}: {name} is neither a local file or folder nor in the cache, and the Hugging Face hub cannot be "
+            "reached; download it on a machine with access and give its folder"
+        ) from error
+    splits = pick_splits(dict(loaded), name, flag)
+    return {split: [not_empty(Part(rows, f"{name} ({split})"), flag)] for split, rows in splits.items()}
+
+
+def first_line(error: BaseException) -> str:
+    """The error's message, first line only."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

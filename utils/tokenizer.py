@@ -1,0 +1,74 @@
+"""Any tokenizer, with a pad token, and the question whether two of them speak of the same tokens.
+
+Padding is only filler here: masks come from lengths, never from `ids != pad`, so that a pad token which is also the end
+token does no harm.
+"""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from utils.hub import hub_is_reachable
+from utils.run import UserError
+
+
+def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, with `pad_token` set.
+
+    The pad token is the tokenizer's own; without one, the unknown token where there is one of its own, else the end
+    token. No token is added: the vocabulary stays the model's.
+
+    Args:
+        flag: the flag that errors name.
+
+    Raises:
+        UserError: no tokenizer there, or one without an end token.
+    """
+    is_folder = Path(name_or_path).expanduser().is_dir()
+    if not is_folder and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise UserError(f"{flag}: no such folder: {name_or_path}")
+    online = is_folder or hub_is_reachable()
+    try:
+        path = str(Path(name_or_path).expanduser()) if is_folder else name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if online:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{flag}: no usable tokenizer in {name_or_path}: {reason}") from error
+        raise UserError(
+            f"{flag}: {name_or_path} is neither a folder nor in the cache, and the Hugging Face hub cannot be reached; "
+            "download the model on a machine with access and give its folder"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{flag}: the tokenizer of {name_or_path} has no end token (eos_token); set one in its config")
+    if tokenizer.pad_token_id is None:
+        own_unknown = tokenizer.unk_token_id not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        tokenizer.pad_token = tokenizer.unk_token if own_unknown else tokenizer.eos_token
+    return tokenizer
+
+
+def distinct_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True when the pad token is not the end token."""
+    return tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """None when every id means the same text in both; else one line that says what differs.
+
+    A pad token that only one of them has is no difference: padding is never read.
+    """
+    tokens_a, tokens_b = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (a, b))
+    unread = {i for tokenizer in (a, b) for i in [tokenizer.pad_token_id] if i is not None}
+    for i in sorted(tokens_a.keys() | tokens_b.keys()):
+        token_a, token_b = tokens_a.get(i), tokens_b.get(i)
+        if token_a == token_b or (i in unread and None in (token_a, token_b)):
+            continue
+        return f"id {i} is {describe(token_a)} in the one and {describe(token_b)} in the other"
+    if a.eos_token_id != b.eos_token_id:
+        return f"the end token is {a.eos_token!r} in the one and {b.eos_token!r} in the other"
+    return None
+
+
+def describe(token: str | None) -> str:
+    """A token for an error message."""
+    return "no token" if token is None else repr(token)
