@@ -1,7 +1,7 @@
 """Hugging Face export of a model at any ZeRO stage: a folder that plain transformers loads.
 
-The state dict is gathered parameter by parameter onto rank 0, so that no other rank holds more than one full parameter, and adapters are
-merged in that copy: the training model keeps its adapters apart and goes on learning.
+The state dict is gathered parameter by parameter onto rank 0, so that no other rank holds more than one full parameter,
+and adapters are merged in that copy: the training model keeps its adapters apart and goes on learning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from utils.distributed import barrier, is_main
 
 
 def full_state_dict(hf: PreTrainedModel, zero3: bool) -> dict[str, Tensor]:
-    """Whole tensors in CPU memory on rank 0, an empty dict on the others. Every rank must call it. Tied tensors appear once."""
+    """Whole tensors in CPU memory on rank 0, an empty dict on the others. Every rank must call it. Tied tensors appear
+    once.
+    """
     state: dict[str, Tensor] = {}
     for name, parameter in hf.named_parameters():  # tied parameters are listed once
         with gathered([parameter], zero3):
@@ -33,7 +35,9 @@ def full_state_dict(hf: PreTrainedModel, zero3: bool) -> dict[str, Tensor]:
 
 
 def merge_adapters(state: dict[str, Tensor], hf: PreTrainedModel) -> dict[str, Tensor]:
-    """LoRA folded into the weights, W + scale * B A, with the names of the model without adapters. The input is left as it is."""
+    """LoRA folded into the weights, W + scale * B A, with the names of the model without adapters. The input is left as
+    it is.
+    """
     merged: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if ".lora_" in name:
@@ -50,21 +54,30 @@ def merge_adapters(state: dict[str, Tensor], hf: PreTrainedModel) -> dict[str, T
     return merged
 
 
-def export(model: PolicyModel | RewardModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, zero3: bool) -> None:
-    """Writes weights (safetensors), config, generation config and tokenizer. Every rank must call it; it returns when all is written.
+def export(
+    model: PolicyModel | RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    zero3: bool,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes weights (safetensors), config, generation config and tokenizer. Every rank must call it; it returns when
+    all is written.
 
-    The folder appears whole or not at all: it is written beside its place and renamed.
+    `state` replaces the model's own weights (an average of them). All files are written aside first and then moved into
+    `folder`, which may hold other files (the run's logs).
     """
     hf, folder = model.hf, Path(folder)
-    state = merge_adapters(full_state_dict(hf, zero3), hf)
+    state = merge_adapters(full_state_dict(hf, zero3) if state is None else state, hf)
     if is_main():
-        partial = folder.with_name(folder.name + ".partial")
-        plain = _without_adapters(hf)
-        plain.save_pretrained(partial, state_dict=state)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".partial"
+        _without_adapters(hf).save_pretrained(partial, state_dict=state)
         if isinstance(model, PolicyModel):
             model.own_generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        _replace(partial, folder)
+        _move_files(partial, folder)
     barrier()
 
 
@@ -77,15 +90,18 @@ def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _replace(source: Path, target: Path) -> None:
-    """Moves the folder `source` to `target`, putting aside and then removing what was there."""
-    import shutil
-
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        target.rename(old)
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _move_files(source: Path, target: Path) -> None:
+    """Moves every file of `source` into `target`; weight files of an earlier export that the new one does not have go
+    away.
+    """
+    new = {path.name for path in source.iterdir()}
+    for path in source.iterdir():
+        path.replace(target / path.name)
+    source.rmdir()
+    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+        for path in target.glob(pattern):
+            if path.name not in new:
+                path.unlink()
 
 
 def note(folder: str | Path, name: str, values: dict) -> None:

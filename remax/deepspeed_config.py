@@ -34,8 +34,8 @@ class EngineConfig:
 def _common(config: EngineConfig) -> dict:
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        # The loss is normalised by its own global denominator, and the engine wrapper says which micro-batch is the last, so
-        # DeepSpeed must neither divide by a number of steps nor count to one.
+        # The loss is normalised by its own global denominator, and the engine wrapper says which micro-batch is the
+        # last, so DeepSpeed must neither divide by a number of steps nor count to one.
         "gradient_accumulation_steps": 1,
         "steps_per_print": 10**9,
         "bf16": {"enabled": config.dtype == "bf16"},
@@ -58,7 +58,10 @@ def training_config(config: EngineConfig) -> dict:
     """For a trained model."""
     zero: dict = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
     if config.zero_stage >= 1:
-        zero["offload_optimizer"] = {"device": "cpu" if config.offload else "none", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {
+            "device": "cpu" if config.offload else "none",
+            "pin_memory": torch.cuda.is_available(),
+        }
     if config.zero_stage == 3:
         zero |= _zero3(config.offload_parameters)
     return _common(config) | {

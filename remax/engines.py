@@ -1,7 +1,9 @@
-"""Actor, reference, reward and critic: thin wrappers round DeepSpeed engines that speak in sequences, log-probs and scores.
+"""Actor, reference, reward and critic: thin wrappers round DeepSpeed engines that speak in sequences, log-probs and
+scores.
 
-The algorithm above them knows no DeepSpeed, and these know no algorithm. A trained model is always a DeepSpeed engine. A frozen one at
-ZeRO-0 is a plain module on the device (an engine would add nothing), at ZeRO-3 a DeepSpeed inference engine.
+The algorithm above them knows no DeepSpeed, and these know no algorithm. A trained model is always a DeepSpeed engine.
+A frozen one at ZeRO-0 is a plain module on the device (an engine would add nothing), at ZeRO-3 a DeepSpeed inference
+engine.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from utils.distributed import device, world_size
 def loading(config: EngineConfig) -> Iterator[None]:
     """Hugging Face models loaded inside are partitioned over the ranks as they are read when `config` is ZeRO-3.
 
-    transformers keeps that switch process-wide. It is dropped on leaving, so that the next model loads by its own configuration.
+    transformers keeps that switch process-wide. It is dropped on leaving, so that the next model loads by its own
+    configuration.
     """
     if config.zero_stage != 3:
         yield
@@ -59,7 +62,9 @@ class OptimizerConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) -> torch.optim.Optimizer:
-    """DeepSpeed's CPU Adam when the optimizer states live in CPU memory, else torch's AdamW (fused on a GPU), which needs no compiler."""
+    """DeepSpeed's CPU Adam when the optimizer states live in CPU memory, else torch's AdamW (fused on a GPU), which
+    needs no compiler.
+    """
     groups = optimizer_groups(model, config.weight_decay, config.lora_learning_rate)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -70,7 +75,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step reports: learning rate used, gradient norm before clipping, and whether fp16 overflow skipped it."""
+    """What an optimizer step reports: learning rate used, gradient norm before clipping, and whether fp16 overflow
+    skipped it.
+    """
 
     learning_rate: float
     grad_norm: float
@@ -78,7 +85,9 @@ class StepResult:
 
 
 class TrainedEngine:
-    """A model that learns. The loss given to `backward` is this rank's share of one global objective: the ranks' shares add up to it."""
+    """A model that learns. The loss given to `backward` is this rank's share of one global objective: the ranks' shares
+    add up to it.
+    """
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig):
         import deepspeed
@@ -101,8 +110,9 @@ class TrainedEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulates the gradient of `loss`, a scalar; `last` on the micro-batch before `step`.
 
-        DeepSpeed averages gradients over the ranks; times the number of ranks makes that the sum. It must know which micro-batch is the
-        last, since at ZeRO-1 and 2 it reduces inside backward and would otherwise keep the last micro-batch's gradient only.
+        DeepSpeed averages gradients over the ranks; times the number of ranks makes that the sum. It must know which
+        micro-batch is the last, since at ZeRO-1 and 2 it reduces inside backward and would otherwise keep the last
+        micro-batch's gradient only.
         """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * world_size())
@@ -113,10 +123,14 @@ class TrainedEngine:
         norm = self._grad_norm_without_zero() if self.config.zero_stage == 0 and self.config.dtype == "fp32" else None
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return StepResult(float(rate), float(norm) if norm is not None else math.nan, not self.engine.was_step_applied())
+        return StepResult(
+            float(rate), float(norm) if norm is not None else math.nan, not self.engine.was_step_applied()
+        )
 
     def _grad_norm_without_zero(self) -> float:
-        """At ZeRO-0 in fp32 the gradients are whole on each rank, and DeepSpeed clips them without telling their norm."""
+        """At ZeRO-0 in fp32 the gradients are whole on each rank, and DeepSpeed clips them without telling their
+        norm.
+        """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
 
@@ -130,7 +144,9 @@ class FrozenEngine:
         if config.zero_stage == 3:
             import deepspeed
 
-            self.engine, *_ = deepspeed.initialize(model=model, config=inference_config(config), dist_init_required=False)
+            self.engine, *_ = deepspeed.initialize(
+                model=model, config=inference_config(config), dist_init_required=False
+            )
             self.engine.eval()
             self.model: nn.Module = self.engine.module
         else:
@@ -142,7 +158,9 @@ class FrozenEngine:
 
 
 def _chunks(sequences: Sequences, chunk_size: int, same_on_all_ranks: bool) -> int:
-    """Pieces of at most `chunk_size` answer tokens; the largest number among the ranks where they must call the head equally often."""
+    """Pieces of at most `chunk_size` answer tokens; the largest number among the ranks where they must call the head
+    equally often.
+    """
     chunks = torch.ceil(sequences.answer_lengths.sum() / chunk_size).long().clamp(min=1).to(device())
     if same_on_all_ranks and world_size() > 1:
         dist.all_reduce(chunks, op=dist.ReduceOp.MAX)
@@ -150,7 +168,9 @@ def _chunks(sequences: Sequences, chunk_size: int, same_on_all_ranks: bool) -> i
 
 
 @torch.no_grad()
-def _frozen_logprobs(engine: FrozenEngine | TrainedEngine, sequences: Sequences, sampling: Sampling, chunk_size: int) -> Tensor:
+def _frozen_logprobs(
+    engine: FrozenEngine | TrainedEngine, sequences: Sequences, sampling: Sampling, chunk_size: int
+) -> Tensor:
     chunks = _chunks(sequences, chunk_size, engine.zero3)
     with evaluating(engine.model):
         return engine.engine(sequences, chunks=chunks, sampling=sampling)[0]
@@ -172,7 +192,9 @@ class Actor(TrainedEngine):
         chunk_size: int = 1024,
         gather_for_generation: bool = True,
     ):
-        """`sampling`: the distribution that log-probs are evaluated in: the sampling distribution, or the plain softmax."""
+        """`sampling`: the distribution that log-probs are evaluated in: the sampling distribution, or the plain
+        softmax.
+        """
         super().__init__(model, config, optimizer)
         self.generation, self.sampling, self.chunk_size = generation, sampling, chunk_size
         self.gather_for_generation = gather_for_generation
@@ -182,7 +204,11 @@ class Actor(TrainedEngine):
         """Which code generates, for the log."""
         how = ""
         if self.zero3:
-            how = ", ZeRO-3 parameters gathered once per rollout" if self.gather_for_generation else ", ZeRO-3 ranks in step"
+            how = (
+                ", ZeRO-3 parameters gathered once per rollout"
+                if self.gather_for_generation
+                else ", ZeRO-3 ranks in step"
+            )
         decodes = "two decodes" if self.generation.two_pass else "one decode for sampled and greedy rows"
         return f"transformers generate ({decodes}{how})"
 
@@ -190,7 +216,8 @@ class Actor(TrainedEngine):
     def generating(self) -> Iterator[bool]:
         """Inside, `self.model.hf.generate` may be called many times; yields whether it needs `synced_gpus`.
 
-        Under ZeRO-3 the parameters are gathered and DeepSpeed's hooks taken off meanwhile: gathering alone gains nothing.
+        Under ZeRO-3 the parameters are gathered and DeepSpeed's hooks taken off meanwhile: gathering alone gains
+        nothing.
         """
         with evaluating(self.model):
             if self.zero3 and self.gather_for_generation:
@@ -201,7 +228,9 @@ class Actor(TrainedEngine):
             else:
                 yield self.zero3
 
-    def rollout(self, prompts: Prompts, *, samples: int = 1, greedy: bool = True) -> tuple[Sequences | None, Sequences | None]:
+    def rollout(
+        self, prompts: Prompts, *, samples: int = 1, greedy: bool = True
+    ) -> tuple[Sequences | None, Sequences | None]:
         """Sampled answers (`samples` adjacent rows per prompt) and greedy ones, see `remax.rollout`."""
         with self.generating() as synced:
             return rollout(
@@ -213,6 +242,7 @@ class Actor(TrainedEngine):
         sequences: Sequences,
         *,
         entropy: bool = False,
+        stats_grad: bool = False,
         reference_hidden: Tensor | None = None,
         reference_head: Head | None = None,
     ) -> PolicyOutput:
@@ -222,6 +252,7 @@ class Actor(TrainedEngine):
             chunks=_chunks(sequences, self.chunk_size, self.zero3),
             sampling=self.sampling,
             entropy=entropy,
+            stats_grad=stats_grad,
             reference_hidden=reference_hidden,
             reference_head=reference_head,
         )
@@ -237,9 +268,12 @@ class Reference(FrozenEngine):
 
     model: PolicyModel
 
-    def __init__(self, model: PolicyModel, config: EngineConfig, *, sampling: Sampling = Sampling(), chunk_size: int = 1024):  # noqa: B008
+    def __init__(
+        self, model: PolicyModel, config: EngineConfig, *, sampling: Sampling = Sampling(), chunk_size: int = 1024
+    ):  # noqa: B008
         super().__init__(model, config)
-        # The reference needs support wherever the policy has some, so it is tempered like the policy but never truncated.
+        # The reference needs support wherever the policy has some, so it is tempered like the policy but never
+        # truncated.
         self.sampling, self.chunk_size = sampling.without_truncation(), chunk_size
 
     def logprobs(self, sequences: Sequences) -> Tensor:
@@ -253,7 +287,9 @@ class Reference(FrozenEngine):
 
     @torch.no_grad()
     def head(self) -> Head:
-        """The output embedding as a plain function, with a whole copy of its weight on this rank (V * H numbers) at any ZeRO stage."""
+        """The output embedding as a plain function, with a whole copy of its weight on this rank (V * H numbers) at any
+        ZeRO stage.
+        """
         layer = self.model.hf.get_output_embeddings()
         with gathered(layer.parameters(), self.zero3):
             weight = layer.weight.detach().clone()
@@ -296,4 +332,3 @@ def gathered(parameters: Iterable[nn.Parameter], zero3: bool) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(parameters)):
         yield
-

@@ -1,7 +1,8 @@
 """Log-probs, entropy and KL of answer tokens, in chunks: the full-vocabulary tensor of a batch never exists.
 
-A batch of B answers of A tokens over V words would make logits of B*A*V numbers, six times over in a naive loss. Here the head is
-applied to `chunk` tokens at a time and each chunk is computed again in the backward pass, so the peak is chunk*V.
+A batch of B answers of A tokens over V words would make logits of B*A*V numbers, six times over in a naive loss. Here
+the head is applied to `chunk` tokens at a time and each chunk is computed again in the backward pass, so the peak is
+chunk*V.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Head = Callable[[Tensor], Tensor]  # (n, H) hidden states -> (n, V) logits
 
 @dataclass(frozen=True)
 class Sampling:
-    """The distribution answers are drawn from: temperature, then top_k (0: all), then top_p, as in Hugging Face `generate`."""
+    """The distribution answers are drawn from: temperature, then top_k (0: all), then top_p, as in Hugging Face
+    `generate`.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -29,14 +32,17 @@ class Sampling:
         return self.top_p < 1.0 or self.top_k > 0
 
     def without_truncation(self) -> Sampling:
-        """The same temperature over the whole vocabulary: what a reference, which needs full support, is evaluated with."""
+        """The same temperature over the whole vocabulary: what a reference, which needs full support, is evaluated
+        with.
+        """
         return Sampling(self.temperature)
 
     def apply(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(n, V) logits of the model, (n,) drawn tokens -> (n, V) logits of the sampling distribution, -inf outside the kept set.
+        """(n, V) logits of the model, (n,) drawn tokens -> (n, V) logits of the sampling distribution, -inf outside the
+        kept set.
 
-        A drawn token is always kept. Generation and training round differently, so a token at the edge of the kept set can fall out
-        of it on replay; it was drawn, so its probability was not zero.
+        A drawn token is always kept. Generation and training round differently, so a token at the edge of the kept set
+        can fall out of it on replay; it was drawn, so its probability was not zero.
         """
         if self.temperature != 1.0:
             logits = logits / self.temperature
@@ -58,8 +64,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """Per answer token, all (B, A), padding columns 0: log-probs of the given tokens (with grad), entropy of the distribution they
-    were evaluated in, and KL(policy || reference) over the whole vocabulary, where asked for."""
+    """Per answer token, all (B, A), padding columns 0: log-probs of the given tokens (with grad), entropy of the
+    distribution they were evaluated in, and KL(policy || reference) over the whole vocabulary, where asked for.
+    """
 
     logprobs: Tensor
     entropy: Tensor | None = None
@@ -67,11 +74,18 @@ class PolicyOutput:
 
 
 def chunk_stats(
-    logits: Tensor, targets: Tensor, sampling: Sampling, entropy: bool, reference_logits: Tensor | None
+    logits: Tensor,
+    targets: Tensor,
+    sampling: Sampling,
+    entropy: bool,
+    reference_logits: Tensor | None,
+    stats_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, V) logits, (n,) targets -> (n,) log-prob of the target, (n,) entropy, (n,) KL to the reference's distribution.
+    """(n, V) logits, (n,) targets -> (n,) log-prob of the target, (n,) entropy, (n,) KL to the reference's
+    distribution.
 
     logp = z_y - logsumexp(z);  H = -sum_v p_v log p_v;  KL = sum_v p_v (log p_v - log q_v). In float32 or wider.
+    `stats_grad`: entropy and KL carry a gradient too, which keeps (n, V) tensors for the backward pass.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -81,14 +95,15 @@ def chunk_stats(
     zero = torch.zeros_like(logprob)
     if not entropy and reference_logits is None:
         return logprob, zero, zero
-    logp = logits - normaliser[:, None]
-    p = logp.exp()
-    logp = logp.masked_fill(p == 0, 0.0)  # 0 * log 0 = 0
-    h = -(p * logp).sum(-1) if entropy else zero
-    if reference_logits is None:
-        return logprob, h, zero
-    logq = sampling.without_truncation().apply(reference_logits.to(logits.dtype), targets).log_softmax(-1)
-    return logprob, h, (p * (logp - logq)).sum(-1)
+    with torch.set_grad_enabled(stats_grad and torch.is_grad_enabled()):
+        logp = logits - normaliser[:, None]
+        p = logp.exp()
+        logp = logp.masked_fill(p == 0, 0.0)  # 0 * log 0 = 0
+        h = -(p * logp).sum(-1) if entropy else zero
+        if reference_logits is None:
+            return logprob, h, zero
+        logq = sampling.without_truncation().apply(reference_logits.to(logits.dtype), targets).log_softmax(-1)
+        return logprob, h, (p * (logp - logq)).sum(-1)
 
 
 def token_stats(
@@ -99,19 +114,21 @@ def token_stats(
     chunks: int = 1,
     sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
     entropy: bool = False,
+    stats_grad: bool = False,
     reference_hidden: Tensor | None = None,
     reference_head: Head | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N, H) hidden states and (N,) target ids -> log-probs, entropy, KL, each (N,), computed in `chunks` pieces.
 
-    With more than one piece each is recomputed in the backward pass. The number of pieces is the caller's, because under ZeRO-3 each
-    call of the head gathers its weight over all ranks: every rank must call it equally often. Rows are added where N < chunks.
+    With more than one piece each is recomputed in the backward pass. The number of pieces is the caller's, because
+    under ZeRO-3 each call of the head gathers its weight over all ranks: every rank must call it equally often. Rows
+    are added where N < chunks.
     """
 
     def piece(h: Tensor, y: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             reference_logits = reference_head(ref) if ref is not None else None
-        return chunk_stats(head(h), y, sampling, entropy, reference_logits)
+        return chunk_stats(head(h), y, sampling, entropy, reference_logits, stats_grad)
 
     n = len(targets)
     if chunks == 1:

@@ -1,7 +1,7 @@
 """Hugging Face models as this project uses them: loading, dropout, adapters, and the policy's per-token forward.
 
-`PolicyModel` and `reward_model.RewardModel` are what DeepSpeed wraps: their forward is one call that returns only small tensors, so the
-ZeRO-3 hooks see one ordinary forward and the full-vocabulary logits never leave it.
+`PolicyModel` and `reward_model.RewardModel` are what DeepSpeed wraps: their forward is one call that returns only small
+tensors, so the ZeRO-3 hooks see one ordinary forward and the full-vocabulary logits never leave it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.logprobs import Head, Sampling, token_stats
 from remax.sequences import Sequences
 from utils.run import UserError
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notes of transformers and datasets off: every rank would print them, for every model."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) -> PreTrainedConfig:
@@ -37,8 +47,17 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
     return config
 
 
+def check_length(config: PreTrainedConfig, tokens: int, flags: str) -> None:
+    """Refuses sequences longer than the model has positions for, where it says how many that is."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(f"{flags}: {tokens} tokens, but the model has {positions} positions; lower it")
+
+
 def zero_dropout(config: PreTrainedConfig) -> None:
-    """Every dropout rate of the configuration to 0. Families name them differently: OPT `dropout`, GPT-2 `resid_pdrop`, ..."""
+    """Every dropout rate of the configuration to 0. Families name them differently: OPT `dropout`, GPT-2 `resid_pdrop`,
+    ...
+    """
     for name, value in list(config.to_dict().items()):
         if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
             setattr(config, name, 0.0)
@@ -55,8 +74,9 @@ def from_pretrained(auto_class: type, name_or_path: str, flag: str, **kwargs) ->
 def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos: int | None) -> GenerationConfig:
     """The folder's own generation config, kept for the export; `hf` itself gets a neutral one.
 
-    A model's generation_config.json may set top_k, temperature or a repetition penalty. Those would change the distribution answers are
-    drawn from behind our back, so rollouts start from a neutral configuration that knows the special tokens only.
+    A model's generation_config.json may set top_k, temperature or a repetition penalty. Those would change the
+    distribution answers are drawn from behind our back, so rollouts start from a neutral configuration that knows the
+    special tokens only.
     """
     own = hf.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer_eos
@@ -64,8 +84,12 @@ def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos
     if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
         eos_ids.append(tokenizer_eos)
     if not eos_ids:
-        raise UserError(f"{name_or_path}: neither the tokenizer nor the generation config names an EOS token, so no answer could end")
-    hf.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=eos_ids, pad_token_id=own.pad_token_id)
+        raise UserError(
+            f"{name_or_path}: neither the tokenizer nor the generation config names an EOS token, so no answer could end"
+        )
+    hf.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=eos_ids, pad_token_id=own.pad_token_id
+    )
     own.eos_token_id = eos_ids if len(eos_ids) > 1 else eos_ids[0]
     return own
 
@@ -94,7 +118,9 @@ class PolicyModel(nn.Module):
         return logits
 
     def hidden(self, sequences: Sequences) -> Tensor:
-        """(B, A, H) last hidden states at the positions that predict the answer tokens. No attention mask: see `sequences`."""
+        """(B, A, H) last hidden states at the positions that predict the answer tokens. No attention mask: see
+        `sequences`.
+        """
         states = self.hf.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
         return sequences.predictors(states)
 
@@ -104,6 +130,7 @@ class PolicyModel(nn.Module):
         chunks: int = 1,
         sampling: Sampling | None = None,
         entropy: bool = False,
+        stats_grad: bool = False,
         reference_hidden: Tensor | None = None,
         reference_head: Head | None = None,
         hidden_only: bool = False,
@@ -122,6 +149,7 @@ class PolicyModel(nn.Module):
             chunks=chunks,
             sampling=sampling or Sampling(),
             entropy=entropy,
+            stats_grad=stats_grad,
             reference_hidden=None if reference_hidden is None else reference_hidden[mask],
             reference_head=reference_head,
         )
@@ -133,7 +161,7 @@ def load_policy(
     flag: str,
     *,
     dtype: torch.dtype,
-    tokenizer_eos: int | None,
+    tokenizer: PreTrainedTokenizerBase,
     disable_dropout: bool = True,
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
@@ -142,7 +170,12 @@ def load_policy(
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, config=config, dtype=dtype, **extra)
-    own = read_generation_config(name_or_path, hf, tokenizer_eos)
+    if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"{flag}: the tokenizer of {name_or_path} has {len(tokenizer)} tokens, the model only embeds "
+            f"{hf.get_input_embeddings().num_embeddings}; resize the model's embeddings, or use its own tokenizer"
+        )
+    own = read_generation_config(name_or_path, hf, tokenizer.eos_token_id)
     prepare_training(hf, gradient_checkpointing)
     return PolicyModel(hf, own)
 
@@ -155,7 +188,8 @@ def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:
 def add_lora(hf: PreTrainedModel, dim: int, module_name: str, only_lora: bool, flag: str) -> None:
     """peft LoRA adapters of rank `dim`, scale 1, on every linear layer whose name contains `module_name`.
 
-    With `only_lora` everything else is frozen; otherwise the whole model trains together with its adapters, as in DeepSpeed-Chat.
+    With `only_lora` everything else is frozen; otherwise the whole model trains together with its adapters, as in
+    DeepSpeed-Chat.
     Raises UserError when no layer has that name: adapters that train nothing must not pass for training.
     """
     from peft import LoraConfig
@@ -164,14 +198,18 @@ def add_lora(hf: PreTrainedModel, dim: int, module_name: str, only_lora: bool, f
     linear = [name for name, module in hf.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     targets = [name for name in linear if module_name in name and not name.endswith(("lm_head", "score"))]
     if not targets:
-        raise UserError(f"{flag} {module_name!r} is part of no linear layer's name in this model; its layers are named like {linear[0]!r}")
+        raise UserError(
+            f"{flag} {module_name!r} is part of no linear layer's name in this model; its layers are named like {linear[0]!r}"
+        )
     hf.add_adapter(LoraConfig(r=dim, lora_alpha=dim, target_modules=targets))
     for name, parameter in hf.named_parameters():
         parameter.requires_grad = not only_lora or "lora_" in name or name.startswith("score.")
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float, lora_learning_rate: float | None = None) -> list[dict]:
-    """Parameter groups: no weight decay on biases and normalisation (1-dimensional weights); adapters at their own learning rate."""
+    """Parameter groups: no weight decay on biases and normalisation (1-dimensional weights); adapters at their own
+    learning rate.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,8 +1,9 @@
 """The reward model: a backbone and a scalar head, read at each sequence's last token.
 
-It is Hugging Face's own `AutoModelForSequenceClassification` with one label, so that what step 2 saves loads in plain transformers, and
-any such model from elsewhere serves in step 3. The score is read at the row's end by its length. Plain transformers reads it at the last
-token that differs from `config.pad_token_id`: the same place as long as pad differs from EOS, which `prepare_pad_token` sees to.
+It is Hugging Face's own `AutoModelForSequenceClassification` with one label, so that what step 2 saves loads in plain
+transformers, and any such model from elsewhere serves in step 3. The score is read at the row's end by its length.
+Plain transformers reads it at the last token that differs from `config.pad_token_id`: the same place as long as pad
+differs from EOS, which `prepare_pad_token` sees to.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class RewardModel(nn.Module):
         self.hf = hf
 
     def forward(self, sequences: Sequences, every_token: bool = False) -> Tensor:
-        """(B,) float32 score at each row's last token; with `every_token` (B, A) values at the positions before each answer token."""
+        """(B,) float32 score at each row's last token; with `every_token` (B, A) values at the positions before each
+        answer token.
+        """
         states = self.hf.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
         if every_token:
             return self.hf.score(sequences.predictors(states)).squeeze(-1).float() * sequences.answer_mask
@@ -36,7 +39,9 @@ class RewardModel(nn.Module):
 
 
 def prepare_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Gives the tokenizer a pad token of its own where pad is EOS; True when a token was added (the model then needs one more row)."""
+    """Gives the tokenizer a pad token of its own where pad is EOS; True when a token was added (the model then needs
+    one more row).
+    """
     if distinct_pad(tokenizer):
         return False
     vocabulary = tokenizer.get_vocab()
@@ -57,25 +62,39 @@ def load_reward_model(
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
 ) -> RewardModel:
-    """A sequence classifier with one label. `new_head`: the head may be missing (a language model as backbone) and starts fresh.
+    """A sequence classifier with one label. `new_head`: the head may be missing (a language model as backbone) and
+    starts fresh.
 
-    Raises UserError when the architecture has no `score` head, when a finished reward model lacks its head's weights, or when it has
-    more labels than one.
+    Raises UserError when the architecture has no `score` head, when a finished reward model lacks its head's weights,
+    or when it has more labels than one.
     """
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     if new_head:
         config.num_labels = 1
     elif config.num_labels != 1:
-        raise UserError(f"{flag}: {name_or_path} has {config.num_labels} labels; expected a reward model with one score")
+        raise UserError(
+            f"{flag}: {name_or_path} has {config.num_labels} labels; expected a reward model with one score"
+        )
     config.pad_token_id = tokenizer.pad_token_id
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    hf, report = from_pretrained(AutoModelForSequenceClassification, name_or_path, flag, config=config, dtype=dtype, **extra)
+    hf, report = from_pretrained(
+        AutoModelForSequenceClassification, name_or_path, flag, config=config, dtype=dtype, **extra
+    )
     if not hasattr(hf, "score"):
-        raise UserError(f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral or Qwen")
+        raise UserError(
+            f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral or Qwen"
+        )
     missing = [key for key in report["missing_keys"] if key.startswith("score.")]
     if missing and not new_head:
-        raise UserError(f"{flag}: {name_or_path} has no weights for its score head; expected a reward model, as step 2 saves it")
+        raise UserError(
+            f"{flag}: {name_or_path} has no weights for its score head; expected a reward model, as step 2 saves it"
+        )
     if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     prepare_training(hf, gradient_checkpointing)
     return RewardModel(hf)
+
+
+def store_score_statistics(model: RewardModel, figures: dict[str, float]) -> None:
+    """Keeps mean and spread of the held-out scores in the model's config, so that a score can be read as large or small."""
+    model.hf.config.score_mean, model.hf.config.score_std = figures["score_mean"], figures["score_std"]

@@ -1,7 +1,8 @@
 """Answers from a policy: sampled and greedy rows in one decode.
 
-The rows of a decode are the prompts to sample from, then the same prompts again for their greedy answers, where a logits processor
-leaves only the most probable token. Each step of the decode then serves both, while two decodes would pay for the steps twice.
+The rows of a decode are the prompts to sample from, then the same prompts again for their greedy answers, where a
+logits processor leaves only the most probable token. Each step of the decode then serves both, while two decodes would
+pay for the steps twice.
 Generation is Hugging Face `generate`, with every setting explicit: it would apply top_k=50 by itself.
 """
 
@@ -19,7 +20,8 @@ from remax.sequences import Prompts, Sequences
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """max_new_tokens: longest answer, in tokens.   max_greedy_tokens: longest greedy answer, 0 for the same (ReMax-fast caps it).
+    """max_new_tokens: longest answer, in tokens.   max_greedy_tokens: longest greedy answer, 0 for the same (ReMax-fast
+    caps it).
     two_pass: two decodes instead of one (faster for large batches of small models).
     """
 
@@ -35,7 +37,9 @@ class GenerationSettings:
 
 
 class GreedyRows(LogitsProcessor):
-    """Leaves only the argmax in the rows from `first` on, and ends them (EOS) after `cap` tokens so that they cost nothing further."""
+    """Leaves only the argmax in the rows from `first` on, and ends them (EOS) after `cap` tokens so that they cost
+    nothing further.
+    """
 
     def __init__(self, first: int, prompt_width: int, cap: int, eos_id: int):
         self.first, self.last_column, self.eos_id = first, prompt_width + cap, eos_id
@@ -58,7 +62,8 @@ def rollout(
     greedy: bool = True,
     synced_gpus: bool = False,
 ) -> tuple[Sequences | None, Sequences | None]:
-    """`samples` sampled answers per prompt (adjacent rows) and one greedy answer -> (B * samples rows or None, B rows or None).
+    """`samples` sampled answers per prompt (adjacent rows) and one greedy answer -> (B * samples rows or None, B rows
+    or None).
 
     The model must be in eval mode. `synced_gpus`: the ranks decode in step (ZeRO-3 without gathered parameters).
     """
@@ -83,7 +88,9 @@ def rollout(
 
 
 @torch.no_grad()
-def _decode(model: PreTrainedModel, rows: Prompts, settings: GenerationSettings, first_greedy: int, synced_gpus: bool) -> Tensor:
+def _decode(
+    model: PreTrainedModel, rows: Prompts, settings: GenerationSettings, first_greedy: int, synced_gpus: bool
+) -> Tensor:
     """(rows, A) generated ids; rows from `first_greedy` on are greedy."""
     eos_ids = model.generation_config.eos_token_id
     sampling = settings.sampling

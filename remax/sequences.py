@@ -1,9 +1,10 @@
 """Typed batches of token ids; every mask, alignment and off-by-one of the project lives here.
 
-Layout. A `Sequences` row holds its prompt and then its answer from column 0 on, and padding only behind them. So positions count from
-zero in every model family, a causal model needs no attention mask, and a batch can be cut to its longest row. Per-token tensors of an
-answer have shape (B, A), column j belonging to answer token j, and the padding behind a short answer. Left padding exists only in
-`Prompts`, because generation needs all prompts to end in the same column.
+Layout. A `Sequences` row holds its prompt and then its answer from column 0 on, and padding only behind them. So
+positions count from zero in every model family, a causal model needs no attention mask, and a batch can be cut to its
+longest row. Per-token tensors of an answer have shape (B, A), column j belonging to answer token j, and the padding
+behind a short answer. Left padding exists only in `Prompts`, because generation needs all prompts to end in the same
+column.
 
 All masks come from lengths, never from `ids != pad`: the pad token may be EOS, and EOS may stand inside a prompt.
 """
@@ -97,7 +98,9 @@ class Sequences:
         return length_mask(self.answer_lengths, self.answer_width)
 
     def answer(self, values: Tensor) -> Tensor:
-        """(B, T, ...) per-token values -> (B, A, ...) of the answer tokens; columns behind an answer repeat some valid token."""
+        """(B, T, ...) per-token values -> (B, A, ...) of the answer tokens; columns behind an answer repeat some valid
+        token.
+        """
         columns = self.prompt_lengths[:, None] + torch.arange(self.answer_width, device=values.device)  # (B, A)
         return self._gather(values, columns)
 
@@ -130,15 +133,19 @@ class Sequences:
 
     @classmethod
     def from_batch(cls, batch: dict[str, Tensor], prefix: str = "") -> Sequences:
-        """From a loader's batch: `input_ids` and `lengths` (or `chosen_ids`, `chosen_lengths`), and `prompt_lengths`."""
+        """From a loader's batch: `input_ids` and `lengths` (or `chosen_ids`, `chosen_lengths`), and
+        `prompt_lengths`.
+        """
         ids, lengths = (f"{prefix}_ids", f"{prefix}_lengths") if prefix else ("input_ids", "lengths")
         return cls(batch[ids], batch["prompt_lengths"], batch[lengths] - batch["prompt_lengths"])
 
     @classmethod
     def from_generation(cls, prompts: Prompts, answers: Tensor, eos_ids: Sequence[int], pad_id: int) -> Sequences:
-        """`answers`: (B, A) ids as generated. An answer ends with its first EOS, which belongs to it; without one it takes all of A.
+        """`answers`: (B, A) ids as generated. An answer ends with its first EOS, which belongs to it; without one it
+        takes all of A.
 
-        A row of the result is the prompt without its left padding, then the answer without what was generated behind EOS.
+        A row of the result is the prompt without its left padding, then the answer without what was generated behind
+        EOS.
         """
         is_eos = torch.isin(answers, torch.tensor(list(eos_ids), device=answers.device))
         before_or_at_first_eos = (is_eos.cumsum(1) - is_eos.long()) == 0  # (B, A)
@@ -153,7 +160,10 @@ class Sequences:
     @classmethod
     def concatenate(cls, parts: Sequence[Sequences], pad_id: int) -> Sequences:
         width = max(part.input_ids.shape[1] for part in parts)
-        ids = [torch.nn.functional.pad(part.input_ids, (0, width - part.input_ids.shape[1]), value=pad_id) for part in parts]
+        ids = [
+            torch.nn.functional.pad(part.input_ids, (0, width - part.input_ids.shape[1]), value=pad_id)
+            for part in parts
+        ]
         return cls(
             torch.cat(ids),
             torch.cat([part.prompt_lengths for part in parts]),
@@ -167,8 +177,8 @@ class Rollout:
 
     rewards: (B,) reward model's score of the answer.   baseline: (B,) reward of the greedy answer to the same prompt.
     reference_logprobs, old_logprobs: (B, A) log-probs under the frozen reference, and under the policy that sampled.
-    values: (B, A) the critic's estimates before each answer token.   advantages, returns: (B, A), or advantages (B, 1) when equal
-    for all tokens of an answer.
+    values: (B, A) the critic's estimates before each answer token.   advantages, returns: (B, A), or advantages (B, 1)
+    when equal for all tokens of an answer.
     """
 
     sequences: Sequences
