@@ -1,0 +1,174 @@
+"""Figures on held-out data, reduced over ranks: perplexity, ranking accuracy, and the policy's reward, KL, entropy and
+length.
+
+Every function returns the same numbers on every rank, whatever their number: sums and counts are reduced, never means
+of means, and the rows that fill up a rank's last batch carry weight 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from remax.engines import Actor, Reference, Reward, TrainedReward
+from remax.modeling import evaluating
+from remax.sequences import Prompts, Sequences
+from utils.distributed import device, gather_objects, sum_across_ranks
+
+Batch = dict[str, Tensor]  # a loader's batch; prompts also carry their text, a list
+
+
+class First:
+    """The first `limit` batches of a loader, every time it is iterated; all of them when 0."""
+
+    def __init__(self, loader: Iterable[Batch], limit: int):
+        self.loader, self.limit = loader, limit
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(self.loader, self.limit or None)
+
+
+def to_device(batch: Batch) -> Batch:
+    return {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def pair_scores(engine: TrainedReward, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(B,) scores of the chosen and of the rejected answers, from one forward over 2B rows."""
+    chosen, rejected = Sequences.from_batch(batch, "chosen"), Sequences.from_batch(batch, "rejected")
+    both = Sequences.concatenate([chosen, rejected], pad_id=0)  # what stands behind a row's end is never read
+    scores = engine.score(both)
+    return scores[: len(chosen)], scores[len(chosen) :]
+
+
+@torch.no_grad()
+def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
+    """exp of the mean negative log-likelihood per answer token, EOS included, and that mean as `loss` (nats per
+    token).
+    """
+    sums = {"nll": torch.zeros((), dtype=torch.float64, device=device()), "tokens": 0.0}
+    with evaluating(actor.model):
+        for batch in map(to_device, loader):
+            sequences = Sequences.from_batch(batch)
+            weight = batch["weight"][:, None] * sequences.answer_mask  # (B, A)
+            sums["nll"] -= (actor.logprobs(sequences).logprobs * weight).sum().double()
+            sums["tokens"] += float(weight.sum())
+    total = sum_across_ranks(sums)
+    loss = total["nll"] / max(total["tokens"], 1.0)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+@torch.no_grad()
+def ranking_accuracy(reward: TrainedReward, loader: Iterable[Batch]) -> dict[str, float]:
+    """Share of pairs with the chosen answer's score above the rejected one's (a tie counts half), mean scores and
+    margin.
+
+    `longer_wins` is what "the longer answer is the better one" would reach on the same pairs: an accuracy near it may
+    be length alone.
+    """
+    sums = dict.fromkeys(("pairs", "accuracy", "chosen", "rejected", "squares", "longer"), 0.0)
+    with evaluating(reward.model):
+        for batch in map(to_device, loader):
+            chosen, rejected = pair_scores(reward, batch)  # (B,)
+            weight = batch["weight"]
+            longer = (batch["chosen_lengths"] - batch["rejected_lengths"]).sign()
+            sums["pairs"] += float(weight.sum())
+            sums["accuracy"] += float((weight * (0.5 + 0.5 * (chosen - rejected).sign())).sum())
+            sums["longer"] += float((weight * (0.5 + 0.5 * longer)).sum())
+            sums["chosen"] += float((weight * chosen).sum())
+            sums["rejected"] += float((weight * rejected).sum())
+            sums["squares"] += float((weight * (chosen**2 + rejected**2)).sum())
+    total = sum_across_ranks(sums)
+    n = max(total["pairs"], 1.0)
+    mean = (total["chosen"] + total["rejected"]) / (2 * n)
+    return {
+        "accuracy": total["accuracy"] / n,
+        "longer_wins": total["longer"] / n,
+        "chosen_score": total["chosen"] / n,
+        "rejected_score": total["rejected"] / n,
+        "margin": (total["chosen"] - total["rejected"]) / n,
+        "score_mean": mean,
+        "score_std": math.sqrt(max(total["squares"] / (2 * n) - mean**2, 0.0)),
+    }
+
+
+@dataclass
+class PolicyEvaluation:
+    """Reduced figures, and this evaluation's answers of all ranks: dicts {prompt, answer, reward, length}."""
+
+    figures: dict[str, float]
+    answers: list[dict] = field(default_factory=list)
+
+
+@torch.no_grad()
+def evaluate_policy(
+    actor: Actor, reference: Reference, reward: Reward, loader: Iterable[Batch], tokenizer, *, greedy: bool = False
+):
+    """Answers held-out prompts (sampled, or greedy) and measures them -> PolicyEvaluation.
+
+    reward: mean score and its standard error over prompts.   length: answer tokens.   ended: share of answers that
+    reach EOS.
+    kl: sum of log pi - log pi_ref over an answer (nats per answer);  kl_per_token: the same over all answer tokens.
+    entropy: nats per token.   reference_perplexity: exp of the reference's mean negative log-likelihood of the answers.
+    """
+    names = ("prompts", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
+    sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
+    eos_ids = torch.tensor(actor.model.hf.generation_config.eos_token_id, device=device())
+    answers: list[dict] = []
+    with evaluating(actor.model):
+        for batch in map(to_device, loader):
+            sampled, best = actor.rollout(
+                Prompts(batch["input_ids"], batch["lengths"]), samples=0 if greedy else 1, greedy=greedy
+            )
+            sequences = best if greedy else sampled
+            score = reward.score(sequences)  # (B,)
+            output = actor.logprobs(sequences, entropy=True)
+            reference_logprobs = reference.logprobs(sequences)
+            weight = batch["weight"]  # (B,)
+            token_weight = weight[:, None] * sequences.answer_mask  # (B, A)
+            last = sequences.input_ids.gather(1, sequences.end_index[:, None]).squeeze(1)
+            additions = {
+                "prompts": weight,
+                "tokens": token_weight,
+                "reward": weight * score,
+                "reward_squares": weight * score**2,
+                "ended": weight * torch.isin(last, eos_ids),
+                "kl": token_weight * (output.logprobs - reference_logprobs),
+                "entropy": token_weight * output.entropy,
+                "reference_nll": -token_weight * reference_logprobs,
+            }
+            for name, value in additions.items():
+                sums[name] += value.double().sum()
+            answers += _readable(batch, sequences, score, tokenizer)
+    total = sum_across_ranks(sums)
+    n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
+    mean = total["reward"] / n
+    variance = max(total["reward_squares"] / n - mean**2, 0.0) * n / max(n - 1, 1)
+    figures = {
+        "reward": mean,
+        "reward_standard_error": math.sqrt(variance / n),
+        "length": total["tokens"] / n,
+        "ended": total["ended"] / n,
+        "kl": total["kl"] / n,
+        "kl_per_token": total["kl"] / tokens,
+        "entropy": total["entropy"] / tokens,
+        "reference_perplexity": math.exp(min(total["reference_nll"] / tokens, 700.0)),
+    }
+    return PolicyEvaluation(figures, [row for rows in gather_objects(answers) for row in rows])
+
+
+def _readable(batch: Batch, sequences: Sequences, score: Tensor, tokenizer) -> list[dict]:
+    """The answers as text; rows of weight 0 are left out."""
+    rows = []
+    for i in batch["weight"].nonzero().flatten().tolist():
+        start, length = int(sequences.prompt_lengths[i]), int(sequences.answer_lengths[i])
+        ids = sequences.input_ids[i, start : start + length]
+        answer = tokenizer.decode(ids, skip_special_tokens=True)
+        rows.append(
+            {"prompt": batch["prompt"][i], "answer": answer, "reward": round(float(score[i]), 4), "length": length}
+        )
+    return rows

@@ -1,0 +1,196 @@
+"""The one training loop of steps 1 and 2. What is learned is a `Task`; the loop is cadence: accumulate, step, evaluate,
+log, stop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from remax.engines import Actor, TrainedEngine, TrainedReward
+from remax.evaluation import Batch, pair_scores, perplexity, ranking_accuracy, to_device
+from remax.losses import ranking_losses, supervised_loss
+from remax.sequences import Sequences
+from utils.distributed import print0, sum_across_ranks, world_size
+from utils.metrics import MetricsLogger, progress
+
+T = TypeVar("T")
+
+
+class Task(Protocol):
+    """What a fine-tuning stage learns."""
+
+    engine: TrainedEngine
+    headline: str  # the metric of `evaluate` that people look at
+
+    def count(self, batch: Batch) -> int:
+        """What the loss is a mean of, in this batch: answer tokens or pairs."""
+
+    def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's summed loss over `denominator`, and sums of other figures over what `count` counts."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures on held-out rows, equal on every rank."""
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Cadence, in optimizer steps; 0 means never, or for `evaluate_every` once per epoch."""
+
+    epochs: int
+    accumulation: int = 1
+    max_steps: int = 0
+    evaluate_every: int = 0
+
+
+def total_steps(settings: FinetuneSettings, batches: int) -> int:
+    """Optimizer steps of a whole training with so many micro-batches per epoch."""
+    total = settings.epochs * steps_per_epoch(batches, settings.accumulation)
+    return min(total, settings.max_steps) if settings.max_steps else total
+
+
+def steps_per_epoch(batches: int, accumulation: int) -> int:
+    """Optimizer steps of one epoch; its last one may accumulate fewer micro-batches."""
+    return math.ceil(batches / accumulation)
+
+
+def groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def count_tokens(batch: Batch) -> int:
+    """Real tokens of a batch, prompt and answer, both answers of a pair."""
+    return sum(int(batch[k].sum()) for k in ("lengths", "chosen_lengths", "rejected_lengths") if k in batch)
+
+
+def optimizer_step(task: Task, batches: list[Batch]) -> dict[str, float]:
+    """One optimizer step over several micro-batches, normalised by one count over all of them and all ranks."""
+    batches = [to_device(batch) for batch in batches]
+    count = sum_across_ranks({"count": sum(task.count(batch) for batch in batches)})["count"]
+    sums: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        loss, figures = task.loss(batch, count)
+        task.engine.backward(loss, last=i == len(batches) - 1)
+        for name, value in {"loss": loss.detach() * count, **figures}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    result = task.engine.step()
+    means = {name: value / count for name, value in sum_across_ranks(sums).items()}
+    return (
+        means
+        | {"grad_norm": result.grad_norm, "lr": result.learning_rate}
+        | ({"skipped": 1.0} if result.skipped else {})
+    )
+
+
+def finetune(
+    task: Task,
+    loader,
+    settings: FinetuneSettings,
+    metrics: MetricsLogger,
+    after_evaluation: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+) -> dict[str, dict[str, float]]:
+    """Trains and returns the evaluation before and after: {"before": {...}, "after": {...}}.
+
+    loader: batches of this rank; its sampler has `set_epoch`.
+    after_evaluation(step, figures): called on every rank after each evaluation during and after training.
+    """
+    epoch_steps = steps_per_epoch(len(loader), settings.accumulation)
+    total = total_steps(settings, len(loader))
+
+    def evaluate(step: int) -> dict[str, float]:
+        task.engine.train(False)
+        figures = task.evaluate()
+        task.engine.train(True)
+        metrics.log(step, {f"eval/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
+        return figures
+
+    before = after = evaluate(0)
+    step, started = 0, time.perf_counter()
+    with progress(total, desc="training", unit="steps") as bar:
+        for epoch in range(settings.epochs):
+            loader.sampler.set_epoch(epoch)
+            for batches in groups(loader, settings.accumulation):
+                begin = time.perf_counter()
+                figures = optimizer_step(task, batches)
+                step += 1
+                seconds = time.perf_counter() - begin
+                tokens = sum(
+                    int(v.sum())
+                    for batch in batches
+                    for k, v in batch.items()
+                    if k.endswith("lengths") and k != "prompt_lengths"
+                )
+                figures |= {"seconds_per_step": seconds, "tokens_per_second": tokens * world_size() / seconds}
+                metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
+                _stop_if_not_finite(step, figures)
+                bar.update(1)
+                at_epoch_end = step % epoch_steps == 0
+                due = step % settings.evaluate_every == 0 if settings.evaluate_every else at_epoch_end
+                if due or step == total:
+                    after = evaluate(step)
+                    after_evaluation(step, after)
+                if step == total:
+                    print0(
+                        f"{total} steps in {time.perf_counter() - started:.0f} s; "
+                        f"{task.headline} {before[task.headline]:.4g} -> {after[task.headline]:.4g}"
+                    )
+                    return {"before": before, "after": after}
+    raise AssertionError("the loop ends at its last step")
+
+
+def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
+    """The figures are reduced, so every rank stops together."""
+    if not math.isfinite(figures["loss"]):
+        raise RuntimeError(
+            f"step {step}: loss is {figures['loss']} (gradient norm {figures['grad_norm']}, learning rate {figures['lr']:.2e}). "
+            "Likely a learning rate that is too high, or fp16 overflow: try --dtype bf16 or a tenth of the learning rate"
+        )
+
+
+@dataclass
+class Supervised:
+    """Step 1: next-token loss on the answer only, EOS included; prompt and padding masked."""
+
+    engine: Actor
+    eval_loader: Iterable[Batch]
+    headline: str = "perplexity"
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["lengths"] - batch["prompt_lengths"]).sum())
+
+    def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        sequences = Sequences.from_batch(batch)
+        output = self.engine.logprobs(sequences)
+        return supervised_loss(output.logprobs, sequences.answer_mask, denominator), {}
+
+    def evaluate(self) -> dict[str, float]:
+        return perplexity(self.engine, self.eval_loader)
+
+
+@dataclass
+class Ranking:
+    """Step 2: the chosen answer's score above the rejected one's (Bradley-Terry)."""
+
+    engine: TrainedReward
+    eval_loader: Iterable[Batch]
+    headline: str = "accuracy"
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["prompt_lengths"])
+
+    def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = pair_scores(self.engine, batch)
+        figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).detach().sum()}
+        return ranking_losses(chosen, rejected).sum() / denominator, figures
+
+    def evaluate(self) -> dict[str, float]:
+        return ranking_accuracy(self.engine, self.eval_loader)

@@ -1,0 +1,282 @@
+"""The reinforcement learning loop of step 3. `step` is Algorithm 1 of the ReMax paper (arXiv 2310.10505) on one screen;
+`train` is cadence: evaluate, save the best, log, stop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from remax.algorithms import Algorithm, mean_metrics
+from remax.ema import WeightAverage
+from remax.engines import Actor, Reference, Reward, StepResult, TrainedReward
+from remax.evaluation import Batch, PolicyEvaluation, to_device
+from remax.finetune import groups, steps_per_epoch
+from remax.losses import supervised_loss
+from remax.sequences import Prompts, Rollout, Sequences
+from utils.distributed import print0, sum_across_ranks, world_size
+from utils.metrics import MetricsLogger, progress
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """micro_batch_size: rows per training forward on one rank.   rollouts_per_step: prompt batches collected before an
+    update.
+    mini_batches: optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
+    evaluate_every: in steps, 0 for once per epoch.   target_kl: evaluation KL, nats per token, at which training stops;
+    0 for never.
+    unsupervised_coefficient: weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
+    """
+
+    epochs: int = 1
+    max_steps: int = 0
+    micro_batch_size: int = 16
+    rollouts_per_step: int = 1
+    mini_batches: int = 1
+    evaluate_every: int = 0
+    target_kl: float = 0.0
+    unsupervised_coefficient: float = 0.0
+
+    def optimizer_steps(self, algorithm: Algorithm) -> int:
+        """Optimizer steps per step of the loop."""
+        return algorithm.epochs * self.mini_batches
+
+
+class Timer:
+    """Seconds spent in the named parts of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+@dataclass
+class Trainer:
+    """Everything that learns, scores and measures, put together.
+
+    evaluate() -> PolicyEvaluation, reduced over ranks.   on_evaluation(step, evaluation, best): called on every rank.
+    unsupervised: endless batches of plain text for the language-modelling mix, or None.
+    """
+
+    actor: Actor
+    reference: Reference
+    reward: Reward
+    algorithm: Algorithm
+    settings: TrainerSettings
+    evaluate: Callable[[], PolicyEvaluation]
+    metrics: MetricsLogger
+    pad_id: int
+    critic: TrainedReward | None = None
+    unsupervised: Iterator[Batch] | None = None
+    average: WeightAverage | None = None
+    on_evaluation: Callable[[int, PolicyEvaluation, bool], None] = lambda step, evaluation, best: None
+    watchers: list[Callable[[int, Rollout, dict[str, float]], dict[str, float]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
+
+    def step(self, batches: list[Batch]) -> tuple[Rollout, dict[str, float]]:
+        """Collects answers to the batches of prompts and learns from them once; the rollout, and figures reduced over
+        ranks.
+        """
+        timer = Timer()
+        rollout = Rollout.concatenate([self.collect(batch, timer) for batch in batches], self.pad_id)
+        rollout = self.algorithm.prepare(rollout)
+        with timer("update"):
+            for _ in range(self.algorithm.epochs):
+                for part in self.mini_batches(rollout):
+                    sums, result = self.update(part)
+            if self.average is not None:
+                self.average.update()
+        return rollout, self.figures(rollout, sums, result, timer)
+
+    @torch.no_grad()
+    def collect(self, batch: Batch, timer: Timer) -> Rollout:
+        """Samples answers, and greedy ones where the algorithm needs them, and scores them."""
+        batch = to_device(batch)
+        with timer("generation"):
+            sampled, greedy = self.actor.rollout(
+                Prompts(batch["input_ids"], batch["lengths"]),
+                samples=self.algorithm.samples_per_prompt,
+                greedy=self.algorithm.greedy,
+            )
+        with timer("scoring"):
+            rewards, baseline = self.score(sampled, greedy)
+            return Rollout(
+                sampled,
+                rewards,
+                baseline,
+                reference_logprobs=self.reference.logprobs(sampled),
+                old_logprobs=self.actor.old_logprobs(sampled) if self.algorithm.needs_old_logprobs else None,
+                values=self.critic.values(sampled) if self.critic else None,
+                reference_hidden=self.reference.hidden(sampled) if self.reference_head else None,
+            )
+
+    def score(self, sampled: Sequences, greedy: Sequences | None) -> tuple[Tensor, Tensor | None]:
+        """Rewards of the sampled and of the greedy answers from one forward: a ZeRO-3 reward model moves its weights
+        only once.
+        """
+        if greedy is None:
+            return self.reward.score(sampled), None
+        rewards = self.reward.score(Sequences.concatenate([sampled, greedy], self.pad_id))
+        return rewards[: len(sampled)], rewards[len(sampled) :]
+
+    def mini_batches(self, rollout: Rollout) -> Iterator[Rollout]:
+        """The rollout in `mini_batches` parts of equal size, drawn at random when there are several."""
+        if self.settings.mini_batches == 1:
+            yield rollout
+            return
+        order = torch.randperm(len(rollout)).to(rollout.rewards.device)
+        for rows in order.tensor_split(self.settings.mini_batches):
+            yield rollout.select(rows)
+
+    def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], StepResult]:
+        """One optimizer step: gradients of all micro-batches, normalised by one denominator over micro-batches and
+        ranks.
+        """
+        denominator = sum_across_ranks({"count": self.algorithm.count(rollout.sequences)})["count"]
+        parts = list(rollout.split(self.settings.micro_batch_size))
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(parts):
+            output = self.actor.logprobs(
+                batch.sequences,
+                entropy=True,
+                stats_grad=self.algorithm.needs_entropy
+                or (self.algorithm.kl.needs_full_kl and self.algorithm.kl.where == "loss"),
+                reference_hidden=batch.reference_hidden,
+                reference_head=self.reference_head,
+            )
+            loss, figures = self.algorithm.loss(batch, output, denominator)
+            self.actor.backward(loss, last=i == len(parts) - 1 and self.unsupervised is None)
+            add(sums, figures)
+        if self.unsupervised is not None:
+            add(sums, self.learn_plain_text())
+        result = self.actor.step()
+        if self.critic is not None:
+            for i, batch in enumerate(parts):
+                loss, figures = self.algorithm.value_loss(batch, self.critic.values(batch.sequences), denominator)
+                self.critic.backward(loss, last=i == len(parts) - 1)
+                add(sums, {k: v for k, v in figures.items() if k != "tokens"})  # the policy's loss counted them
+            self.critic.step()
+        return sums, result
+
+    def learn_plain_text(self) -> dict[str, Tensor]:
+        """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
+        sequences = Sequences.from_batch(to_device(next(self.unsupervised)))
+        tokens = sum_across_ranks({"tokens": sequences.answer_lengths.sum()})["tokens"]
+        loss = supervised_loss(self.actor.logprobs(sequences).logprobs, sequences.answer_mask, tokens)
+        self.actor.backward(self.settings.unsupervised_coefficient * loss, last=True)
+        return {"unsupervised_loss": loss.detach()}
+
+    def figures(self, rollout: Rollout, sums: dict[str, Tensor], result: StepResult, timer: Timer) -> dict[str, float]:
+        """Means over the step's answers of all ranks."""
+        last = rollout.sequences.input_ids.gather(1, rollout.sequences.end_index[:, None]).squeeze(1)
+        eos_ids = torch.tensor(self.actor.model.hf.generation_config.eos_token_id, device=last.device)
+        local = {
+            "answers": float(len(rollout)),
+            "reward": rollout.rewards.sum(),
+            "reward_square": rollout.rewards.square().sum(),
+            "length": rollout.sequences.answer_lengths.sum(),
+            "ended": torch.isin(last, eos_ids).sum(),
+        }
+        if rollout.baseline is not None:
+            local["baseline"] = rollout.baseline.sum() * (len(rollout) / len(rollout.baseline))
+        seconds = {f"seconds_{name}": value / world_size() for name, value in timer.seconds.items()}
+        total = sum_across_ranks(local | {f"algorithm/{k}": v for k, v in sums.items()} | seconds)
+        figures = {name: total[name] / total["answers"] for name in local if name not in ("answers", "reward_square")}
+        figures["reward_std"] = math.sqrt(max(total["reward_square"] / total["answers"] - figures["reward"] ** 2, 0.0))
+        means = mean_metrics({k.removeprefix("algorithm/"): v for k, v in total.items() if k.startswith("algorithm/")})
+        self.algorithm.update(means)
+        figures |= {name: value for name, value in means.items() if name not in ("rows", "tokens")}
+        figures |= {name: total[name] for name in seconds}
+        figures["seconds_per_step"] = sum(total[name] for name in seconds)
+        figures["tokens_per_second"] = total["length"] / figures["seconds_per_step"]
+        figures |= {
+            "kl_coefficient": self.algorithm.kl.coefficient,
+            "grad_norm": result.grad_norm,
+            "lr": result.learning_rate,
+        }
+        return figures | ({"skipped": 1.0} if result.skipped else {})
+
+    def train(self, loader) -> dict[str, dict[str, float]]:
+        """The whole training; {"before": evaluation, "after": evaluation, "best": evaluation}, and why it stopped is
+        printed.
+        """
+        settings = self.settings
+        epoch_steps = steps_per_epoch(len(loader), settings.rollouts_per_step)
+        total = int(min(settings.epochs * epoch_steps, settings.max_steps or math.inf))
+        print0(f"{total} steps; answers come from {self.actor.backend}")
+
+        self.actor.train(False)
+        evaluation = self._evaluate(0, epoch_steps, best=False)
+        results = {"before": evaluation.figures, "after": evaluation.figures, "best": evaluation.figures}
+        best, step = -math.inf, 0
+        with progress(
+            total, desc="ReMax" if self.algorithm.greedy else type(self.algorithm).__name__, unit="steps"
+        ) as bar:
+            for epoch in range(settings.epochs):
+                loader.sampler.set_epoch(epoch)
+                for batches in groups(loader, settings.rollouts_per_step):
+                    self.actor.train()
+                    if self.critic is not None:
+                        self.critic.train()
+                    rollout, figures = self.step(batches)
+                    step += 1
+                    for watch in self.watchers:
+                        figures |= watch(step, rollout, figures)
+                    self.metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
+                    bar.update(1)
+                    self._stop_if_not_finite(step, figures)
+                    due = step % (settings.evaluate_every or epoch_steps) == 0 or step == total
+                    if not due:
+                        continue
+                    evaluation = self.evaluate()
+                    improved = evaluation.figures["reward"] > best
+                    self._report(step, epoch_steps, evaluation, improved)
+                    results["after"] = evaluation.figures
+                    if improved:
+                        best, results["best"] = evaluation.figures["reward"], evaluation.figures
+                    if settings.target_kl and evaluation.figures["kl_per_token"] >= settings.target_kl:
+                        print0(
+                            f"stopped at step {step}: evaluation KL {evaluation.figures['kl_per_token']:.3g} >= {settings.target_kl}"
+                        )
+                        return results
+                    if step == total:
+                        return results
+        raise AssertionError("the loop ends at its last step")
+
+    def _evaluate(self, step: int, epoch_steps: int, best: bool) -> PolicyEvaluation:
+        evaluation = self.evaluate()
+        self._report(step, epoch_steps, evaluation, best)
+        return evaluation
+
+    def _report(self, step: int, epoch_steps: int, evaluation: PolicyEvaluation, best: bool) -> None:
+        self.metrics.log(step, {f"eval/{k}": v for k, v in evaluation.figures.items()}, epoch=step / epoch_steps)
+        self.on_evaluation(step, evaluation, best)
+
+    @staticmethod
+    def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
+        """The figures are reduced, so every rank stops together."""
+        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["reward"]):
+            raise RuntimeError(
+                f"step {step}: loss {figures['loss']}, reward {figures['reward']}, gradient norm {figures['grad_norm']}. Likely a "
+                "learning rate that is too high or fp16 overflow: try bf16 or a tenth of --actor_learning_rate"
+            )
+
+
+def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
