@@ -14,15 +14,29 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
 from utils.run import UserError
 
+if TYPE_CHECKING:
+    from remax.algorithms import Algorithm
+
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 ZeroStage = Literal[0, 1, 2, 3]
+Penalty = Literal[
+    "none",
+    "one_step",
+    "full_step",
+    "full_kl_one_step",
+    "full_kl_full_step",
+    "kl_onestep",
+    "kl",
+    "full_kl_onestep",
+    "full_kl",
+]
 
 
 @dataclass(frozen=True)
@@ -210,14 +224,14 @@ class RolloutFlags:
     top_k: CountOrZero = flag(0, "sample from the k most probable tokens; 0: from all")
     logprobs_of: Literal["sampling", "model"] = flag(
         "sampling",
-        "what the update differentiates when temperature, top_p or top_k are set: the distribution sampled from (exact) "
+        "what the update differentiates when temperature, top_p or top_k are set: the one sampled from (exact) "
         "or the model's own (as published; biased)",
     )
     two_pass_rollout: bool = flag(False, "decode sampled and greedy answers one after the other instead of together")
     zero3_generation: Literal["gather", "synced"] = flag(
         "gather",
-        "actor at ZeRO 3: collect its parameters once per rollout (must fit on each device), or layer by layer at every "
-        "token",
+        "actor at ZeRO 3: collect its parameters once per rollout (must fit on each device), or layer by layer at "
+        "every token",
     )
 
 
@@ -226,23 +240,22 @@ class AlgorithmFlags:
     _argument_group_name = "algorithm"
 
     algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo"] = flag("remax", "how an answer's advantage is estimated")
-    samples_per_prompt: CountOrZero = flag(
-        0, "answers per prompt (rloo, grpo: 2 or more); 0: 4 for those two, 1 for others"
-    )
+    samples_per_prompt: Count | None = flag(None, "answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others)")
     baseline_decay: BelowOne = flag(0.0, "reinforce: decay of a moving-average baseline; 0: no baseline")
     gamma: Fraction | None = flag(
         None,
-        "discount per token to the end of the answer; default 0.95 (remax, reinforce), 1 (others). 1 is Algorithm 1",
+        "discount per token to the answer's end; default 0.95 (remax, reinforce), 1 (others); 1 is Algorithm 1",
     )
-    discount_from: Literal[0, 1] = flag(1, "exponent of gamma at the last token")
     clip_reward_value: NonNegative = flag(5.0, "largest size of what --clip_on names; 0: no limit")
-    clip_on: Literal["auto", "difference", "reward"] = flag(
-        "auto", "clip the reward minus its baseline, or the reward; auto: difference for remax, reward for others"
+    clip_on: Literal["difference", "reward"] | None = flag(
+        None,
+        "clip the reward minus its baseline, or the reward; default: difference (remax, reinforce), reward (others)",
     )
-    loss_aggregation: Literal["auto", "sequence", "token"] = flag(
-        "auto",
+    loss_aggregation: Literal["sequence", "token", "sequence_mean"] | None = flag(
+        None,
         "sequence: sum over an answer's tokens, mean over answers (Algorithm 1); token: mean over all tokens; "
-        "auto: token for ppo, sequence for others",
+        "sequence_mean: mean over an answer's tokens, then over answers; default: token (ppo), sequence_mean (grpo), "
+        "sequence (others)",
     )
     entropy_coef: NonNegative = flag(0.0, "weight of an entropy bonus in the loss")
     unsupervised_dataset_name: str | None = flag(None, "plain text mixed into the loss: hub name, folder or file")
@@ -254,25 +267,26 @@ class AlgorithmFlags:
 class KlFlags:
     _argument_group_name = "KL to the reference"
 
-    penalty: str | None = flag(
+    penalty: Penalty | None = flag(
         None,
-        "none; one_step: a token pays its own KL; full_step: and that of the tokens after it (the exact gradient); "
-        "full_kl_one_step, full_kl_full_step: the same with the KL over the whole vocabulary. Older names: kl, full_kl "
-        "(full step), kl_onestep, full_kl_onestep. Default one_step for remax and reinforce (and with --kl_in loss), "
-        "full_step for others",
+        "one_step: a token pays its own KL; full_step: and that of the tokens after it (with k1 the exact gradient); "
+        "full_kl_...: the same with the KL over the vocabulary; the last four are older names, kl and full_kl of "
+        "the full step. Default: full_step (rloo, ppo), one_step (others)",
     )
-    kl_ctl: NonNegative = flag(0.1, "weight of the KL; full_step needs about a tenth of one_step's")
-    kl_in: Literal["auto", "reward", "loss"] = flag("auto", "where it enters; auto: loss for grpo, reward for others")
-    kl_estimator: Literal["auto", "k1", "k2", "k3", "full"] = flag(
-        "auto",
+    kl_ctl: NonNegative | None = flag(
+        None, "weight of the KL, reward per nat; full_step needs about a tenth of one_step's; default 0.1 (grpo 0.04)"
+    )
+    kl_in: Literal["reward", "loss"] | None = flag(None, "where the KL enters; default: reward for k1, loss for others")
+    kl_estimator: Literal["k1", "k2", "k3", "full"] | None = flag(
+        None,
         "k1: -log r, k2: (log r)^2/2, k3: r - 1 - log r, with r = reference/policy of the drawn token; full: over the "
-        "vocabulary; auto: k3 in the loss, k1 in the reward",
+        "vocabulary; default: k3 (grpo), k1 (others)",
     )
-    normalize_kl: bool = flag(False, "divide an answer's KL by its number of tokens")
-    target_kl: Positive = flag(1.0, "stop when an answer's KL in evaluation reaches this, in nats per answer")
+    normalize_kl: bool = flag(False, "charge the mean of an answer's KL over its tokens instead of the sum")
+    target_kl: NonNegative = flag(1.0, "stop when the KL in evaluation, in nats per token, reaches this; 0: never")
     adaptive_kl: bool = flag(False, "adapt --kl_ctl so that the KL stays near --adaptive_kl_target")
     adaptive_kl_target: Positive = flag(6.0, "in nats per answer")
-    adaptive_kl_horizon: Positive = flag(10000.0, "answers over which the weight adapts")
+    adaptive_kl_horizon: Count = flag(10_000, "answers over which a KL 20 %% off its target moves the weight by 20 %%")
 
 
 @dataclass(kw_only=True)
@@ -427,11 +441,6 @@ class Step3Arguments(
         return self.per_device_generation_batch_size * self.rollout_batches * self.samples_per_prompt
 
     @property
-    def kl_reach(self) -> str:
-        """none, one_step or full_step."""
-        return PENALTIES[self.penalty][0]
-
-    @property
     def stop_step(self) -> int:
         """The optimizer step after which to stop early; 0: none."""
         stops = [self.max_steps, max(1, self.test_stop_step) if self.enable_test_mode else 0]
@@ -501,7 +510,7 @@ def build_parser(arguments: type[Arguments], description: str) -> _Parser:
         action.option_strings = action.option_strings[:1]  # --some-flag works as --some_flag does, but is not listed
         if action.required:
             action.help += " (required)"
-        elif action.default not in (None, False, []):
+        elif action.default is not None and action.default is not False and action.default != []:
             action.help += (
                 f" (default: {' '.join(action.default) if isinstance(action.default, list) else '%(default)s'})"
             )
@@ -537,7 +546,8 @@ def _note_retired(args: Arguments) -> None:
     """One line for each reason, naming the retired flags that were given."""
     given: dict[str, list[str]] = {}
     for name, reason in WHY_RETIRED.items():
-        if getattr(args, name, None) not in (None, False):
+        value = getattr(args, name, None)
+        if value is not None and value is not False:  # 0 was given too
             given.setdefault(reason, []).append(f"--{name}")
     for reason, names in given.items():
         args.notices.append(f"{', '.join(names)}: without effect; {reason}")
@@ -585,13 +595,19 @@ def _check_data(args: Any, stage: int) -> None:
 
 
 def _looks_local(name: str) -> bool:
-    """True for what can only be a path: a hub name is `name` or `owner/name`, without leading dots or a data suffix."""
-    suffixes = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz")
+    """True for what can only be a path.
+
+    A hub name is `name` or `owner/name`, without a leading dot or a data suffix; and `output/step1` is none where there
+    is a folder `output`.
+    """
+    suffixes = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", "/")
+    path = Path(name)
     return (
         name.startswith(("/", ".", "~"))
-        or name.endswith((*suffixes, "/"))
+        or name.endswith(suffixes)
         or name.count("/") > 1
-        or Path(name).exists()
+        or path.exists()
+        or ("/" in name and path.parent.is_dir())
     )
 
 
@@ -599,23 +615,20 @@ def _check_model(flag_name: str, name: str | None) -> None:
     """A model that is named as a path must be a folder with a config.json."""
     if name is None:
         return
-    path = Path(name)
+    path, looked = Path(name), f"(looked from {Path.cwd()})"
+    if name == "":
+        raise UserError(f"--{flag_name}: is empty; expected a folder or a hub name")
     if path.is_dir():
         if not (path / "config.json").is_file():
-            inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
+            inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json"))[:3])
             raise UserError(
                 f"--{flag_name} {name}: the folder has no config.json, so it holds no Hugging Face model"
-                + (f"; its subfolders {inside} do" if inside else "")
+                + (f"; its subfolder has one: {inside}" if inside else "")
             )
     elif path.exists():
         raise UserError(f"--{flag_name} {name}: is a file; expected the folder of a Hugging Face model, or a hub name")
-    # `output/step1` is no hub name when there is a folder `output` here.
-    elif _looks_local(name) or ("/" in name and path.parent.is_dir()):
-        raise UserError(
-            f"--{flag_name} {name}: no such folder (looked from {Path.cwd()}); train or download the model first"
-        )
-    elif name == "":
-        raise UserError(f"--{flag_name}: is empty; expected a folder or a hub name")
+    elif _looks_local(name):
+        raise UserError(f"--{flag_name} {name}: no such folder {looked}; train or download the model first")
 
 
 def _check_finetune(args: Any) -> None:
@@ -671,21 +684,7 @@ def _no_bf16_without_zero(args: Any, dtype_flag: str, stage_flag: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ checks, step 3
 
-# --penalty -> (reach, over the whole vocabulary)
-PENALTIES = {
-    "none": ("none", False),
-    "one_step": ("one_step", False),
-    "full_step": ("full_step", False),
-    "full_kl_one_step": ("one_step", True),
-    "full_kl_full_step": ("full_step", True),
-}
-OLD_PENALTIES = {
-    "kl": "full_step",
-    "full_kl": "full_kl_full_step",
-    "kl_onestep": "one_step",
-    "full_kl_onestep": "full_kl_one_step",
-}
-MULTIPLE_ANSWERS = ("rloo", "grpo")
+SEVERAL_ANSWERS = ("rloo", "grpo")
 
 
 def _check_step3(args: Step3Arguments) -> None:
@@ -703,11 +702,16 @@ def _check_step3(args: Step3Arguments) -> None:
         args.notices.append("--test_stop_step: without effect, as --enable_test_mode is not set")
     if args.log_variance_gradient_steps and not args.log_variance:
         raise UserError("--log_variance_gradient_steps: has no effect without --log_variance")
+    if args.max_greedy_seq_len > args.max_answer_seq_len:
+        raise UserError(
+            f"--max_greedy_seq_len {args.max_greedy_seq_len}: must not exceed --max_answer_seq_len "
+            f"({args.max_answer_seq_len})"
+        )
     _check_other_algorithms(args)
+    _check_frozen_and_offload(args)
     _resolve_algorithm(args)
-    _resolve_kl(args)
     _check_batches(args)
-    _resolve_engines(args)
+    _resolve_dtypes(args)
 
 
 def _check_other_algorithms(args: Step3Arguments) -> None:
@@ -716,7 +720,6 @@ def _check_other_algorithms(args: Step3Arguments) -> None:
         "max_greedy_seq_len": ("remax",),
         "two_pass_rollout": ("remax",),
         "baseline_decay": ("reinforce",),
-        "discount_from": ("remax", "reinforce", "rloo", "grpo"),
     }
     defaults = {f.name: f.default for f in dataclasses.fields(Step3Arguments)}
     for name, algorithms in readers.items():
@@ -724,79 +727,81 @@ def _check_other_algorithms(args: Step3Arguments) -> None:
             reason = f"only --algo {', '.join(algorithms)} reads it"
             if name in ("ppo_epochs", "ppo_mini_batches"):
                 reason = (
-                    "the estimate holds for the policy that wrote the answers, so each rollout gets one step (only ppo "
+                    "a rollout gets one step, since the estimate holds for the policy that wrote it; only ppo has more"
                 )
-                reason += "takes several)"
             raise UserError(f"--{name} {getattr(args, name)} with --algo {args.algo}: {reason}")
 
 
 def _resolve_algorithm(args: Step3Arguments) -> None:
-    """The defaults that depend on --algo."""
-    several = args.algo in MULTIPLE_ANSWERS
-    if args.samples_per_prompt == 0:
-        args.samples_per_prompt = 4 if several else 1
-    if several and args.samples_per_prompt < 2:
-        raise UserError(
-            f"--samples_per_prompt 1 with --algo {args.algo}: answers are compared with one another; 2 or more"
-        )
-    if not several and args.samples_per_prompt > 1:
-        raise UserError(
-            f"--samples_per_prompt {args.samples_per_prompt} with --algo {args.algo}: it takes one answer per prompt; "
-            "use --algo rloo or grpo"
-        )
+    """Refuses what the algorithm cannot do and fills in the flags whose default is the algorithm's."""
     if args.gamma is None:
         args.gamma = 0.95 if args.algo in ("remax", "reinforce") else 1.0
-    if args.clip_on == "auto":
-        args.clip_on = "difference" if args.algo == "remax" else "reward"
-    if args.clip_on == "difference" and args.algo == "ppo":
-        raise UserError("--clip_on difference with --algo ppo: there is no baseline to subtract; use --clip_on reward")
-    if args.loss_aggregation == "auto":
-        args.loss_aggregation = "token" if args.algo == "ppo" else "sequence"
-    if args.max_greedy_seq_len > args.max_answer_seq_len:
+    samples = args.samples_per_prompt
+    if samples == 1 and args.algo in SEVERAL_ANSWERS:
         raise UserError(
-            f"--max_greedy_seq_len {args.max_greedy_seq_len}: must not exceed --max_answer_seq_len "
-            f"({args.max_answer_seq_len})"
+            f"--samples_per_prompt 1 with --algo {args.algo}: it compares the answers to a prompt; 2 or more"
         )
-
-
-def _resolve_kl(args: Step3Arguments) -> None:
-    """Fills in --penalty, --kl_in and --kl_estimator and refuses contradictions."""
-    if args.penalty is not None:
-        penalty = OLD_PENALTIES.get(args.penalty, args.penalty)
-        if penalty not in PENALTIES:
-            raise UserError(f"--penalty {args.penalty}: expected one of {', '.join([*PENALTIES, *OLD_PENALTIES])}")
-        args.penalty = penalty
+    if samples is not None and samples > 1 and args.algo not in SEVERAL_ANSWERS:
+        raise UserError(
+            f"--samples_per_prompt {samples} with --algo {args.algo}: it takes one answer per prompt; use "
+            f"--algo {' or '.join(SEVERAL_ANSWERS)}"
+        )
     if args.penalty == "none":
         for name in ("kl_in", "kl_estimator", "adaptive_kl", "normalize_kl"):
-            if getattr(args, name) not in ("auto", False):
+            if getattr(args, name):
                 raise UserError(f"--{name} with --penalty none: there is no KL penalty; leave one of them out")
-    if args.kl_in == "auto":
-        args.kl_in = "loss" if args.algo == "grpo" else "reward"
-    if args.penalty is None:
-        args.penalty = "one_step" if args.kl_in == "loss" or args.algo in ("remax", "reinforce") else "full_step"
+    algorithm = make_algorithm(args)
+    args.samples_per_prompt = algorithm.samples_per_prompt
+    args.clip_on = algorithm.clip_on
+    args.loss_aggregation = algorithm.loss_aggregation
+    args.kl_ctl = algorithm.kl.coefficient
+    if args.penalty != "none":
+        args.penalty = ("full_kl_" if algorithm.kl.estimator == "full" else "") + algorithm.kl.reach
+        args.kl_in, args.kl_estimator = algorithm.kl.where, algorithm.kl.estimator
 
-    reach, over_vocabulary = PENALTIES[args.penalty]
-    if args.kl_estimator == "auto":
-        args.kl_estimator = "full" if over_vocabulary else "k3" if args.kl_in == "loss" else "k1"
-    if over_vocabulary and args.kl_estimator != "full":
-        raise UserError(
-            f"--penalty {args.penalty} with --kl_estimator {args.kl_estimator}: the first asks for the KL over the "
-            f"vocabulary; use --penalty {reach}, or leave --kl_estimator out"
+
+def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
+    """The algorithm that the flags describe.
+
+    Args:
+        more: settings that are no flags, such as `sum_across_ranks`.
+
+    Raises:
+        UserError: flags that contradict one another, or that this algorithm cannot follow.
+    """
+    from remax.algorithms import ALGORITHMS, build_algorithm, build_penalty  # imports torch: after the cheaper checks
+
+    settings: dict[str, Any] = {
+        "gamma": args.gamma,
+        "clip_reward_value": args.clip_reward_value,
+        "clip_on": args.clip_on,
+        "loss_aggregation": args.loss_aggregation,
+        "entropy_coef": args.entropy_coef,
+        "samples_per_prompt": args.samples_per_prompt,
+    }
+    if args.algo == "reinforce":
+        settings["baseline_decay"] = args.baseline_decay
+    if args.algo == "ppo":
+        settings["epochs"] = args.ppo_epochs
+        settings |= {name: getattr(args, name) for name in ("lam", "cliprange", "cliprange_value")}
+    kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl", "adaptive_kl")
+    try:
+        penalty = build_penalty(
+            ALGORITHMS[args.algo]().kl,
+            penalty=args.penalty,
+            kl_ctl=args.kl_ctl,
+            kl_estimator=args.kl_estimator,
+            kl_in=args.kl_in,
+            normalize_kl=args.normalize_kl,
+            kl_target=args.adaptive_kl_target if args.adaptive_kl else None,
+            kl_horizon=args.adaptive_kl_horizon,
         )
-    if args.kl_estimator == "full" and reach != "none":
-        args.penalty = f"full_kl_{reach}"
-    if args.kl_in == "loss" and reach == "full_step":
-        raise UserError(
-            f"--penalty {args.penalty} with --kl_in loss: in the loss each token has its own KL term, nothing is "
-            "carried back; use --penalty one_step, or --kl_in reward"
-        )
-    if args.kl_in == "loss" and reach != "none" and args.kl_estimator == "k1":
-        raise UserError("--kl_estimator k1 with --kl_in loss: its gradient is zero on average; use k2, k3 or full")
-    if args.kl_in == "reward" and reach == "one_step" and args.algo == "ppo":
-        raise UserError(
-            "--penalty one_step with --algo ppo: its advantages carry each token's KL back over the answer; use "
-            "full_step or none"
-        )
+        return build_algorithm(args.algo, kl=penalty, **settings, **more)
+    except ValueError as error:
+        values = {name: getattr(args, name) for name in ("algo", *kl_flags, "clip_on", "loss_aggregation")}
+        values = {name: value for name, value in values.items() if value is not None and value is not False}
+        given = " ".join(f"--{name} {value}".removesuffix(" True") for name, value in values.items())
+        raise UserError(f"{given}: {error}") from error
 
 
 def _check_batches(args: Step3Arguments) -> None:
@@ -819,8 +824,8 @@ def _check_batches(args: Step3Arguments) -> None:
         raise UserError(f"--per_device_training_batch_size {micro}: must divide {what}; for example {fitting}")
 
 
-def _resolve_engines(args: Step3Arguments) -> None:
-    """Number formats and ZeRO stages of the models."""
+def _check_frozen_and_offload(args: Step3Arguments) -> None:
+    """ZeRO stages and offloading, model by model."""
     _check_offload(args, "actor_zero_stage", "offload", "offload_parameters")
     if args.zero3_generation == "synced" and args.actor_zero_stage != 3:
         raise UserError(
@@ -828,13 +833,16 @@ def _resolve_engines(args: Step3Arguments) -> None:
         )
     if args.critic_zero_stage is None:
         args.critic_zero_stage = args.actor_zero_stage
-    _check_offload(args, "critic_zero_stage", "offload_critic")
-    if args.algo == "ppo" and args.offload:
+    if args.algo == "ppo":
+        _check_offload(args, "critic_zero_stage", "offload_critic")
         _check_offload(args, "critic_zero_stage", "offload")
-        args.offload_critic = True
+        args.offload_critic = args.offload_critic or args.offload
     for model in ("reference", "reward"):
         _resolve_frozen(args, f"{model}_zero_stage", f"offload_{model}_model")
 
+
+def _resolve_dtypes(args: Step3Arguments) -> None:
+    """Number formats of the models."""
     args.actor_dtype = _resolve_dtype("actor_dtype", args.actor_dtype, "bf16" if args.actor_bf16 else None)
     args.reward_dtype = _resolve_dtype("reward_dtype", args.reward_dtype, "bf16" if args.reward_bf16 else None)
     args.critic_dtype = _resolve_dtype("critic_dtype", args.critic_dtype or args.actor_dtype, None)
