@@ -1,0 +1,47 @@
+"""The policy-gradient algorithms, by the name that --algo takes; one file each, torch only."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from remax.algorithms.grpo import GRPO
+from remax.algorithms.kl import KLPenalty, build_penalty
+from remax.algorithms.ppo import PPO
+from remax.algorithms.reinforce import Reinforce
+from remax.algorithms.remax import ReMax
+from remax.algorithms.rloo import RLOO
+from remax.algorithms.shared import Algorithm, mean_metrics
+
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "remax": ReMax,
+    "reinforce": Reinforce,
+    "rloo": RLOO,
+    "grpo": GRPO,
+    "ppo": PPO,
+}
+
+__all__ = ["ALGORITHMS", "Algorithm", "KLPenalty", "build_algorithm", "build_penalty", "mean_metrics"]
+
+
+def readers(setting: str) -> list[str]:
+    """The algorithms that know a setting."""
+    return [name for name, kind in ALGORITHMS.items() if setting in {f.name for f in fields(kind) if f.init}]
+
+
+def build_algorithm(name: str, **settings) -> Algorithm:
+    """The algorithm called `name`; a setting that is None keeps the algorithm's own default.
+
+    Raises ValueError for an unknown name, for a setting that this algorithm does not read, and for one out of range.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm {name!r} is unknown; choose from {', '.join(ALGORITHMS)}")
+    given = {setting: value for setting, value in settings.items() if value is not None}
+    kind = ALGORITHMS[name]
+    for setting, value in list(given.items()):
+        if name in readers(setting):
+            continue
+        if getattr(kind, setting, None) != value:
+            known_by = ", ".join(readers(setting)) or "no algorithm"
+            raise ValueError(f"{setting}={value} does nothing in {name}; it belongs to {known_by}")
+        del given[setting]  # such as epochs=1, which is what it does anyway
+    return kind(**given)

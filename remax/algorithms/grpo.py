@@ -1,0 +1,55 @@
+"""GRPO: k answers per prompt, standardised within the group, KL in the loss (Shao et al., arXiv 2402.03300).
+
+    A_i = (r_i - mean_j r_j) / (std_j r_j + eps)
+    loss = -(1/(N k)) sum_i (1/T_i) sum_t ( A_i log pi(y_it) - beta * k3_it )       one step per rollout: ratio 1
+
+What it estimates. Without the std the mean contains r_i, so E is (k-1)/k times the gradient of E[r]: the direction of
+RLOO, its length shrunk. With the std, k = 2 and eps -> 0, A_i = sign(r_i - r_j) / sqrt(2): the gradient of the chance
+of beating one's own other answer; in general prompts with little spread in reward count as much as those with a lot.
+The mean over each answer's own tokens (`sequence_mean`, the paper's) weighs tokens of long answers less; `sequence`
+does not. k3 in the loss pulls along KL(rho || pi), see kl.py. The std is that of a sample (divided by k - 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from remax.algorithms.kl import KLPenalty
+from remax.algorithms.shared import Algorithm, clip, grouped, with_advantages
+from remax.sequences import Rollout
+
+
+def grpo_advantages(reward: Tensor, samples_per_prompt: int, *, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
+    """(B,) scores, answers to one prompt adjacent -> (B,) advantages; zero where all answers of a group score alike."""
+    groups = grouped(reward, samples_per_prompt)  # (B/k, k)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / (groups.std(1, keepdim=True) + eps)
+    return advantages.flatten()
+
+
+@dataclass
+class GRPO(Algorithm):
+    """samples_per_prompt: k, at least 2.   scale_by_std: False leaves r_i - mean (Liu et al., arXiv 2503.20783)."""
+
+    kl: KLPenalty = field(default_factory=lambda: KLPenalty(0.04, estimator="k3", where="loss", reach="one_step"))
+    loss_aggregation: str = "sequence_mean"
+    samples_per_prompt: int = 4
+    scale_by_std: bool = True
+    eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"grpo with samples_per_prompt {self.samples_per_prompt}: it compares at least 2 answers to a prompt"
+            )
+
+    def prepare(self, rollout: Rollout) -> Rollout:
+        reward = clip(rollout.rewards, self.clip_reward_value) if self.clip_on == "reward" else rollout.rewards
+        advantages = grpo_advantages(reward, self.samples_per_prompt, scale_by_std=self.scale_by_std, eps=self.eps)
+        if self.clip_on == "difference":
+            advantages = clip(advantages, self.clip_reward_value)
+        return with_advantages(rollout, advantages)

@@ -1,0 +1,59 @@
+"""REINFORCE (Williams 1992), plain or with a moving average of the reward as baseline.
+
+    g = (1/N) sum_i sum_t grad log pi(y_it | x_i, y_i<t) * A_it
+    A_t = gamma^(T-t+1) * clip( r(x, y) - m )  -  beta * (KL terms of kl.py)
+
+m = 0 (baseline_decay = 0), or the average of the mean rewards of EARLIER steps, m <- decay * m + (1 - decay) * mean(r).
+Rewards of earlier steps do not depend on this step's y, so E[g] stays the gradient of E[r]; the present step's mean
+would not do, as it contains r. The first step has no past: each answer is compared with the mean of all the others of
+the step, which does not depend on y either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from remax.algorithms.kl import KLPenalty
+from remax.algorithms.shared import Algorithm, clipped_difference, with_advantages
+from remax.sequences import Rollout
+
+
+@dataclass
+class Reinforce(Algorithm):
+    """baseline_decay: weight of the past in the average; 0: no baseline.   moving_average: None before the first."""
+
+    kl: KLPenalty = field(default_factory=lambda: KLPenalty(reach="one_step"))
+    clip_on: str = "difference"
+    baseline_decay: float = 0.0
+    moving_average: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.baseline_decay < 1:
+            raise ValueError(f"baseline_decay is {self.baseline_decay}; it must lie in [0, 1)")
+
+    def prepare(self, rollout: Rollout) -> Rollout:
+        baseline = self._baseline(rollout.rewards) if self.baseline_decay else torch.zeros_like(rollout.rewards)
+        return with_advantages(
+            rollout, clipped_difference(rollout.rewards, baseline, self.clip_reward_value, self.clip_on)
+        )
+
+    def _baseline(self, reward: Tensor) -> Tensor:
+        """(B,) -> (B,) baseline of this step; then moves the average for the next one."""
+        step = self.sum_across_ranks({"reward": reward.double().sum(), "rows": len(reward)})
+        mean, previous = step["reward"] / step["rows"], self.moving_average
+        if previous is None:
+            self.moving_average = mean
+            return (step["reward"] - reward) / max(step["rows"] - 1, 1)
+        self.moving_average = self.baseline_decay * previous + (1 - self.baseline_decay) * mean
+        return torch.full_like(reward, previous)
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {**super().state_dict(), "moving_average": self.moving_average}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        super().load_state_dict(state)
+        self.moving_average = state["moving_average"]

@@ -1,0 +1,633 @@
+"""Proof by enumeration: the expected gradient estimate of every algorithm is the exact gradient of the objective its
+docstring states.
+
+A causal language model of 5 words answers two prompts with at most 3 tokens. All its answers are listed; each one's
+gradient estimate, weighted with its probability and added up, must equal autograd through the written-out objective, in
+float64 to 1e-9. The estimates go the way of training (left-padded prompts, batches padded with EOS, chunked log-probs);
+the objectives are computed one unpadded row at a time with nothing but log_softmax, and truncation from its definition.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from remax.algorithms.grpo import GRPO
+from remax.algorithms.kl import KLPenalty
+from remax.algorithms.ppo import PPO
+from remax.algorithms.reinforce import Reinforce
+from remax.algorithms.remax import ReMax
+from remax.algorithms.rloo import RLOO
+from remax.logprobs import PolicyOutput, Sampling, token_stats
+from remax.sequences import Prompts, Rollout, Sequences
+
+EOS = 0  # also the padding
+BETA = 0.3
+NO_KL = KLPenalty(0.0)
+SAMPLINGS = [Sampling(), Sampling(temperature=0.6), Sampling(top_p=0.8), Sampling(temperature=1.4, top_p=0.75, top_k=4)]
+
+
+class TinyLM(nn.Module):
+    """One causal attention layer over token and position embeddings; `hidden` (B, T, H), `head` (n, H) -> (n, V)."""
+
+    def __init__(self, vocabulary: int, seed: int, scale: float = 1.0, width: int = 4, positions: int = 8):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(scale * torch.randn(*shape, generator=generator, dtype=torch.float64))
+
+        self.tokens, self.positions = weight(vocabulary, width), weight(positions, width)
+        self.query, self.key, self.value = weight(width, width), weight(width, width), weight(width, width)
+        self.output = weight(vocabulary, width)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.tokens[ids] + self.positions[: ids.shape[1]]
+        scores = (x @ self.query) @ (x @ self.key).transpose(1, 2) / x.shape[-1] ** 0.5
+        future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        attention = scores.masked_fill(future, -torch.inf).softmax(-1)
+        return torch.tanh(x + attention @ (x @ self.value))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.output.T
+
+
+def truncated(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(V,) logits -> (V,) log-probs of what is sampled, by definition: the k best, then the fewest with top_p."""
+    logits = logits / sampling.temperature
+    order = logits.argsort(descending=True).tolist()
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    kept, mass = [], 0.0
+    probabilities = logits[order].softmax(0).tolist()
+    for word, p in zip(order, probabilities, strict=True):
+        if mass >= sampling.top_p:
+            break
+        kept, mass = [*kept, word], mass + p
+    drop = torch.ones(len(logits), dtype=torch.bool)
+    drop[kept] = False
+    return logits.masked_fill(drop, -torch.inf).log_softmax(0)
+
+
+@dataclass
+class World:
+    """All answers of positive probability, a row each; exact tables (N, A), zero behind an answer, with gradient."""
+
+    policy: TinyLM
+    reference: TinyLM
+    sampling: Sampling
+    prompts: int
+    prompt_of: list[int]
+    answers: list[tuple[int, ...]]
+    sequences: Sequences
+    rewards: Tensor  # (N,)
+    greedy_rewards: Tensor  # (N,) of the prompt's greedy answer
+    logq: Tensor
+    k1: Tensor
+    kl: Tensor  # sum_v q log(q / rho)
+    reverse_kl: Tensor  # sum_v rho log(rho / q) over the kept words
+    expected_k2: Tensor  # sum_v q k1^2 / 2
+    expected_k3: Tensor  # sum_v q (rho/q - 1 + k1)
+    entropy: Tensor
+
+    @property
+    def probability(self) -> Tensor:  # (N,) of the answer, with gradient
+        return self.logq.sum(1).exp()
+
+    @property
+    def fixed(self) -> Tensor:  # (N,) the same without gradient: states are held
+        return self.probability.detach()
+
+    def costs(self, estimator: str) -> Tensor:
+        ratio = self.sequences.answer_mask * (-self.k1).exp() - self.sequences.answer_mask.double()
+        return {"k1": self.k1, "k2": self.k1**2 / 2, "k3": ratio + self.k1, "full": self.kl}[estimator]
+
+    def expected_costs(self, estimator: str) -> Tensor:
+        """E_{y_t ~ q}[c_t | s_t] over the vocabulary."""
+        return {"k1": self.kl, "k2": self.expected_k2, "k3": self.expected_k3, "full": self.kl}[estimator]
+
+    def gradient(self, objective: Tensor) -> Tensor:
+        grads = torch.autograd.grad(objective / self.prompts, list(self.policy.parameters()), retain_graph=True)
+        return torch.cat([g.flatten() for g in grads])
+
+
+PROMPTS = [(3, 1), (2, EOS, 4, 1)]  # of different lengths; the second holds an EOS
+
+
+@cache
+def world(sampling: Sampling = SAMPLINGS[0], vocabulary: int = 5, length: int = 3) -> World:
+    policy, reference = TinyLM(vocabulary, seed=1), TinyLM(vocabulary, seed=2, scale=0.7)
+    prompts = [tuple(word % vocabulary for word in prompt) for prompt in PROMPTS]
+    all_answers = sorted({cut(answer) for answer in product(range(vocabulary), repeat=length)})
+    noise = torch.Generator().manual_seed(3)
+
+    rows, tables, rewards, greedy_rewards = [], defaultdict(list), [], []
+    for i, prompt in enumerate(prompts):
+        reward = dict(zip(all_answers, torch.randn(len(all_answers), generator=noise).double().tolist(), strict=True))
+        greedy = greedy_answer(policy, prompt, length)
+        for answer in all_answers:
+            steps = exact_steps(policy, reference, prompt, answer, sampling)
+            if steps["logq"].isinf().any():
+                continue  # never drawn
+            rows.append((i, answer))
+            rewards.append(2.0 + reward[answer])  # far from zero, so that a lost baseline shows
+            greedy_rewards.append(2.0 + reward[greedy])
+            for name, values in steps.items():
+                tables[name].append(nn.functional.pad(values, (0, length - len(values))))
+
+    width = max(len(prompt) for prompt in prompts)
+    padded = [(EOS,) * (width - len(prompts[i])) + prompts[i] for i, _ in rows]
+    generated = [answer + (EOS,) * (length - len(answer)) for _, answer in rows]
+    lengths = torch.tensor([len(prompts[i]) for i, _ in rows])
+    sequences = Sequences.from_generation(
+        Prompts(torch.tensor(padded), lengths), torch.tensor(generated), [EOS], pad_id=EOS
+    )
+    assert sequences.answer_lengths.tolist() == [len(answer) for _, answer in rows]
+    return World(
+        policy,
+        reference,
+        sampling,
+        len(prompts),
+        [i for i, _ in rows],
+        [answer for _, answer in rows],
+        sequences,
+        torch.tensor(rewards, dtype=torch.float64),
+        torch.tensor(greedy_rewards, dtype=torch.float64),
+        **{name: torch.stack(values) for name, values in tables.items()},
+    )
+
+
+def cut(answer: tuple[int, ...]) -> tuple[int, ...]:
+    return answer[: answer.index(EOS) + 1] if EOS in answer else answer
+
+
+@torch.no_grad()
+def greedy_answer(policy: TinyLM, prompt: tuple[int, ...], length: int) -> tuple[int, ...]:
+    answer: tuple[int, ...] = ()
+    while len(answer) < length and EOS not in answer:
+        logits = policy.head(policy.hidden(torch.tensor([prompt + answer]))[0, -1])
+        answer += (int(logits.argmax()),)
+    return answer
+
+
+def exact_steps(
+    policy: TinyLM, reference: TinyLM, prompt: tuple[int, ...], answer: tuple[int, ...], sampling: Sampling
+) -> dict[str, Tensor]:
+    """One unpadded row -> per token of the answer, (T,): the tables of `World`."""
+    ids, steps = torch.tensor([prompt + answer]), defaultdict(list)
+    logits = policy.head(policy.hidden(ids)[0])
+    with torch.no_grad():
+        reference_logits = reference.head(reference.hidden(ids)[0])
+    for t, word in enumerate(answer, start=len(prompt) - 1):
+        logq = truncated(logits[t], sampling)  # (V,)
+        logrho = (reference_logits[t] / sampling.temperature).log_softmax(0)
+        kept = ~logq.isinf()
+        q, rho, k1 = logq[kept].exp(), logrho[kept].exp(), logq[kept] - logrho[kept]
+        steps["logq"].append(logq[word])
+        steps["k1"].append(logq[word] - logrho[word])
+        steps["kl"].append((q * k1).sum())
+        steps["reverse_kl"].append(-(rho * k1).sum())
+        steps["expected_k2"].append((q * k1**2).sum() / 2)
+        steps["expected_k3"].append((rho - q + q * k1).sum())
+        steps["entropy"].append(-(q * logq[kept]).sum())
+    return {name: torch.stack(values) for name, values in steps.items()}
+
+
+def forward(model: TinyLM, sequences: Sequences, sampling: Sampling, reference: TinyLM | None = None) -> PolicyOutput:
+    """As in training: one padded batch, answer tokens only, in chunks."""
+    mask = sequences.answer_mask
+    logprob, entropy, kl = token_stats(
+        sequences.predictors(model.hidden(sequences.input_ids))[mask],
+        model.head,
+        sequences.answer_ids[mask],
+        chunks=4,
+        sampling=sampling,
+        entropy=True,
+        stats_grad=reference is not None,
+        reference_hidden=None
+        if reference is None
+        else sequences.predictors(reference.hidden(sequences.input_ids))[mask],
+        reference_head=None if reference is None else reference.head,
+    )
+    zeros = torch.zeros(mask.shape, dtype=torch.float64)
+    return PolicyOutput(*(zeros.masked_scatter(mask, x) for x in (logprob, entropy, kl)))
+
+
+@cache
+def outputs(w_key: tuple, replay: bool = True) -> tuple[PolicyOutput, Tensor]:
+    w = world(*w_key)
+    output = forward(w.policy, w.sequences, w.sampling if replay else Sampling(), w.reference)
+    reference = forward(w.reference, w.sequences, w.sampling.without_truncation()).logprobs.detach()
+    return output, reference
+
+
+def expected_estimate(
+    algorithm, w_key: tuple, *, groups: Tensor | None = None, values: Tensor | None = None, replay: bool = True
+) -> Tensor:
+    """Sum over all answers, or all groups of answers (G, k), of probability * gradient estimate (the step a trainer
+    would take).
+
+    The loss is a sum over rows, so its derivative by each row's outputs can be weighted before it runs through the
+    model, once for all.
+    """
+    w = world(*w_key)
+    output, reference = outputs(w_key, replay)
+    groups = torch.arange(len(w.rewards))[:, None] if groups is None else groups
+    rows = groups.flatten()
+    leaf = PolicyOutput(*(x.detach()[rows].requires_grad_() for x in (output.logprobs, output.entropy, output.full_kl)))
+    rollout = Rollout(
+        w.sequences.select(rows),
+        w.rewards[rows],
+        w.greedy_rewards[rows] if algorithm.greedy else None,
+        reference[rows],
+        old_logprobs=output.logprobs.detach()[rows] if algorithm.needs_old_logprobs else None,
+        values=values[rows] if values is not None else None,
+    )
+    rollout = algorithm.prepare(rollout)
+    loss, _ = algorithm.loss(rollout, leaf, denominator=groups.shape[1])
+    leaves = (leaf.logprobs, leaf.entropy, leaf.full_kl)
+    by_row = torch.autograd.grad(loss, leaves, allow_unused=True)
+    weight = w.fixed[groups].prod(1).repeat_interleave(groups.shape[1])[:, None]  # (rows, 1)
+    total = sum(
+        (weight * grad * x[rows]).sum()
+        for grad, x in zip(by_row, (output.logprobs, output.entropy, output.full_kl), strict=True)
+        if grad is not None
+    )
+    return -w.gradient(total)
+
+
+def all_groups(w: World, k: int) -> Tensor:
+    """(G, k) row numbers: every k answers to one prompt, in every order."""
+    groups = []
+    for i in range(w.prompts):
+        rows = [row for row, prompt in enumerate(w.prompt_of) if prompt == i]
+        groups += list(product(rows, repeat=k))
+    return torch.tensor(groups)
+
+
+def key(sampling: Sampling = SAMPLINGS[0], vocabulary: int = 5, length: int = 3) -> tuple:
+    return (sampling, vocabulary, length)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    assert b.norm() > 1e-3, "a zero gradient proves nothing"
+    return bool((a - b).abs().max() < 1e-9)
+
+
+@pytest.fixture(params=SAMPLINGS, ids=lambda s: f"T{s.temperature}-p{s.top_p}-k{s.top_k}")
+def w_key(request) -> tuple:
+    return key(request.param)
+
+
+# ---- the world itself
+
+
+def test_world_has_all_kinds_of_answers():
+    w = world()
+    assert len(w.answers) == 2 * (1 + 4 + 16 * 5)
+    assert {len(answer) for answer in w.answers} == {1, 2, 3}
+    assert any(EOS not in answer for answer in w.answers)  # never ends
+    assert len({len(w.sequences.input_ids[i][:n]) for i, n in enumerate(w.sequences.prompt_lengths.tolist())}) == 2
+
+
+def test_probabilities_sum_to_one_and_replay_gives_the_log_probs_of_the_sampling_distribution(w_key):
+    w = world(*w_key)
+    output, _ = outputs(w_key)
+    assert w.fixed.sum().item() == pytest.approx(2.0, abs=1e-12)  # one per prompt
+    for table, x in [(w.logq, output.logprobs), (w.entropy, output.entropy), (w.kl, output.full_kl)]:
+        assert (table - x).abs().max() < 1e-12
+
+
+def test_the_objectives_agree_with_each_other():
+    w = world()
+    by_answer = (w.probability * w.k1.sum(1)).sum()  # KL of whole answers
+    by_step = (w.probability * w.kl.sum(1)).sum()  # chain rule of the KL
+    assert by_answer.item() == pytest.approx(by_step.item(), abs=1e-12)
+    assert close(w.gradient(by_answer), w.gradient(by_step))
+
+
+# ---- one answer a prompt
+
+
+def single_answer_algorithms(**settings):
+    yield Reinforce(clip_on="difference", **settings)
+    averaged = Reinforce(baseline_decay=0.9, **settings)
+    averaged.moving_average = 1.7
+    yield averaged
+    yield ReMax(**settings)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "moving average", "remax"])
+def test_no_kl_is_the_gradient_of_the_expected_reward(w_key, name):
+    settings = {"kl": NO_KL, "clip_reward_value": 0.0}
+    algorithm = dict(zip(["reinforce", "moving average", "remax"], single_answer_algorithms(**settings), strict=True))[
+        name
+    ]
+    w = world(*w_key)
+    assert close(expected_estimate(algorithm, w_key), w.gradient((w.probability * w.rewards).sum()))
+
+
+def penalties() -> list[KLPenalty]:
+    reward = [
+        KLPenalty(BETA, e, "reward", r)
+        for e in ("k1", "k2", "k3", "full")
+        for r in ("one_step", "full_step")
+        if (e, r) != ("full", "one_step")
+    ]
+    loss = [KLPenalty(BETA, e, "loss", r) for e in ("k2", "k3", "full") for r in ("one_step", "full_step")]
+    return reward + loss
+
+
+def stated_objective(w: World, kl: KLPenalty) -> Tensor:
+    """Row by row the table at the top of kl.py; `fixed` holds the states."""
+    c = w.costs(kl.estimator).sum(1)  # (N,)
+    reward = (w.probability * w.rewards).sum()
+    exact = reward - BETA * (w.probability * c).sum()
+    local = BETA * (w.fixed * c).sum()  # its gradient is beta E[sum_t grad c_t]
+    if kl.where == "loss" and kl.reach == "full_step":
+        return exact
+    if kl.where == "loss":
+        direction = w.reverse_kl if kl.estimator == "k3" else w.kl
+        return reward - BETA * (w.fixed * direction.sum(1)).sum()
+    if kl.reach == "full_step":
+        return exact + local
+    return reward - BETA * (w.fixed * w.expected_costs(kl.estimator).sum(1)).sum() + local
+
+
+@pytest.mark.parametrize("kl", penalties(), ids=lambda kl: f"{kl.estimator}-{kl.where}-{kl.reach}")
+def test_every_kl_penalty_estimates_what_its_table_says(w_key, kl):
+    w = world(*w_key)
+    algorithm = ReMax(kl=replace(kl), clip_reward_value=0.0)
+    assert close(expected_estimate(algorithm, w_key), w.gradient(stated_objective(w, kl)))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3", "full"])
+def test_full_step_is_the_exact_kl_regularised_gradient(w_key, estimator):
+    w = world(*w_key)
+    kl = KLPenalty(BETA, estimator, "reward" if estimator == "k1" else "loss", "full_step")
+    assert w.sampling.truncates or (w.expected_k3 - w.kl).abs().max() < 1e-12  # k3 only is off under truncation
+    cost = w.expected_k3 if estimator == "k3" else w.kl
+    exact = w.gradient((w.probability * (w.rewards - BETA * cost.sum(1))).sum())
+    assert close(expected_estimate(ReMax(kl=kl, clip_reward_value=0.0), w_key), exact)
+
+
+def test_k1_one_step_is_not_the_exact_gradient():
+    w = world()
+    exact = w.gradient((w.probability * (w.rewards - BETA * w.k1.sum(1))).sum())
+    one_step = expected_estimate(ReMax(kl=KLPenalty(BETA, reach="one_step"), clip_reward_value=0.0), key())
+    assert (one_step - exact).norm() > 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("estimator, where", [("k1", "reward"), ("k2", "loss"), ("k3", "loss"), ("full", "loss")])
+def test_normalized_full_step_is_exact_for_the_mean_over_the_answer(w_key, estimator, where):
+    # J = E[ R - beta (1/T) sum_t c_t ]
+    w = world(*w_key)
+    kl = KLPenalty(BETA, estimator, where, "full_step", normalize=True)
+    mean = w.costs(estimator).sum(1) / w.sequences.answer_lengths
+    exact = w.gradient((w.probability * (w.rewards - BETA * mean)).sum())
+    assert close(expected_estimate(ReMax(kl=kl, clip_reward_value=0.0), w_key), exact)
+
+
+def test_the_refused_penalties_have_expected_gradient_zero(w_key):
+    w = world(*w_key)
+    k1_in_loss = w.gradient((w.fixed * w.k1.sum(1)).sum())  # E[sum_t grad k1_t]
+    full_one_step_in_reward = w.gradient((w.fixed * (w.logq * w.kl.detach()).sum(1)).sum())  # E[sum_t grad log q KL_t]
+    assert k1_in_loss.abs().max() < 1e-12
+    assert full_one_step_in_reward.abs().max() < 1e-12
+
+
+def test_entropy_bonus_holds_the_states(w_key):
+    w = world(*w_key)
+    algorithm = Reinforce(kl=NO_KL, clip_reward_value=0.0, entropy_coef=0.4)
+    objective = (w.probability * w.rewards).sum() + 0.4 * (w.fixed * w.entropy.sum(1)).sum()
+    assert close(expected_estimate(algorithm, w_key), w.gradient(objective))
+
+
+def test_the_clip_changes_the_reward_and_nothing_else():
+    w, limit = world(), 0.8
+    difference = ReMax(kl=NO_KL, clip_reward_value=limit)
+    clipped = (w.rewards - w.greedy_rewards).clamp(-limit, limit)
+    assert ((w.rewards - w.greedy_rewards).abs() > limit).any()
+    assert close(expected_estimate(difference, key()), w.gradient((w.probability * clipped).sum()))
+
+    on_reward = ReMax(kl=NO_KL, clip_reward_value=2.0, clip_on="reward")
+    assert close(expected_estimate(on_reward, key()), w.gradient((w.probability * w.rewards.clamp(-2, 2)).sum()))
+
+
+def by_prefix(w: World, per_token: Tensor) -> Tensor:
+    """(N, A) -> (N, A): E[ x_t | s_t, y_t ], the mean over all answers that begin with the same t tokens."""
+    sums, mass = defaultdict(float), defaultdict(float)
+    names = [[(w.prompt_of[n], answer[: t + 1]) for t in range(len(answer))] for n, answer in enumerate(w.answers)]
+    for n, prefixes in enumerate(names):
+        for t, prefix in enumerate(prefixes):
+            sums[prefix] += w.fixed[n].item() * per_token[n, t].item()
+            mass[prefix] += w.fixed[n].item()
+    means = torch.zeros_like(per_token)
+    for n, prefixes in enumerate(names):
+        for t, prefix in enumerate(prefixes):
+            means[n, t] = sums[prefix] / mass[prefix]
+    return means
+
+
+def test_discount_weighs_each_token_by_what_is_left_and_keeps_the_baseline():
+    # sum_s mu(s) sum_a grad q(a|s) Q(s, a), Q(s_t, y_t) = E[ gamma^(T-t+1) (r - b) | s_t, y_t ]; the KL undiscounted
+    w, gamma = world(), 0.7
+    left = w.sequences.answer_lengths[:, None] - torch.arange(3)  # (N, A): 1 at the last token
+    weights = gamma ** left.double() * w.sequences.answer_mask
+
+    def exact(baseline: Tensor) -> Tensor:
+        q_values = by_prefix(w, weights * (w.rewards - baseline)[:, None])
+        objective = (w.fixed * (w.logq * q_values).sum(1)).sum() - BETA * (w.fixed * w.kl.sum(1)).sum()
+        return w.gradient(objective)
+
+    kl = KLPenalty(BETA, reach="one_step")
+    estimate = expected_estimate(ReMax(kl=kl, gamma=gamma, clip_reward_value=0.0), key())
+    assert close(estimate, exact(w.greedy_rewards))
+    assert (estimate - exact(torch.zeros_like(w.rewards))).norm() > 0.05 * estimate.norm()  # b does not drop out
+
+
+# ---- log-probs of the model for answers of the sampling distribution
+
+
+def test_log_probs_of_the_model_bias_the_gradient_and_a_baseline_hides_most_of_it():
+    w_key = key(Sampling(top_p=0.8))
+    w = world(*w_key)
+    exact = w.gradient((w.probability * w.rewards).sum())
+
+    def error(algorithm, replay: bool) -> float:
+        estimate = expected_estimate(algorithm, w_key, replay=replay)
+        return ((estimate - exact).norm() / exact.norm()).item()
+
+    plain, greedy = Reinforce(kl=NO_KL, clip_reward_value=0.0), ReMax(kl=NO_KL, clip_reward_value=0.0)
+    assert error(plain, replay=True) < 1e-9 and error(greedy, replay=True) < 1e-9
+    assert error(plain, replay=False) > 2 * error(greedy, replay=False) > 0.02
+
+    # The bias is E[ sum_t (grad log pi - grad log q) (r - b) ]: E_q[grad log pi] is not zero, so b does not drop out.
+    model = outputs(w_key, False)[0].logprobs
+    for algorithm, b in [(plain, 0.0), (greedy, w.greedy_rewards)]:
+        bias = w.gradient((w.fixed * (w.rewards - b) * (model - w.logq).sum(1)).sum())
+        assert close(expected_estimate(algorithm, w_key, replay=False) - exact, bias)
+
+
+# ---- several answers a prompt
+
+
+@pytest.mark.parametrize("k, vocabulary", [(2, 5), (3, 3)])
+@pytest.mark.parametrize("sampling", SAMPLINGS[::2], ids=["plain", "top-p"])
+def test_rloo_is_exact_with_the_kl_in_its_return(k, vocabulary, sampling):
+    w_key = key(sampling, vocabulary, 2)
+    w = world(*w_key)
+    for kl, cost in [
+        (NO_KL, 0.0),
+        (KLPenalty(BETA), w.k1.sum(1)),
+        (KLPenalty(BETA, normalize=True), w.k1.sum(1) / w.sequences.answer_lengths),
+    ]:
+        algorithm = RLOO(kl=kl, samples_per_prompt=k, clip_reward_value=0.0)
+        estimate = expected_estimate(algorithm, w_key, groups=all_groups(w, k))
+        beta = BETA if kl.active else 0.0
+        assert close(estimate, w.gradient((w.probability * (w.rewards - beta * cost)).sum()))
+
+
+@pytest.mark.parametrize(
+    "kl",
+    [kl for kl in penalties() if kl.estimator in ("k1", "k3")],
+    ids=lambda kl: f"{kl.estimator}-{kl.where}-{kl.reach}",
+)
+def test_rloo_with_every_other_kl(kl):
+    w_key = key(length=2)
+    w = world(*w_key)
+    algorithm = RLOO(kl=replace(kl), samples_per_prompt=2, clip_reward_value=0.0)
+    assert close(expected_estimate(algorithm, w_key, groups=all_groups(w, 2)), w.gradient(stated_objective(w, kl)))
+
+
+@pytest.mark.parametrize("k, vocabulary", [(2, 5), (3, 3)])
+def test_grpo_without_std_is_the_gradient_shrunk_by_its_own_mean(k, vocabulary):
+    # E = (k-1)/k grad E[r] - beta grad E_sg[ KL_t(rho || pi) ]
+    w_key = key(vocabulary=vocabulary, length=2)
+    w = world(*w_key)
+    kl = KLPenalty(BETA, "k3", "loss", "one_step")
+    algorithm = GRPO(
+        kl=kl, samples_per_prompt=k, scale_by_std=False, clip_reward_value=0.0, loss_aggregation="sequence"
+    )
+    objective = (k - 1) / k * (w.probability * w.rewards).sum() - BETA * (w.fixed * w.reverse_kl.sum(1)).sum()
+    assert close(expected_estimate(algorithm, w_key, groups=all_groups(w, k)), w.gradient(objective))
+
+
+def test_grpo_with_std_and_two_answers_maximises_the_chance_to_win():
+    # A_i = sign(r_i - r_j) / sqrt(2)
+    w_key = key(length=2)
+    w = world(*w_key)
+    algorithm = GRPO(kl=NO_KL, samples_per_prompt=2, clip_reward_value=0.0, loss_aggregation="sequence", eps=1e-14)
+    i, j = all_groups(w, 2).T
+    sign = (w.rewards[i] - w.rewards[j]).sign()
+    objective = (w.probability[i] * w.fixed[j] * sign).sum() / 2**0.5
+    assert close(expected_estimate(algorithm, w_key, groups=all_groups(w, 2)), w.gradient(objective))
+
+
+def test_first_step_of_the_moving_average_leaves_the_expectation_alone():
+    # The step holds one answer to each of the two prompts; each is compared with the other's reward.
+    w_key = key(vocabulary=3, length=2)
+    w = world(*w_key)
+    first, second = ([n for n, p in enumerate(w.prompt_of) if p == i] for i in (0, 1))
+
+    class EachPair(Reinforce):
+        def prepare(self, rollout: Rollout) -> Rollout:
+            parts = [
+                Reinforce(kl=NO_KL, baseline_decay=0.9, clip_reward_value=0.0).prepare(
+                    rollout.select(torch.tensor([n, n + 1]))
+                )
+                for n in range(0, len(rollout), 2)
+            ]
+            return replace(rollout, advantages=torch.cat([part.advantages for part in parts]))
+
+    pairs = torch.tensor(list(product(first, second)))
+    # A step's loss is a mean over its 2 answers, one to each prompt, and `gradient` divides by the 2 prompts again.
+    estimate = 2 * expected_estimate(EachPair(kl=NO_KL), w_key, groups=pairs)
+    assert close(estimate, w.gradient((w.probability * w.rewards).sum()))
+
+
+# ---- PPO before its first step
+
+
+def state_values(w: World, seed: int = 5) -> Tensor:
+    """(N, A) arbitrary values before each token, equal for equal states; what stands behind answers must not matter."""
+    noise, table = torch.Generator().manual_seed(seed), {}
+    values = torch.full(w.logq.shape, 77.0, dtype=torch.float64)
+    for n, answer in enumerate(w.answers):
+        for t in range(len(answer)):
+            state = (w.prompt_of[n], answer[:t])
+            if state not in table:
+                table[state] = 2 * torch.randn(1, generator=noise).item()
+            values[n, t] = table[state]
+    return values
+
+
+def true_values(w: World, beta: float) -> Tensor:
+    """(N, A) V_pi(s_t) = E[ sum_{h>=t} r_h | s_t ], r_h = -beta k_h, + r at the end."""
+    sums, mass = defaultdict(float), defaultdict(float)
+    for n, answer in enumerate(w.answers):
+        for t in range(len(answer)):
+            state = (w.prompt_of[n], answer[:t])
+            sums[state] += (w.fixed[n] * (w.rewards[n] - beta * w.k1[n, t:].sum())).item()
+            mass[state] += w.fixed[n].item()
+    values = torch.zeros_like(w.logq)
+    for n, answer in enumerate(w.answers):
+        for t in range(len(answer)):
+            values[n, t] = sums[w.prompt_of[n], answer[:t]] / mass[w.prompt_of[n], answer[:t]]
+    return values
+
+
+def ppo(**settings) -> PPO:
+    return PPO(
+        **{"clip_reward_value": 0.0, "loss_aggregation": "sequence", "lam": 1.0, "kl": KLPenalty(BETA), **settings}
+    )
+
+
+def kl_objective(w: World, cost: Tensor) -> Tensor:
+    return (w.probability * (w.rewards - BETA * cost)).sum()
+
+
+def test_ppo_with_lambda_one_is_exact_whatever_the_critic_says(w_key):
+    w = world(*w_key)
+    exact = w.gradient(kl_objective(w, w.k1.sum(1)))
+    assert close(expected_estimate(ppo(), w_key, values=state_values(w)), exact)
+
+
+def test_ppo_normalized_kl_and_kl_in_the_loss(w_key):
+    w = world(*w_key)
+    values, lengths = state_values(w), w.sequences.answer_lengths
+    for kl, objective in [
+        (KLPenalty(BETA, normalize=True), kl_objective(w, w.k1.sum(1) / lengths)),
+        (KLPenalty(BETA, "k3", "loss", "full_step", normalize=True), kl_objective(w, w.costs("k3").sum(1) / lengths)),
+        (KLPenalty(BETA, "k3", "loss", "full_step"), kl_objective(w, w.expected_k3.sum(1))),
+        (KLPenalty(BETA, "full", "loss", "one_step"), stated_objective(w, KLPenalty(BETA, "full", "loss", "one_step"))),
+        (KLPenalty(BETA, "k3", "loss", "one_step"), stated_objective(w, KLPenalty(BETA, "k3", "loss", "one_step"))),
+        (
+            KLPenalty(BETA, "k2", "reward", "full_step"),
+            stated_objective(w, KLPenalty(BETA, "k2", "reward", "full_step")),
+        ),
+    ]:
+        assert close(expected_estimate(ppo(kl=kl), w_key, values=values), w.gradient(objective)), kl
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.6, 0.95])
+def test_ppo_with_lambda_below_one_has_the_known_bias(lam):
+    # (1-lam) E[ sum_t grad log pi(y_t) sum_{n>=1} lam^(n-1) (V - V_pi)(s_{t+n}) ]
+    w = world()
+    exact = w.gradient(kl_objective(w, w.k1.sum(1)))
+    values, truth = state_values(w), true_values(w, BETA)
+    assert close(expected_estimate(ppo(lam=lam), key(), values=truth), exact)  # a perfect critic has no bias
+
+    error = (values - truth).masked_fill(~w.sequences.answer_mask, 0.0).detach()
+    tail = torch.zeros_like(error)
+    for t in range(3):
+        for n in range(1, 3 - t):
+            tail[:, t] += lam ** (n - 1) * error[:, t + n]
+    bias = (1 - lam) * w.gradient((w.fixed * (w.logq * tail).sum(1)).sum())
+    assert close(expected_estimate(ppo(lam=lam), key(), values=values) - exact, bias)
