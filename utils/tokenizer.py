@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from utils.hub import hub_is_reachable
 from utils.run import UserError
 
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*")
+
 
 def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with `pad_token` set.
@@ -24,14 +26,20 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
     Raises:
         UserError: no tokenizer there, or one without an end token.
     """
-    is_folder = Path(name_or_path).expanduser().is_dir()
-    if not is_folder and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        # Without these transformers makes up an empty vocabulary.
+        if not any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
+            raise UserError(
+                f"{flag}: {name_or_path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save the model's tokenizer "
+                "there with its save_pretrained"
+            )
+    elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"{flag}: no such folder: {name_or_path}")
-    online = is_folder or hub_is_reachable()
+    online = folder.is_dir() or hub_is_reachable()
     try:
-        path = str(Path(name_or_path).expanduser()) if is_folder else name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name_or_path)
+    except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         if online:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{flag}: no usable tokenizer in {name_or_path}: {reason}") from error
@@ -64,8 +72,6 @@ def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> s
         if token_a == token_b or (i in unread and None in (token_a, token_b)):
             continue
         return f"id {i} is {describe(token_a)} in the one and {describe(token_b)} in the other"
-    if a.eos_token_id != b.eos_token_id:
-        return f"the end token is {a.eos_token!r} in the one and {b.eos_token!r} in the other"
     return None
 
 

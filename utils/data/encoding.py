@@ -43,7 +43,8 @@ SEAMS = ("\n", ":", "x", "é")
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids without the tokenizer's beginning and end."""
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    # verbose=False: lengths are cut here, a warning about the model's maximum would mislead
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -55,17 +56,25 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
     """Ids of the prompts with the tokenizer's beginning; a text that already begins with it gets no second one."""
-    first = beginning(tokenizer)
-    return [ids if first and ids[: len(first)] == first else first + ids for ids in plain_ids(tokenizer, prompts)]
+    return with_beginning(beginning(tokenizer), plain_ids(tokenizer, prompts))
 
 
-def encode_answers(tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]) -> list[list[int]]:
+def with_beginning(first: list[int], heads: list[list[int]]) -> list[list[int]]:
+    """`first` before each of `heads`, except where it stands there already."""
+    return [head if head[: len(first)] == first else first + head for head in heads]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], heads: list[list[int]], answers: list[str]
+) -> list[list[int]]:
     """Ids of the answers as they follow their prompts, without an end token.
 
     The joint text decides wherever it keeps the prompt's tokens: prompt ids + answer ids are then what the tokenizer
     makes of prompt + answer.
+
+    Args:
+        heads: the prompts' `plain_ids`.
     """
-    heads = plain_ids(tokenizer, prompts)
     joint = plain_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     return [
         ids[len(head) :] if ids[: len(head)] == head else answer_alone(tokenizer, answer)
@@ -90,8 +99,9 @@ def encode_pair(
     The end token follows the answer when both fit. A prompt longer than `max_len` fills it alone: prompt length and
     number of ids are then equal.
     """
-    prompt_ids = encode_prompts(tokenizer, [prompt])[0]
-    answer_ids = encode_answers(tokenizer, [prompt], [answer])[0]
+    heads = plain_ids(tokenizer, [prompt])
+    (prompt_ids,) = with_beginning(beginning(tokenizer), heads)
+    (answer_ids,) = encode_answers(tokenizer, [prompt], heads, [answer])
     ids = join(prompt_ids, answer_ids, max_len, tokenizer.eos_token_id if add_eos else None)
     return ids, min(len(prompt_ids), max_len)
 
@@ -118,9 +128,10 @@ def supervised_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase,
     """Rows with prompt and chosen -> input_ids, prompt_length and their fate."""
     rows = []
     prompts, answers = batch["prompt"], batch["chosen"]
-    prompt_ids = encode_prompts(tokenizer, prompts)
-    answer_ids = encode_answers(tokenizer, prompts, [answer or "" for answer in answers])
-    for prompt, answer, head, tail in zip(prompts, answers, prompt_ids, answer_ids, strict=True):
+    plain = plain_ids(tokenizer, prompts)
+    heads = with_beginning(beginning(tokenizer), plain)
+    tails = encode_answers(tokenizer, prompts, plain, [answer or "" for answer in answers])
+    for prompt, answer, head, tail in zip(prompts, answers, heads, tails, strict=True):
         ids = join(head, tail, max_len, tokenizer.eos_token_id)
         dropped = unusable(prompt, [answer]) or too_long(head, max_len)
         rows.append(
@@ -139,9 +150,11 @@ def ranking_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, ma
     """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length and their fate."""
     rows = []
     prompts = batch["prompt"]
-    heads = encode_prompts(tokenizer, prompts)
+    plain = plain_ids(tokenizer, prompts)
+    heads = with_beginning(beginning(tokenizer), plain)
     tails = [
-        encode_answers(tokenizer, prompts, [answer or "" for answer in batch[name]]) for name in ("chosen", "rejected")
+        encode_answers(tokenizer, prompts, plain, [answer or "" for answer in batch[name]])
+        for name in ("chosen", "rejected")
     ]
     for prompt, chosen, rejected, head, *ends in zip(
         prompts, batch["chosen"], batch["rejected"], heads, *tails, strict=True
@@ -196,7 +209,7 @@ def too_long(prompt_ids: list[int], max_len: int) -> str | None:
     return TOO_LONG if len(prompt_ids) >= max_len else None
 
 
-TOO_LONG = "whose prompt alone fills the length"
+TOO_LONG = "whose prompt alone fills --max_seq_len"
 ENCODERS = {"supervised": supervised_batch, "ranking": ranking_batch, "prompts": prompts_batch}
 
 
@@ -287,7 +300,9 @@ def report_cut(kind: str, cut: int, total: int, max_len: int, longest: int, name
         if kind == "prompts"
         else "longer answers are cut, and without an end token"
     )
-    print0(f"{names.length_flag} {max_len} ({names.data}): {cut} of {total} rows are too long: {how}")
+    print0(
+        f"{names.length_flag} {max_len}: {cut} of {total} rows of {names.data_flag} ({names.data}) are too long: {how}"
+    )
 
 
 def check_serves(rows: Dataset, kind: str, names: Names) -> None:

@@ -147,37 +147,41 @@ class EpochSampler(Sampler[int]):
     """Shuffled training rows of one rank: step s takes rows s * G .. (s + 1) * G of the epoch's order, G the global
     batch; the ranks share them in turn. The incomplete last step is left out.
 
-    State: the epoch, and the number of rows that this rank has handed out in it.
+    State: the epoch, and how many rows all ranks together have handed out in it: the same on every rank, and right
+    on another number of ranks too.
     """
 
     def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0):
         self.n_rows, self.rank, self.world_size, self.seed = n_rows, rank, world_size, seed
         self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
         self.epoch = 0
-        self.position = 0
+        self.handed_out = 0
+        self.resume_at = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's order; a new epoch starts at its first row."""
+        """Chooses the epoch's order; another epoch starts at its first row."""
         if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
+            self.epoch, self.handed_out, self.resume_at = epoch, 0, 0
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed % 2**40 << 20) + self.epoch)
         order = torch.randperm(self.n_rows, generator=generator).tolist()
         mine = order[self.rank :: self.world_size]
-        while self.position < self.rows_per_rank:
-            self.position += 1
-            yield mine[self.position - 1]
-        self.position = 0
+        start, self.resume_at = self.resume_at, 0
+        for k in range(start, self.rows_per_rank):
+            self.handed_out = k + 1
+            yield mine[k]
 
     def __len__(self) -> int:
         return self.rows_per_rank
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.handed_out * self.world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+        """The next iteration goes on at this state; later ones start at the epoch's first row."""
+        self.epoch = state["epoch"]
+        self.handed_out = self.resume_at = state["position"] // self.world_size
 
 
 class EvalSampler(Sampler[int]):

@@ -366,13 +366,27 @@ def choose_conversion(name: str, splits: dict[str, list[Part]], flag: str) -> tu
     """The shape's name for reports, and the function from row to Example."""
     part = splits["train"][0]
     known = known_name(name)
-    if known and known != "local/jsonfile":
+    if known and (name == known or fits(ADAPTERS[known], part.rows[0])):
         return known, ADAPTERS[known]
     shape, convert = find_shape(part.rows.column_names)
     if convert is None:
         found = ", ".join(part.rows.column_names)
         raise UserError(f"{flag}: {part.place} has the columns {found}; expected {SHAPES}: rename the columns")
+    texts = [part.rows.features.get(column) for column in ("prompt", "chosen", "completion")]
+    if any(isinstance(feature, datasets.List) for feature in texts):
+        shape += " of messages"
     return shape, convert
+
+
+def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
+    """Whether a folder that is called like a known data set has its columns too."""
+    try:
+        adapter(row)
+    except RowSkipped:
+        return True
+    except (KeyError, RowRefused):
+        return False
+    return True
 
 
 def known_name(name: str) -> str | None:
@@ -396,12 +410,10 @@ def shape_needs_dialogue(convert: Callable[..., Example], parts: list[Part], loo
         return False
     rows = parts[0].rows
     prompts = [value for value in rows[: min(look_at, len(rows))]["prompt"] if isinstance(value, str)]
-    if not prompts:
+    written = sum(prompt.rstrip().endswith("Assistant:") for prompt in prompts)
+    if not prompts or 2 * written >= len(prompts):
         return False
-    ending = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
-    if ending.rstrip().endswith("Assistant:"):
-        return False
-    cue = ending.rstrip(" ")
+    cue = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1].rstrip(" ")
     return len(prompts) == 1 or len(cue) < 2 or cue[-1] not in ":]>|\n"
 
 
@@ -512,5 +524,9 @@ def fingerprint_of(*parts: object) -> str:
 def cache_file(cache_dir: str | None, kind: str, fingerprint: str) -> str:
     """Where the datasets library keeps a converted table."""
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "converted"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--data_output_path: cannot write to {folder} ({reason}); choose another folder") from error
     return str(folder / f"{kind}-{fingerprint}.arrow")

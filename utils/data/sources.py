@@ -2,10 +2,12 @@
 
 import codecs
 import csv
+import glob
 import gzip
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +93,8 @@ def read_folder(path: Path, name: str, cache_dir: str | None, flag: str) -> dict
         usable = [file for file in files if file.is_file() and file_format(file) and not file.name.startswith(".")]
         found: dict[str, list[Path]] = {}
         for file in usable:
-            split = split_of(file)
+            parent = "" if file.parent in (path, path / "data") else file.parent.name
+            split = split_of(file.name) or split_of(parent)
             if split:
                 found.setdefault(split, []).append(file)
         if found:
@@ -106,9 +109,12 @@ def read_folder(path: Path, name: str, cache_dir: str | None, flag: str) -> dict
     return {split: [read_file(file, cache_dir, flag) for file in files] for split, files in splits.items()}
 
 
-def split_of(file: Path) -> str | None:
-    """The split that a file's name tells: "train_prefs" of train_prefs-00000-of-00002.parquet, "test" of a.test.csv."""
-    stem = file.name.lower()
+def split_of(name: str) -> str | None:
+    """The split that the name of a file or folder tells, or None.
+
+    "train_prefs" of train_prefs-00000-of-00002.parquet, "test" of my.test.jsonl.gz.
+    """
+    stem = name.lower()
     for suffix in [*FORMATS, ".gz"]:
         stem = stem.replace(suffix, "")
     stem = re.sub(r"-\d+-of-\d+.*$", "", stem)
@@ -143,12 +149,24 @@ def read_file(path: Path, cache_dir: str | None, flag: str) -> Part:
     try:
         if reader == "csv":  # csv knows no types: "4" is an answer, and so is "NA"
             options = {"features": Features({c: Value("string") for c in csv_header(path)}), "keep_default_na": False}
-        rows = datasets.load_dataset(
-            reader, data_files=str(path.resolve()), split="train", cache_dir=cache_dir, **options
-        )
+        with quiet_library():
+            rows = datasets.load_dataset(
+                reader, data_files=glob.escape(str(path.resolve())), split="train", cache_dir=cache_dir, **options
+            )
     except (OSError, EOFError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(f"{flag}: {path}{why_unreadable(path, reader, error)}") from error
     return not_empty(Part(rows, str(path), path), flag)
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Keeps the datasets library from logging an error that is raised as well."""
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def not_empty(part: Part, flag: str) -> Part:
