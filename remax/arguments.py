@@ -224,7 +224,7 @@ class RolloutFlags:
     top_k: CountOrZero = flag(0, "sample from the k most probable tokens; 0: from all")
     logprobs_of: Literal["sampling", "model"] = flag(
         "sampling",
-        "what the update differentiates when temperature, top_p or top_k are set: the one sampled from (exact) "
+        "what the update differentiates when temperature, top_p or top_k are set: what is drawn from (exact) "
         "or the model's own (as published; biased)",
     )
     two_pass_rollout: bool = flag(False, "decode sampled and greedy answers one after the other instead of together")

@@ -1,0 +1,121 @@
+"""The console line, metrics.jsonl, TensorBoard and progress without a terminal."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from utils import metrics
+from utils.metrics import MetricsLogger, ProgressLines, console_line, progress
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_console_line_reads_as_text():
+    values = {"train/reward": 1.2345678, "train/kl": 0.04, "train/lr": 1e-6, "train/seconds_per_step": 2.1}
+    line = console_line(20, values, total_steps=300)
+    assert line == "step 20/300  reward 1.235  kl 0.04  lr 1.0e-06  2.10 s/step"
+
+
+def test_console_line_of_an_evaluation_names_it_once():
+    line = console_line(20, {"eval/loss": 2.0, "eval/grad_norm": math.nan}, epoch=0.5)
+    assert line == "eval  step 20  epoch 0.50  loss 2  grad norm nan"
+
+
+def test_console_line_shows_the_chosen_values_in_order_but_all_of_an_evaluation():
+    values = {"train/a": 1.0, "train/b": 2.0, "train/c": 3.0}
+    assert console_line(1, values, names=["c", "missing", "a"]) == "step 1  c 3  a 1"
+    assert console_line(1, {"eval/b": 2.0}, names=["a"]) == "eval  step 1  b 2"
+
+
+def test_console_line_keeps_the_groups_of_a_mixed_record():
+    assert console_line(1, {"train/a": 1.0, "eval/a": 2.0}) == "step 1  a 1  eval/a 2"
+
+
+def test_each_call_is_a_record_and_not_a_number_is_null(tmp_path, capsys):
+    logger = MetricsLogger(tmp_path)
+    logger.log(1, {"train/loss": torch.tensor(2.5), "train/kl": math.nan, "train/grad": math.inf}, epoch=0.25)
+    logger.log(2, {"train/loss": 2})
+    logger.close()
+    first, second = records(tmp_path)
+    time = first.pop("time")
+    assert first == {"step": 1, "epoch": 0.25, "train/loss": 2.5, "train/kl": None, "train/grad": None}
+    assert second["time"] >= time
+    assert "kl nan" in capsys.readouterr().out
+
+
+def test_console_cadence_first_file_always(tmp_path, capsys):
+    logger = MetricsLogger(tmp_path, console_every=5, total_steps=11)
+    for step in range(1, 12):
+        logger.log(step, {"train/loss": 1.0})
+    logger.log(3, {"eval/loss": 1.0})
+    logger.close()
+    shown = [line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()]
+    # every fifth, the last one, and each evaluation
+    assert shown == [["step 5/11", "loss 1"], ["step 10/11", "loss 1"], ["step 11/11", "loss 1"], ["eval", "step 3/11"]]
+    assert len(records(tmp_path)) == 12
+
+
+def test_an_existing_file_is_continued_or_cut_back(tmp_path):
+    for drop_after, expected in [(None, [1, 2, 3]), (None, [1, 2, 3, 1, 2, 3]), (2, [1, 2, 1, 2, 1, 2, 3])]:
+        logger = MetricsLogger(tmp_path, drop_after=drop_after)
+        for step in (1, 2, 3):
+            logger.log(step, {"a": 0.0})
+        logger.close()
+        assert [record["step"] for record in records(tmp_path)] == expected
+    # a record torn by a kill goes too; -1 leaves nothing
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    MetricsLogger(tmp_path, drop_after=5).close()
+    assert records(tmp_path) == [{"step": 1}]
+    MetricsLogger(tmp_path, drop_after=-1).close()
+    assert records(tmp_path) == []
+
+
+def test_off_rank_0_nothing_happens(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    logger = MetricsLogger(tmp_path / "run", tensorboard_dir=tmp_path / "tb")
+    logger.log(1, {"eval/loss": 1.0})
+    logger.close()
+    with progress(2, "SFT", "steps") as bar:
+        bar.update(2)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tensorboard_gets_the_same_scalars(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = MetricsLogger(tmp_path, tensorboard_dir=tmp_path / "tb")
+    logger.log(3, {"train/loss": 0.5})
+    logger.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    bar = ProgressLines(100, "SFT", "steps", every=30)
+    for _ in range(4):
+        now[0] += 20
+        bar.update(10)
+    bar.set_postfix(loss=2)
+    now[0] += 20
+    bar.update(60)
+    bar.close()
+    bar.close()
+    assert capsys.readouterr().err.splitlines() == [
+        # 20 units in 40 s: 0.5/s, so 80 more take 160 s
+        "SFT: 20/100 steps, 00:40 so far, 02:40 to go, 0.5 steps/s",
+        "SFT: 40/100 steps, 01:20 so far, 02:00 to go, 0.5 steps/s",
+        "SFT: 100/100 steps, 01:40 so far, 1 steps/s, loss 2",
+    ]
+
+
+def test_progress_of_nothing_is_quiet_about_the_rest(capsys):
+    with progress(0, "SFT", "steps"):
+        pass
+    assert "SFT: 0/0 steps" in capsys.readouterr().err
