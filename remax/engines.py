@@ -188,7 +188,7 @@ class Actor(TrainedEngine):
         optimizer: OptimizerConfig,
         *,
         generation: GenerationSettings | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+        sampling: Sampling = Sampling(),
         chunk_size: int = 1024,
         gather_for_generation: bool = True,
     ):
@@ -320,6 +320,12 @@ class TrainedReward(TrainedEngine):
     def values(self, sequences: Sequences) -> Tensor:
         """(B, A) float32 with gradient: the value before each answer token."""
         return self.engine(sequences, every_token=True)
+
+    @torch.no_grad()
+    def old_values(self, sequences: Sequences) -> Tensor:
+        """(B, A) values at rollout time: without gradient, in eval mode."""
+        with evaluating(self.model):
+            return self.values(sequences)
 
 
 @contextlib.contextmanager

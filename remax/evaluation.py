@@ -7,10 +7,12 @@ of means, and the rows that fill up a rank's last batch carry weight 0.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from remax.engines import Actor, Reference, Reward, TrainedReward
 from remax.modeling import evaluating
 from remax.sequences import Prompts, Sequences
-from utils.distributed import device, gather_objects, sum_across_ranks
+from utils.distributed import device, gather_objects, is_main, sum_across_ranks
 
 Batch = dict[str, Tensor]  # a loader's batch; prompts also carry their text, a list
 
@@ -102,6 +104,18 @@ class PolicyEvaluation:
 
     figures: dict[str, float]
     answers: list[dict] = field(default_factory=list)
+
+    def sample(self) -> str:
+        """One prompt with its answer, to read."""
+        row = self.answers[0]
+        return f"--- prompt: {row['prompt'].strip()}\n--- answer (reward {row['reward']}): {row['answer'].strip()}"
+
+
+def write_answers(path: Path, answers: list[dict]) -> None:
+    """One json object a line, on rank 0."""
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -151,8 +151,9 @@ def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
     """The figures are reduced, so every rank stops together."""
     if not math.isfinite(figures["loss"]):
         raise RuntimeError(
-            f"step {step}: loss is {figures['loss']} (gradient norm {figures['grad_norm']}, learning rate {figures['lr']:.2e}). "
-            "Likely a learning rate that is too high, or fp16 overflow: try --dtype bf16 or a tenth of the learning rate"
+            f"step {step}: loss is {figures['loss']} (gradient norm {figures['grad_norm']}, learning rate "
+            f"{figures['lr']:.2e}). Likely a learning rate that is too high, or fp16 overflow: try --dtype bf16 or a "
+            "tenth of the learning rate"
         )
 
 

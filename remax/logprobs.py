@@ -112,7 +112,7 @@ def token_stats(
     targets: Tensor,
     *,
     chunks: int = 1,
-    sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+    sampling: Sampling = Sampling(),
     entropy: bool = False,
     stats_grad: bool = False,
     reference_hidden: Tensor | None = None,

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from remax.logprobs import Head, Sampling, token_stats
 from remax.sequences import Sequences
@@ -39,7 +46,8 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{flag}: no model at {name_or_path!r} ({reason}); expected a Hugging Face model folder or a hub name that can be reached"
+            f"{flag}: no model at {name_or_path!r} ({reason}); expected a Hugging Face model folder, or a hub name "
+            "that can be reached"
         ) from error
     config.use_cache = True
     if disable_dropout:
@@ -47,11 +55,11 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
     return config
 
 
-def check_length(config: PreTrainedConfig, tokens: int, flags: str) -> None:
+def check_length(config: PreTrainedConfig, tokens: int, flags: str, model_flag: str = "--model_name_or_path") -> None:
     """Refuses sequences longer than the model has positions for, where it says how many that is."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
-        raise UserError(f"{flags}: {tokens} tokens, but the model has {positions} positions; lower it")
+        raise UserError(f"{flags}: {tokens} tokens, but the model of {model_flag} has {positions} positions; lower it")
 
 
 def zero_dropout(config: PreTrainedConfig) -> None:
@@ -85,7 +93,8 @@ def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos
         eos_ids.append(tokenizer_eos)
     if not eos_ids:
         raise UserError(
-            f"{name_or_path}: neither the tokenizer nor the generation config names an EOS token, so no answer could end"
+            f"{name_or_path}: neither the tokenizer nor the generation config names an EOS token, so no answer could "
+            "end; set eos_token in its tokenizer_config.json"
         )
     hf.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=eos_ids, pad_token_id=own.pad_token_id
@@ -199,7 +208,8 @@ def add_lora(hf: PreTrainedModel, dim: int, module_name: str, only_lora: bool, f
     targets = [name for name in linear if module_name in name and not name.endswith(("lm_head", "score"))]
     if not targets:
         raise UserError(
-            f"{flag} {module_name!r} is part of no linear layer's name in this model; its layers are named like {linear[0]!r}"
+            f"{flag} {module_name!r} is part of no linear layer's name in this model; its layers are named like "
+            f"{linear[0]!r}"
         )
     hf.add_adapter(LoraConfig(r=dim, lora_alpha=dim, target_modules=targets))
     for name, parameter in hf.named_parameters():

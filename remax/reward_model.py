@@ -82,7 +82,8 @@ def load_reward_model(
     )
     if not hasattr(hf, "score"):
         raise UserError(
-            f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral or Qwen"
+            f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral "
+            "or Qwen"
         )
     missing = [key for key in report["missing_keys"] if key.startswith("score.")]
     if missing and not new_head:
@@ -96,5 +97,7 @@ def load_reward_model(
 
 
 def store_score_statistics(model: RewardModel, figures: dict[str, float]) -> None:
-    """Keeps mean and spread of the held-out scores in the model's config, so that a score can be read as large or small."""
+    """Keeps mean and spread of the held-out scores in the model's config, so that a score can be read as large or
+    small.
+    """
     model.hf.config.score_mean, model.hf.config.score_std = figures["score_mean"], figures["score_std"]

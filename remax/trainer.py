@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from remax.algorithms import Algorithm, mean_metrics
 from remax.ema import WeightAverage
@@ -42,6 +43,11 @@ class TrainerSettings:
     evaluate_every: int = 0
     target_kl: float = 0.0
     unsupervised_coefficient: float = 0.0
+
+    def total_steps(self, batches: int) -> int:
+        """Steps of the loop in a whole training with so many prompt batches per epoch."""
+        total = self.epochs * steps_per_epoch(batches, self.rollouts_per_step)
+        return min(total, self.max_steps) if self.max_steps else total
 
     def optimizer_steps(self, algorithm: Algorithm) -> int:
         """Optimizer steps per step of the loop."""
@@ -86,13 +92,16 @@ class Trainer:
     watchers: list[Callable[[int, Rollout, dict[str, float]], dict[str, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
+        self.reference_head = self.reference.head() if self.algorithm.needs_full_kl else None
 
     def step(self, batches: list[Batch]) -> tuple[Rollout, dict[str, float]]:
         """Collects answers to the batches of prompts and learns from them once; the rollout, and figures reduced over
         ranks.
         """
         timer = Timer()
+        self.actor.train()
+        if self.critic is not None:
+            self.critic.train()
         rollout = Rollout.concatenate([self.collect(batch, timer) for batch in batches], self.pad_id)
         rollout = self.algorithm.prepare(rollout)
         with timer("update"):
@@ -121,7 +130,7 @@ class Trainer:
                 baseline,
                 reference_logprobs=self.reference.logprobs(sampled),
                 old_logprobs=self.actor.old_logprobs(sampled) if self.algorithm.needs_old_logprobs else None,
-                values=self.critic.values(sampled) if self.critic else None,
+                values=self.critic.old_values(sampled) if self.critic else None,
                 reference_hidden=self.reference.hidden(sampled) if self.reference_head else None,
             )
 
@@ -154,8 +163,7 @@ class Trainer:
             output = self.actor.logprobs(
                 batch.sequences,
                 entropy=True,
-                stats_grad=self.algorithm.needs_entropy
-                or (self.algorithm.kl.needs_full_kl and self.algorithm.kl.where == "loss"),
+                stats_grad=self.algorithm.needs_stats_grad,
                 reference_hidden=batch.reference_hidden,
                 reference_head=self.reference_head,
             )
@@ -211,70 +219,56 @@ class Trainer:
         }
         return figures | ({"skipped": 1.0} if result.skipped else {})
 
-    def train(self, loader) -> dict[str, dict[str, float]]:
-        """The whole training; {"before": evaluation, "after": evaluation, "best": evaluation}, and why it stopped is
-        printed.
-        """
+    def train(self, loader: DataLoader) -> dict[str, dict[str, float]]:
+        """The whole training -> {"before": evaluation, "after": evaluation, "best": evaluation}."""
         settings = self.settings
         epoch_steps = steps_per_epoch(len(loader), settings.rollouts_per_step)
-        total = int(min(settings.epochs * epoch_steps, settings.max_steps or math.inf))
+        total = settings.total_steps(len(loader))
         print0(f"{total} steps; answers come from {self.actor.backend}")
+        before = self.measure(0, epoch_steps, best_so_far=math.inf)  # the untrained policy is no candidate for the best
+        results = {"before": before, "after": before, "best": {"reward": -math.inf}}
+        with progress(total, desc=type(self.algorithm).__name__, unit="steps") as bar:
+            for step, batches in enumerate(self.epochs(loader), start=1):
+                rollout, figures = self.step(batches)
+                for watch in self.watchers:
+                    figures |= watch(step, rollout, figures)
+                self.metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
+                bar.update(1)
+                stop_if_not_finite(step, figures)
+                if step % (settings.evaluate_every or epoch_steps) and step != total:
+                    continue
+                results["after"] = self.measure(step, epoch_steps, best_so_far=results["best"]["reward"])
+                if results["after"]["reward"] > results["best"]["reward"]:
+                    results["best"] = results["after"]
+                kl = results["after"]["kl_per_token"]  # reduced: every rank stops at the same step
+                if settings.target_kl and kl >= settings.target_kl:
+                    print0(f"stopped at step {step}: evaluation KL {kl:.3g} nats per token >= --target_kl")
+                    break
+                if step == total:
+                    break
+        return results
 
-        self.actor.train(False)
-        evaluation = self._evaluate(0, epoch_steps, best=False)
-        results = {"before": evaluation.figures, "after": evaluation.figures, "best": evaluation.figures}
-        best, step = -math.inf, 0
-        with progress(
-            total, desc="ReMax" if self.algorithm.greedy else type(self.algorithm).__name__, unit="steps"
-        ) as bar:
-            for epoch in range(settings.epochs):
-                loader.sampler.set_epoch(epoch)
-                for batches in groups(loader, settings.rollouts_per_step):
-                    self.actor.train()
-                    if self.critic is not None:
-                        self.critic.train()
-                    rollout, figures = self.step(batches)
-                    step += 1
-                    for watch in self.watchers:
-                        figures |= watch(step, rollout, figures)
-                    self.metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
-                    bar.update(1)
-                    self._stop_if_not_finite(step, figures)
-                    due = step % (settings.evaluate_every or epoch_steps) == 0 or step == total
-                    if not due:
-                        continue
-                    evaluation = self.evaluate()
-                    improved = evaluation.figures["reward"] > best
-                    self._report(step, epoch_steps, evaluation, improved)
-                    results["after"] = evaluation.figures
-                    if improved:
-                        best, results["best"] = evaluation.figures["reward"], evaluation.figures
-                    if settings.target_kl and evaluation.figures["kl_per_token"] >= settings.target_kl:
-                        print0(
-                            f"stopped at step {step}: evaluation KL {evaluation.figures['kl_per_token']:.3g} >= {settings.target_kl}"
-                        )
-                        return results
-                    if step == total:
-                        return results
-        raise AssertionError("the loop ends at its last step")
+    def epochs(self, loader: DataLoader) -> Iterator[list[Batch]]:
+        """The prompt batches of one step after the other, epoch by epoch."""
+        for epoch in range(self.settings.epochs):
+            loader.sampler.set_epoch(epoch)
+            yield from groups(loader, self.settings.rollouts_per_step)
 
-    def _evaluate(self, step: int, epoch_steps: int, best: bool) -> PolicyEvaluation:
+    def measure(self, step: int, epoch_steps: int, best_so_far: float) -> dict[str, float]:
+        """Evaluates, logs, and hands the answers on; the figures."""
         evaluation = self.evaluate()
-        self._report(step, epoch_steps, evaluation, best)
-        return evaluation
-
-    def _report(self, step: int, epoch_steps: int, evaluation: PolicyEvaluation, best: bool) -> None:
         self.metrics.log(step, {f"eval/{k}": v for k, v in evaluation.figures.items()}, epoch=step / epoch_steps)
-        self.on_evaluation(step, evaluation, best)
+        self.on_evaluation(step, evaluation, evaluation.figures["reward"] > best_so_far)
+        return evaluation.figures
 
-    @staticmethod
-    def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
-        """The figures are reduced, so every rank stops together."""
-        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["reward"]):
-            raise RuntimeError(
-                f"step {step}: loss {figures['loss']}, reward {figures['reward']}, gradient norm {figures['grad_norm']}. Likely a "
-                "learning rate that is too high or fp16 overflow: try bf16 or a tenth of --actor_learning_rate"
-            )
+
+def stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
+    """The figures are reduced, so every rank stops together."""
+    if not math.isfinite(figures["loss"]) or not math.isfinite(figures["reward"]):
+        raise RuntimeError(
+            f"step {step}: loss {figures['loss']}, reward {figures['reward']}, gradient norm {figures['grad_norm']}. "
+            "Likely a learning rate that is too high or fp16 overflow: try bf16 or a tenth of --actor_learning_rate"
+        )
 
 
 def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:

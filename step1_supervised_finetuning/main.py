@@ -1,4 +1,6 @@
-"""Step 1: supervised fine-tuning of a causal language model on the chosen answers. `deepspeed main.py --help` lists the flags."""
+"""Step 1: supervised fine-tuning of a causal language model on the chosen answers. `deepspeed main.py --help` lists the
+flags.
+"""
 
 from remax.arguments import parse_step1
 from remax.checkpoint import export, note
