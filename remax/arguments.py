@@ -371,7 +371,11 @@ WHY_RETIRED = {
 
 @dataclass(kw_only=True)
 class Arguments:
-    """What the three stages have in common."""
+    """What the three stages have in common.
+
+    notices: one line for each retired flag that was given, and each flag that acts otherwise than it says. For rank 0
+    to print.
+    """
 
     notices: list[str] = dataclasses.field(default_factory=list, init=False)
 
@@ -454,21 +458,21 @@ def parse_step1(argv: Sequence[str] | None = None) -> Step1Arguments:
     """The flags of step 1 (default: of the command line), checked and completed; UserError when something is wrong."""
     args = _parse(Step1Arguments, argv, "Step 1: supervised fine-tuning", stage=0)
     _check_finetune(args)
-    return _finish(args)
+    return args
 
 
 def parse_step2(argv: Sequence[str] | None = None) -> Step2Arguments:
     """The flags of step 2, as `parse_step1`."""
     args = _parse(Step2Arguments, argv, "Step 2: reward model", stage=1)
     _check_finetune(args)
-    return _finish(args)
+    return args
 
 
 def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     """The flags of step 3, as `parse_step1`."""
     args = _parse(Step3Arguments, argv, "Step 3: reinforcement learning from human feedback", stage=2)
     _check_step3(args)
-    return _finish(args)
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
@@ -551,14 +555,6 @@ def _note_retired(args: Arguments) -> None:
             given.setdefault(reason, []).append(f"--{name}")
     for reason, names in given.items():
         args.notices.append(f"{', '.join(names)}: without effect; {reason}")
-
-
-def _finish(args: AnyArguments) -> AnyArguments:
-    """Rank 0 prints the notices."""
-    if os.environ.get("RANK", "0") == "0":
-        for notice in args.notices:
-            print(f"note: {notice}", flush=True)
-    return args
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
