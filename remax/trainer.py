@@ -92,7 +92,7 @@ class Trainer:
     watchers: list[Callable[[int, Rollout, dict[str, float]], dict[str, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.reference_head = self.reference.head() if self.algorithm.needs_full_kl else None
+        self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
 
     def step(self, batches: list[Batch]) -> tuple[Rollout, dict[str, float]]:
         """Collects answers to the batches of prompts and learns from them once; the rollout, and figures reduced over
@@ -157,13 +157,13 @@ class Trainer:
         ranks.
         """
         denominator = sum_across_ranks({"count": self.algorithm.count(rollout.sequences)})["count"]
-        parts = list(rollout.split(self.settings.micro_batch_size))
+        parts, kl = list(rollout.split(self.settings.micro_batch_size)), self.algorithm.kl
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(parts):
             output = self.actor.logprobs(
                 batch.sequences,
                 entropy=True,
-                stats_grad=self.algorithm.needs_stats_grad,
+                stats_grad=self.algorithm.needs_entropy or (kl.needs_full_kl and kl.where == "loss"),
                 reference_hidden=batch.reference_hidden,
                 reference_head=self.reference_head,
             )
