@@ -1,0 +1,83 @@
+"""ReMax by hand, and against a slow loop over answers and tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from remax.algorithms.kl import KLPenalty
+from remax.algorithms.remax import ReMax, remax_advantages
+from remax.logprobs import PolicyOutput
+from remax.sequences import Rollout, Sequences
+
+
+def rollout(lengths: list[int], prompt_length: int = 2, seed: int = 0) -> Rollout:
+    generator = torch.Generator().manual_seed(seed)
+    n, width = len(lengths), max(lengths)
+    sequences = Sequences(
+        torch.ones(n, prompt_length + width, dtype=torch.long), torch.full((n,), prompt_length), torch.tensor(lengths)
+    )
+    return Rollout(
+        sequences,
+        4 * torch.randn(n, generator=generator),
+        4 * torch.randn(n, generator=generator),
+        reference_logprobs=-torch.rand(n, width, generator=generator),
+    )
+
+
+def test_one_token_by_hand():
+    # loss = -A log pi,  A = 0.99 * (2 - 0.5) - 0.1 * 0.3
+    one = Rollout(
+        Sequences(torch.tensor([[7, 0]]), torch.tensor([1]), torch.tensor([1])),
+        torch.tensor([2.0]),
+        torch.tensor([0.5]),
+        reference_logprobs=torch.tensor([[-1.5]]),
+    )
+    logprobs = torch.tensor([[-1.2]], requires_grad=True)
+    algorithm = ReMax(gamma=0.99)
+    loss, _ = algorithm.loss(algorithm.prepare(one), PolicyOutput(logprobs), 1)
+    advantage = 0.99 * (2 - 0.5) - 0.1 * 0.3
+    assert loss.item() == pytest.approx(advantage * 1.2)
+    loss.backward()
+    assert logprobs.grad.item() == pytest.approx(-advantage)
+
+
+def test_advantages_by_hand():
+    reward, greedy = torch.tensor([2.0, 9.0, -8.0]), torch.tensor([0.5, 1.0, -1.0])
+    assert remax_advantages(reward, greedy, 5.0, "difference").tolist() == [1.5, 5.0, -5.0]
+    assert remax_advantages(reward, greedy, 5.0, "reward").tolist() == [1.5, 4.0, -4.0]
+    assert remax_advantages(reward, greedy, 0.0, "difference").tolist() == [1.5, 8.0, -7.0]
+
+
+@pytest.mark.parametrize("reach", ["one_step", "full_step"])
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_against_a_slow_loop(reach, aggregation):
+    beta, gamma, limit = 0.2, 0.9, 3.0
+    batch = rollout([4, 1, 3])
+    logprobs = (-torch.rand(3, 4, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    algorithm = ReMax(
+        kl=KLPenalty(beta, reach=reach), gamma=gamma, clip_reward_value=limit, loss_aggregation=aggregation
+    )
+    denominator = algorithm.count(batch.sequences)
+    loss, _ = algorithm.loss(algorithm.prepare(batch), PolicyOutput(logprobs), denominator)
+    loss.backward()
+
+    total = 0.0
+    for i, length in enumerate([4, 1, 3]):
+        difference = min(max((batch.rewards[i] - batch.baseline[i]).item(), -limit), limit)
+        k = (logprobs.detach()[i] - batch.reference_logprobs[i]).tolist()
+        for t in range(length):
+            reached = k[t : t + 1] if reach == "one_step" else k[t:length]
+            advantage = gamma ** (length - t) * difference - beta * sum(reached)
+            total -= advantage * logprobs[i, t].item()
+            assert logprobs.grad[i, t].item() == pytest.approx(-advantage / denominator.item(), abs=1e-6)
+        assert logprobs.grad[i, length:].eq(0).all()
+    assert denominator.item() == {"sequence": 3, "token": 8}[aggregation]
+    assert loss.item() == pytest.approx(total / denominator.item(), abs=1e-5)
+
+
+def test_what_the_trainer_reads():
+    assert ReMax.greedy and not ReMax.critic
+    assert (ReMax().samples_per_prompt, ReMax().epochs, ReMax().needs_old_logprobs) == (1, 1, False)
+    with pytest.raises(ValueError, match="greedy"):
+        ReMax().prepare(Rollout(rollout([1]).sequences, torch.zeros(1)))
