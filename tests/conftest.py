@@ -48,6 +48,12 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def can_compile() -> bool:
+    """Whether DeepSpeed's C++ optimizer can be compiled here: --offload on a CPU needs it."""
+    return missing_for_compilation() is None
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with train.jsonl (200 rows) and test.jsonl (24 rows) of {prompt, chosen, rejected}."""
     from utils.demo import make_corpus

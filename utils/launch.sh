@@ -22,7 +22,7 @@ launch() {
     fi
     if [[ ${DS_ACCELERATOR:-} == cpu ]]; then NUM_GPUS=${NUM_GPUS:-2}; fi
     local port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')}
-    local launcher=(deepspeed --log_level warning --master_port "$port")
+    local launcher=(deepspeed --log_level critical --master_port "$port")
     if [[ -n ${NUM_GPUS:-} ]]; then launcher+=(--num_gpus "$NUM_GPUS"); fi
     if [[ -n ${HOSTFILE:-} ]]; then launcher+=(--hostfile "$HOSTFILE"); fi
     mkdir -p "$OUTPUT"

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Mistral-7B, supervised. Part II of the ReMax paper starts from a finished chat model and skips this stage; the settings
-# are those of the authors' Llama-2-7B script.
+# are those of the authors' Llama-2-7B script, for its 384 + 384 tokens.
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-v0.1}
-DATA=${DATA:-Dahoas/rm-static}
+DATA=${DATA:-HuggingFaceH4/ultrafeedback_binarized}
 OUTPUT=${OUTPUT:-$ROOT/output/mistral_7b/sft}
 
 launch \
     --data_path "$DATA" \
     --data_split 2,4,4 \
     --model_name_or_path "$MODEL" \
-    --per_device_train_batch_size 16 \
-    --per_device_eval_batch_size 16 \
-    --max_seq_len 512 \
+    --per_device_train_batch_size 8 \
+    --per_device_eval_batch_size 8 \
+    --max_seq_len 768 \
     --learning_rate 1e-5 \
     --weight_decay 0 \
     --num_train_epochs 2 \

@@ -2,8 +2,8 @@
 # The built-in corpus (python -m utils.demo), ReMax: two minutes on two CPU cores.
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
-MODEL=${MODEL:-$ROOT/output/demo/sft/final}
-REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/demo/reward/final}
+MODEL=${MODEL:-$ROOT/output/demo/sft}
+REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/demo/reward}
 DATA=${DATA:-$ROOT/output/demo/data}
 OUTPUT=${OUTPUT:-$ROOT/output/demo/remax}
 

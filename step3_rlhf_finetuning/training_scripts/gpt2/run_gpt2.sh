@@ -2,8 +2,8 @@
 # GPT-2 (137M), ReMax, with the 64 + 48 tokens of the ReMax paper's GPT-2 experiment; the rest as in the authors' scripts.
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
-MODEL=${MODEL:-$ROOT/output/gpt2/sft/final}
-REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/gpt2/reward/final}
+MODEL=${MODEL:-$ROOT/output/gpt2/sft}
+REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/gpt2/reward}
 DATA=${DATA:-Dahoas/synthetic-instruct-gptj-pairwise}
 OUTPUT=${OUTPUT:-$ROOT/output/gpt2/remax}
 

@@ -2,8 +2,8 @@
 # Llama-2-7B, ReMax, with the settings of the ReMax authors' script of this name.
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
-MODEL=${MODEL:-$ROOT/output/llama2_7b/sft/final}
-REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/llama2_7b/reward/final}
+MODEL=${MODEL:-$ROOT/output/llama2_7b/sft}
+REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/llama2_7b/reward}
 DATA=${DATA:-Dahoas/rm-static}
 OUTPUT=${OUTPUT:-$ROOT/output/llama2_7b/remax}
 

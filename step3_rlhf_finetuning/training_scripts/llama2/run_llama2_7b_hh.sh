@@ -2,8 +2,8 @@
 # Llama-2-7B, ReMax, as in Part I of the ReMax paper: full-hh-rlhf, KL 0.1.
 # Everything else is as in run_llama2_7b.sh beside it.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
-export MODEL=${MODEL:-$ROOT/output/llama2_7b_hh/sft/final}
-export REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/llama2_7b_hh/reward/final}
+export MODEL=${MODEL:-$ROOT/output/llama2_7b_hh/sft}
+export REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/llama2_7b_hh/reward}
 export DATA=${DATA:-Dahoas/full-hh-rlhf}
 export OUTPUT=${OUTPUT:-$ROOT/output/llama2_7b_hh/remax}
 

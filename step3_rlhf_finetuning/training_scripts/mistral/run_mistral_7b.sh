@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Mistral-7B-Instruct-v0.2, ReMax, with the settings of Part II of the ReMax paper (also on the model card of
-# Mistral-7B-ReMax-v0.1): KL over the rest of the answer, differences clipped at 1, 32 rows per GPU. The paper's prompts were
-# taken from lmsys-chat-1m and its reward was UltraRM-13B.
+# Mistral-7B-Instruct-v0.2, ReMax, with the settings of Part II of the ReMax paper and of the model card of its
+# Mistral-7B-ReMax-v0.1: KL over the rest of the answer, differences clipped at 1, 32 rows per GPU. The prompts there came
+# from lmsys-chat-1m and the reward from UltraRM-13B; here both come from UltraFeedback.
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.2}
-REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/mistral_7b/reward/final}
-DATA=${DATA:-Dahoas/full-hh-rlhf}
+REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/mistral_7b/reward}
+DATA=${DATA:-HuggingFaceH4/ultrafeedback_binarized}
 OUTPUT=${OUTPUT:-$ROOT/output/mistral_7b/remax}
 
 launch \

@@ -2,8 +2,8 @@
 # OPT-1.3B with a reward model of OPT-350M, ReMax, with the settings of the ReMax authors' script of this name.
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
-MODEL=${MODEL:-$ROOT/output/opt_1.3b/sft/final}
-REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/opt_350m/reward/final}
+MODEL=${MODEL:-$ROOT/output/opt_1.3b/sft}
+REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/opt_350m/reward}
 DATA=${DATA:-Dahoas/rm-static}
 OUTPUT=${OUTPUT:-$ROOT/output/opt_1.3b/remax}
 

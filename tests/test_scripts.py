@@ -1,0 +1,203 @@
+"""Every shipped training script runs to its end on a tiny stand-in of its architecture, with two ranks; and the command
+lines of the ReMax authors' own scripts work here as they are."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from remax.arguments import parse_step1, parse_step2, parse_step3
+from utils.run import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
+SCRIPTS = sorted(ROOT.glob("step*/training_scripts/**/*.sh"))
+ARCHITECTURE = {"demo": "llama", "gpt2": "gpt2", "opt": "opt", "llama2": "llama", "mistral": "mistral"}
+# What makes a paper's setting small; the rest of each script is run as it stands.
+SMALLER = {
+    1: "--max_seq_len 64 --per_device_train_batch_size 4 --per_device_eval_batch_size 4",
+    2: "--max_seq_len 64 --per_device_train_batch_size 4 --per_device_eval_batch_size 4",
+    3: "--max_prompt_seq_len 56 --max_answer_seq_len 8 --per_device_generation_batch_size 2"
+    " --per_device_training_batch_size 2 --per_device_eval_batch_size 2 --save_at_final",
+}
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def stage_of(script: Path) -> int:
+    return STAGES.index(script.relative_to(ROOT).parts[0]) + 1
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_exported(folder: Path, stage: int) -> None:
+    """Plain transformers loads the folder: every weight is there, finite, and the tokenizer fits."""
+    loader = AutoModelForSequenceClassification if stage == 2 else AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
+
+
+def assert_trained(folder: Path, start: Path) -> None:
+    """The weights that both folders name differ."""
+    before, after = weights(start), weights(folder)
+    shared = before.keys() & after.keys()
+    assert len(shared) > 10 and any(not torch.equal(before[name], after[name].float()) for name in shared)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_has_scripts_for_each_family(stage):
+    assert {script.parent.name for script in SCRIPTS if short(script).startswith(stage)} == set(ARCHITECTURE)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("script", SCRIPTS, ids=short)
+def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_reward_model, run_command, can_compile):
+    stage, architecture = stage_of(script), ARCHITECTURE[script.parent.name]
+    flags = shlex.split(SMALLER[stage]) + ["--max_steps", "2", "--max_eval_batches", "1"]
+    if not can_compile:
+        flags += ["--offload", "false"]
+    # From a folder that is neither the repository nor the stage's, into a relative one.
+    done = run_command(
+        ["bash", script, *flags],
+        cwd=tmp_path,
+        MODEL=tiny_model(architecture),
+        REWARD_MODEL=tiny_reward_model(architecture),
+        DATA=corpus,
+        OUTPUT="result",
+        NUM_GPUS=2,
+    )
+    assert done.returncode == 0, done.stdout
+    output = tmp_path / "result"
+    assert (output / "training.log").read_text() == done.stdout  # the console and the log file both
+    run = json.loads((output / "run.json").read_text())
+    assert run["world_size"] == 2 and run["arguments"]["max_steps"] == 2
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    if stage == 3:
+        assert_exported(output / "actor", stage)  # the best one, here perhaps that before the first step
+        output = output / "actor_final"
+    assert_exported(output, stage)
+    assert_trained(output, tiny_model(architecture))
+
+
+@pytest.mark.ranks
+def test_script_keeps_the_exit_status_and_the_last_flag_wins(tmp_path, corpus, tiny_model, run_command):
+    script = ROOT / STAGES[0] / "training_scripts/gpt2/run_gpt2.sh"
+    flags = ["--learning_rate", "1e-3", "--learning_rate", "-1"]
+    done = run_command(
+        ["bash", script, *flags], cwd=tmp_path, MODEL=tiny_model("gpt2"), DATA=corpus, OUTPUT=tmp_path, NUM_GPUS=2
+    )
+    assert done.returncode == 2
+    assert done.stdout == (tmp_path / "training.log").read_text()
+    assert done.stdout.count("error:") == 1 and "--learning_rate -1" in done.stdout
+
+
+def test_script_without_deepspeed_says_what_to_do(tmp_path, run_command):
+    # A clone without .venv and a PATH without the launcher.
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils/launch.sh").write_bytes((ROOT / "utils/launch.sh").read_bytes())
+    script = tmp_path / "step1/training_scripts/gpt2/run_gpt2.sh"
+    script.parent.mkdir(parents=True)
+    script.write_bytes((ROOT / STAGES[0] / "training_scripts/gpt2/run_gpt2.sh").read_bytes())
+    done = run_command(["/bin/bash", script], PATH="/usr/bin:/bin")
+    assert done.returncode == 2
+    assert done.stdout.startswith("error: deepspeed is not on the PATH") and done.stdout.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ the authors' command lines
+
+FINETUNE = (
+    "--data_path {data} --data_output_path {cache} --data_split 2,4,4 --model_name_or_path {model}"
+    " --per_device_train_batch_size 16 --per_device_eval_batch_size 16 --max_seq_len 512 --learning_rate 1e-5"
+    " --gradient_accumulation_steps 1 --lr_scheduler_type cosine --num_warmup_steps 0 --zero_stage 2 --deepspeed"
+    " --gradient_checkpointing --output_dir {output} --enable_tensorboard --print_loss"
+)
+REMAX = (
+    "--algo remax --data_path {data} --data_output_path {cache} --data_split 2,4,4 --actor_model_name_or_path {model}"
+    " --reward_model_name_or_path {reward} --generation_batches 1 --ppo_epochs 1 --max_answer_seq_len 256"
+    " --max_prompt_seq_len 256 --actor_learning_rate 1e-6 --actor_weight_decay 0.1 --num_train_epochs 1"
+    " --lr_scheduler_type cosine --gradient_accumulation_steps 1 --actor_gradient_checkpointing"
+    " --disable_actor_dropout --disable_reward_dropout --num_warmup_steps 0 --kl_ctl 0.05 --gamma 0.99 --deepspeed"
+    " --seed 2023 --actor_zero_stage 2 --reward_zero_stage 3 --reference_zero_stage 3 --enable_hybrid_engine"
+    " --output_dir {output} --enable_tensorboard --print_answers --save_answers"
+)
+PADDING = " --num_padding_at_beginning "
+# The flags of the six scripts in the authors' repository: (stage, architecture, flags).
+AUTHORS = {
+    "step1 llama2": (1, "llama", FINETUNE + " --num_train_epochs 2 --weight_decay 0. --offload"),
+    "step1 opt": (1, "opt", FINETUNE + " --num_train_epochs 4 --weight_decay 0. --seed 2023"),
+    "step2 llama2": (2, "llama", FINETUNE + " --num_train_epochs 2 --weight_decay 0.1 --seed 1234" + PADDING + "0"),
+    "step2 opt": (2, "opt", FINETUNE + " --num_train_epochs 4 --weight_decay 0.1 --seed 1234" + PADDING + "1"),
+    "step3 llama2": (
+        3,
+        "llama",
+        REMAX + PADDING + "0 --per_device_generation_batch_size 1 --per_device_training_batch_size 1"
+        " --per_device_eval_batch_size 1 --offload --offload_reward_model --offload_reference_model --actor_bf16"
+        " --reward_bf16 --save_at_final",
+    ),
+    "step3 opt": (
+        3,
+        "opt",
+        REMAX + PADDING + "1 --per_device_generation_batch_size 4 --per_device_training_batch_size 4"
+        " --per_device_eval_batch_size 4",
+    ),
+}
+
+
+def authors_flags(name: str, folder: Path, corpus: Path, tiny_model, tiny_reward_model) -> list[str]:
+    stage, architecture, flags = AUTHORS[name]
+    model, reward = tiny_model(architecture), tiny_reward_model(architecture)
+    cache, output = folder / "cache", folder / "output"
+    return shlex.split(flags.format(data=corpus, cache=cache, model=model, reward=reward, output=output))
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_authors_line_is_understood(name, tmp_path, corpus, tiny_model, tiny_reward_model):
+    parse = {1: parse_step1, 2: parse_step2, 3: parse_step3}[AUTHORS[name][0]]
+    flags = authors_flags(name, tmp_path, corpus, tiny_model, tiny_reward_model)
+    args = parse(flags)
+    # Each flag of the line has its value, but for the retired ones, and each of those gets a line that says so.
+    words = iter(flags)
+    given = {word.removeprefix("--") for word in words if word.startswith("--")}
+    assert given <= vars(args).keys()
+    retired = {"deepspeed", "enable_hybrid_engine", "num_padding_at_beginning"}
+    assert all(any(f"--{flag}" in notice for notice in args.notices) for flag in given & retired)
+
+
+def test_a_misspelt_flag_is_refused(tmp_path, corpus, tiny_model, tiny_reward_model):
+    flags = authors_flags("step1 opt", tmp_path, corpus, tiny_model, tiny_reward_model)
+    with pytest.raises(UserError, match="--learning_rates"):
+        parse_step1([*flags, "--learning_rates", "1"])
+
+
+@pytest.fixture(scope="session")
+def few_rows(tmp_path_factory):
+    """few_rows(n): a folder with n training rows and 4 to evaluate, so that whole epochs take seconds."""
+    from utils.demo import make_corpus
+
+    return lambda n: make_corpus(tmp_path_factory.mktemp("few_rows"), seed=1, train_rows=n, test_rows=4)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", AUTHORS)
+def test_authors_line_runs(name, tmp_path, few_rows, tiny_model, tiny_reward_model, run_command, can_compile):
+    # Whole epochs: one batch of 16 in a fifth of the rows (step 1) or two fifths (step 2), two batches for step 3.
+    stage, architecture, flags = AUTHORS[name]
+    rows = {"step1": 80, "step2": 40, "step3 llama2": 5, "step3 opt": 20}
+    n = rows.get(name) or rows[name.split()[0]]
+    flags = authors_flags(name, tmp_path, few_rows(n), tiny_model, tiny_reward_model)
+    if not can_compile:
+        flags = [flag for flag in flags if flag != "--offload"]
+    done = run_command(["python", ROOT / STAGES[stage - 1] / "main.py", *flags], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert_exported(tmp_path / "output" / ("actor" if stage == 3 else ""), stage)
