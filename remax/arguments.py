@@ -386,10 +386,6 @@ class Arguments:
             return None
         return self.tensorboard_path or str(Path(self.output_dir) / "tensorboard")
 
-    @property
-    def adam_betas(self) -> tuple[float, float]:
-        return self.adam_beta1, self.adam_beta2
-
 
 @dataclass(kw_only=True)
 class FinetuneArguments(Arguments):

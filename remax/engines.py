@@ -209,7 +209,7 @@ class Actor(TrainedEngine):
                 if self.gather_for_generation
                 else ", ZeRO-3 ranks in step"
             )
-        decodes = "two decodes" if self.generation.two_pass else "one decode for sampled and greedy rows"
+        decodes = "two decodes" if self.generation.two_pass else "sampled and greedy rows in one decode"
         return f"transformers generate ({decodes}{how})"
 
     @contextlib.contextmanager

@@ -2,12 +2,12 @@
 
 from remax.arguments import parse_step2
 from remax.checkpoint import export, note
-from remax.deepspeed_config import EngineConfig
-from remax.engines import OptimizerConfig, TrainedReward, loading
+from remax.engines import TrainedReward, loading
 from remax.evaluation import First
-from remax.finetune import FinetuneSettings, Ranking, finetune, total_steps
+from remax.finetune import Ranking, finetune, total_steps
 from remax.modeling import add_lora, check_length, load_config, quiet_libraries
 from remax.reward_model import load_reward_model, prepare_pad_token, store_score_statistics
+from remax.settings import finetune_engine, finetune_optimizer, finetune_settings
 from utils.data.loaders import build_loaders
 from utils.distributed import init_distributed, print0, rank, set_seed, shutdown, world_size
 from utils.metrics import MetricsLogger
@@ -42,17 +42,7 @@ def main() -> None:
         world_size=world_size(),
         num_proc=args.preprocessing_num_workers,
     )
-    settings = FinetuneSettings(
-        args.num_train_epochs, args.gradient_accumulation_steps, args.max_steps, args.eval_steps
-    )
-    config = EngineConfig(
-        args.zero_stage,
-        args.offload,
-        args.offload_parameters,
-        args.dtype,
-        args.per_device_train_batch_size,
-        args.gradient_clipping,
-    )
+    config, settings = finetune_engine(args), finetune_settings(args)
     with loading(config):
         model = load_reward_model(
             args.model_name_or_path,
@@ -66,22 +56,14 @@ def main() -> None:
         )
     if args.lora_dim:
         add_lora(model.hf, args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
-    optimizer = OptimizerConfig(
-        learning_rate=args.learning_rate,
-        total_steps=total_steps(settings, len(train_loader)),
-        warmup_steps=args.num_warmup_steps,
-        schedule=args.lr_scheduler_type,
-        weight_decay=args.weight_decay,
-        betas=args.adam_betas,
-        lora_learning_rate=args.lora_learning_rate,
-    )
-    engine = TrainedReward(model, config, optimizer)
+    steps = total_steps(settings, len(train_loader))
+    engine = TrainedReward(model, config, finetune_optimizer(args, steps))
 
     metrics = MetricsLogger(
         args.output_dir,
         tensorboard_dir=args.tensorboard_dir,
         console_every=args.console_every,
-        total_steps=optimizer.total_steps,
+        total_steps=steps,
         drop_after=-1,
     )
     results = finetune(Ranking(engine, First(eval_loader, args.max_eval_batches)), train_loader, settings, metrics)
