@@ -23,7 +23,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
 
-from utils.data.sources import SHAPES, Part, read_splits, row_name
+from utils.data.sources import SHAPES, Part, read_splits, row_name, undecodable
 from utils.distributed import print0
 from utils.run import UserError
 
@@ -143,26 +143,29 @@ def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example:
     """
     if row.get("label") is False:
         raise RowSkipped("label false: an unwanted answer")
-    columns = [column for column in (answer, "rejected") if column in row]
-    lists = [column for column in ("prompt", *columns) if isinstance(row.get(column), list)]
-    if lists:
-        return conversation(row, answer)
+    columns = [answer] if answer else []
+    if answer == "chosen" and "rejected" in row:
+        columns.append("rejected")
+    if any(isinstance(row[column], list) for column in ("prompt", *columns)):
+        return conversation(row, columns)
     prompt = text(row, "prompt")
     answers = [text(row, column) for column in columns]
     return pair(as_dialogue(prompt) if bare else prompt, *(answers or [None]), margin=margin(row))
 
 
-def conversation(row: Row, answer: str | None) -> Example:
-    """Lists of {role, content}: a prompt and an answer each, or whole dialogues whose last message is the answer."""
+def conversation(row: Row, columns: list[str]) -> Example:
+    """Lists of {role, content}: a prompt and an answer each, or whole dialogues whose last message is the answer.
+
+    Args:
+        columns: of the answers: the good one, then the bad one, as far as there are any.
+    """
     asked: list[dict[str, str]] = []
     if row.get("prompt") is not None:
         is_list = isinstance(row["prompt"], list)
         asked = turns(row, "prompt") if is_list else [{"role": "user", "content": text(row, "prompt")}]
     answers: list[str] = []
     before: list[list[dict[str, str]]] = []
-    for column in (answer, "rejected"):
-        if column is None or column not in row:
-            continue
+    for column in columns:
         if not isinstance(row[column], list):
             answers.append(text(row, column))
             before.append([])
@@ -177,14 +180,14 @@ def conversation(row: Row, answer: str | None) -> Example:
     earlier = before[0] if before else []
     repeats_prompt = earlier[: len(asked)] == asked or (len(asked) == 1 and asked[0] in earlier)
     messages = earlier if repeats_prompt else asked + earlier
-    prompt = write_dialogue(messages, "prompt" if asked else str(answer))
+    prompt = write_dialogue(messages, "prompt" if asked else columns[0])
     return pair(prompt, *(answers or [None]), margin=margin(row))
 
 
 def dialogues(row: Row) -> Example:
     """chosen and rejected hold the whole dialogue; what they share up to the last "Assistant:" is the prompt."""
     if isinstance(row["chosen"], list):
-        return conversation(row, "chosen")
+        return conversation(row, ["chosen", "rejected"])
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     shared = os.path.commonprefix([chosen, rejected])
     cut = shared.rfind(ASSISTANT)
@@ -200,7 +203,7 @@ def last_answer(row: Row) -> Example:
     """messages: one dialogue, whose last message is the answer."""
     if not isinstance(row["messages"], list):
         raise RowRefused("messages", 'expected a list like [{"role": "user", "content": "..."}, ...]')
-    return conversation(row, "messages")
+    return conversation(row, ["messages"])
 
 
 def find_shape(columns: list[str]) -> tuple[str, Callable[..., Example] | None]:
@@ -287,7 +290,7 @@ def qag_jaquad(row: Row) -> Example:
 
 
 def ultrafeedback(row: Row) -> Example:
-    example = conversation(row, "chosen")
+    example = conversation(row, ["chosen", "rejected"])
     return Example(example.prompt, example.chosen, example.rejected, row["score_chosen"] - row["score_rejected"])
 
 
@@ -348,14 +351,17 @@ def load_data_set(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     splits = read_splits(name, cache_dir, flag)
-    shape, convert = choose_conversion(name, splits, flag)
-    bare = shape_needs_dialogue(convert, splits["train"])
-    if isinstance(convert, partial) and convert.func is prompt_and_answers:
-        convert = partial(convert, bare=bare)
     ready = {}
-    for split, parts in splits.items():
-        normalised = [normalise(part, convert, shape, bare, cache_dir, num_proc, flag) for part in parts]
-        ready[split] = drop_skipped(datasets.concatenate_datasets(normalised), name, split, flag)
+    try:
+        shape, convert = choose_conversion(name, splits, flag)
+        bare = shape_needs_dialogue(convert, splits["train"])
+        if isinstance(convert, partial) and convert.func is prompt_and_answers:
+            convert = partial(convert, bare=bare)
+        for split, parts in splits.items():
+            normalised = [normalise(part, convert, shape, bare, cache_dir, num_proc, flag) for part in parts]
+            ready[split] = drop_skipped(datasets.concatenate_datasets(normalised), name, split, flag)
+    except UnicodeDecodeError as error:  # Arrow keeps such bytes, and trips over them when they become text
+        raise UserError(f"{flag}: {undecodable(splits, name)}") from error
     train, evaluation = (ready["train"], ready["test"]) if "test" in ready else hold_out(ready["train"], name, flag)
     how = "; bare prompts written as Human/Assistant dialogue" if bare else ""
     print0(f"{flag} {name}: {shape}, {len(train)} rows to train and {len(evaluation)} to evaluate{how}")

@@ -29,6 +29,8 @@ HUB_REPOSITORIES = {
     "mkqa-Japanese": ("apple/mkqa", None),
     "Hello-SimpleAI/HC3-Chinese": ("Hello-SimpleAI/HC3-Chinese", "all"),
 }
+# What the datasets library raises for a file it cannot read; StopIteration where there is no first row.
+READ_ERRORS = (OSError, EOFError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetGenerationError)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def read_file(path: Path, cache_dir: str | None, flag: str) -> Part:
             rows = datasets.load_dataset(
                 reader, data_files=glob.escape(str(path.resolve())), split="train", cache_dir=cache_dir, **options
             )
-    except (OSError, EOFError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+    except READ_ERRORS as error:
         raise UserError(f"{flag}: {path}{why_unreadable(path, reader, error)}") from error
     return not_empty(Part(rows, str(path), path), flag)
 
@@ -191,47 +193,78 @@ def csv_header(path: Path) -> list[str]:
 def why_unreadable(path: Path, reader: str, error: Exception) -> str:
     """What follows the file's name in the error: the first bad line where one is found, else the reader's words."""
     try:
-        if reader == "json":
-            for line, problem in bad_lines(path):
-                return f", line {line}: {problem}"
         with open_text(path) as file:
             if not any(line.strip() for line in file):
                 return f" is empty; expected rows of {SHAPES}"
+        problem = first_bad_row(path) if reader == "json" else None
     except (OSError, EOFError) as broken:
         return f" cannot be read: {first_line(broken)}"
-    cause = error.__cause__ or error
-    return f" cannot be read as {reader}: {first_line(cause)}"
+    if problem:
+        return f", {problem}"
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+        return f" has no rows; expected {SHAPES}"
+    return f" cannot be read as {reader}: {first_line(error.__cause__ or error)}"
 
 
-def bad_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(1-based line, problem) of a file of JSON rows."""
+def first_bad_row(path: Path) -> str | None:
+    """Place and problem of the first row of a JSON file that does not fit the rows before it; None where all do."""
+    kinds: dict[str, tuple[str, str]] = {}
+    try:
+        for place, row in json_rows(path):
+            if not isinstance(row, dict):
+                return f"{place}: found {type(row).__name__}, expected an object of columns"
+            for column, value in row.items():
+                kind = "number" if isinstance(value, (int, float)) else type(value).__name__
+                before, where = kinds.setdefault(column, (kind, place)) if value is not None else (kind, place)
+                if kind != before:
+                    return f"{place}, column {column!r}: found {kind} {str(value)[:40]!r}, but {before} in {where}"
+    except json.JSONDecodeError as error:
+        return f"{error.place}: not valid JSON ({error.msg}, column {error.colno})"
+    except UnicodeDecodeError as error:
+        return f"{error.place}: not UTF-8 ({error.reason})"
+    return None
+
+
+def undecodable(splits: dict[str, list[Part]], name: str) -> str:
+    """The place of text that is not UTF-8."""
+    for part in (part for parts in splits.values() for part in parts):
+        problem = first_bad_row(part.file) if part.file and file_format(part.file) == "json" else None
+        if problem:
+            return f"{part.place}, {problem}"
+    return f"{name} holds text that is not UTF-8"
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) for each row of a JSON list or of a file with one object a line.
+
+    Raises:
+        json.JSONDecodeError, UnicodeDecodeError: with the attribute `place`.
+    """
     with open_text(path) as file:
-        start = file.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
-        if start.startswith(b"["):
-            try:
-                rows = json.loads(file.read().decode("utf-8-sig"))
-            except json.JSONDecodeError as error:
-                yield error.lineno, f"not valid JSON ({error.msg}, column {error.colno})"
-                return
-            except UnicodeDecodeError as error:
-                yield 1, f"not UTF-8 ({error.reason}, byte {error.start})"
-                return
-            for i, row in enumerate(rows, 1):
-                if not isinstance(row, dict):
-                    yield i, f"element {i} of the list is {type(row).__name__}, expected an object of columns"
+        if is_json_list(file):
+            yield from ((f"row {i}", row) for i, row in enumerate(decode_json(file.read(), None), 1))
             return
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except json.JSONDecodeError as error:
-                yield number, f"not valid JSON ({error.msg}, column {error.colno}); expected one object a line"
-            except UnicodeDecodeError as error:
-                yield number, f"not UTF-8 ({error.reason}, byte {error.start})"
-            else:
-                if not isinstance(row, dict):
-                    yield number, f"found {type(row).__name__}, expected an object of columns"
+            if line.strip():
+                yield f"line {number}", decode_json(line, f"line {number}")
+
+
+def decode_json(content: bytes, place: str | None) -> Any:
+    """The value; an error tells its place: the given one, or the line that the parser names."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        error.place = place or f"line {error.lineno}"
+        raise
+    except UnicodeDecodeError as error:
+        line_number = content[: error.start].count(b"\n") + 1
+        error.place = place or f"line {line_number}"
+        raise
+
+
+def is_json_list(file: Any) -> bool:
+    """Whether the file holds one JSON list, and not an object a line."""
+    return file.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def row_name(file: Path | None, index: int) -> str:
@@ -239,7 +272,7 @@ def row_name(file: Path | None, index: int) -> str:
     if file is None or file_format(file) != "json":
         return f"row {index + 1}"
     with open_text(file) as lines:
-        if lines.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        if is_json_list(lines):
             return f"row {index + 1}"
         filled = (number for number, line in enumerate(lines, 1) if line.strip())
         return f"line {next(number for row, number in enumerate(filled) if row == index)}"

@@ -1,0 +1,203 @@
+import pytest
+from datasets import Dataset
+
+from utils.data.encoding import (
+    Names,
+    beginning,
+    encode_pair,
+    encode_prompts,
+    encode_rows,
+    keep_end,
+    tokenizer_fingerprint,
+)
+from utils.run import UserError
+from utils.tokenizer import load_tokenizer
+
+PROMPT = "\n\nHuman: What is it?\n\nAssistant:"
+ANSWER = " It is a thing."
+
+
+def without_end(tokenizer, text: str) -> list[int]:
+    """The tokenizer's own ids, less an end token that it may add."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def rows(*examples: tuple) -> Dataset:
+    names = ("prompt", "chosen", "rejected")
+    columns = {name: [(*example, None, None)[k] for example in examples] for k, name in enumerate(names)}
+    return Dataset.from_dict(columns)
+
+
+def encode(tmp_path, data, kind, tokenizer, max_len=64, **names):
+    return encode_rows(data, kind, tokenizer, max_len, cache_dir=str(tmp_path), names=Names("train", **names))
+
+
+# ------------------------------------------------------------------------------------------------------- one text
+
+
+def test_pair_is_the_tokenizers_own_ids_and_one_end_token(tokenizer):
+    ids, prompt_length = encode_pair(tokenizer, PROMPT, ANSWER, 99)
+    # prompt + answer + EOS = tokenizer(prompt + answer) + EOS, and its first part = tokenizer(prompt)
+    assert ids == without_end(tokenizer, PROMPT + ANSWER) + [tokenizer.eos_token_id]
+    assert ids[:prompt_length] == without_end(tokenizer, PROMPT) == encode_prompts(tokenizer, [PROMPT])[0]
+
+
+def test_end_token_is_learned_even_where_it_pads(gpt2):
+    assert gpt2.pad_token_id == gpt2.eos_token_id
+    ids, prompt_length = encode_pair(gpt2, PROMPT, ANSWER, 99)
+    assert ids[-1] == gpt2.eos_token_id and gpt2.eos_token_id not in ids[:-1] and prompt_length < len(ids) - 1
+    assert encode_pair(gpt2, PROMPT, ANSWER, 99, add_eos=False)[0] == ids[:-1]
+
+
+def test_no_second_beginning_and_no_second_end(tokenizer):
+    first = beginning(tokenizer)
+    bos = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(first)) if first else ""
+    ids, _ = encode_pair(tokenizer, bos + PROMPT, ANSWER + tokenizer.eos_token, 99)
+    plain, _ = encode_pair(tokenizer, PROMPT, ANSWER, 99)
+    assert ids.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id)
+    assert ids[: len(first) + 1].count(first[0] if first else -1) == len(first)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama3", "opt"])
+def test_beginning_is_what_the_model_expects(tokenizer_folders, kind):
+    tokenizer = load_tokenizer(str(tokenizer_folders[kind]))
+    expected = {"llama": "<s>", "llama3": "<|begin_of_text|>", "opt": "</s>"}[kind]
+    assert tokenizer.convert_ids_to_tokens(beginning(tokenizer)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        (PROMPT, ANSWER),
+        ("smile :", ") yes"),  # ":)" may be one token of the joint text
+        ("line\n", "\nnext"),  # so may two line breaks
+        ("x: ", "thing"),  # and a space with the word after it
+        ("Hel", "lo world"),
+        (PROMPT, " été 猫 🙂\n\tend"),
+        (PROMPT, "no space"),
+    ],
+)
+def test_the_answers_text_is_kept_at_every_seam(tokenizer, prompt, answer):
+    ids, prompt_length = encode_pair(tokenizer, prompt, answer, 99)
+    assert ids[:prompt_length] == without_end(tokenizer, prompt)  # what generation starts from
+    whole = tokenizer.decode(ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert whole.removeprefix(" ") == prompt + answer  # sentencepiece begins with a space of its own
+
+
+def test_a_cut_answer_has_no_end_token(tokenizer):
+    whole, prompt_length = encode_pair(tokenizer, PROMPT, ANSWER, 99)
+    for max_len in range(prompt_length + 1, len(whole) + 2):
+        ids, length = encode_pair(tokenizer, PROMPT, ANSWER, max_len)
+        assert ids == whole[:max_len] and length == prompt_length
+    assert encode_pair(tokenizer, PROMPT, ANSWER, 3) == (whole[:3], 3)
+
+
+def test_long_prompts_keep_their_beginning_and_their_end():
+    assert keep_end([1, 5, 6, 7, 8], 5, [1]) == [1, 5, 6, 7, 8]
+    assert keep_end([1, 5, 6, 7, 8], 3, [1]) == [1, 7, 8]
+    assert keep_end([5, 6, 7, 8], 3, []) == [6, 7, 8]
+    assert keep_end([1, 5, 6], 1, [1]) == [1]
+
+
+# ----------------------------------------------------------------------------------------------------- data sets
+
+
+def test_supervised_rows(tmp_path, tokenizer):
+    data = rows((PROMPT, ANSWER), (PROMPT, " yes"))
+    encoded = encode(tmp_path, data, "supervised", tokenizer)
+    assert encoded.column_names == ["input_ids", "prompt_length"]
+    expected = [encode_pair(tokenizer, PROMPT, answer, 64) for answer in (ANSWER, " yes")]
+    assert list(zip(encoded["input_ids"], encoded["prompt_length"], strict=True)) == expected
+
+
+def test_ranking_rows_share_their_prompt(tmp_path, tokenizer):
+    encoded = encode(tmp_path, rows((PROMPT, ANSWER, " no")), "ranking", tokenizer)
+    row = encoded[0]
+    assert (row["chosen_ids"], row["prompt_length"]) == encode_pair(tokenizer, PROMPT, ANSWER, 64)
+    assert (row["rejected_ids"], row["prompt_length"]) == encode_pair(tokenizer, PROMPT, " no", 64)
+
+
+def test_prompt_rows_are_cut_on_the_left_and_reported(tmp_path, tokenizer, capsys):
+    long = "\n\nHuman: " + "What is it? " * 20 + "\n\nAssistant:"
+    encoded = encode(tmp_path, rows((PROMPT,), (long,)), "prompts", tokenizer, 40, length_flag="--max_prompt_seq_len")
+    assert encoded["prompt"] == [PROMPT, long] and encoded[0]["input_ids"] == encode_prompts(tokenizer, [PROMPT])[0]
+    first = beginning(tokenizer)
+    whole = encode_prompts(tokenizer, [long])[0]
+    assert encoded[1]["input_ids"] == first + whole[-(40 - len(first)) :]
+    assert (
+        f"--max_prompt_seq_len 40: 1 of 2 rows of --data_path (train) are too long: longer prompts, up to {len(whole)}"
+        in (capsys.readouterr().out)
+    )
+
+
+def test_dropped_rows_are_counted_by_reason(tmp_path, gpt2, capsys):
+    long = "What is it? " * 40
+    data = rows(
+        (PROMPT, " one", " two"),
+        (PROMPT, " one", " one"),
+        (PROMPT, " one", "one "),
+        (PROMPT, " ", " two"),
+        ("  ", " one", " two"),
+        (PROMPT, " one", None),
+        (long, " one", " two"),
+        (PROMPT, " " + long + "one", " " + long + "two"),
+    )
+    encoded = encode(tmp_path, data, "ranking", gpt2)
+    assert len(encoded) == 1 and encoded[0]["chosen_ids"] == encode_pair(gpt2, PROMPT, " one", 64)[0]
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == (
+        "--data_path (train): 7 of 8 rows dropped: 1 whose answers are equal after the cut; 1 whose prompt alone fills "
+        "--max_seq_len; 1 with an empty answer; 1 with an empty prompt; 2 with equal answers; 1 without an answer"
+    )
+
+
+def test_cut_answers_are_reported(tmp_path, gpt2, capsys):
+    encoded = encode(tmp_path, rows((PROMPT, " yes" * 60), (PROMPT, " no")), "supervised", gpt2, 50)
+    assert len(encoded[0]["input_ids"]) == 50 and gpt2.eos_token_id not in encoded[0]["input_ids"]
+    assert capsys.readouterr().out == (
+        "--max_seq_len 50: 1 of 2 rows of --data_path (train) are too long: longer answers are cut, and without an end "
+        "token\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["supervised", "ranking", "prompts"])
+def test_a_length_that_no_prompt_fits_is_refused(tmp_path, gpt2, kind):
+    longest = len(encode_prompts(gpt2, [PROMPT + "??"])[0])
+    data = rows((PROMPT, " yes", " no"), (PROMPT + "??", " yes", " no"))
+    with pytest.raises(UserError, match=rf"--max_seq_len 4: every prompt of .*\(up to {longest} tokens\)"):
+        encode(tmp_path, data, kind, gpt2, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "example", "need"),
+    [
+        ("supervised", (PROMPT,), "step 1 learns from answers: expected a column chosen or completion"),
+        ("ranking", (PROMPT, " yes"), "step 2 learns from pairs: expected the columns chosen and rejected"),
+        ("ranking", (PROMPT, " yes", " yes"), "no usable row is left for train: 1 with equal answers"),
+    ],
+)
+def test_a_data_set_that_does_not_serve_the_stage_is_refused(tmp_path, gpt2, kind, example, need):
+    with pytest.raises(UserError, match=f"--data_path x.jsonl: .*{need}"):
+        encode(tmp_path, rows(example), kind, gpt2, data_flag="--data_path x.jsonl")
+
+
+def test_the_cache_is_used_and_knows_what_it_depends_on(tmp_path, tokenizer_folders, monkeypatch, capsys):
+    gpt2, qwen = (load_tokenizer(str(tokenizer_folders[kind])) for kind in ("gpt2", "qwen"))
+    data = rows((PROMPT, ANSWER), (PROMPT, " "))
+    first = encode(tmp_path, data, "supervised", gpt2)
+    report = capsys.readouterr().out
+    monkeypatch.setattr("utils.data.encoding.columns", lambda rows: pytest.fail("mapped again"))
+    second = encode(tmp_path, data, "supervised", gpt2)
+    assert second.to_dict() == first.to_dict() and capsys.readouterr().out == report != ""
+    for other in ({"tokenizer": qwen}, {"max_len": 32}, {"kind": "prompts"}, {"data": rows((PROMPT, " other"))}):
+        with pytest.raises(pytest.fail.Exception, match="mapped again"):
+            encode(tmp_path, **{"data": data, "kind": "supervised", "tokenizer": gpt2, **other})
+
+
+def test_the_tokenizers_fingerprint_ignores_padding(tokenizer_folders, tokenizer):
+    again = load_tokenizer(tokenizer.name_or_path)
+    again(["a", "a b c d"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+    kinds = {tokenizer_fingerprint(load_tokenizer(str(folder))) for folder in tokenizer_folders.values()}
+    assert len(kinds) == len(tokenizer_folders)

@@ -1,0 +1,290 @@
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from utils.data.encoding import encode_pair, encode_prompts
+from utils.data.loaders import EpochSampler, EvalSampler, build_loaders, local_rank_zero_first, pad
+from utils.run import UserError
+
+ROWS = [
+    {
+        "prompt": f"\n\nHuman: What is {'so ' * (i % 3)}{i}?\n\nAssistant:",
+        "chosen": " It is" + " so" * (i % 5) + f" {i}.",
+        "rejected": f" No {i}.",
+    }
+    for i in range(50)
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 rows to train (8, 16, 16 for the stages) and 10 to evaluate."""
+    for name, rows in (("train", ROWS[:40]), ("test", ROWS[40:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def build(folder, tokenizer, stage, **changes):
+    arguments = {
+        "data_path": [str(folder)],
+        "data_output_path": str(folder / "cache"),
+        "max_len": 96,
+        "train_batch_size": 4,
+        "eval_batch_size": 4,
+    }
+    return build_loaders(stage=stage, tokenizer=tokenizer, **{**arguments, **changes})
+
+
+def texts(loader, tokenizer, ids="input_ids", lengths="lengths") -> list[list[str]]:
+    """The text of each row of each batch."""
+    return [
+        [tokenizer.decode(row[:n]) for row, n in zip(batch[ids], batch[lengths].tolist(), strict=True)]
+        for batch in loader
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def test_supervised_batches(folder, tokenizer):
+    train, evaluation = build(folder, tokenizer, 0)
+    assert len(train) == 2 and len(evaluation) == 3  # 40 * 2/10 / 4; ceil(10 / 4)
+    pairs = {tuple(encode_pair(tokenizer, row["prompt"], row["chosen"], 96)[0]): row for row in ROWS}
+    for batch in [*train, *evaluation]:
+        assert set(batch) == {"input_ids", "lengths", "prompt_lengths", "weight"}
+        ids, lengths = batch["input_ids"], batch["lengths"]
+        assert ids.dtype == lengths.dtype == batch["prompt_lengths"].dtype == torch.int64
+        assert ids.shape == (len(lengths), lengths.max())  # no wider than its longest row
+        for row, n, prompt_length in zip(ids.tolist(), lengths.tolist(), batch["prompt_lengths"].tolist(), strict=True):
+            example = pairs[tuple(row[:n])]  # the end token included, also where it pads
+            assert row[n:] == [tokenizer.pad_token_id] * (len(row) - n) and row[n - 1] == tokenizer.eos_token_id
+            assert row[:prompt_length] == encode_prompts(tokenizer, [example["prompt"]])[0]
+
+
+def test_ranking_batches(folder, gpt2):
+    train, evaluation = build(folder, gpt2, 1)
+    assert len(train) == 4 and len(evaluation) == 3
+    for batch in [*train, *evaluation]:
+        assert set(batch) == {
+            *("chosen_ids", "chosen_lengths", "rejected_ids", "rejected_lengths", "prompt_lengths", "weight")
+        }
+        for k in range(len(batch["weight"])):
+            chosen, rejected = (
+                batch[f"{name}_ids"][k, : batch[f"{name}_lengths"][k]] for name in ("chosen", "rejected")
+            )
+            number = gpt2.decode(rejected).split("No ")[1].split(".")[0]
+            row = ROWS[int(number)]
+            assert chosen.tolist() == encode_pair(gpt2, row["prompt"], row["chosen"], 96)[0]
+            assert rejected.tolist() == encode_pair(gpt2, row["prompt"], row["rejected"], 96)[0]
+            n = int(batch["prompt_lengths"][k])
+            assert chosen[:n].tolist() == rejected[:n].tolist() == encode_prompts(gpt2, [row["prompt"]])[0]
+
+
+def test_prompt_batches_are_padded_on_the_left(folder, tokenizer):
+    train, _ = build(folder, tokenizer, 2)
+    assert len(train) == 4
+    for batch in train:
+        assert set(batch) == {"input_ids", "lengths", "weight", "prompt"}
+        assert batch["input_ids"].shape == (4, batch["lengths"].max())
+        for row, n, prompt in zip(batch["input_ids"].tolist(), batch["lengths"].tolist(), batch["prompt"], strict=True):
+            assert row[len(row) - n :] == encode_prompts(tokenizer, [prompt])[0]
+            assert row[: len(row) - n] == [tokenizer.pad_token_id] * (len(row) - n)
+
+
+def test_pad():
+    right, lengths = pad([[1, 2, 3], [4]], 0)
+    left, _ = pad([[1, 2, 3], [4]], 0, left=True)
+    assert right.tolist() == [[1, 2, 3], [4, 0, 0]] and left.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert lengths.tolist() == [3, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_steps_rows_are_the_same_on_one_and_two_ranks(folder, gpt2, stage):
+    ids, lengths = ("chosen_ids", "chosen_lengths") if stage == 1 else ("input_ids", "lengths")
+
+    def steps(world_size: int) -> list[set[str]]:
+        per_rank = []
+        for rank in range(world_size):
+            options = {"train_batch_size": 4 // world_size, "rank": rank, "world_size": world_size}
+            train, _ = build(folder, gpt2, stage, **options)
+            per_rank.append([batch[ids][batch[ids] != gpt2.pad_token_id].tolist() for batch in train])
+        return [sorted(sum(rows, [])) for rows in zip(*per_rank, strict=True)]
+
+    assert steps(1) == steps(2) == steps(4)
+    assert lengths
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 16])
+def test_every_eval_row_counts_once_and_ranks_agree_on_the_number_of_batches(folder, gpt2, world_size):
+    seen, numbers = [], set()
+    for rank in range(world_size):
+        _, evaluation = build(folder, gpt2, 2, train_batch_size=1, rank=rank, world_size=world_size)
+        batches = list(evaluation)
+        numbers.add((len(evaluation), len(batches), tuple(len(batch["weight"]) for batch in batches)))
+        for batch in batches:
+            seen += [prompt for prompt, weight in zip(batch["prompt"], batch["weight"], strict=True) if weight == 1]
+            assert set(batch["weight"].tolist()) <= {0.0, 1.0} and batch["weight"].dtype == torch.float32
+    assert sorted(seen) == sorted(row["prompt"] for row in ROWS[40:])
+    assert len(numbers) == 1
+
+
+def test_samplers_share_the_rows_in_turn():
+    ranks = [list(EpochSampler(11, 2, rank=rank, world_size=2, seed=3)) for rank in range(2)]
+    order = list(EpochSampler(11, 4, seed=3))
+    # Global batch 4 of 11 rows: two steps, 8 rows; rank r takes r, r + 2, ...
+    assert ranks == [order[0::2], order[1::2]] and len(order) == 8 == len(set(order))
+    # 5 rows on 2 ranks: row 5 does not exist, it is a filler
+    assert [list(EvalSampler(5, rank, 2)) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_the_first_rank_of_a_machine_goes_first(monkeypatch):
+    for local_rank, expected in (("0", ["work", "barrier"]), ("1", ["barrier", "work"])):
+        events = []
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        monkeypatch.setattr("utils.data.loaders.barrier", lambda events=events: events.append("barrier"))
+        with local_rank_zero_first():
+            events.append("work")
+        assert events == expected
+        with pytest.raises(UserError), local_rank_zero_first():
+            raise UserError("bad data")
+        assert events[2:] == ["barrier"]  # the others are let go, into the same error
+
+
+# ------------------------------------------------------------------------------------------------------------ order
+
+
+def test_epochs_are_shuffled_anew_and_repeatable(folder, gpt2):
+    first, second = (build(folder, gpt2, 2)[0] for _ in range(2))
+    orders = []
+    for epoch in (0, 1, 0):
+        for loader in (first, second):
+            loader.sampler.set_epoch(epoch)
+        orders.append([prompt for batch in first for prompt in batch["prompt"]])
+        assert orders[-1] == [prompt for batch in second for prompt in batch["prompt"]]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    other, _ = build(folder, gpt2, 2, seed=7)
+    assert [prompt for batch in other for prompt in batch["prompt"]] not in orders
+
+
+def test_global_generators_are_neither_read_nor_moved(folder, gpt2):
+    def prompts():
+        return [batch["prompt"] for loader in build(folder, gpt2, 2) for batch in loader]
+
+    torch.manual_seed(0)
+    first = prompts()
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert prompts() == first
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loader_goes_on_where_another_stopped(folder, gpt2, world_size):
+    whole, stopped = (build(folder, gpt2, 2, train_batch_size=2)[0] for _ in range(2))
+    for loader in (whole, stopped):
+        loader.sampler.set_epoch(3)
+    batches = [batch["prompt"] for batch in whole]
+    running = iter(stopped)
+    for _ in range(4):
+        next(running)
+    state = stopped.sampler.state_dict()
+    assert state == {"epoch": 3, "position": 8}  # rows handed out to all ranks together
+    resumed = []
+    for rank in range(world_size):
+        options = {"train_batch_size": 2 // world_size, "rank": rank, "world_size": world_size}
+        loader, _ = build(folder, gpt2, 2, **options)
+        loader.sampler.load_state_dict(state)
+        loader.sampler.set_epoch(3)
+        resumed.append([batch["prompt"] for batch in loader])
+        assert len(list(loader)) == len(loader)  # the next pass is a whole one
+    assert [sorted(sum(parts, [])) for parts in zip(*resumed, strict=True)] == [sorted(batch) for batch in batches[4:]]
+
+
+def test_at_an_epochs_end_nothing_is_left(folder, gpt2):
+    train, _ = build(folder, gpt2, 2)
+    assert len(list(train)) == 4
+    again, _ = build(folder, gpt2, 2)
+    again.sampler.load_state_dict(train.sampler.state_dict())
+    assert list(again) == [] and len(list(again)) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------- stages
+
+
+def test_stages_share_no_training_row(folder, gpt2):
+    prompts = []
+    for stage in range(3):
+        train, evaluation = build(folder, gpt2, stage, train_batch_size=1)
+        ids, lengths = ("chosen_ids", "chosen_lengths") if stage == 1 else ("input_ids", "lengths")
+        rows = (
+            sum(texts(train, gpt2, ids, lengths), []) if stage < 2 else [p for batch in train for p in batch["prompt"]]
+        )
+        prompts.append({row.split("Assistant:")[0] for row in rows})
+        assert sum(len(batch["weight"]) for batch in evaluation) == 10  # every stage is measured on all eval rows
+    assert [len(found) for found in prompts] == [8, 16, 16] and len(set.union(*prompts)) == 40
+
+
+def test_each_data_set_is_split_on_its_own(folder, gpt2, tmp_path):
+    more = tmp_path / "more"
+    more.mkdir()
+    for name in ("train", "test"):
+        rows = [{"prompt": f"\n\nHuman: More {i}?\n\nAssistant:", "completion": f" {i}"} for i in range(10)]
+        (more / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone, _ = build(folder, gpt2, 0, train_batch_size=1)
+    both, evaluation = build(folder, gpt2, 0, train_batch_size=1, data_path=[str(folder), str(more)])
+    found = sum(texts(both, gpt2), [])
+    assert len(found) == 8 + 2 and set(sum(texts(alone, gpt2), [])) < set(found)
+    assert sum(len(batch["weight"]) for batch in evaluation) == 20
+    wholly, _ = build(folder, gpt2, 0, train_batch_size=1, sft_only_data_path=[str(more)])
+    assert len(wholly) == 8 + 10
+    later, _ = build(folder, gpt2, 2, train_batch_size=1, sft_only_data_path=[str(more)])
+    assert len(later) == 16
+
+
+def test_a_second_start_maps_nothing(folder, gpt2, monkeypatch):
+    first = [batch["prompt"] for loader in build(folder, gpt2, 2) for batch in loader]
+    for name in ("preferences.normalise_batch", "encoding.columns"):
+        monkeypatch.setattr(f"utils.data.{name}", lambda *_, **__: pytest.fail("mapped again"))
+    assert [batch["prompt"] for loader in build(folder, gpt2, 2) for batch in loader] == first
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "expected"),
+    [
+        (
+            0,
+            {"train_batch_size": 9},
+            "--per_device_train_batch_size 9: 8 training rows are too few for one batch of 9 on",
+        ),
+        (2, {"train_batch_size": 9, "world_size": 2}, "--per_device_generation_batch_size 9: 16 .* of 18 on 2 ranks"),
+        (0, {"data_split": "0,5,5"}, "--data_split 0,5,5: no row is left for step 1 out of 40"),
+        (1, {"max_len": 5}, r"--max_seq_len 5: every prompt of --data_path .* \(up to \d+ tokens\)"),
+        (2, {"max_len": 5}, "--max_prompt_seq_len 5: every prompt of --data_path"),
+        (2, {"data_path": ["nothing.jsonl"]}, "--data_path: no such file or folder: nothing.jsonl"),
+        (0, {"sft_only_data_path": ["nothing.jsonl"]}, "--sft_only_data_path: no such file or folder: nothing.jsonl"),
+    ],
+)
+def test_bad_input_names_its_flag(folder, gpt2, stage, changes, expected):
+    with pytest.raises(UserError, match=expected):
+        build(folder, gpt2, stage, **changes)
+
+
+def test_a_data_set_without_pairs_does_not_serve_step_2(folder, gpt2):
+    path = folder / "answers.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Q{i}", "completion": "A"}) + "\n" for i in range(20)))
+    with pytest.raises(
+        UserError, match=f"--data_path {path}: no row has an answer `rejected`; step 2 learns from pairs"
+    ):
+        build(folder, gpt2, 1, data_path=[str(path)])

@@ -1,0 +1,453 @@
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from utils.data.preferences import ADAPTERS, Example, RowSkipped, load_data_set, load_preferences
+from utils.run import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+REAL = ROOT.parent / "shared" / "data"
+PAIRS = [
+    {"prompt": f"\n\nHuman: What is {i}?\n\nAssistant:", "chosen": f" It is {i}.", "rejected": " No.", "margin": i / 2}
+    for i in range(20)
+]
+TEXTS = ("prompt", "chosen", "rejected", "margin")
+
+
+def messages(*turns: str) -> list[dict[str, str]]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[k % 2], "content": turn} for k, turn in enumerate(turns)]
+
+
+def as_shape(row: dict, shape: str) -> dict:
+    """A row of PAIRS in another shape."""
+    question = row["prompt"].removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+    chosen, rejected = row["chosen"].strip(), row["rejected"].strip()
+    return {
+        "pairs": row,
+        "bare": {"prompt": question, "chosen": chosen, "rejected": rejected, "margin": row["margin"]},
+        "dialogues": {**{k: row["prompt"] + row[k] for k in ("chosen", "rejected")}, "margin": row["margin"]},
+        "messages": {
+            "prompt": messages(question),
+            "chosen": messages("", chosen)[1:],
+            "rejected": messages("", rejected)[1:],
+            "margin": row["margin"],
+        },
+        "whole": {
+            "chosen": messages(question, chosen),
+            "rejected": messages(question, rejected),
+            "margin": row["margin"],
+        },
+        "question and whole": {
+            "prompt": question,
+            "chosen": messages(question, chosen),
+            "rejected": messages(question, rejected),
+            "margin": row["margin"],
+        },
+    }[shape]
+
+
+def write(path: Path, rows: list[dict] | str | bytes) -> Path:
+    """Rows, or raw content, in the format of the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    if isinstance(rows, list) and plain.suffix == ".jsonl":
+        rows = "".join(json.dumps(row) + "\n" for row in rows)
+    elif isinstance(rows, list) and plain.suffix == ".json":
+        rows = json.dumps(rows, indent=1)
+    elif isinstance(rows, list):
+        getattr(datasets.Dataset.from_list(rows), f"to_{plain.suffix[1:]}")(plain)
+        rows = plain.read_bytes()
+        plain.unlink()
+    content = rows.encode() if isinstance(rows, str) else rows
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def load(path, tmp_path) -> tuple[list[dict], list[dict]]:
+    train, evaluation = load_data_set(str(path), cache_dir=str(tmp_path / "cache"))
+    assert train.column_names == evaluation.column_names == list(TEXTS)
+    return train.to_list(), evaluation.to_list()
+
+
+def refused(path, tmp_path) -> str:
+    with pytest.raises(UserError) as error:
+        load(path, tmp_path)
+    message = str(error.value)
+    assert "\n" not in message and message.startswith("--data_path")
+    return message
+
+
+# ------------------------------------------------------------------------------------------------- files and folders
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet", "a[1] *.jsonl"]
+)
+def test_every_file_format_gives_the_same_rows(tmp_path, name):
+    train, evaluation = load(write(tmp_path / name, PAIRS), tmp_path)
+    assert len(evaluation) == 1 and len(train) == 19  # 5 % of 20
+    assert sorted(train + evaluation, key=lambda row: row["margin"]) == PAIRS
+
+
+def test_hold_out_is_seeded_and_takes_whole_prompts(tmp_path):
+    rows = [{**PAIRS[i // 4], "chosen": f" answer {i}"} for i in range(80)]  # 4 rows a prompt
+    path = write(tmp_path / "a.jsonl", rows)
+    train, evaluation = load(path, tmp_path)
+    assert len(evaluation) == 4 and len({row["prompt"] for row in evaluation}) == 1  # round(.05 * 80)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in evaluation}
+    assert load(path, tmp_path / "again") == (train, evaluation)
+
+
+def test_hold_out_takes_rows_where_every_prompt_is_large(tmp_path):
+    rows = [{**PAIRS[0], "chosen": f" answer {i}"} for i in range(40)]
+    train, evaluation = load(write(tmp_path / "a.jsonl", rows), tmp_path)
+    assert (len(train), len(evaluation)) == (38, 2)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train.jsonl", "test.jsonl"),
+        ("train.jsonl.gz", "eval.json"),
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+        ("data/train_prefs-00000-of-00001.parquet", "data/test_prefs-00000-of-00001.parquet"),
+        ("my.train.csv", "my_validation.csv"),
+        ("helpful/train.jsonl.gz", "helpful/test.jsonl.gz"),
+        ("train/0000.parquet", "dev/0000.parquet"),
+    ],
+)
+def test_folders_with_a_file_a_split(tmp_path, train, test):
+    folder = tmp_path / "data set"
+    write(folder / train, PAIRS[:15])
+    write(folder / test, PAIRS[15:])
+    assert load(folder, tmp_path) == (PAIRS[:15], PAIRS[15:])
+
+
+def test_files_of_one_split_are_joined_and_other_splits_left(tmp_path):
+    folder = tmp_path / "set"
+    for i in range(3):
+        write(folder / f"data/train_prefs-0000{i}-of-00003.parquet", PAIRS[5 * i : 5 * i + 5])
+    write(folder / "data/train_sft-00000-of-00001.parquet", PAIRS)
+    write(folder / "data/test_prefs-00000-of-00001.parquet", PAIRS[15:])
+    write(folder / "README.md", "not data")
+    assert load(folder, tmp_path) == (PAIRS[:15], PAIRS[15:])
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_saved_data_sets(tmp_path, both):
+    train = datasets.Dataset.from_list(PAIRS[:15])
+    test = datasets.Dataset.from_list(PAIRS[15:])
+    saved = datasets.DatasetDict(train=train, validation=test) if both else train
+    saved.save_to_disk(tmp_path / "saved")
+    before = sorted((tmp_path / "saved").rglob("*"))
+    loaded = load(tmp_path / "saved", tmp_path)
+    assert loaded == (PAIRS[:15], PAIRS[15:]) if both else (len(loaded[0]), len(loaded[1])) == (14, 1)
+    assert sorted((tmp_path / "saved").rglob("*")) == before  # nothing is written beside the user's data
+
+
+def test_local_jsonfile_is_data_train_json_and_eval_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "expected train.json and eval.json in" in refused("local/jsonfile", tmp_path)
+    write(tmp_path / "data/train.json", PAIRS[:15])
+    write(tmp_path / "data/eval.json", PAIRS[15:])
+    assert load("local/jsonfile", tmp_path) == (PAIRS[:15], PAIRS[15:])
+
+
+def test_several_data_sets_follow_one_another(tmp_path):
+    names = []
+    for k, shape in enumerate(("pairs", "messages")):
+        rows = [as_shape(row, shape) for row in PAIRS]
+        write(tmp_path / f"{k}/train.jsonl", rows[:15])
+        write(tmp_path / f"{k}/test.jsonl", rows[15:])
+        names.append(str(tmp_path / str(k)))
+    train, evaluation = load_preferences(names, cache_dir=str(tmp_path / "cache"))
+    assert train.to_list() == PAIRS[:15] * 2 and evaluation.to_list() == PAIRS[15:] * 2
+
+
+def test_the_cache_is_used_and_follows_the_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl.gz", PAIRS)
+    first = load(path, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.data.preferences.normalise_batch", lambda *_, **__: pytest.fail("mapped again"))
+        assert load(path, tmp_path) == first
+    write(path, [{**row, "chosen": " changed"} for row in PAIRS])
+    assert {row["chosen"] for part in load(path, tmp_path) for row in part} == {" changed"}
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("shape", ["pairs", "bare", "dialogues", "messages", "whole", "question and whole"])
+def test_every_shape_becomes_the_same_text(tmp_path, shape, capsys):
+    path = write(tmp_path / "a.jsonl", [as_shape(row, shape) for row in PAIRS])
+    train, evaluation = load(path, tmp_path)
+    assert sorted(train + evaluation, key=lambda row: row["margin"]) == PAIRS
+    line = capsys.readouterr().out
+    assert line.startswith(f"--data_path {path}: ") and "19 rows to train and 1 to evaluate" in line
+
+
+def test_several_turns(tmp_path):
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": "Be kind."}, *messages("Hi", "Hello!", f"Who is {i}?")],
+            "chosen": messages("", "A")[1:],
+            "rejected": messages("", "B")[1:],
+        }
+        for i in range(2)
+    ]
+    train, _ = load(write(tmp_path / "a.json", rows), tmp_path)
+    assert train[0]["prompt"] in [
+        f"Be kind.\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Who is {i}?\n\nAssistant:" for i in range(2)
+    ]
+    assert (train[0]["chosen"], train[0]["rejected"]) == (" A", " B")
+
+
+def test_answers_only_and_prompts_only(tmp_path):
+    for name, columns in (
+        ("completion", {"prompt": "prompt", "completion": "chosen"}),
+        ("alone", {"prompt": "prompt"}),
+    ):
+        rows = [{column: row[source] for column, source in columns.items()} for row in PAIRS]
+        train, evaluation = load(write(tmp_path / f"{name}.jsonl", rows), tmp_path)
+        found = {row["prompt"]: (row["chosen"], row["rejected"], row["margin"]) for row in train + evaluation}
+        chosen = {row["prompt"]: row["chosen"] if name == "completion" else None for row in PAIRS}
+        assert found == {prompt: (answer, None, None) for prompt, answer in chosen.items()}
+    rows = [{"messages": messages(row["prompt"], row["chosen"])} for row in PAIRS[:2]]
+    train, _ = load(write(tmp_path / "messages.jsonl", rows), tmp_path)
+    assert train[0]["prompt"].startswith("\n\nHuman: ") and train[0]["chosen"] in (" It is 0.", " It is 1.")
+
+
+def test_a_template_of_ones_own_is_kept_as_it_is(tmp_path):
+    rows = [{"prompt": f"### Question: {i}\n### Response:", "completion": f"{i}"} for i in range(5)]
+    train, evaluation = load(write(tmp_path / "a.jsonl", rows), tmp_path)
+    found = {(row["prompt"], row["chosen"]) for row in train + evaluation}
+    assert found == {(row["prompt"], row["completion"]) for row in rows}
+
+
+def test_csv_knows_no_types(tmp_path):
+    text = "prompt,chosen,rejected,margin\n2 + 2?,4,5,1\nNA?,NA,null,\n"
+    train, evaluation = load(write(tmp_path / "a.csv", text), tmp_path)
+    found = {(row["chosen"], row["rejected"], row["margin"]) for row in train + evaluation}
+    assert found == {(" 4", " 5", 1.0), (" NA", " null", None)}
+
+
+def test_dialogues_without_a_common_prompt_are_counted(tmp_path, capsys):
+    rows = [{k: row["prompt"] + row[k] for k in ("chosen", "rejected")} for row in PAIRS[:3]]
+    rows.append({"chosen": "Assistant: a", "rejected": "something else"})
+    rows.append({"chosen": rows[0]["chosen"], "rejected": PAIRS[0]["prompt"] + " B\n\nHuman: C\n\nAssistant: D"})
+    train, evaluation = load(write(tmp_path / "a.jsonl", rows), tmp_path)
+    assert len(train) + len(evaluation) == 3
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"--data_path {tmp_path}/a.jsonl (train): 2 of 5 rows dropped: 1 the two dialogues differ before their last "
+        'turn; 1 the two dialogues share no prompt up to an "Assistant:"'
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def good(n: int) -> str:
+    return "".join(json.dumps(row) + "\n" for row in PAIRS[:n])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", good(2) + "\n{broken\n", "a.jsonl, line 4: not valid JSON (Expecting property name"),
+        ("a.jsonl.gz", good(2) + '{"prompt": 1,', "a.jsonl.gz, line 3: not valid JSON"),
+        ("a.jsonl", good(1) + '["a"]\n', "a.jsonl, line 2: found list, expected an object"),
+        ("a.jsonl", (good(1) + '{"prompt": "é"}\n').encode("latin-1"), "a.jsonl, line 2: not UTF-8"),
+        ("a.json", '[\n{"prompt": "a"},\n{"prompt" "b"}]', "a.json, line 3: not valid JSON"),
+        ("a.jsonl", "", "a.jsonl is empty"),
+        ("a.jsonl", "\n\n", "a.jsonl is empty"),
+        ("a.json", "[]", "a.json has no rows"),
+        ("a.csv", "prompt,chosen,rejected\n", "a.csv has no rows"),
+        ("a.jsonl.gz", "", "a.jsonl.gz is empty"),
+        ("a.txt", "text", "a.txt is of no known kind; expected .jsonl, .json, .csv, .parquet, also with .gz"),
+        ("a.parquet", "no parquet", "a.parquet cannot be read as parquet: "),
+        ("a.csv", "prompt,chosen\na,b\na,b,c\n", "a.csv cannot be read as csv: "),
+        (
+            "a.jsonl",
+            good(2) + '\n{"prompt": 5, "chosen": "a", "rejected": "b"}\n',
+            "line 4, column 'prompt': found number '5', but str",
+        ),
+        (
+            "a.jsonl",
+            good(2) + '{"prompt": 5, "chosen": "a", "rejected": "b"}\n',
+            "line 3, column 'prompt': found int '5'",
+        ),
+        ("a.jsonl", '{"prompt": 5}\n{"prompt": 6}\n', "a.jsonl, line 1, column 'prompt': found int '5', expected text"),
+        ("a.jsonl", good(1) + '{"prompt": "a", "chosen": "b"}\n', "line 2, column 'rejected': found missing or null"),
+        ("a.json", '[{"prompt": "a"}, {"prompt": null}]', "a.json, row 2, column 'prompt': found missing or null"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}\n',
+            "column 'margin': found 'big'",
+        ),
+        (
+            "a.jsonl",
+            '{"promt": "a", "chosen": "b"}\n',
+            "has the columns promt, chosen; expected prompt/chosen/rejected",
+        ),
+        ("a.jsonl", '{"prompt": "a", "rejected": "b"}\n', "has the columns prompt, rejected; expected"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "tool", "content": "a"}]}\n',
+            "column 'prompt': role 'tool' is not supported",
+        ),
+        ("a.jsonl", '{"prompt": [{"from": "a"}]}\n', "column 'prompt': expected messages like"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": null}]}\n', "the content of a message is NoneType"),
+        ("a.jsonl", '{"prompt": []}\n', "column 'prompt': found an empty list"),
+        ("a.jsonl", json.dumps({"messages": messages("only a question")}), "last message must be the assistant's"),
+        (
+            "a.jsonl",
+            json.dumps({"prompt": messages("a", "b"), "chosen": messages("", "c")[1:]}),
+            "expected a user's message",
+        ),
+        ("a.jsonl", good(1), "has one row; expected at least two"),
+    ],
+)
+def test_bad_files_are_refused_with_the_place(tmp_path, name, content, expected):
+    assert expected in refused(write(tmp_path / name, content), tmp_path)
+
+
+def test_a_broken_archive_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", PAIRS)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert f"{path} cannot be read: " in refused(path, tmp_path)
+    path.write_bytes(b"no archive")
+    assert f"{path} cannot be read: " in refused(path, tmp_path)
+
+
+def test_missing_places_are_refused(tmp_path):
+    for name in (str(tmp_path / "nothing.jsonl"), "./nothing", "nothing.jsonl", "a/b/c"):
+        assert f"no such file or folder: {name}" in refused(name, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "holds no data files; expected train and test files" in refused(tmp_path / "empty", tmp_path)
+    write(tmp_path / "only/test.jsonl", PAIRS)
+    assert "has no train split; it has test" in refused(tmp_path / "only", tmp_path)
+
+
+def test_a_hub_name_without_the_hub_is_one_line(tmp_path):
+    for name in ("Dahoas/rm-static", "mkqa-Japanese", "someone/some-set"):
+        assert f"{name} is neither a local file or folder nor in the cache" in refused(name, tmp_path)
+
+
+def test_the_flag_that_names_the_data_is_the_one_in_the_error(tmp_path):
+    with pytest.raises(UserError, match="--sft_only_data_path: no such file"):
+        load_data_set("nothing.csv", cache_dir=str(tmp_path), flag="--sft_only_data_path")
+
+
+# ----------------------------------------------------------------------------------------------- sets known by name
+
+ASK = "\n\nHuman: Q\n\nAssistant:"
+KNOWN = [
+    ("Dahoas/rm-static", {"prompt": ASK, "chosen": " A", "rejected": " B"}, (ASK, " A", " B")),
+    ("Dahoas/full-hh-rlhf", {"prompt": ASK, "response": "x", "chosen": " A", "rejected": " B"}, (ASK, " A", " B")),
+    ("Dahoas/synthetic-instruct-gptj-pairwise", {"prompt": "Q", "chosen": "A", "rejected": "B"}, (ASK, " A", " B")),
+    (
+        "yitingxie/rlhf-reward-datasets",
+        {"prompt": "\n\nHuman: Q\n\n", "chosen": ASK + " A", "rejected": "Assistant: B"},
+        (ASK, " A", " B"),
+    ),
+    (
+        "openai/webgpt_comparisons",
+        {"question": {"full_text": "Q"}, "answer_0": "B [1, 2].", "score_0": -1, "answer_1": "A [3]", "score_1": 0.5},
+        (ASK, " A", " B.", 1.5),
+    ),
+    ("stanfordnlp/SHP", {"history": "Q", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}, (ASK, " A", " B")),
+    ("stanfordnlp/SHP", {"history": "Q", "human_ref_A": "B", "human_ref_B": "A", "labels": 0}, (ASK, " A", " B")),
+    (
+        "pvduy/sharegpt_alpaca_oa_vicuna_format",
+        {"prompt": "USER: Q ASSISTANT:", "label": "A"},
+        ("Human: Q Assistant:", " A", None),
+    ),
+    ("local/jsonfile", {"prompt": ASK, "chosen": "A", "rejected": "B"}, (ASK, " A", " B")),
+    ("wangrui6/Zhihu-KOL", {"INSTRUCTION": "Q", "RESPONSE": "A"}, (ASK, " A", None)),
+    *[
+        (
+            f"Cohere/miracl-{language}-queries-22-12",
+            {"query": "Q", "positive_passages": [{"text": "A"}], "negative_passages": [{"text": "B"}]},
+            (ASK, " A", " B"),
+        )
+        for language in ("zh", "ja")
+    ],
+    (
+        "Hello-SimpleAI/HC3-Chinese",
+        {"question": "Q", "human_answers": ["A"], "chatgpt_answers": ["C"]},
+        (ASK, " A", None),
+    ),
+    *[
+        (name, {"queries": {language: "Q"}, "answers": {language: [{"text": "A"}]}}, (ASK, " A", None))
+        for name, language in (("mkqa-Chinese", "zh_cn"), ("mkqa-Japanese", "ja"))
+    ],
+    ("lmqg/qg_jaquad", {"question": "Q", "sentence": "A"}, (ASK, " A", None)),
+    ("lmqg/qag_jaquad", {"questions": ["Q", "R"], "paragraph": "A"}, (ASK, " A", None)),
+    ("Anthropic/hh-rlhf", {"chosen": ASK + " A", "rejected": ASK + " B"}, (ASK, " A", " B")),
+    (
+        "HuggingFaceH4/ultrafeedback_binarized",
+        {
+            "prompt": "Q",
+            "chosen": messages("Q", "A"),
+            "rejected": messages("Q", "B"),
+            "score_chosen": 8.0,
+            "score_rejected": 6.5,
+        },
+        (ASK, " A", " B", 1.5),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), KNOWN)
+def test_sets_known_by_name(name, row, expected):
+    assert ADAPTERS[name](row) == Example(*expected)
+
+
+def test_every_known_name_is_tested():
+    assert {name for name, *_ in KNOWN} == set(ADAPTERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("wangrui6/Zhihu-KOL", {"INSTRUCTION": None, "RESPONSE": "A"}),
+        ("Hello-SimpleAI/HC3-Chinese", {"question": "Q", "human_answers": []}),
+        ("mkqa-Japanese", {"queries": {"ja": "Q"}, "answers": {"ja": [{"text": None}]}}),
+        ("Cohere/miracl-ja-queries-22-12", {"query": "Q", "positive_passages": [], "negative_passages": []}),
+    ],
+)
+def test_public_rows_without_an_answer_are_skipped(name, row):
+    with pytest.raises(RowSkipped, match="no question or no answer"):
+        ADAPTERS[name](row)
+
+
+@pytest.mark.parametrize("folder", ["SHP", "stanfordnlp/SHP", "stanfordnlp--SHP/SHP"])
+def test_a_folder_called_like_a_known_set_is_read_like_it(tmp_path, folder):
+    rows = [{"history": f"Q{i}", "human_ref_A": "A", "human_ref_B": "B", "labels": 1} for i in range(4)]
+    write(tmp_path / folder / "train.jsonl", rows)
+    write(tmp_path / folder / "test.jsonl", rows)
+    assert load(tmp_path / folder, tmp_path)[0][0]["prompt"] == "\n\nHuman: Q0\n\nAssistant:"
+
+
+def test_a_folder_called_like_a_known_set_may_hold_another_shape(tmp_path):
+    write(tmp_path / "SHP" / "train.jsonl", [as_shape(row, "messages") for row in PAIRS])
+    write(tmp_path / "SHP" / "test.jsonl", [as_shape(row, "messages") for row in PAIRS])
+    assert load(tmp_path / "SHP", tmp_path)[0] == PAIRS
+
+
+# -------------------------------------------------------------------------------------------------------- real text
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the sample data is not beside this repository")
+def test_real_rows_in_all_shapes_agree(tmp_path):
+    _, pairs = load(REAL / "alpaca_prefs", tmp_path)
+    known = {(row["prompt"], row["chosen"], row["rejected"]) for row in pairs}
+    for shape in ("hh_dialogue", "conversational", "prompt_completion"):
+        train, evaluation = load(REAL / "formats" / shape, tmp_path)
+        assert len(train) == 400 and len(evaluation) == 100
+        width = 2 if shape == "prompt_completion" else 3
+        assert {tuple(row[name] for name in TEXTS[:width]) for row in evaluation} <= {row[:width] for row in known}
