@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from remax.engines import Actor, Reference, Reward, TrainedReward
 from remax.modeling import evaluating
@@ -120,19 +121,27 @@ def write_answers(path: Path, answers: list[dict]) -> None:
 
 @torch.no_grad()
 def evaluate_policy(
-    actor: Actor, reference: Reference, reward: Reward, loader: Iterable[Batch], tokenizer, *, greedy: bool = False
-):
+    actor: Actor,
+    reference: Reference,
+    reward: Reward,
+    loader: Iterable[Batch],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    greedy: bool = False,
+    answers: Iterable[Batch] | None = None,
+) -> PolicyEvaluation:
     """Answers held-out prompts (sampled, or greedy) and measures them -> PolicyEvaluation.
 
     reward: mean score and its standard error over prompts.   length: answer tokens.   ended: share of answers that
     reach EOS.
     kl: sum of log pi - log pi_ref over an answer (nats per answer);  kl_per_token: the same over all answer tokens.
     entropy: nats per token.   reference_perplexity: exp of the reference's mean negative log-likelihood of the answers.
+    perplexity: the policy's, of the data's own answers, where `answers` gives some: what it forgets.
     """
     names = ("prompts", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
     sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
     eos_ids = torch.tensor(actor.model.hf.generation_config.eos_token_id, device=device())
-    answers: list[dict] = []
+    readable: list[dict] = []
     with evaluating(actor.model):
         for batch in map(to_device, loader):
             sampled, best = actor.rollout(
@@ -157,7 +166,7 @@ def evaluate_policy(
             }
             for name, value in additions.items():
                 sums[name] += value.double().sum()
-            answers += _readable(batch, sequences, score, tokenizer)
+            readable += _readable(batch, sequences, score, tokenizer)
     total = sum_across_ranks(sums)
     n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
     mean = total["reward"] / n
@@ -172,10 +181,12 @@ def evaluate_policy(
         "entropy": total["entropy"] / tokens,
         "reference_perplexity": math.exp(min(total["reference_nll"] / tokens, 700.0)),
     }
-    return PolicyEvaluation(figures, [row for rows in gather_objects(answers) for row in rows])
+    if answers is not None:
+        figures["perplexity"] = perplexity(actor, answers)["perplexity"]
+    return PolicyEvaluation(figures, [row for rows in gather_objects(readable) for row in rows])
 
 
-def _readable(batch: Batch, sequences: Sequences, score: Tensor, tokenizer) -> list[dict]:
+def _readable(batch: Batch, sequences: Sequences, score: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """The answers as text; rows of weight 0 are left out."""
     rows = []
     for i in batch["weight"].nonzero().flatten().tolist():

@@ -12,7 +12,8 @@ from remax.evaluation import First, PolicyEvaluation, evaluate_policy, write_ans
 from remax.modeling import quiet_libraries
 from remax.settings import trainer_settings
 from remax.trainer import Trainer
-from utils.data.loaders import build_loaders
+from utils.data.loaders import build_answers_loader, build_loaders
+from utils.data.text import plain_text_batches
 from utils.distributed import init_distributed, print0, rank, set_seed, shutdown, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 from utils.run import run_main, start_run
@@ -43,6 +44,29 @@ def main() -> None:
         world_size=world_size(),
         num_proc=args.preprocessing_num_workers,
     )
+    answers_loader = build_answers_loader(
+        tokenizer=tokenizer,
+        data_path=args.data_path,
+        data_output_path=args.data_output_path,
+        max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
+        batch_size=args.per_device_eval_batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        num_proc=args.preprocessing_num_workers,
+    )
+    plain_text = None
+    if args.unsupervised_dataset_name:
+        plain_text = plain_text_batches(
+            args.unsupervised_dataset_name,
+            configuration=args.unsupervised_dataset_config_name,
+            tokenizer=tokenizer,
+            block=args.max_prompt_seq_len + args.max_answer_seq_len,
+            batch_size=args.per_device_training_batch_size,
+            seed=args.seed,
+            data_output_path=args.data_output_path,
+            rank=rank(),
+            world_size=world_size(),
+        )
     algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)
     settings = trainer_settings(args)
     steps = settings.total_steps(len(train_loader))
@@ -58,6 +82,7 @@ def main() -> None:
         drop_after=-1,
     )
     held_out = First(eval_loader, args.max_eval_batches)
+    held_out_answers = First(answers_loader, args.max_eval_batches) if answers_loader else None
 
     def after_evaluation(step: int, evaluation: PolicyEvaluation, best: bool) -> None:
         if args.save_answers:
@@ -74,10 +99,11 @@ def main() -> None:
         reward,
         algorithm,
         settings,
-        evaluate=lambda: evaluate_policy(actor, reference, reward, held_out, tokenizer),
+        evaluate=lambda: evaluate_policy(actor, reference, reward, held_out, tokenizer, answers=held_out_answers),
         metrics=metrics,
         pad_id=tokenizer.pad_token_id,
         critic=critic,
+        unsupervised=plain_text,
         average=WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None,
         on_evaluation=after_evaluation,
     )

@@ -93,6 +93,46 @@ def build_loaders(
     )
 
 
+def build_answers_loader(
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    data_path: Sequence[str],
+    max_len: int,
+    batch_size: int,
+    data_output_path: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    num_proc: int | None = None,
+) -> DataLoader | None:
+    """Held-out prompts with their chosen answers, for the perplexity in stage 2; None where the data have prompts only.
+
+    max_len: tokens of prompt and answer. Batches as the supervised ones of `build_loaders`.
+    """
+    encoded = []
+    with local_rank_zero_first():
+        for name in data_path:
+            _, held_out = load_data_set(name, cache_dir=data_output_path, num_proc=num_proc, announce=False)
+            if held_out.with_format("arrow")["chosen"][:].null_count == len(held_out):
+                continue
+            names = Names("eval", f"--data_path {name}", "--max_prompt_seq_len + --max_answer_seq_len")
+            encoded.append(
+                encode_rows(
+                    held_out,
+                    "supervised",
+                    tokenizer,
+                    max_len,
+                    cache_dir=data_output_path,
+                    names=names,
+                    num_proc=num_proc,
+                )
+            )
+    if not encoded:
+        return None
+    rows = datasets.concatenate_datasets(encoded)
+    collate = partial(collate_supervised, pad_id=tokenizer.pad_token_id)
+    return make_loader(rows, EvalSampler(len(rows), rank, world_size), batch_size, collate)
+
+
 def encode_data_sets(
     stage: int,
     tokenizer: PreTrainedTokenizerBase,

@@ -340,6 +340,19 @@ def load_data_set(
     eval is the data set's own test split. A data set without one gives up a seeded 5 % of its rows (at least one),
     where possible whole prompts, so that no held-out prompt is trained on with another answer.
 
+    Args, raises: as `load_splits`.
+    """
+    shape, splits = load_splits(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag)
+    train, evaluation = (splits["train"], splits["test"]) if "test" in splits else hold_out(splits["train"], name, flag)
+    print0(f"{flag} {name}: {shape}; {len(train)} rows to train and {len(evaluation)} to evaluate")
+    return train, evaluation
+
+
+def load_splits(
+    name: str, *, cache_dir: str | None, num_proc: int | None = None, flag: str = "--data_path"
+) -> tuple[str, dict[str, Dataset]]:
+    """The shape of a data set, and its rows as they stand: {"train": rows} and, where there is one, {"test": rows}.
+
     Args:
         cache_dir: where the Arrow files go; None: the datasets library's own folder.
         num_proc: processes that convert rows; None: this one.
@@ -350,27 +363,21 @@ def load_data_set(
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    splits = read_splits(name, cache_dir, flag)
-    ready = {}
+    cache_folder(cache_dir)  # a cache that cannot be written is refused before anything is read
+    parts_of = read_splits(name, cache_dir, flag)
+    splits = {}
     try:
-        shape, convert = choose_conversion(name, splits, flag)
-        bare = shape_needs_dialogue(convert, splits["train"])
-        if isinstance(convert, partial) and convert.func is prompt_and_answers:
-            convert = partial(convert, bare=bare)
-        for split, parts in splits.items():
-            normalised = [normalise(part, convert, shape, bare, cache_dir, num_proc, flag) for part in parts]
-            ready[split] = drop_skipped(datasets.concatenate_datasets(normalised), name, split, flag)
+        shape, convert = choose_conversion(name, parts_of["train"][0], flag)
+        for split, parts in parts_of.items():
+            normalised = [normalise(part, convert, shape, cache_dir, num_proc, flag) for part in parts]
+            splits[split] = drop_skipped(datasets.concatenate_datasets(normalised), name, split, flag)
     except UnicodeDecodeError as error:  # Arrow keeps such bytes, and trips over them when they become text
-        raise UserError(f"{flag}: {undecodable(splits, name)}") from error
-    train, evaluation = (ready["train"], ready["test"]) if "test" in ready else hold_out(ready["train"], name, flag)
-    how = "; bare prompts written as Human/Assistant dialogue" if bare else ""
-    print0(f"{flag} {name}: {shape}, {len(train)} rows to train and {len(evaluation)} to evaluate{how}")
-    return train, evaluation
+        raise UserError(f"{flag}: {undecodable(parts_of, name)}") from error
+    return shape, splits
 
 
-def choose_conversion(name: str, splits: dict[str, list[Part]], flag: str) -> tuple[str, Callable[..., Example]]:
-    """The shape's name for reports, and the function from row to Example."""
-    part = splits["train"][0]
+def choose_conversion(name: str, part: Part, flag: str) -> tuple[str, Callable[[Row], Example]]:
+    """The shape of a data set in words, and the function from row to Example, both found from its first file."""
     known = known_name(name)
     if known and (name == known or fits(ADAPTERS[known], part.rows[0])):
         return known, ADAPTERS[known]
@@ -381,6 +388,10 @@ def choose_conversion(name: str, splits: dict[str, list[Part]], flag: str) -> tu
     texts = [part.rows.features.get(column) for column in ("prompt", "chosen", "completion")]
     if any(isinstance(feature, datasets.List) for feature in texts):
         shape += " of messages"
+    if shape.startswith("prompt"):
+        bare = prompts_are_bare(part.rows)
+        convert = partial(convert, bare=bare)
+        shape += ", bare prompts written as Human/Assistant dialogue" if bare else ""
     return shape, convert
 
 
@@ -406,15 +417,12 @@ def known_name(name: str) -> str | None:
     return next((known for known in ADAPTERS if known in ends or known.split("/")[-1] in ends), None)
 
 
-def shape_needs_dialogue(convert: Callable[..., Example], parts: list[Part], look_at: int = 1000) -> bool:
-    """Whether text prompts are bare questions.
+def prompts_are_bare(rows: Dataset, look_at: int = 1000) -> bool:
+    """Whether text prompts are plain questions.
 
     A template leaves its mark at the end of every prompt ("Assistant:", "### Response:", "[/INST]"); questions do not
     end alike.
     """
-    if not isinstance(convert, partial) or convert.func is not prompt_and_answers:
-        return False
-    rows = parts[0].rows
     prompts = [value for value in rows[: min(look_at, len(rows))]["prompt"] if isinstance(value, str)]
     written = sum(prompt.rstrip().endswith("Assistant:") for prompt in prompts)
     if not prompts or 2 * written >= len(prompts):
@@ -427,13 +435,12 @@ def normalise(
     part: Part,
     convert: Callable[..., Example],
     shape: str,
-    bare: bool,
     cache_dir: str | None,
     num_proc: int | None,
     flag: str,
 ) -> Dataset:
     """The part's rows as prompt, chosen, rejected, margin and the reason why a row is skipped; cached."""
-    fingerprint = fingerprint_of(part.rows._fingerprint, Path(__file__).read_bytes(), shape, bare)
+    fingerprint = fingerprint_of(part.rows._fingerprint, Path(__file__).read_bytes(), shape)
     return part.rows.map(
         partial(normalise_batch, convert=convert, place=part.place, file=part.file, flag=flag),
         batched=True,
@@ -527,12 +534,23 @@ def fingerprint_of(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def cache_file(cache_dir: str | None, kind: str, fingerprint: str) -> str:
-    """Where the datasets library keeps a converted table."""
+def cache_folder(cache_dir: str | None) -> Path:
+    """The folder of the converted tables.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "converted"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "no permission"
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--data_output_path: cannot write to {folder} ({reason}); choose another folder") from error
-    return str(folder / f"{kind}-{fingerprint}.arrow")
+        reason = error.strerror or str(error)
+    if reason:
+        raise UserError(f"--data_output_path: cannot write to {folder} ({reason}); choose another folder")
+    return folder
+
+
+def cache_file(cache_dir: str | None, kind: str, fingerprint: str) -> str:
+    """Where the datasets library keeps a converted table."""
+    return str(cache_folder(cache_dir) / f"{kind}-{fingerprint}.arrow")

@@ -278,9 +278,10 @@ def row_name(file: Path | None, index: int) -> str:
         return f"line {next(number for row, number in enumerate(filled) if row == index)}"
 
 
-def read_hub(name: str, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+def read_hub(name: str, cache_dir: str | None, flag: str, configuration: str | None = None) -> dict[str, list[Part]]:
     """A data set of the Hugging Face hub, or its copy in the cache when the hub is out of reach."""
-    repository, configuration = HUB_REPOSITORIES.get(name, (name, None))
+    repository, usual = HUB_REPOSITORIES.get(name, (name, None))
+    configuration = configuration or usual
     load = partial(datasets.load_dataset, repository, configuration, cache_dir=cache_dir)
     online = hub_is_reachable()
     try:
@@ -290,7 +291,7 @@ def read_hub(name: str, cache_dir: str | None, flag: str) -> dict[str, list[Part
             if "scripts are no longer supported" not in str(error):
                 raise
             loaded = load(revision="refs/convert/parquet")  # the hub's own conversion of such data sets
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # also what the HTTP library of the installed version raises
         if online:
             raise UserError(f"{flag}: cannot load {name} from the hub: {first_line(error)}") from error
         raise UserError(

@@ -1,0 +1,98 @@
+"""Plain text in blocks: what step 3 mixes into its loss (--unsupervised_dataset_name), as PTX in InstructGPT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, count
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from utils.data.encoding import tokenizer_fingerprint
+from utils.data.loaders import EpochSampler, collate_supervised, local_rank_zero_first, make_loader
+from utils.data.preferences import cache_file, fingerprint_of
+from utils.data.sources import read_hub, read_splits
+from utils.distributed import print0
+from utils.run import UserError
+
+FLAG = "--unsupervised_dataset_name"
+COLUMNS = ("text", "content")
+
+
+def plain_text_batches(
+    name: str,
+    *,
+    configuration: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    block: int,
+    batch_size: int,
+    seed: int,
+    data_output_path: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of blocks of `block` tokens, in a new order every epoch; supervised batches with prompt length 1.
+
+    The first token of a block is its context, all others are learned; documents are joined by the EOS token.
+
+    Raises:
+        UserError: no such data, no text column, or less text than one batch on every rank.
+    """
+    with local_rank_zero_first():
+        splits = (
+            read_hub(name, data_output_path, FLAG, configuration)
+            if configuration
+            else read_splits(name, data_output_path, FLAG)
+        )
+        parts = [to_blocks(part.rows, part.place, tokenizer, block, data_output_path) for part in splits["train"]]
+    rows = datasets.concatenate_datasets(parts)
+    if len(rows) < batch_size * world_size:
+        raise UserError(
+            f"{FLAG} {name}: {len(rows)} blocks of {block} tokens are too few for {batch_size} on each of {world_size} "
+            "ranks; give more text"
+        )
+    print0(f"{FLAG} {name}: {len(rows)} blocks of {block} tokens")
+    order = EpochSampler(len(rows), batch_size, rank=rank, world_size=world_size, seed=seed)
+    loader = make_loader(rows, order, batch_size, partial(collate_supervised, pad_id=tokenizer.pad_token_id))
+    return endless(loader)
+
+
+def endless(loader) -> Iterator[dict[str, Tensor]]:
+    """The loader's batches, epoch after epoch."""
+    for epoch in count():
+        loader.sampler.set_epoch(epoch)
+        yield from loader
+
+
+def to_blocks(
+    rows: Dataset, place: str, tokenizer: PreTrainedTokenizerBase, block: int, cache_dir: str | None
+) -> Dataset:
+    """Rows of text -> rows {input_ids: `block` ids, prompt_length: 1}; the rest of each 1000 documents is left out."""
+    column = next((c for c in COLUMNS if c in rows.column_names), None)
+    if column is None:
+        raise UserError(f"{FLAG}: {place} has the columns {', '.join(rows.column_names)}; expected `text`")
+    fingerprint = fingerprint_of(
+        rows._fingerprint, Path(__file__).read_bytes(), tokenizer_fingerprint(tokenizer), "text", block
+    )
+    return rows.map(
+        partial(blocks, column=column, tokenizer=tokenizer, block=block),
+        batched=True,
+        remove_columns=rows.column_names,
+        new_fingerprint=fingerprint,
+        cache_file_name=cache_file(cache_dir, "text", fingerprint),
+        desc="Encoding plain text",
+    )
+
+
+def blocks(
+    batch: dict[str, list[str]], *, column: str, tokenizer: PreTrainedTokenizerBase, block: int
+) -> dict[str, list]:
+    """Documents, tokenized and joined by EOS, in blocks of equal length."""
+    encoded = tokenizer([text for text in batch[column] if text], add_special_tokens=False)["input_ids"]
+    ids = list(chain.from_iterable([*document, tokenizer.eos_token_id] for document in encoded))
+    starts = range(0, len(ids) - block + 1, block)
+    return {"input_ids": [ids[i : i + block] for i in starts], "prompt_length": [1 for _ in starts]}
