@@ -333,18 +333,19 @@ def load_preferences(data_path: list[str], *, cache_dir: str | None) -> tuple[Da
 
 
 def load_data_set(
-    name: str, *, cache_dir: str | None, num_proc: int | None = None, flag: str = "--data_path"
+    name: str, *, cache_dir: str | None, num_proc: int | None = None, flag: str = "--data_path", announce: bool = True
 ) -> tuple[Dataset, Dataset]:
     """One data set as (train, eval), from a file, a folder or the hub; columns prompt, chosen, rejected, margin.
 
     eval is the data set's own test split. A data set without one gives up a seeded 5 % of its rows (at least one),
     where possible whole prompts, so that no held-out prompt is trained on with another answer.
 
-    Args, raises: as `load_splits`.
+    Args, raises: as `load_splits`; announce: print a line about shape and rows.
     """
     shape, splits = load_splits(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag)
     train, evaluation = (splits["train"], splits["test"]) if "test" in splits else hold_out(splits["train"], name, flag)
-    print0(f"{flag} {name}: {shape}; {len(train)} rows to train and {len(evaluation)} to evaluate")
+    if announce:
+        print0(f"{flag} {name}: {shape}; {len(train)} rows to train and {len(evaluation)} to evaluate")
     return train, evaluation
 
 
