@@ -85,8 +85,11 @@ def made_by_running(path: str) -> bool:
 
 
 def exists(document: Path, path: str) -> bool:
-    """Seen from the repository or from the document's folder."""
-    return any((folder / path).exists() for folder in (ROOT, document.parent))
+    """Seen from the repository, the document's folder or a stage's; a bare name may stand anywhere."""
+    if any((folder / path).exists() for folder in (ROOT, document.parent, *(ROOT / stage for stage in STAGES))):
+        return True
+    rooms = (ROOT / room for room in ("remax", "utils", "tests", "docs", *STAGES))
+    return "/" not in path and any(any(room.rglob(path)) for room in rooms)
 
 
 def code(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-# Sourced by the training scripts. `launch FLAGS...` runs main.py of the script's stage on every rank; what the console
+# Sourced by the shell scripts of the stages. `launch FLAGS...` runs main.py of the script's stage on every rank; what the console
 # shows is also kept in $OUTPUT/training.log, and the launcher's exit status is the script's. Set by the user, if at all:
 #   OUTPUT       folder of the results
 #   NUM_GPUS     ranks on each machine (default: every GPU there is; without any, 2 ranks on the CPU)
@@ -6,9 +6,15 @@
 #   MASTER_PORT  where the ranks meet (default: a free port)
 set -euo pipefail
 
-STAGE=$(cd "$(dirname "${BASH_SOURCE[1]}")/../.." && pwd)
-ROOT=$(dirname "$STAGE")
+STAGE=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)
+STAGE=${STAGE%/*_scripts*}
+ROOT=${STAGE%/*}
 if ! command -v deepspeed >/dev/null; then PATH=$ROOT/.venv/bin:$PATH; fi # made by `make`, but not activated
+
+has_gpu() { # torch knows, but takes two seconds: it is not asked where the system shows no device of NVIDIA or AMD
+    compgen -G '/dev/nvidia*' || compgen -G '/dev/nvhost*' || compgen -G '/dev/kfd' || compgen -G '/dev/dxg' || return
+    "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+} >/dev/null 2>&1
 
 launch() {
     if ! command -v deepspeed >/dev/null; then
@@ -16,12 +22,11 @@ launch() {
         return 2
     fi
     local python
-    python=$(dirname "$(command -v deepspeed)")/python
-    if [[ -z ${DS_ACCELERATOR:-} ]] && ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-        export DS_ACCELERATOR=cpu
-    fi
+    python=$(dirname "$(command -v deepspeed)")/python # the one that the launcher starts
+    if ! [[ -x $python ]]; then python=python3; fi
+    if [[ -z ${DS_ACCELERATOR:-}${HOSTFILE:-} ]] && ! has_gpu "$python"; then export DS_ACCELERATOR=cpu; fi
     if [[ ${DS_ACCELERATOR:-} == cpu ]]; then NUM_GPUS=${NUM_GPUS:-2}; fi
-    local port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])')}
+    local port=${MASTER_PORT:-$("$python" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')}
     local launcher=(deepspeed --log_level critical --master_port "$port")
     if [[ -n ${NUM_GPUS:-} ]]; then launcher+=(--num_gpus "$NUM_GPUS"); fi
     if [[ -n ${HOSTFILE:-} ]]; then launcher+=(--hostfile "$HOSTFILE"); fi
