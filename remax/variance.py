@@ -57,11 +57,11 @@ def advantage_variances(
 
 
 def project(gradients: Iterable[Tensor | None], count: int, seed: int) -> Tensor:
-    """Gradient of one estimate, parameter by parameter (None: zero) -> (count,) float64 products with random +-1
-    vectors.
+    """Gradient of one estimate, by parameter (None: zero) -> (count,) float64 products with random +-1 vectors.
 
     The vectors depend on `seed` and the parameter's place only, so gradients to be compared must be listed in one
-    order. They are drawn anew each time and never stored: memory is one vector of the largest parameter.
+    order. They are drawn anew each time and never stored: memory is one vector of the largest parameter. Where each
+    rank holds a shard of the gradient, give each rank a seed of its own and add the products up over ranks.
     """
     products = None
     for place, gradient in enumerate(gradients):

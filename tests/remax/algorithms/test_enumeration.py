@@ -466,7 +466,7 @@ def test_log_probs_of_the_model_bias_the_gradient_and_a_baseline_hides_most_of_i
 
     plain, greedy = Reinforce(kl=NO_KL, clip_reward_value=0.0), ReMax(kl=NO_KL, clip_reward_value=0.0)
     assert error(plain, replay=True) < 1e-9 and error(greedy, replay=True) < 1e-9
-    assert error(plain, replay=False) > 2 * error(greedy, replay=False) > 0.02
+    assert error(plain, replay=False) > 2 * error(greedy, replay=False) > 0.02  # 1.72 and 0.50 of the gradient's norm
 
     # The bias is E[ sum_t (grad log pi - grad log q) (r - b) ]: E_q[grad log pi] is not zero, so b does not drop out.
     model = outputs(w_key, False)[0].logprobs
