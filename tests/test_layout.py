@@ -5,9 +5,12 @@ import re
 import shutil
 import sys
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from remax.arguments import Step1Arguments, Step2Arguments, Step3Arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
@@ -118,3 +121,18 @@ def test_documents_name_make_targets_that_exist(document):
     lines = code(document.read_text(encoding="utf-8"))
     named = {word for line in lines for words in re.findall(r"\bmake((?: +[a-z]+)+)", line) for word in words.split()}
     assert named <= targets
+
+
+def known_flags() -> set[str]:
+    """Flags of the three main.py, of the smaller programs (their add_argument calls) and of the deepspeed launcher."""
+    stages = {f.name for arguments in (Step1Arguments, Step2Arguments, Step3Arguments) for f in fields(arguments)}
+    text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    return stages | set(re.findall(r"\"--(\w+)\"", text)) | {"help", "num_gpus", "num_nodes", "hostfile", "master_port"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=short)
+def test_documents_name_flags_that_exist(document):
+    ours = re.compile(r"^--|\.sh\b|main\.py|_eval\.py|-m (?:utils|remax)\.")
+    lines = [line for line in code(document.read_text(encoding="utf-8")) if ours.search(line)]
+    named = {flag for line in lines for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", line)}
+    assert named <= known_flags()
