@@ -340,9 +340,9 @@ def load_data_set(
     eval is the data set's own test split. A data set without one gives up a seeded 5 % of its rows (at least one),
     where possible whole prompts, so that no held-out prompt is trained on with another answer.
 
-    Args, raises: as `load_splits`; announce: print a line about shape and rows.
+    Args, raises: as `load_splits`.
     """
-    shape, splits = load_splits(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag)
+    shape, splits = load_splits(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, announce=announce)
     train, evaluation = (splits["train"], splits["test"]) if "test" in splits else hold_out(splits["train"], name, flag)
     if announce:
         print0(f"{flag} {name}: {shape}; {len(train)} rows to train and {len(evaluation)} to evaluate")
@@ -350,7 +350,7 @@ def load_data_set(
 
 
 def load_splits(
-    name: str, *, cache_dir: str | None, num_proc: int | None = None, flag: str = "--data_path"
+    name: str, *, cache_dir: str | None, num_proc: int | None = None, flag: str = "--data_path", announce: bool = True
 ) -> tuple[str, dict[str, Dataset]]:
     """The shape of a data set, and its rows as they stand: {"train": rows} and, where there is one, {"test": rows}.
 
@@ -358,6 +358,7 @@ def load_splits(
         cache_dir: where the Arrow files go; None: the datasets library's own folder.
         num_proc: processes that convert rows; None: this one.
         flag: the flag that errors name.
+        announce: print what was found and dropped; False where the same data set was announced before.
 
     Raises:
         UserError: nothing there, an unreadable file, columns of no known shape, a wrong value, a split without rows.
@@ -371,7 +372,7 @@ def load_splits(
         shape, convert = choose_conversion(name, parts_of["train"][0], flag)
         for split, parts in parts_of.items():
             normalised = [normalise(part, convert, shape, cache_dir, num_proc, flag) for part in parts]
-            splits[split] = drop_skipped(datasets.concatenate_datasets(normalised), name, split, flag)
+            splits[split] = drop_skipped(datasets.concatenate_datasets(normalised), name, split, flag, announce)
     except UnicodeDecodeError as error:  # Arrow keeps such bytes, and trips over them when they become text
         raise UserError(f"{flag}: {undecodable(parts_of, name)}") from error
     return shape, splits
@@ -484,11 +485,12 @@ def normalise_batch(
     return columns
 
 
-def drop_skipped(rows: Dataset, name: str, split: str, flag: str) -> Dataset:
+def drop_skipped(rows: Dataset, name: str, split: str, flag: str, announce: bool) -> Dataset:
     """Leaves out the rows that carry a reason, and reports how many."""
     skipped = rows.with_format("arrow")["skipped"][:]
     kept = np.flatnonzero(np.asarray(skipped.is_null()))
-    report_dropped(f"{flag} {name} ({split})", Counter(skipped.drop_null().to_pylist()), len(rows))
+    if announce:
+        report_dropped(f"{flag} {name} ({split})", Counter(skipped.drop_null().to_pylist()), len(rows))
     if not len(kept):
         raise UserError(f"{flag}: the {split} split of {name} has no usable row")
     if len(kept) < len(rows):

@@ -169,6 +169,12 @@ def test_a_length_that_no_prompt_fits_is_refused(tmp_path, gpt2, kind):
         encode(tmp_path, data, kind, gpt2, 4)
 
 
+def test_long_eval_prompts_are_only_cut(tmp_path, gpt2):
+    names = Names("eval", length_flag="--max_prompt_seq_len")
+    encoded = encode_rows(rows((PROMPT,)), "prompts", gpt2, 4, cache_dir=str(tmp_path), names=names)
+    assert encoded[0]["input_ids"] == encode_prompts(gpt2, [PROMPT])[0][-4:]
+
+
 @pytest.mark.parametrize(
     ("kind", "example", "need"),
     [

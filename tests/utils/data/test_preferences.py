@@ -332,6 +332,12 @@ def test_missing_places_are_refused(tmp_path):
     assert "has no train split; it has test" in refused(tmp_path / "only", tmp_path)
 
 
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", PAIRS)
+    with pytest.raises(UserError, match="--data_output_path: cannot write to .*/a.jsonl/converted"):
+        load_data_set(str(path), cache_dir=str(path))
+
+
 def test_a_hub_name_without_the_hub_is_one_line(tmp_path):
     for name in ("Dahoas/rm-static", "mkqa-Japanese", "someone/some-set"):
         assert f"{name} is neither a local file or folder nor in the cache" in refused(name, tmp_path)
