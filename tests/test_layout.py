@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from remax.arguments import Step1Arguments, Step2Arguments, Step3Arguments
+from remax.evaluation_arguments import PromptEvalArguments, RewardEvalArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
@@ -68,7 +69,7 @@ def test_imports_need_no_search_path(path):
 def test_wheel_contains_the_packages(tmp_path, run_command):
     source = tmp_path / "source"  # a copy, so that no build/ with yesterday's modules gets in, and none is left behind
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for name in ("remax", "utils", "tests", *STAGES):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -124,10 +125,11 @@ def test_documents_name_make_targets_that_exist(document):
 
 
 def known_flags() -> set[str]:
-    """Flags of the three main.py, of the smaller programs (their add_argument calls) and of the deepspeed launcher."""
-    stages = {f.name for arguments in (Step1Arguments, Step2Arguments, Step3Arguments) for f in fields(arguments)}
+    """Flags of the stages' programs, of modules that call add_argument themselves, and of the deepspeed launcher."""
+    programs = (Step1Arguments, Step2Arguments, Step3Arguments, PromptEvalArguments, RewardEvalArguments)
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-    return stages | set(re.findall(r"\"--(\w+)\"", text)) | {"help", "num_gpus", "num_nodes", "hostfile", "master_port"}
+    flags = {f.name for arguments in programs for f in fields(arguments)} | set(re.findall(r"\"--(\w+)\"", text))
+    return flags | {"help", "num_gpus", "num_nodes", "hostfile", "master_port"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=short)

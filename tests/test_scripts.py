@@ -16,6 +16,7 @@ from utils.run import UserError
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
 SCRIPTS = sorted(ROOT.glob("step*/training_scripts/**/*.sh"))
+EVALUATION_SCRIPTS = sorted(ROOT.glob("step*/evaluation_scripts/*.sh"))
 ARCHITECTURE = {"demo": "llama", "gpt2": "gpt2", "opt": "opt", "llama2": "llama", "mistral": "mistral"}
 # What makes a paper's setting small; the rest of each script is run as it stands.
 SMALLER = {
@@ -100,6 +101,20 @@ def test_script_keeps_the_exit_status_and_the_last_flag_wins(tmp_path, corpus, t
     assert done.returncode == 2
     assert done.stdout == (tmp_path / "training.log").read_text()
     assert done.stdout.count("error:") == 1 and "--learning_rate -1" in done.stdout
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("script", EVALUATION_SCRIPTS, ids=short)
+def test_evaluation_script_runs(script, tmp_path, corpus, tiny_model, tiny_reward_model, run_command):
+    if script.name == "run_rw_eval.sh":
+        model, flags = tiny_reward_model("opt"), ["--data_path", corpus / "test.jsonl"]
+    else:
+        model, flags = tiny_model("opt"), ["--max_new_tokens", "4", "--num_prompts", "2"]
+    done = run_command(
+        ["bash", script, *flags, "--output", "rows.jsonl"], cwd=tmp_path, MODEL=model, BASELINE=tiny_model("opt")
+    )
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == (24 if script.name == "run_rw_eval.sh" else 5)
 
 
 def test_script_without_deepspeed_says_what_to_do(tmp_path, run_command):
