@@ -75,7 +75,6 @@ def load_reward_model(
         raise UserError(
             f"{flag}: {name_or_path} has {config.num_labels} labels; expected a reward model with one score"
         )
-    config.pad_token_id = tokenizer.pad_token_id
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     hf, report = from_pretrained(
         AutoModelForSequenceClassification, name_or_path, flag, config=config, dtype=dtype, **extra
@@ -92,6 +91,7 @@ def load_reward_model(
         )
     if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    hf.config.pad_token_id = tokenizer.pad_token_id  # an added one has no row to be loaded into before the resizing
     prepare_training(hf, gradient_checkpointing)
     return RewardModel(hf)
 

@@ -1,0 +1,128 @@
+"""Tiny models whose every weight matters: random and large, so that a lost, swapped or reset tensor shows."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from remax.sequences import Sequences
+
+
+def make_config(architecture: str, **fields):
+    """OPT projects its embeddings (16 wide) into the hidden size, as opt-350m does; Gemma 2 caps its logits."""
+    from transformers import Gemma2Config
+
+    from utils.demo import tiny_config
+
+    if architecture == "gemma2":
+        return Gemma2Config(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=128,
+            sliding_window=8,
+            final_logit_softcapping=3.0,
+            attn_logit_softcapping=20.0,
+            **fields,
+        )
+    extra = {"opt": {"word_embed_proj_dim": 16}, "qwen2": {"tie_word_embeddings": True}}.get(architecture, {})
+    return tiny_config(architecture, **({"max_positions": 128} | extra | fields))
+
+
+def randomise(model: torch.nn.Module, seed: int, scale: float = 0.25) -> None:
+    """Every parameter drawn anew: 1 + noise for norms' scales, noise for all others."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name or "ln_" in name else 0.0
+            if parameter.dim() == 1:
+                centre = centre if name.endswith("weight") else 0.0
+                parameter.copy_(centre + 0.1 * torch.randn(parameter.shape, generator=noise))
+            else:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=noise))
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory) -> dict[str, Path]:
+    """Folders of three tokenizers with the same words: a pad token of its own, pad = EOS, and none at all."""
+    from utils.demo import make_rows, train_tokenizer
+
+    train, _ = make_rows(seed=0, train_rows=100, test_rows=1)
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for kind, pad in {"own": "<pad>", "eos": None, "none": None}.items():
+        tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in train], vocab_size=300, pad_token=pad)
+        if kind == "eos":
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in ("own", "eos", "none")}
+
+
+@pytest.fixture(scope="session")
+def make_policy(tmp_path_factory, tokenizers):
+    """make_policy("opt", pad="own", seed=0, ...) -> folder of a causal language model with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path_factory.mktemp("policies")
+
+    @functools.cache
+    def make(architecture: str, pad: str = "own", seed: int = 0, **fields) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizers[pad])
+        config = make_config(
+            architecture,
+            vocab_size=len(tokenizer) + 8 * (architecture == "qwen2"),  # Qwen's embedding has rows to spare
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if pad != "none" or architecture == "gpt2" else tokenizer.eos_token_id,
+            **fields,
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        randomise(model, seed)
+        folder = base / "-".join([architecture, pad, str(seed), *map(str, fields.values())])
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_scorer(tmp_path_factory, make_policy):
+    """make_scorer("opt", pad="own", seed=5) -> folder of a reward model on the same tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = tmp_path_factory.mktemp("scorers")
+
+    @functools.cache
+    def make(architecture: str, pad: str = "own", seed: int = 5) -> Path:
+        source = make_policy(architecture, pad)
+        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
+        randomise(model, seed)
+        folder = base / f"{architecture}-{pad}-{seed}"
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def random_sequences(seed: int, rows: int, vocabulary: int, *, longest: int = 9, pad_id: int = 0) -> Sequences:
+    """Prompts of 1 to `longest` tokens and answers of 1 to `longest`, the first row the longest."""
+    noise = torch.Generator().manual_seed(seed)
+    prompt_lengths = torch.randint(1, longest + 1, (rows,), generator=noise)
+    answer_lengths = torch.randint(1, longest + 1, (rows,), generator=noise)
+    prompt_lengths[0] = answer_lengths[0] = longest
+    ids = torch.randint(vocabulary, (rows, 2 * longest), generator=noise)
+    sequences = Sequences(ids, prompt_lengths, answer_lengths)
+    return Sequences(ids.masked_fill(~sequences.mask, pad_id), prompt_lengths, answer_lengths)
+
+
+@pytest.fixture
+def sequences_of():
+    """sequences_of(seed, rows, vocabulary) -> Sequences of random tokens and unequal lengths."""
+    return random_sequences
