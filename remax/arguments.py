@@ -90,9 +90,6 @@ class RunFlags:
     logging_steps: Count = flag(10, "optimizer steps between console lines")
     eval_steps: CountOrZero = flag(0, "optimizer steps between evaluations; 0: once an epoch")
     max_eval_batches: CountOrZero = flag(0, "batches (per device) an evaluation reads; 0: all")
-    save_steps: CountOrZero = flag(
-        0, "optimizer steps between checkpoints; 0: only the final and best models are saved"
-    )
     per_device_eval_batch_size: Count = flag(16, "rows per device in evaluation")
     enable_tensorboard: bool = flag(False, "write TensorBoard events too")
     tensorboard_path: str | None = flag(None, "folder for them; without it <output_dir>/tensorboard")

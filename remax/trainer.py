@@ -104,10 +104,11 @@ class Trainer:
             self.critic.train()
         rollout = Rollout.concatenate([self.collect(batch, timer) for batch in batches], self.pad_id)
         rollout = self.algorithm.prepare(rollout)
+        sums: dict[str, Tensor] = {}
         with timer("update"):
             for _ in range(self.algorithm.epochs):
                 for part in self.mini_batches(rollout):
-                    sums, result = self.update(part)
+                    result = self.update(part, sums)
             if self.average is not None:
                 self.average.update()
         return rollout, self.figures(rollout, sums, result, timer)
@@ -152,13 +153,12 @@ class Trainer:
         for rows in order.tensor_split(self.settings.mini_batches):
             yield rollout.select(rows)
 
-    def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], StepResult]:
+    def update(self, rollout: Rollout, sums: dict[str, Tensor]) -> StepResult:
         """One optimizer step: gradients of all micro-batches, normalised by one denominator over micro-batches and
-        ranks.
+        ranks. Adds the algorithm's figures to `sums`.
         """
         denominator = sum_across_ranks({"count": self.algorithm.count(rollout.sequences)})["count"]
         parts, kl = list(rollout.split(self.settings.micro_batch_size)), self.algorithm.kl
-        sums: dict[str, Tensor] = {}
         for i, batch in enumerate(parts):
             output = self.actor.logprobs(
                 batch.sequences,
@@ -179,7 +179,7 @@ class Trainer:
                 self.critic.backward(loss, last=i == len(parts) - 1)
                 add(sums, {k: v for k, v in figures.items() if k != "tokens"})  # the policy's loss counted them
             self.critic.step()
-        return sums, result
+        return result
 
     def learn_plain_text(self) -> dict[str, Tensor]:
         """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
@@ -207,8 +207,11 @@ class Trainer:
         figures = {name: total[name] / total["answers"] for name in local if name not in ("answers", "reward_square")}
         figures["reward_std"] = math.sqrt(max(total["reward_square"] / total["answers"] - figures["reward"] ** 2, 0.0))
         means = mean_metrics({k.removeprefix("algorithm/"): v for k, v in total.items() if k.startswith("algorithm/")})
-        self.algorithm.update(means)
-        figures |= {name: value for name, value in means.items() if name not in ("rows", "tokens")}
+        self.algorithm.update(means | {"rows": total["answers"]})
+        steps = self.settings.optimizer_steps(self.algorithm)
+        complete = {name for name in means if name.endswith("loss")}  # one sum per optimizer step
+        figures |= {name: value / steps if name in complete else value for name, value in means.items()}
+        del figures["rows"], figures["tokens"]
         figures |= {name: total[name] for name in seconds}
         figures["seconds_per_step"] = sum(total[name] for name in seconds)
         figures["tokens_per_second"] = total["length"] / figures["seconds_per_step"]
