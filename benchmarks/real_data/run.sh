@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# The three stages on real preference pairs, from nothing: a BPE tokenizer trained on them, small Llamas from config, two
+# ranks on a CPU, fixed seeds. About half an hour on two free cores. By environment variable:
+#   DATA          folder with train.jsonl.gz and test.jsonl.gz, rows {prompt, chosen, rejected}
+#   OUTPUT        folder of the results (default: output/real_data)
+#   STAGES        which parts to run, in order (default: prepare sft reward referee remax measure report)
+#   KEEP_LENGTHS  1: train on every pair; without it, on pairs in which the longer answer wins as often as not
+#   SEED          of weights, order and sampling (default: 1)
+#   SFT_FLAGS, REWARD_FLAGS, REMAX_FLAGS   further flags of a stage's main.py; they win
+#   NUM_GPUS      ranks (default: every GPU there is; without any, 2 on the CPU)
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$HERE/../.." && pwd)
+DATA=${DATA:-$ROOT/../shared/data/alpaca_prefs}
+OUTPUT=${OUTPUT:-$ROOT/output/real_data}
+STAGES=${STAGES:-prepare sft reward referee remax measure report}
+SEED=${SEED:-1}
+read -ra SFT_FLAGS <<<"${SFT_FLAGS:-}"
+read -ra REWARD_FLAGS <<<"${REWARD_FLAGS:-}"
+read -ra REMAX_FLAGS <<<"${REMAX_FLAGS:-}"
+
+for name in train test; do
+    if [[ ! -f $DATA/$name.jsonl.gz ]]; then
+        echo "error: DATA: no file $DATA/$name.jsonl.gz; set DATA to a folder with train.jsonl.gz and test.jsonl.gz," \
+            "rows {prompt, chosen, rejected}" >&2
+        exit 2
+    fi
+done
+if ! command -v deepspeed >/dev/null; then PATH=$ROOT/.venv/bin:$PATH; fi # made by `make`, but not activated
+export PATH PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} DATA OUTPUT
+mkdir -p "$OUTPUT"
+
+TOKENS=160        # of prompt and answer together, in steps 1 and 2
+PROMPT_TOKENS=64  # in step 3
+ANSWER_TOKENS=96
+COMMON=(
+    --data_output_path "$OUTPUT/cache"
+    --seed "$SEED"
+    --per_device_eval_batch_size 32
+)
+
+stage() { # stage NUMBER MODEL RESULT FLAGS...
+    local script
+    script=$(echo "$ROOT"/step"$1"_*/training_scripts/demo/run_demo.sh)
+    DATA=$OUTPUT/data MODEL=$2 OUTPUT=$3 bash "$script" "${COMMON[@]}" "${@:4}"
+}
+
+prepare() {
+    python "$HERE/prepare.py" --data "$DATA" --output_dir "$OUTPUT" --max_seq_len $TOKENS --seed "$SEED" \
+        ${KEEP_LENGTHS:+--keep_lengths}
+}
+
+sft() {
+    stage 1 "$OUTPUT/models/policy" "$OUTPUT/sft" --data_split 4,4,2 --max_seq_len $TOKENS --num_train_epochs 2 \
+        --per_device_train_batch_size 8 --learning_rate 2e-3 --num_warmup_steps 20 --logging_steps 20 \
+        --eval_steps 100 --max_eval_batches 8 "${SFT_FLAGS[@]}"
+}
+
+reward_flags=(
+    --max_seq_len $TOKENS --num_train_epochs 1 --per_device_train_batch_size 8 --learning_rate 3e-4
+    --weight_decay 0.1 --num_warmup_steps 20 --logging_steps 20 --eval_steps 50 --max_eval_batches 8
+)
+
+reward() {
+    stage 2 "$OUTPUT/sft" "$OUTPUT/reward" --data_split 4,4,2 "${reward_flags[@]}" "${REWARD_FLAGS[@]}"
+}
+
+# A second judge: from random weights, on the pairs whose chosen answers step 1 read. Nothing is optimised against it.
+referee() {
+    stage 2 "$OUTPUT/models/referee" "$OUTPUT/referee" --data_split 0,4,6 "${reward_flags[@]}" "${REWARD_FLAGS[@]}"
+}
+
+remax() {
+    REWARD_MODEL=$OUTPUT/reward stage 3 "$OUTPUT/sft" "$OUTPUT/remax" --data_split 4,4,2 \
+        --max_prompt_seq_len $PROMPT_TOKENS --max_answer_seq_len $ANSWER_TOKENS \
+        --per_device_generation_batch_size 32 --per_device_training_batch_size 32 \
+        --actor_learning_rate 1e-4 --num_warmup_steps 5 --kl_ctl 0.05 --gamma 1 --max_steps 100 --num_train_epochs 10 \
+        --logging_steps 5 --eval_steps 20 --max_eval_batches 4 --save_at_final "${REMAX_FLAGS[@]}"
+}
+
+measure() { python "$HERE/measure.py" --run "$OUTPUT" --max_prompt_seq_len $PROMPT_TOKENS; }
+report() { python "$HERE/report.py" --run "$OUTPUT"; }
+
+for name in $STAGES; do
+    echo "== $name"
+    SECONDS=0
+    "$name"
+    echo "== $name: $SECONDS s"
+done
