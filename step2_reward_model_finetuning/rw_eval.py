@@ -1,0 +1,208 @@
+"""Scores of a reward model: for every row of a file, or for two built-in examples. `python rw_eval.py --help` lists the
+flags.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from remax.deepspeed_config import DTYPES, EngineConfig
+from remax.engines import Reward
+from remax.evaluation_arguments import parse_reward_eval
+from remax.inference import EncodedText, encode_texts, pair_figures, score_texts
+from remax.modeling import check_length, load_config, quiet_libraries
+from remax.reward_model import load_reward_model
+from utils.data.loaders import local_rank_zero_first
+from utils.data.preferences import Example, as_dialogue
+from utils.data.rows import TextRow, read_rows
+from utils.distributed import init_distributed, is_main, print0, shutdown, world_size
+from utils.run import UserError, run_main
+from utils.tokenizer import load_tokenizer
+
+EXAMPLES = [
+    Example(
+        as_dialogue("Why does ice float on water?"),
+        " Ice is less dense than water: as water freezes, its molecules settle into an open lattice that takes up more "
+        "room, so the same mass of ice is larger and floats.",
+        " Because it does. Ice ice ice.",
+    ),
+    Example(
+        as_dialogue("Can you suggest a simple dinner for two?"),
+        " Sure! Spaghetti with garlic and oil is ready in fifteen minutes: while the pasta boils, warm sliced garlic "
+        "in olive oil, then toss both with parsley and a little cheese.",
+        " No. Dinner is a meal that people eat in the evening.",
+    ),
+]
+
+
+def main() -> None:
+    args = parse_reward_eval()
+    quiet_libraries()
+    flag = "--model_name_or_path"
+    config = load_config(args.model_name_or_path, flag)
+    check_length(config, args.max_seq_len, "--max_seq_len")
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    if world_size() > 1:
+        init_distributed(args.local_rank)
+    for notice in args.notices:
+        print0(notice)
+    if args.data_path:
+        with local_rank_zero_first():
+            rows = read_rows(args.data_path, cache_dir=args.data_output_path)
+    else:
+        rows = [TextRow({}, example) for example in EXAMPLES]
+    texts = encode(rows, tokenizer, args.max_seq_len)
+    name = args.data_path or "the built-in examples"
+    print0(describe_rows(name, rows, texts, args.max_seq_len))
+    if not texts.encoded:
+        raise UserError(f"--data_path {name}: no row can be scored; expected answers, alone or in pairs")
+
+    model = load_reward_model(args.model_name_or_path, flag, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
+    reward = Reward(model, EngineConfig(dtype=args.dtype))
+    scores = score_texts(reward, texts.encoded, batch_size=args.batch_size, pad_id=tokenizer.pad_token_id)  # (n,)
+    if not scores.isfinite().all():
+        count = int((~scores.isfinite()).sum())
+        raise UserError(f"--dtype {args.dtype}: {count} of {len(scores)} scores are not finite numbers; try fp32")
+    if args.data_path:
+        print0(report(texts, scores, config))
+    else:
+        print0(show(rows, texts, scores))
+    if args.output and is_main():
+        write(Path(args.output), scored_rows(rows, texts, scores))
+        print0(f"scores of {len(rows)} rows written to {args.output}")
+    shutdown()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of all rows, one after the other, and where they belong.
+
+    place: for each text the row, and "chosen" or "rejected".   reasons: for each row why it is not scored, or None.
+    pairs: some row has two answers.
+    """
+
+    encoded: list[EncodedText]
+    place: list[tuple[int, str]]
+    reasons: list[str | None]
+    pairs: bool
+
+    def index(self) -> dict[tuple[int, str], int]:
+        """Place -> number of the text."""
+        return {place: i for i, place in enumerate(self.place)}
+
+
+def encode(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase, max_len: int) -> Texts:
+    """Every answer of every row, except where the prompt alone fills `max_len`."""
+    reasons = [row.skipped or ("without an answer" if row.example.chosen is None else None) for row in rows]
+    place, prompts, answers = [], [], []
+    for i, row in enumerate(rows):
+        for column in ("chosen", "rejected"):
+            answer = getattr(row.example, column)
+            if reasons[i] is None and answer is not None:
+                place.append((i, column))
+                prompts.append(row.example.prompt)
+                answers.append(answer)
+    encoded = encode_texts(tokenizer, prompts, answers, max_len)
+    for (i, _), text in zip(place, encoded, strict=True):
+        if text.prompt_length >= max_len:
+            reasons[i] = "whose prompt alone fills --max_seq_len"
+    kept = [k for k, (i, _) in enumerate(place) if reasons[i] is None]
+    pairs = any(column == "rejected" for _, column in place)
+    return Texts([encoded[k] for k in kept], [place[k] for k in kept], reasons, pairs)
+
+
+def describe_rows(name: str, rows: Sequence[TextRow], texts: Texts, max_len: int) -> str:
+    """How many rows are scored, and what becomes of the others."""
+    scored = sum(reason is None for reason in texts.reasons)
+    lines = [f"{name}: {len(rows)} rows, {scored} to score"]
+    left_out = Counter(reason for reason in texts.reasons if reason is not None)
+    if left_out:
+        listed = "; ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+        lines.append(f"without a score: {sum(left_out.values())} rows: {listed}")
+    cut = sum(text.cut for text in texts.encoded)
+    if cut:
+        lines.append(f"--max_seq_len {max_len}: {cut} of {len(texts.encoded)} answers are cut, and have no end token")
+    return "\n".join(lines)
+
+
+def scored_rows(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> list[dict]:
+    """The rows as they were read with chosen_score and rejected_score, or score where there are only single answers.
+
+    A row that is not scored has null there, and the reason in the column `not_scored`.
+    """
+    names = {"chosen": "chosen_score", "rejected": "rejected_score"} if texts.pairs else {"chosen": "score"}
+    values = scores.tolist()
+    index = texts.index()
+    result = []
+    for i, row in enumerate(rows):
+        found = {name: index.get((i, column)) for column, name in names.items()}
+        scored = row.original | {name: None if k is None else values[k] for name, k in found.items()}
+        if texts.reasons[i] is not None:
+            scored["not_scored"] = texts.reasons[i]
+        result.append(scored)
+    return result
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """One json object a line; the file appears when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    partial.replace(path)
+
+
+def report(texts: Texts, scores: torch.Tensor, config: PreTrainedConfig) -> str:
+    """The figures of all pairs, or of all single answers."""
+    index = texts.index()
+    pairs = [(index[i, "chosen"], index[i, column]) for i, column in texts.place if column == "rejected"]
+    known = ""
+    if hasattr(config, "score_mean"):
+        known = f"held-out scores in training: mean {config.score_mean:.3f}, spread {config.score_std:.3f}"
+    if not pairs:
+        lines = [
+            ("mean score", f"{scores.mean():.3f}  (spread {scores.std(correction=0):.3f}, {len(scores)} answers)"),
+            ("range", f"{scores.min():.3f} to {scores.max():.3f}"),
+        ]
+        return table(lines, known)
+    chosen, rejected = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (n,) numbers of texts
+    lengths = torch.tensor([len(text.ids) for text in texts.encoded])
+    figures = pair_figures(scores[chosen], scores[rejected], lengths[chosen], lengths[rejected])
+    error = (figures["accuracy"] * (1 - figures["accuracy"]) / len(pairs)) ** 0.5
+    lines = [
+        ("accuracy", f"{figures['accuracy']:.3f} +- {error:.3f}  ({len(pairs)} pairs; a tie counts half)"),
+        ("longer wins", f"{figures['longer_wins']:.3f}  (what preferring the longer answer would reach)"),
+        ("mean score, chosen", f"{figures['chosen_score']:.3f}"),
+        ("mean score, rejected", f"{figures['rejected_score']:.3f}"),
+        ("margin", f"{figures['margin']:.3f}"),
+    ]
+    return table(lines, known)
+
+
+def table(lines: list[tuple[str, str]], note: str) -> str:
+    """Names and values in two columns, and a note below."""
+    return "\n".join([f"  {name:<21} {value}" for name, value in lines] + ([f"  {note}"] if note else []))
+
+
+def show(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> str:
+    """The built-in examples with their scores."""
+    index, blocks = texts.index(), []
+    for i, row in enumerate(rows):
+        better, worse = (float(scores[index[i, column]]) for column in ("chosen", "rejected"))
+        verdict = "as it should be" if better > worse else "the wrong way round"
+        blocks.append(
+            f"\n{row.example.prompt.strip()}\n"
+            f"  good answer, score {better:.4f}:{row.example.chosen}\n"
+            f"  bad answer, score {worse:.4f}:{row.example.rejected}\n"
+            f"  difference {better - worse:.4f}, {verdict}"
+        )
+    return "\n".join(blocks)
+
+
+if __name__ == "__main__":
+    run_main(main)
