@@ -61,21 +61,26 @@ def rollout(
     samples: int = 1,
     greedy: bool = True,
     synced_gpus: bool = False,
+    scores: list[Tensor] | None = None,
 ) -> tuple[Sequences | None, Sequences | None]:
     """`samples` sampled answers per prompt (adjacent rows) and one greedy answer -> (B * samples rows or None, B rows
     or None).
 
     The model must be in eval mode. `synced_gpus`: the ranks decode in step (ZeRO-3 without gathered parameters).
+    `scores`: an empty list, to be filled with the logits of every step of the decode as its tokens were drawn from
+    them: (rows, V) each, sampled rows first.
     """
     if samples and greedy and settings.two_pass:
-        sampled, _ = rollout(model, prompts, settings, samples=samples, greedy=False, synced_gpus=synced_gpus)
+        sampled, _ = rollout(
+            model, prompts, settings, samples=samples, greedy=False, synced_gpus=synced_gpus, scores=scores
+        )
         _, best = rollout(model, prompts, settings, samples=0, greedy=True, synced_gpus=synced_gpus)
         return sampled, best
     drawn = prompts.repeat(samples)
     rows = drawn
     if greedy:
         rows = Prompts(torch.cat([drawn.input_ids, prompts.input_ids]), torch.cat([drawn.lengths, prompts.lengths]))
-    answers = _decode(model, rows, settings, first_greedy=len(drawn), synced_gpus=synced_gpus)  # (rows, A)
+    answers = _decode(model, rows, settings, len(drawn), synced_gpus, scores)  # (rows, A)
     eos_ids = model.generation_config.eos_token_id
 
     def sequences(of: Prompts, tokens: Tensor) -> Sequences:
@@ -89,7 +94,12 @@ def rollout(
 
 @torch.no_grad()
 def _decode(
-    model: PreTrainedModel, rows: Prompts, settings: GenerationSettings, first_greedy: int, synced_gpus: bool
+    model: PreTrainedModel,
+    rows: Prompts,
+    settings: GenerationSettings,
+    first_greedy: int,
+    synced_gpus: bool,
+    scores: list[Tensor] | None,
 ) -> Tensor:
     """(rows, A) generated ids; rows from `first_greedy` on are greedy."""
     eos_ids = model.generation_config.eos_token_id
@@ -103,6 +113,8 @@ def _decode(
         eos_token_id=eos_ids,
         pad_token_id=settings.pad_id,
         use_cache=True,
+        return_dict_in_generate=True,
+        output_scores=scores is not None,
     )
     processors = LogitsProcessorList()
     if 0 < first_greedy < len(rows):
@@ -114,4 +126,6 @@ def _decode(
         logits_processor=processors,
         synced_gpus=synced_gpus,
     )
-    return out[:, rows.input_ids.shape[1] :]
+    if scores is not None:
+        scores.extend(out.scores)
+    return out.sequences[:, rows.input_ids.shape[1] :]
