@@ -73,6 +73,24 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available())
 
 
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Floating-point buffers keep the number format they were loaded in, whatever a cast of the model inside does.
+
+    transformers holds rotary frequencies in float32 in a bfloat16 model too. Casting the whole module, as DeepSpeed
+    does, rounds them to three digits, and the angle at position 1000 is then off by a radian or two.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    yield
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer.to(device())
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What an optimizer step reports: learning rate used, gradient norm before clipping, and whether fp16 overflow
@@ -95,9 +113,14 @@ class TrainedEngine:
         self.config = config
         adam = build_optimizer(model, optimizer, config.offload)
         schedule = get_scheduler(optimizer.schedule, adam, optimizer.warmup_steps, max(optimizer.total_steps, 1))
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adam, lr_scheduler=schedule, config=training_config(config), dist_init_required=False
-        )
+        with buffers_kept(model):
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=adam,
+                lr_scheduler=schedule,
+                config=training_config(config),
+                dist_init_required=False,
+            )
         self.model: nn.Module = self.engine.module
 
     @property
@@ -144,13 +167,15 @@ class FrozenEngine:
         if config.zero_stage == 3:
             import deepspeed
 
-            self.engine, *_ = deepspeed.initialize(
-                model=model, config=inference_config(config), dist_init_required=False
-            )
+            with buffers_kept(model):
+                self.engine, *_ = deepspeed.initialize(
+                    model=model, config=inference_config(config), dist_init_required=False
+                )
             self.engine.eval()
             self.model: nn.Module = self.engine.module
         else:
-            self.engine = self.model = model.to(device=device(), dtype=config.torch_dtype)
+            with buffers_kept(model):
+                self.engine = self.model = model.to(device=device(), dtype=config.torch_dtype)
 
     @property
     def zero3(self) -> bool:
