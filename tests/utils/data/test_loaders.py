@@ -143,6 +143,18 @@ def test_samplers_share_the_rows_in_turn():
     assert [list(EvalSampler(5, rank, 2)) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
 
 
+def test_a_state_saved_on_two_ranks_serves_one():
+    order = list(EpochSampler(12, 4, seed=3))
+    for rank in range(2):
+        sampler = EpochSampler(12, 2, rank=rank, world_size=2, seed=3)
+        rows = iter(sampler)
+        assert [next(rows) for _ in range(4)] == order[rank:8:2]
+        assert sampler.state_dict() == {"epoch": 0, "position": 8}
+        alone = EpochSampler(12, 4, seed=3)
+        alone.load_state_dict(sampler.state_dict())
+        assert list(alone) == order[8:]
+
+
 def test_the_first_rank_of_a_machine_goes_first(monkeypatch):
     for local_rank, expected in (("0", ["work", "barrier"]), ("1", ["barrier", "work"])):
         events = []

@@ -102,6 +102,12 @@ def test_hold_out_is_seeded_and_takes_whole_prompts(tmp_path):
     assert load(path, tmp_path / "again") == (train, evaluation)
 
 
+@pytest.mark.parametrize("n", [2, 5, 9])
+def test_hold_out_is_at_least_one_row(tmp_path, n):
+    train, evaluation = load(write(tmp_path / "a.jsonl", PAIRS[:n]), tmp_path)
+    assert (len(train), len(evaluation)) == (n - 1, 1)
+
+
 def test_hold_out_takes_rows_where_every_prompt_is_large(tmp_path):
     rows = [{**PAIRS[0], "chosen": f" answer {i}"} for i in range(40)]
     train, evaluation = load(write(tmp_path / "a.jsonl", rows), tmp_path)
