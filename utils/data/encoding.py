@@ -33,6 +33,7 @@ NEEDS = {
     "supervised": ("chosen", "step 1 learns from answers: expected a column chosen or completion"),
     "ranking": ("rejected", "step 2 learns from pairs: expected the columns chosen and rejected"),
 }
+TOO_LONG = "whose prompt alone fills --max_seq_len"
 # Texts whose end stays a token border whatever follows, tried in turn.
 SEAMS = ("\n", ":", "x", "é")
 
@@ -209,7 +210,6 @@ def too_long(prompt_ids: list[int], max_len: int) -> str | None:
     return TOO_LONG if len(prompt_ids) >= max_len else None
 
 
-TOO_LONG = "whose prompt alone fills --max_seq_len"
 ENCODERS = {"supervised": supervised_batch, "ranking": ranking_batch, "prompts": prompts_batch}
 
 
