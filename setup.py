@@ -3,12 +3,16 @@
 Ranges stand here, the versions that the tests ran with in constraints.txt: `pip install -c constraints.txt -e .`
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="remax",
     version="0.1.0",
     description="RLHF in three stages (supervised fine-tuning, reward model, ReMax) on plain DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["remax", "remax.*", "utils", "utils.*"]),

@@ -19,7 +19,7 @@ SOURCES = sorted(path for room in ("utils", "remax", *STAGES) for path in (ROOT 
 MAY_IMPORT_DEEPSPEED = {"remax/engines.py", "remax/checkpoint.py", "utils/distributed.py"}
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "step*/**/*.md", "docs/**/*.md")
+    for pattern in ("*.md", "step*/**/*.md", "docs/**/*.md", "benchmarks/**/*.md")
     for path in ROOT.glob(pattern)
     if ".venv" not in path.parts
 )
@@ -69,7 +69,7 @@ def test_imports_need_no_search_path(path):
 def test_wheel_contains_the_packages(tmp_path, run_command):
     source = tmp_path / "source"  # a copy, so that no build/ with yesterday's modules gets in, and none is left behind
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source / name)
     for name in ("remax", "utils", "tests", *STAGES):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -89,19 +89,20 @@ def made_by_running(path: str) -> bool:
 
 
 def exists(document: Path, path: str) -> bool:
-    """Seen from the repository, the document's folder or a stage's; a bare name may stand anywhere."""
-    if any((folder / path).exists() for folder in (ROOT, document.parent, *(ROOT / stage for stage in STAGES))):
+    """Seen from the repository, from the document's folder, or as the end of a path in one of the rooms."""
+    if any((folder / path).exists() for folder in (ROOT, document.parent)):
         return True
-    rooms = (ROOT / room for room in ("remax", "utils", "tests", "docs", *STAGES))
-    return "/" not in path and any(any(room.rglob(path)) for room in rooms)
+    rooms = (ROOT / room for room in ("remax", "utils", "tests", "docs", "benchmarks", *STAGES))
+    return not path.startswith((".", "/")) and any(any(room.rglob(path)) for room in rooms)
 
 
 def code(text: str) -> list[str]:
-    """Lines of code blocks (a trailing backslash joins lines) and pieces of inline code."""
+    """Lines of code blocks, fenced or indented (a trailing backslash joins lines), and pieces of inline code."""
+    text = text.replace("\\\n", " ")
     blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    return lines + re.findall(r"`([^`\n]+)`", prose)
+    indented = re.findall(r"^ {4,}(.+)$", prose, flags=re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines()] + indented + re.findall(r"`([^`\n]+)`", prose)
 
 
 FILE = re.compile(r"(?<![\w./~{}$=-])((?:[\w.-]+/)*[\w-]+\.(?:py|sh|md|toml|yml|txt))(?![\w/])")
@@ -113,6 +114,17 @@ def test_documents_name_files_that_exist(document):
     named = {path for line in code(text) for path in FILE.findall(line)}
     named |= {link.split("#")[0] for link in re.findall(r"\]\((?!https?:|mailto:|#)([^)\s]+)\)", text)}
     missing = [path for path in sorted(named) if not made_by_running(path) and not exists(document, path)]
+    assert not missing
+
+
+def test_readme_has_a_line_for_every_file():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    listed = {path for row in rows for path in re.findall(r"`([^`]+)`", row)}
+    missing = [
+        path
+        for path in map(short, SOURCES)
+        if not path.endswith("__init__.py") and not {path, *(f"{folder}/" for folder in Path(path).parents)} & listed
+    ]
     assert not missing
 
 
