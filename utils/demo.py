@@ -26,6 +26,7 @@ need only the standard library; the functions that build the tokenizer and the m
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -117,6 +118,11 @@ def _fenced(words: Iterable[str]) -> str:
     return "".join(f"|{word}|" for word in words)
 
 
+@functools.cache
+def _fenced_phrase(phrase: str) -> str:
+    return _fenced(_words(phrase))
+
+
 _REQUEST_OF_PROMPT = {request.prompt: request for request in _all_requests()}
 _KIND_OF_THING = {thing: kind for kind, things in THINGS.items() for thing in things}
 _KNOWN_WORDS = set(_KIND_OF_THING) | {"and"}
@@ -160,7 +166,7 @@ def judge(prompt: str, answer: str) -> Judgement:
     text = _fenced(words)
 
     def count(templates: Sequence[str]) -> int:
-        return sum(text.count(_fenced(_words(request.fill(template)))) for template in templates)
+        return sum(text.count(_fenced_phrase(request.fill(template))) for template in templates)
 
     things = [word for word in words if word in _KIND_OF_THING]
     right = min(len({thing for thing in things if _KIND_OF_THING[thing] == request.kind}), asked)
