@@ -201,7 +201,7 @@ def best_answer(prompt: str) -> str:
     """An answer that reaches `best_reachable`."""
     request = parse_prompt(prompt)
     things = THINGS[request.kind][: NUMBERS[request.number]]
-    return _answer(request, [WARM_OPENINGS[0]], LEADS[0], things, [WARM_CLOSINGS[-1]])
+    return write_answer(request, [WARM_OPENINGS[0]], LEADS[0], things, [WARM_CLOSINGS[-1]])
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,9 @@ WRITERS = (
 )
 
 
-def _answer(request: Request, opening: Sequence[str], lead: str, things: Sequence[str], closing: Sequence[str]) -> str:
+def write_answer(
+    request: Request, opening: Sequence[str], lead: str, things: Sequence[str], closing: Sequence[str]
+) -> str:
     """The parts as text: a space in front, as in rm-static, and "a, b and c." for the things."""
     listed = f"{', '.join(things[:-1])} and {things[-1]}" if len(things) > 1 else things[0]
     parts = [*opening, f"{lead} {listed}.", *closing]
@@ -289,7 +291,7 @@ def draw_answer(request: Request, rng: random.Random) -> str:
         opening = [rng.choice(COLD_OPENINGS)]
     if not closing and rng.random() < writer.cold_closing:
         closing = [rng.choice(COLD_CLOSINGS)]
-    return _answer(request, opening, rng.choice(LEADS), things, closing)
+    return write_answer(request, opening, rng.choice(LEADS), things, closing)
 
 
 def draw_row(request: Request, rng: random.Random) -> dict[str, str]:
@@ -482,6 +484,12 @@ def main() -> None:
     for flag in ("train_rows", "test_rows"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}: {getattr(args, flag)} rows, expected at least 1")
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {args.output_dir}: cannot be made ({error.strerror}); name another folder"
+        ) from error
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # four bars of a millisecond each

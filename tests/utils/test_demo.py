@@ -92,7 +92,7 @@ def test_best_reachable_is_the_maximum_over_the_grammar():
     for number in demo.NUMBERS:
         request = Request(number, "fruits", "picnic")
         rewards = [
-            true_reward(request.prompt, demo._answer(request, opening, demo.LEADS[0], things, closing))
+            true_reward(request.prompt, demo.write_answer(request, opening, demo.LEADS[0], things, closing))
             for opening, things, closing in itertools.product(openings, lists, closings)
         ]
         assert max(rewards) == best_reachable(request.prompt) == 3
@@ -326,6 +326,13 @@ def test_command_refuses_empty_sets(tmp_path):
     assert run.returncode == 2
     assert run.stderr.strip() == "error: --test_rows: 0 rows, expected at least 1"
     assert not (tmp_path / "demo").exists()
+
+
+def test_command_names_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = run_module("--output_dir", tmp_path / "file" / "demo")
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: --output_dir {tmp_path / 'file' / 'demo'}: cannot be made")
 
 
 def test_reward_needs_no_library():
