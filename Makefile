@@ -28,8 +28,10 @@ help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU; results in output/demo
+	rm -rf output/demo
 	python -m utils.demo --output_dir output/demo --seed $(SEED)
 	for step in step*/; do bash $${step}training_scripts/demo/run_demo.sh --seed $(SEED); done
+	python -m remax.demo --output_dir output/demo --seed $(SEED)
 
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)

@@ -1,5 +1,6 @@
-# Sourced by the shell scripts of the stages. `launch FLAGS...` runs main.py of the script's stage on every rank; what the console
-# shows is also kept in $OUTPUT/training.log, and the launcher's exit status is the script's. Set by the user, if at all:
+# Sourced by the shell scripts of the stages. `launch FLAGS...` runs main.py of the script's stage on every rank; what the
+# console shows is also kept in $OUTPUT/training.log, and the launcher's exit status is the script's. $RANKS is the number
+# of ranks on this machine. Set by the user, if at all:
 #   OUTPUT       folder of the results
 #   NUM_GPUS     ranks on each machine (default: every GPU there is; without any, 2 ranks on the CPU)
 #   HOSTFILE     the machines, as DeepSpeed wants them listed ("name slots=8" a line)
@@ -10,23 +11,33 @@ STAGE=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd)
 STAGE=${STAGE%/*_scripts*}
 ROOT=${STAGE%/*}
 if ! command -v deepspeed >/dev/null; then PATH=$ROOT/.venv/bin:$PATH; fi # made by `make`, but not activated
+if ! command -v deepspeed >/dev/null; then
+    echo "error: deepspeed is not on the PATH; activate the environment in which you ran \`pip install -e .\`" >&2
+    exit 2
+fi
+PYTHON=$(dirname "$(command -v deepspeed)")/python # the one that the launcher starts
+if ! [[ -x $PYTHON ]]; then PYTHON=python3; fi
 
-has_gpu() { # torch knows, but takes two seconds: it is not asked where the system shows no device of NVIDIA or AMD
-    compgen -G '/dev/nvidia*' || compgen -G '/dev/nvhost*' || compgen -G '/dev/kfd' || compgen -G '/dev/dxg' || return
-    "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
-} >/dev/null 2>&1
+count_gpus() { # torch takes two seconds to tell; it is not asked where the system shows no device of NVIDIA or AMD
+    local pattern
+    for pattern in '/dev/nvidia*' '/dev/nvhost*' /dev/kfd /dev/dxg; do
+        if compgen -G "$pattern" >/dev/null; then
+            "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
+            return
+        fi
+    done
+    echo 0
+}
+
+if [[ ${DS_ACCELERATOR:-} == cpu ]]; then RANKS=0; else RANKS=$(count_gpus); fi
+if ((RANKS == 0)) && [[ -z ${HOSTFILE:-} ]]; then
+    export DS_ACCELERATOR=cpu
+    NUM_GPUS=${NUM_GPUS:-2}
+fi
+RANKS=${NUM_GPUS:-$RANKS}
 
 launch() {
-    if ! command -v deepspeed >/dev/null; then
-        echo "error: deepspeed is not on the PATH; activate the environment in which you ran \`pip install -e .\`" >&2
-        return 2
-    fi
-    local python
-    python=$(dirname "$(command -v deepspeed)")/python # the one that the launcher starts
-    if ! [[ -x $python ]]; then python=python3; fi
-    if [[ -z ${DS_ACCELERATOR:-}${HOSTFILE:-} ]] && ! has_gpu "$python"; then export DS_ACCELERATOR=cpu; fi
-    if [[ ${DS_ACCELERATOR:-} == cpu ]]; then NUM_GPUS=${NUM_GPUS:-2}; fi
-    local port=${MASTER_PORT:-$("$python" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')}
+    local port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')}
     local launcher=(deepspeed --log_level critical --master_port "$port")
     if [[ -n ${NUM_GPUS:-} ]]; then launcher+=(--num_gpus "$NUM_GPUS"); fi
     if [[ -n ${HOSTFILE:-} ]]; then launcher+=(--hostfile "$HOSTFILE"); fi

@@ -4,4 +4,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../utils/launch.sh"
 BASELINE=${BASELINE:-facebook/opt-1.3b}
 MODEL=${MODEL:-$ROOT/output/opt_1.3b/sft}
 
-python "$STAGE/prompt_eval.py" --model_name_or_path_baseline "$BASELINE" --model_name_or_path_finetune "$MODEL" "$@"
+"$PYTHON" "$STAGE/prompt_eval.py" --model_name_or_path_baseline "$BASELINE" --model_name_or_path_finetune "$MODEL" "$@"

@@ -4,4 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/opt_350m/reward}
 
-python "$STAGE/rw_eval.py" --model_name_or_path "$MODEL" "$@"
+"$PYTHON" "$STAGE/rw_eval.py" --model_name_or_path "$MODEL" "$@"

@@ -4,7 +4,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../utils/launch.sh"
 BASELINE=${BASELINE:-$ROOT/output/opt_1.3b/sft}
 MODEL=${MODEL:-$ROOT/output/opt_1.3b/remax/actor}
 
-python "$ROOT/step1_supervised_finetuning/prompt_eval.py" \
+"$PYTHON" "$ROOT/step1_supervised_finetuning/prompt_eval.py" \
     --model_name_or_path_baseline "$BASELINE" \
     --model_name_or_path_finetune "$MODEL" \
     "$@"

@@ -10,7 +10,7 @@ launch \
     --data_path "$DATA" \
     --data_split 2,4,4 \
     --model_name_or_path "$MODEL" \
-    --per_device_train_batch_size 16 \
+    --per_device_train_batch_size $((32 / RANKS)) \
     --per_device_eval_batch_size 16 \
     --max_seq_len 96 \
     --learning_rate 1e-3 \

@@ -13,10 +13,10 @@ launch \
     --data_split 2,4,4 \
     --actor_model_name_or_path "$MODEL" \
     --reward_model_name_or_path "$REWARD_MODEL" \
-    --per_device_generation_batch_size 16 \
-    --per_device_training_batch_size 16 \
-    --per_device_eval_batch_size 16 \
-    --max_prompt_seq_len 32 \
+    --per_device_generation_batch_size $((64 / RANKS)) \
+    --per_device_training_batch_size $((64 / RANKS)) \
+    --per_device_eval_batch_size 64 \
+    --max_prompt_seq_len 48 \
     --max_answer_seq_len 64 \
     --actor_learning_rate 1e-4 \
     --actor_weight_decay 0.1 \
