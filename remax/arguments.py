@@ -159,6 +159,25 @@ class LoraFlags(OnlyLora):
     lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
 
 
+@dataclass(kw_only=True)
+class PreferenceFlags:
+    _argument_group_name = "loss"
+
+    loss: Literal["ranking", "dpo", "r-dpo"] = flag(
+        "ranking",
+        "ranking: a reward model; dpo, r-dpo: no reward model but a policy straight from the pairs, against its start",
+    )
+    use_margin: bool = flag(False, "ranking: the data's column `margin` is how much more the chosen answer must score")
+    label_smoothing: BelowOne = flag(0.0, "ranking: share of the preferences taken to be wrong")
+    center_rewards_coefficient: NonNegative = flag(0.0, "ranking: weight of (chosen + rejected score)^2")
+    dpo_beta: Positive = flag(0.1, "dpo, r-dpo: reward per nat of log-ratio (the paper compares with .05)")
+    length_alpha: NonNegative = flag(0.01, "r-dpo: weight of the difference of lengths, per token")
+    reference_zero_stage: ZeroStage = flag(0, "dpo, r-dpo: 3 shares the reference's parameters out")
+    offload_reference_model: bool = flag(
+        False, "dpo, r-dpo: the reference's parameters in CPU memory (makes its ZeRO stage 3)"
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- step 3
 
 
@@ -403,9 +422,17 @@ class Step1Arguments(
 
 @dataclass(kw_only=True)
 class Step2Arguments(
-    FinetuneArguments, RetiredInStep2, MemoryFlags, LoraFlags, RunFlags, OptimizerFlags, DataFlags, FinetuneFlags
+    FinetuneArguments,
+    RetiredInStep2,
+    MemoryFlags,
+    LoraFlags,
+    RunFlags,
+    OptimizerFlags,
+    DataFlags,
+    PreferenceFlags,
+    FinetuneFlags,
 ):
-    """All flags of the reward model."""
+    """All flags of learning from preferences."""
 
 
 @dataclass(kw_only=True)
@@ -458,6 +485,7 @@ def parse_step2(argv: Sequence[str] | None = None) -> Step2Arguments:
     """The flags of step 2, as `parse_step1`."""
     args = _parse(Step2Arguments, argv, "Step 2: reward model", stage=1)
     _check_finetune(args)
+    _check_preference_loss(args)
     return args
 
 
@@ -626,6 +654,19 @@ def _check_finetune(args: Any) -> None:
     _check_offload(args, "zero_stage", "offload", "offload_parameters")
     args.dtype = _resolve_dtype("dtype", args.dtype, "bf16" if args.bf16 else None)
     _no_bf16_without_zero(args, "dtype", "zero_stage")
+
+
+def _check_preference_loss(args: Step2Arguments) -> None:
+    """Flags that --loss does not read must be at their defaults."""
+    direct = ("dpo", "r-dpo")
+    readers = dict.fromkeys(("use_margin", "label_smoothing", "center_rewards_coefficient"), ("ranking",))
+    readers |= dict.fromkeys(("dpo_beta", "reference_zero_stage", "offload_reference_model"), direct)
+    readers["length_alpha"] = ("r-dpo",)
+    defaults = {f.name: f.default for f in dataclasses.fields(PreferenceFlags)}
+    for name, losses in readers.items():
+        if getattr(args, name) != defaults[name] and args.loss not in losses:
+            raise UserError(f"--{name} with --loss {args.loss}: only --loss {' and '.join(losses)} read it")
+    _resolve_frozen(args, "reference_zero_stage", "offload_reference_model")
 
 
 def _check_lora(dim: int, only: bool, dim_flag: str) -> None:
@@ -840,7 +881,7 @@ def _resolve_dtypes(args: Step3Arguments) -> None:
         _no_bf16_without_zero(args, "critic_dtype", "critic_zero_stage")
 
 
-def _resolve_frozen(args: Step3Arguments, stage_flag: str, offload_flag: str) -> None:
+def _resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offload_flag: str) -> None:
     """A frozen model has only parameters to share out: ZeRO 3, or 0."""
     stage = getattr(args, stage_flag)
     if getattr(args, offload_flag):

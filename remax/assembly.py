@@ -1,23 +1,27 @@
-"""From the flags of step 3 to its live engines: which models go together, and how each of them is loaded."""
+"""From flags to live engines: how each model is loaded, what it learns, and which models go together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from remax.arguments import Step3Arguments
+from remax.arguments import FinetuneArguments, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.deepspeed_config import EngineConfig
 from remax.engines import Actor, Reference, Reward, TrainedReward, loading
-from remax.modeling import add_lora, check_length, load_config, load_policy
-from remax.reward_model import load_reward_model
+from remax.evaluation import Batch
+from remax.finetune import DirectPreference, Ranking, Supervised
+from remax.modeling import PolicyModel, add_lora, check_length, load_config, load_policy
+from remax.reward_model import RewardModel, load_reward_model
 from remax.settings import (
     actor_engine,
     actor_optimizer,
     critic_engine,
     critic_optimizer,
     evaluated_distribution,
+    finetune_engine,
+    finetune_optimizer,
     generation,
     reference_engine,
     reward_engine,
@@ -26,6 +30,66 @@ from utils.run import UserError
 from utils.tokenizer import load_tokenizer, same_vocabulary
 
 Tokenizer = PreTrainedTokenizerBase
+
+
+def build_supervised_task(
+    args: Step1Arguments, tokenizer: Tokenizer, eval_loader: Iterable[Batch], steps: int
+) -> Supervised:
+    """Step 1: the model on its engine, with what it learns. steps: of the optimizer."""
+    return Supervised(_trained_policy(args, tokenizer, steps), eval_loader)
+
+
+def build_preference_task(
+    args: Step2Arguments, tokenizer: Tokenizer, eval_loader: Iterable[Batch], steps: int
+) -> Ranking | DirectPreference:
+    """Step 2: a reward model, or with --loss dpo a policy and its reference."""
+    if args.loss == "ranking":
+        return Ranking(
+            _trained_reward(args, tokenizer, steps),
+            eval_loader,
+            use_margin=args.use_margin,
+            label_smoothing=args.label_smoothing,
+            centring=args.center_rewards_coefficient,
+        )
+    config = reference_engine(args)
+    reference = Reference(_load(load_policy, args, config, tokenizer), config)
+    alpha = args.length_alpha if args.loss == "r-dpo" else 0.0
+    return DirectPreference(_trained_policy(args, tokenizer, steps), reference, eval_loader, args.dpo_beta, alpha)
+
+
+def _trained_policy(args: FinetuneArguments, tokenizer: Tokenizer, steps: int) -> Actor:
+    config = finetune_engine(args)
+    model = _load(load_policy, args, config, tokenizer, **_training_options(args))
+    _add_adapters(model, args)
+    return Actor(model, config, finetune_optimizer(args, steps))
+
+
+def _trained_reward(args: Step2Arguments, tokenizer: Tokenizer, steps: int) -> TrainedReward:
+    config = finetune_engine(args)
+    model = _load(load_reward_model, args, config, tokenizer, new_head=True, **_training_options(args))
+    _add_adapters(model, args)
+    return TrainedReward(model, config, finetune_optimizer(args, steps))
+
+
+def _load(load_model: Callable, args: FinetuneArguments, config: EngineConfig, tokenizer: Tokenizer, **options):
+    with loading(config):
+        return load_model(
+            args.model_name_or_path,
+            "--model_name_or_path",
+            dtype=config.torch_dtype,
+            tokenizer=tokenizer,
+            attn_implementation=args.attn_implementation,
+            **options,
+        )
+
+
+def _training_options(args: FinetuneArguments) -> dict[str, bool]:
+    return {"disable_dropout": args.disable_dropout, "gradient_checkpointing": args.gradient_checkpointing}
+
+
+def _add_adapters(model: PolicyModel | RewardModel, args: FinetuneArguments) -> None:
+    if args.lora_dim:
+        add_lora(model.hf, args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
 
 
 def check_models(args: Step3Arguments) -> tuple[Tokenizer, Tokenizer]:

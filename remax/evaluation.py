@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from remax.engines import Actor, Reference, Reward, TrainedReward
+from remax.engines import Actor, Reference, Reward, TrainedEngine, TrainedReward
 from remax.modeling import evaluating
 from remax.sequences import Prompts, Sequences
 from utils.distributed import device, gather_objects, is_main, sum_across_ranks
@@ -40,12 +40,15 @@ def to_device(batch: Batch) -> Batch:
     return {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def paired(batch: Batch) -> Sequences:
+    """The chosen answers' B rows, then the rejected ones'."""
+    chosen, rejected = Sequences.from_batch(batch, "chosen"), Sequences.from_batch(batch, "rejected")
+    return Sequences.concatenate([chosen, rejected], pad_id=0)  # what stands behind a row's end is never read
+
+
 def pair_scores(engine: TrainedReward, batch: Batch) -> tuple[Tensor, Tensor]:
     """(B,) scores of the chosen and of the rejected answers, from one forward over 2B rows."""
-    chosen, rejected = Sequences.from_batch(batch, "chosen"), Sequences.from_batch(batch, "rejected")
-    both = Sequences.concatenate([chosen, rejected], pad_id=0)  # what stands behind a row's end is never read
-    scores = engine.score(both)
-    return scores[: len(chosen)], scores[len(chosen) :]
+    return engine.score(paired(batch)).chunk(2)
 
 
 @torch.no_grad()
@@ -66,7 +69,11 @@ def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def ranking_accuracy(reward: TrainedReward, loader: Iterable[Batch]) -> dict[str, float]:
+def ranking_accuracy(
+    engine: TrainedEngine,
+    loader: Iterable[Batch],
+    scores: Callable[[TrainedEngine, Batch], tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, float]:
     """Share of pairs with the chosen answer's score above the rejected one's (a tie counts half), mean scores and
     margin.
 
@@ -74,9 +81,9 @@ def ranking_accuracy(reward: TrainedReward, loader: Iterable[Batch]) -> dict[str
     be length alone.
     """
     sums = dict.fromkeys(("pairs", "accuracy", "chosen", "rejected", "squares", "longer"), 0.0)
-    with evaluating(reward.model):
+    with evaluating(engine.model):
         for batch in map(to_device, loader):
-            chosen, rejected = pair_scores(reward, batch)  # (B,)
+            chosen, rejected = (scores or pair_scores)(engine, batch)  # (B,)
             weight = batch["weight"]
             longer = (batch["chosen_lengths"] - batch["rejected_lengths"]).sign()
             sums["pairs"] += float(weight.sum())

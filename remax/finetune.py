@@ -13,9 +13,9 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from remax.engines import Actor, TrainedEngine, TrainedReward
-from remax.evaluation import Batch, pair_scores, perplexity, ranking_accuracy, to_device
-from remax.losses import ranking_losses, supervised_loss
+from remax.engines import Actor, Reference, TrainedEngine, TrainedReward
+from remax.evaluation import Batch, pair_scores, paired, perplexity, ranking_accuracy, to_device
+from remax.losses import answer_logprob, dpo_losses, ranking_loss, supervised_loss
 from remax.sequences import Sequences
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger, progress
@@ -183,6 +183,9 @@ class Ranking:
 
     engine: TrainedReward
     eval_loader: Iterable[Batch]
+    use_margin: bool = False  # the data's `margin` column
+    label_smoothing: float = 0.0
+    centring: float = 0.0
     headline: str = "accuracy"
 
     def count(self, batch: Batch) -> int:
@@ -191,7 +194,56 @@ class Ranking:
     def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = pair_scores(self.engine, batch)
         figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).detach().sum()}
-        return ranking_losses(chosen, rejected).sum() / denominator, figures
+        margin = batch["margin"] if self.use_margin else None
+        options = {"label_smoothing": self.label_smoothing, "centring": self.centring}
+        return ranking_loss(chosen, rejected, denominator, margin, **options), figures
 
     def evaluate(self) -> dict[str, float]:
         return ranking_accuracy(self.engine, self.eval_loader)
+
+
+@dataclass
+class DirectPreference:
+    """DPO, or R-DPO with `alpha`: a policy straight from the pairs, without a reward model.
+
+    An answer's implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)).
+    """
+
+    engine: Actor
+    reference: Reference
+    eval_loader: Iterable[Batch]
+    beta: float = 0.1
+    alpha: float = 0.0
+    headline: str = "accuracy"
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["prompt_lengths"])
+
+    def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        policy, reference, lengths = self.answers(batch)
+        losses = dpo_losses(
+            *policy,
+            *reference,
+            beta=self.beta,
+            alpha=self.alpha,
+            chosen_lengths=lengths[0],
+            rejected_lengths=lengths[1],
+        )
+        chosen, rejected = (self.beta * (p.detach() - r) for p, r in zip(policy, reference, strict=True))
+        figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
+        return losses.sum() / denominator, figures
+
+    def evaluate(self) -> dict[str, float]:
+        return ranking_accuracy(self.engine, self.eval_loader, self.implicit_rewards)
+
+    def implicit_rewards(self, engine: Actor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B,) of the chosen and of the rejected answers."""
+        policy, reference, _ = self.answers(batch)
+        return tuple(self.beta * (p - r) for p, r in zip(policy, reference, strict=True))
+
+    def answers(self, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(chosen, rejected) log-probs of whole answers under the policy, under the reference, and their lengths."""
+        both = paired(batch)
+        policy = answer_logprob(self.engine.logprobs(both).logprobs, both.answer_mask)  # (2B,)
+        reference = answer_logprob(self.reference.logprobs(both), both.answer_mask)
+        return policy.chunk(2), reference.chunk(2), both.answer_lengths.chunk(2)

@@ -15,20 +15,40 @@ def supervised_loss(logprobs: Tensor, mask: Tensor, denominator: float | Tensor)
     return -logprobs.masked_fill(~mask, 0.0).sum() / denominator
 
 
-def ranking_losses(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
-    """(B,) scores -> (B,) -log sigmoid(chosen - rejected - margin), the Bradley-Terry likelihood of the preference.
+def ranking_losses(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+) -> Tensor:
+    """(B,) scores -> (B,) -log sigmoid(d), d = chosen - rejected - margin: the likelihood of the preference after
+    Bradley and Terry.
 
     margin: (B,) how much better the chosen answer was said to be (Llama 2, arXiv 2307.09288, section 3.2.2).
+    label_smoothing: share e of preferences taken to be wrong, (1 - e) * -log sigmoid(d) + e * -log sigmoid(-d).
+    centring: weight of (chosen + rejected)^2, which pins the scores' free constant near 0 (arXiv 2312.09244).
     """
     difference = chosen - rejected  # (B,)
-    return -F.logsigmoid(difference if margin is None else difference - margin)
+    if margin is not None:
+        difference = difference - margin
+    losses = -F.logsigmoid(difference)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-difference)
+    return losses + centring * (chosen + rejected).square() if centring else losses
 
 
 def ranking_loss(
-    chosen: Tensor, rejected: Tensor, denominator: float | Tensor | None = None, margin: Tensor | None = None
+    chosen: Tensor,
+    rejected: Tensor,
+    denominator: float | Tensor | None = None,
+    margin: Tensor | None = None,
+    **options: float,
 ) -> Tensor:
     """(B,) scores -> sum of `ranking_losses` / denominator (pairs; by default those given)."""
-    return ranking_losses(chosen, rejected, margin).sum() / (len(chosen) if denominator is None else denominator)
+    losses = ranking_losses(chosen, rejected, margin, **options)
+    return losses.sum() / (len(chosen) if denominator is None else denominator)
 
 
 def dpo_losses(

@@ -4,7 +4,7 @@ sees the flags.
 
 from __future__ import annotations
 
-from remax.arguments import FinetuneArguments, Step3Arguments
+from remax.arguments import FinetuneArguments, Step2Arguments, Step3Arguments
 from remax.deepspeed_config import EngineConfig
 from remax.engines import OptimizerConfig
 from remax.finetune import FinetuneSettings
@@ -82,8 +82,9 @@ def critic_engine(args: Step3Arguments) -> EngineConfig:
     )
 
 
-def reference_engine(args: Step3Arguments) -> EngineConfig:
-    return EngineConfig(args.reference_zero_stage, args.offload_reference_model, dtype=args.actor_dtype)
+def reference_engine(args: Step2Arguments | Step3Arguments) -> EngineConfig:
+    dtype = args.actor_dtype if isinstance(args, Step3Arguments) else args.dtype
+    return EngineConfig(args.reference_zero_stage, args.offload_reference_model, dtype=dtype)
 
 
 def reward_engine(args: Step3Arguments) -> EngineConfig:

@@ -3,12 +3,12 @@ flags.
 """
 
 from remax.arguments import parse_step1
+from remax.assembly import build_supervised_task
 from remax.checkpoint import export, note
-from remax.engines import Actor, loading
 from remax.evaluation import First
-from remax.finetune import Supervised, finetune, total_steps
-from remax.modeling import add_lora, check_length, load_config, load_policy, quiet_libraries
-from remax.settings import finetune_engine, finetune_optimizer, finetune_settings
+from remax.finetune import finetune, total_steps
+from remax.modeling import check_length, load_config, quiet_libraries
+from remax.settings import finetune_settings
 from utils.data.loaders import build_loaders
 from utils.distributed import init_distributed, print0, rank, set_seed, shutdown, world_size
 from utils.metrics import MetricsLogger
@@ -43,22 +43,9 @@ def main() -> None:
         world_size=world_size(),
         num_proc=args.preprocessing_num_workers,
     )
-    config, settings = finetune_engine(args), finetune_settings(args)
-    with loading(config):
-        model = load_policy(
-            args.model_name_or_path,
-            "--model_name_or_path",
-            dtype=config.torch_dtype,
-            tokenizer=tokenizer,
-            disable_dropout=args.disable_dropout,
-            gradient_checkpointing=args.gradient_checkpointing,
-            attn_implementation=args.attn_implementation,
-        )
-    if args.lora_dim:
-        add_lora(model.hf, args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
+    settings = finetune_settings(args)
     steps = total_steps(settings, len(train_loader))
-    engine = Actor(model, config, finetune_optimizer(args, steps))
-
+    task = build_supervised_task(args, tokenizer, First(eval_loader, args.max_eval_batches), steps)
     metrics = MetricsLogger(
         args.output_dir,
         tensorboard_dir=args.tensorboard_dir,
@@ -66,9 +53,9 @@ def main() -> None:
         total_steps=steps,
         drop_after=-1,
     )
-    results = finetune(Supervised(engine, First(eval_loader, args.max_eval_batches)), train_loader, settings, metrics)
+    results = finetune(task, train_loader, settings, metrics)
     metrics.close()
-    export(model, tokenizer, args.output_dir, zero3=engine.zero3)
+    export(task.engine.model, tokenizer, args.output_dir, zero3=task.engine.zero3)
     note(args.output_dir, "results.json", results)
     print0(f"model written to {args.output_dir}")
     shutdown()

@@ -1,13 +1,16 @@
-"""Step 2: a reward model from preference pairs (Bradley-Terry). `deepspeed main.py --help` lists the flags."""
+"""Step 2: a reward model from preference pairs, or with --loss dpo a policy straight from them.
+
+`deepspeed main.py --help` lists the flags.
+"""
 
 from remax.arguments import parse_step2
+from remax.assembly import build_preference_task
 from remax.checkpoint import export, note
-from remax.engines import TrainedReward, loading
 from remax.evaluation import First
-from remax.finetune import Ranking, finetune, total_steps
-from remax.modeling import add_lora, check_length, load_config, quiet_libraries
-from remax.reward_model import load_reward_model, prepare_pad_token, store_score_statistics
-from remax.settings import finetune_engine, finetune_optimizer, finetune_settings
+from remax.finetune import finetune, total_steps
+from remax.modeling import check_length, load_config, quiet_libraries
+from remax.reward_model import prepare_pad_token, store_score_statistics
+from remax.settings import finetune_settings
 from utils.data.loaders import build_loaders
 from utils.distributed import init_distributed, print0, rank, set_seed, shutdown, world_size
 from utils.metrics import MetricsLogger
@@ -20,7 +23,8 @@ def main() -> None:
     quiet_libraries()
     check_length(load_config(args.model_name_or_path, "--model_name_or_path"), args.max_seq_len, "--max_seq_len")
     tokenizer = load_tokenizer(args.model_name_or_path)
-    prepare_pad_token(tokenizer)
+    if args.loss == "ranking":
+        prepare_pad_token(tokenizer)
     init_distributed(args.local_rank)
     set_seed(args.seed)
     start_run(args.output_dir, args, "step2")
@@ -42,23 +46,9 @@ def main() -> None:
         world_size=world_size(),
         num_proc=args.preprocessing_num_workers,
     )
-    config, settings = finetune_engine(args), finetune_settings(args)
-    with loading(config):
-        model = load_reward_model(
-            args.model_name_or_path,
-            "--model_name_or_path",
-            dtype=config.torch_dtype,
-            tokenizer=tokenizer,
-            new_head=True,
-            disable_dropout=args.disable_dropout,
-            gradient_checkpointing=args.gradient_checkpointing,
-            attn_implementation=args.attn_implementation,
-        )
-    if args.lora_dim:
-        add_lora(model.hf, args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
+    settings = finetune_settings(args)
     steps = total_steps(settings, len(train_loader))
-    engine = TrainedReward(model, config, finetune_optimizer(args, steps))
-
+    task = build_preference_task(args, tokenizer, First(eval_loader, args.max_eval_batches), steps)
     metrics = MetricsLogger(
         args.output_dir,
         tensorboard_dir=args.tensorboard_dir,
@@ -66,10 +56,11 @@ def main() -> None:
         total_steps=steps,
         drop_after=-1,
     )
-    results = finetune(Ranking(engine, First(eval_loader, args.max_eval_batches)), train_loader, settings, metrics)
+    results = finetune(task, train_loader, settings, metrics)
     metrics.close()
-    store_score_statistics(model, results["after"])
-    export(model, tokenizer, args.output_dir, zero3=engine.zero3)
+    if args.loss == "ranking":
+        store_score_statistics(task.engine.model, results["after"])
+    export(task.engine.model, tokenizer, args.output_dir, zero3=task.engine.zero3)
     note(args.output_dir, "results.json", results)
     print0(f"model written to {args.output_dir}")
     shutdown()
