@@ -227,9 +227,10 @@ def test_help_is_grouped_and_complete(arguments):
     ],
 )
 def test_a_flag_exists_only_when_code_reads_it(arguments, stage):
-    # main.py reads it, or settings.py, or one of what arguments.py derives for main.py does.
+    # main.py reads it, or settings.py or assembly.py do, or one of what arguments.py derives for main.py does.
     derived = (Arguments, FinetuneArguments, Step3Arguments, make_algorithm)
-    source = (ROOT / stage / "main.py").read_text() + (ROOT / "remax/settings.py").read_text() + "".join(inspect.getsource(part) for part in derived)
+    files = (ROOT / stage / "main.py", ROOT / "remax/settings.py", ROOT / "remax/assembly.py")
+    source = "".join(file.read_text() for file in files) + "".join(inspect.getsource(part) for part in derived)
     others = {"bf16", "actor_bf16", "reward_bf16"} | {field.name for field in dataclasses.fields(RetiredInStep3)}
     names = [field.name for field in dataclasses.fields(arguments) if field.init and field.name not in others]
     assert [name for name in names if not re.search(rf'(args|self)\.{name}\b|"{name}"', source)] == []
@@ -243,6 +244,20 @@ def test_no_flag_has_two_owners():
         ]
         names = [name for owner in owners for name in owner if name != "notices"]
         assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--dpo_beta .2", r"--dpo_beta with --loss ranking: only --loss dpo and r-dpo read it"),
+        ("--loss dpo --length_alpha .2", r"--length_alpha with --loss dpo: only --loss r-dpo"),
+        ("--loss dpo --use_margin", r"--use_margin with --loss dpo: only --loss ranking"),
+        ("--label_smoothing 1", r"--label_smoothing 1.0: must be at least 0 and below 1"),
+    ],
+)
+def test_preference_losses_refuse_flags_of_one_another(line, message):
+    with pytest.raises(UserError, match=message):
+        step2(line)
 
 
 # ------------------------------------------------------------------------------------------------- refused

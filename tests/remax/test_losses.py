@@ -51,6 +51,16 @@ def test_ranking_loss_of_far_apart_scores_is_finite():
     assert ranking_losses(torch.tensor([-500.0]), torch.tensor([500.0])).item() == pytest.approx(1000.0)
 
 
+def test_label_smoothing_and_centring_by_hand():
+    chosen, rejected = torch.tensor([1.0]), torch.tensor([0.2])
+    # .9 * -log sigmoid(.8) + .1 * -log sigmoid(-.8)
+    smoothed = -0.9 * log_sigmoid(0.8) - 0.1 * log_sigmoid(-0.8)
+    assert ranking_losses(chosen, rejected, label_smoothing=0.1).item() == pytest.approx(smoothed)
+    # -log sigmoid(.8) + .5 * (1 + .2)^2
+    centred = -log_sigmoid(0.8) + 0.5 * 1.44
+    assert ranking_losses(chosen, rejected, centring=0.5).item() == pytest.approx(centred)
+
+
 def test_dpo_by_hand():
     # -log sigmoid( 0.5 * ((-3 + 4) - (-6 + 5)) ), the second pair reversed
     args = [torch.tensor(x) for x in ([-3.0, -6.0], [-6.0, -3.0], [-4.0, -5.0], [-5.0, -4.0])]
