@@ -107,7 +107,7 @@ def tiny_reward_model(tmp_path_factory, tiny_model):
 def run_command():
     """run_command([program, ...], cwd=..., **environment) -> CompletedProcess; `.stdout` holds stderr too."""
 
-    def run(command, cwd=ROOT, timeout=300, **environment) -> subprocess.CompletedProcess:
+    def run(command, cwd=ROOT, timeout=600, **environment) -> subprocess.CompletedProcess:
         # The programs of this Python's environment first; nothing that a launcher of an outer run may have left behind.
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
