@@ -1,0 +1,246 @@
+"""Tables, plots and figures of the comparison.
+
+estimators.md keeps its prose; the tables stand between `<!-- begin NAME -->` and `<!-- end NAME -->` and are made anew.
+Intervals are 95 %: Student's t over seeds, and over the blocks left out in turn (jackknife) for gradient variances.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from experiment import ESTIMATORS, PROBES, Setting
+
+# Student's t, 97.5 % quantile, 1 to 20 degrees of freedom
+T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+COLOURS = dict(zip(ESTIMATORS, ("#999999", "#56b4e9", "#d55e00", "#f0c400", "#009e73", "#7b3294"), strict=True))
+AXES = {"tokens": "generated tokens (greedy ones included)", "cpu_seconds": "seconds of training on one core"}
+BASIS = "remax"
+
+
+def quantile(freedom: float) -> float:
+    """The factor of a standard error in a 95 % interval."""
+    freedom = int(freedom)
+    return T[freedom - 1] if freedom <= len(T) else 1.96 + 2.5 / freedom
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width, Student's t over independent values."""
+    return statistics.fmean(values), quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float]:
+    """mean(a) - mean(b) and its half-width by Welch: the two samples are independent and differ in spread."""
+    va, vb = (statistics.variance(x) / len(x) for x in (a, b))
+    if va + vb == 0:
+        return statistics.fmean(a) - statistics.fmean(b), 0.0
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    return statistics.fmean(a) - statistics.fmean(b), quantile(freedom) * math.sqrt(va + vb)
+
+
+def jackknife(whole: float, without: list[float]) -> tuple[float, float]:
+    """Estimate and half-width from the same estimate with each of n blocks left out."""
+    n, mean = len(without), statistics.fmean(without)
+    error = math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in without))
+    return whole, quantile(n - 1) * error
+
+
+def objective(point: dict, kl: float) -> float:
+    """What is maximised: learned reward minus beta times KL, per answer."""
+    return point["reward"] - kl * point["kl"]
+
+
+def final_objective(record: dict, kl: float) -> float:
+    """Mean of the last two evaluations."""
+    return statistics.fmean(objective(point, kl) for point in record["points"][-2:])
+
+
+def at(points: list[dict], axis: str, where: float, value: Callable[[dict], float]) -> float:
+    """The value at a place on an axis, linear between evaluations."""
+    return float(np.interp(where, [point[axis] for point in points], [value(point) for point in points]))
+
+
+def by_estimator(records: list[dict]) -> dict[str, list[list[dict]]]:
+    """Estimator -> the points of each of its runs."""
+    return {name: [r["points"] for r in records if r["run"]["estimator"] == name] for name in ESTIMATORS}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plus_minus(pair: tuple[float, float], digits: int = 2) -> str:
+    return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+
+
+def sweep_table(sweep: list[dict], kl: float) -> str:
+    rows = []
+    for record in sorted(sweep, key=lambda r: (list(ESTIMATORS).index(r["run"]["estimator"]), r["run"]["rate"])):
+        run, last = record["run"], record["points"][-1]
+        best = max(final_objective(r, kl) for r in sweep if r["run"]["estimator"] == run["estimator"])
+        score = final_objective(record, kl)
+        name = run["estimator"] + (f", {run['epochs']} inner epochs" if run["epochs"] else "")
+        mark = "**" if score == best else ""
+        rows.append([name, f"{run['rate']:g}", f"{mark}{score:.2f}{mark}", f"{last['true_reward']:.2f}"])
+    return table(["estimator", "learning rate", "learned reward - beta KL", "true reward"], rows)
+
+
+def common_place(runs: dict[str, list[list[dict]]], axis: str) -> float:
+    """The farthest place on an axis that every run reached."""
+    return min(points[-1][axis] for each in runs.values() for points in each)
+
+
+def final_table(runs: dict[str, list[list[dict]]], axis: str, kl: float) -> str:
+    values = {
+        "learned reward": lambda p: p["reward"],
+        "true reward": lambda p: p["true_reward"],
+        "KL, nats": lambda p: p["kl"],
+        "learned reward - beta KL": lambda p: objective(p, kl),
+    }
+    other = {"tokens": "cpu_seconds", "cpu_seconds": "tokens"}[axis]
+    place, rows = common_place(runs, axis), []
+    for name, each in runs.items():
+        cells = [plus_minus(interval([at(points, axis, place, v) for points in each])) for v in values.values()]
+        scores, base = (
+            [at(p, axis, place, values["learned reward - beta KL"]) for p in e] for e in (each, runs[BASIS])
+        )
+        against = "" if name == BASIS else plus_minus(difference(scores, base))
+        spent = statistics.fmean(at(points, axis, place, lambda p: p[other]) for points in each)
+        rows.append([name, f"{spent:.0f}" if other == "cpu_seconds" else f"{spent / 1000:.1f} k", *cells, against])
+    return table(["estimator", "seconds" if other == "cpu_seconds" else "tokens", *values, f"less {BASIS}'s"], rows)
+
+
+def ratio(figures: dict, basis: dict) -> str:
+    """variance / basis variance with its interval, by the jackknife on the logarithm: the same answers serve both."""
+    logs = [math.log(a["variance"] / b["variance"]) for a, b in zip(figures["without"], basis["without"], strict=True)]
+    centre, half = jackknife(math.log(figures["all"]["variance"] / basis["all"]["variance"]), logs)
+    return f"{math.exp(centre):.2f} ({math.exp(centre - half):.2f} to {math.exp(centre + half):.2f})"
+
+
+def relative(figures: dict) -> str:
+    """variance / |E g|^2; where the squared norm is not told from 0, only a lower bound."""
+    signal, half = jackknife(figures["all"]["signal"], [w["signal"] for w in figures["without"]])
+    variance = figures["all"]["variance"]
+    if signal - half <= 0:
+        return f"> {variance / (signal + half):.2g}"
+    return f"{variance / signal:.2g} ({variance / (signal + half):.2g} to {variance / (signal - half):.2g})"
+
+
+def variance_tables(variance: dict[str, dict]) -> tuple[str, str]:
+    """-> estimators as trained; and those with a constant added to the reward."""
+    plain = [name for name in PROBES if "reward" not in name]
+    rows = []
+    for policy, record in variance.items():
+        probes = record["probes"]
+        for name in plain:
+            own = probes[name]["all"]
+            shown = "" if name == BASIS else ratio(probes[name], probes[BASIS])
+            cosine = jackknife(own["cosine"], [w["cosine"] for w in probes[name]["without"]])
+            variance_cell = plus_minus(jackknife(own["variance"], [w["variance"] for w in probes[name]["without"]]), 3)
+            cells = [policy, name, f"{own['tokens_per_unit']:.1f}", variance_cell, shown, relative(probes[name])]
+            rows.append([*cells, plus_minus(cosine)])
+    header = ["policy", "estimator", "tokens per estimate", "variance", f"times {BASIS}'s", "variance / squared norm"]
+    shifted = [name for name in PROBES if "reward" in name]
+    constant_rows = []
+    for name in shifted:
+        base = name.split(",")[0]
+        cells = [
+            "{:.2f} ({:.2f} to {:.2f})".format(*ratio(r["probes"][name], r["probes"][base])) for r in variance.values()
+        ]
+        constant_rows.append([name, *cells])
+    return table([*header, "cosine"], rows), table(["estimator", *variance], constant_rows)
+
+
+def plot_rewards(runs: dict[str, list[list[dict]]], path: Path) -> None:
+    values = {"reward": "learned reward", "true_reward": "true reward", "kl": "KL to the reference, nats per answer"}
+    figure, grid = plt.subplots(len(AXES), len(values), figsize=(13, 7.5), sharex="row", sharey="col")
+    for row, (axis, label) in zip(grid, AXES.items(), strict=True):
+        for place, (value, title) in zip(row, values.items(), strict=True):
+            for name, each in runs.items():
+                x = np.linspace(0, min(points[-1][axis] for points in each), 60)
+                curves = [[at(points, axis, where, lambda p, v=value: p[v]) for where in x] for points in each]
+                pairs = np.array([interval(list(column)) for column in zip(*curves, strict=True)])
+                place.plot(x, pairs[:, 0], color=COLOURS[name], label=name, linewidth=1.8)
+                low, high = pairs[:, 0] - pairs[:, 1], pairs[:, 0] + pairs[:, 1]
+                place.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+            place.set_title(title, fontsize=10)
+            place.set_xlabel(label, fontsize=9)
+            place.grid(alpha=0.3)
+    grid[0, 0].legend(fontsize=8)
+    figure.suptitle("Held-out prompts: mean of the seeds with 95 % intervals")
+    figure.tight_layout()
+    figure.savefig(path, dpi=85)
+    plt.close(figure)
+
+
+def plot_variance(variance: dict[str, dict], path: Path) -> None:
+    figure, grid = plt.subplots(1, len(variance), figsize=(13, 4.4), sharey=True)
+    for place, (policy, record) in zip(grid, variance.items(), strict=True):
+        for y, name in enumerate(reversed(PROBES)):
+            figures = record["probes"][name]
+            centre, half = jackknife(figures["all"]["variance"], [w["variance"] for w in figures["without"]])
+            colour = COLOURS[PROBES[name].estimator]
+            place.errorbar(centre, y, xerr=half, fmt="o", color=colour, markersize=5, capsize=3)
+        signal = record["probes"][BASIS]["all"]["signal"]
+        if signal > 0:
+            place.axvline(signal, color="black", linestyle=":", label="squared norm of the mean gradient")
+            place.legend(fontsize=8, loc="lower left")
+        place.set_xscale("log")
+        place.set_title(f"{policy} policy", fontsize=10)
+        place.set_xlabel("gradient variance at 1000 generated tokens", fontsize=9)
+        place.set_yticks(range(len(PROBES)), list(reversed(PROBES)), fontsize=9)
+        place.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=85)
+    plt.close(figure)
+
+
+def fill(document: Path, blocks: dict[str, str]) -> None:
+    """Puts each text between its markers; a document without them gets them at its end."""
+    text = document.read_text(encoding="utf-8") if document.exists() else "# The estimators compared\n"
+    for name, content in blocks.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        block = f"{begin}\n{content}\n{end}"
+        found = re.compile(re.escape(begin) + ".*?" + re.escape(end), flags=re.DOTALL)
+        text = found.sub(lambda _, block=block: block, text) if found.search(text) else f"{text}\n{block}\n"
+    document.write_text(text, encoding="utf-8")
+
+
+def rounded(value):
+    """Five significant digits, in any nesting."""
+    if isinstance(value, dict):
+        return {name: rounded(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write(sweep: list[dict], trained: list[dict], variance: dict[str, dict], setting: Setting, folder: Path) -> None:
+    runs, kl = by_estimator(trained), setting.kl
+    measured, shifted = variance_tables(variance)
+    plot_rewards(runs, folder / "estimators_reward.png")
+    plot_variance(variance, folder / "estimators_variance.png")
+    blocks = {
+        "variance": measured,
+        "constant": shifted,
+        "tokens": final_table(runs, "tokens", kl),
+        "seconds": final_table(runs, "cpu_seconds", kl),
+        "sweep": sweep_table(sweep, kl),
+    }
+    fill(folder / "estimators.md", blocks)
+    paths = ("data", "actor", "reward", "cache")
+    settings = {name: value for name, value in asdict(setting).items() if name not in paths}
+    record = rounded({"setting": settings, "sweep": sweep, "runs": trained, "variance": variance})
+    (folder / "estimators.json").write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")

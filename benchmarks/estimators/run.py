@@ -1,0 +1,162 @@
+"""Compares the policy-gradient estimators on the built-in corpus, on a CPU:
+
+    python benchmarks/estimators/run.py
+
+ 1. `prepare`: corpus, supervised policy and reward model (skipped with --data, --actor and --reward).
+ 2. `sweep`: one run per estimator and learning rate, on a seed of its own; the best rate is taken.
+ 3. `train`: every estimator with every seed.
+ 4. `variance`: gradient variance at the supervised policy and at a half-trained and a trained ReMax policy.
+ 5. `report`: tables in estimators.md, plots, and all figures in estimators.json.
+
+What is finished is skipped, so an interrupted experiment goes on where it stood. About half an hour on two free cores.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a run is one thread, so that its CPU seconds are those of a core of its own
+
+import argparse
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import report
+from experiment import ESTIMATORS, Run, Setting, measure_variance, train
+
+from utils.demo import make_demo
+from utils.run import UserError, run_main
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("prepare", "sweep", "train", "variance", "report")
+RATES = (1e-4, 3e-4, 1e-3)
+CRITIC_RATE = 1e-3
+PPO_EPOCHS = (1, 4)
+SWEEP_SEED = 1000  # of no other run
+SUPERVISED = "--learning_rate 3e-3 --weight_decay 0 --num_train_epochs 5"
+RANKING = "--learning_rate 2e-3 --weight_decay 0.1 --num_train_epochs 3"
+BOTH = (
+    f"--data_split {Setting.data_split} --per_device_train_batch_size 32 --per_device_eval_batch_size 64 "
+    "--max_seq_len 96 --lr_scheduler_type cosine --num_warmup_steps 10 --zero_stage 0"
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("output/estimators"), help="folder of the runs (default: %(default)s)")
+    add("--results", type=Path, default=ROOT / "docs/results", help="folder of the report (default: docs/results)")
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to do (default: all)")
+    add("--workers", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
+    add("--seeds", type=int, default=5, help="runs per estimator (default: %(default)s)")
+    add("--tokens", type=int, default=Setting.tokens, help="generated in a run (default: %(default)s)")
+    add("--data", help="corpus, in place of that of `prepare`")
+    add("--actor", help="supervised policy, in place of that of `prepare`")
+    add("--reward", help="reward model, in place of that of `prepare`")
+    args = parser.parse_args()
+    for name in ("workers", "tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.seeds < 2:
+        raise UserError(f"--seeds {args.seeds}: expected at least 2, or there are no intervals")
+    args.output = args.output.resolve()
+    return args
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    return Setting(
+        data=str(args.data or args.output / "demo/data"),
+        actor=str(args.actor or args.output / "sft"),
+        reward=str(args.reward or args.output / "reward"),
+        cache=str(args.output / "cache"),
+        tokens=args.tokens,
+    )
+
+
+def prepare(setting: Setting, output: Path) -> None:
+    """Corpus, supervised policy and reward model, by the stages' own programs; what is there already is kept."""
+    if not Path(setting.data).exists():
+        make_demo(output / "demo")
+    stages = [
+        ("step1_supervised_finetuning", SUPERVISED, output / "demo/models/actor", setting.actor),
+        ("step2_reward_model_finetuning", RANKING, output / "demo/models/reward", setting.reward),
+    ]
+    for stage, flags, model, folder in stages:
+        if (Path(folder) / "config.json").exists():
+            continue
+        paths = ["--data_path", setting.data, "--data_output_path", setting.cache]
+        paths += ["--model_name_or_path", str(model), "--output_dir", folder]
+        command = [sys.executable, "main.py", *paths, *BOTH.split(), *flags.split()]
+        subprocess.run(command, cwd=ROOT / stage, check=True)
+
+
+def in_processes(function: Callable[..., None], jobs: list[tuple], workers: int) -> list[dict]:
+    """The records that function(*job) leaves in job[0], its file; those that are there already are not made again."""
+    missing = [job for job in jobs if not job[0].is_file()]
+    if missing:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(function, *job) for job in missing]
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                print(f"{function.__name__}: {done} of {len(missing)}", flush=True)
+    return [json.loads(job[0].read_text()) for job in jobs]
+
+
+def sweep_runs() -> list[Run]:
+    runs = []
+    for name in ESTIMATORS:
+        ppo = name == "ppo"
+        for rate in RATES:
+            for epochs in PPO_EPOCHS if ppo else (None,):
+                runs.append(Run(name, SWEEP_SEED, rate, CRITIC_RATE if ppo else None, epochs))
+    return runs
+
+
+def chosen_runs(sweep: list[dict], seeds: int, kl: float) -> list[Run]:
+    """Each estimator at the setting with the highest objective at the end of the sweep, with every seed."""
+    runs = []
+    for name in ESTIMATORS:
+        best = max((r for r in sweep if r["run"]["estimator"] == name), key=lambda r: report.final_objective(r, kl))
+        for seed in range(seeds):
+            runs.append(Run(**best["run"] | {"seed": seed, "snapshots": name == "remax" and seed == 0}))
+    return sorted(runs, key=lambda run: (not run.snapshots, run.seed))  # the variance waits for the snapshots
+
+
+def train_all(runs: list[Run], setting: Setting, folder: Path, workers: int) -> list[dict]:
+    return in_processes(train, [(folder / run.name / "run.json", run, setting) for run in runs], workers)
+
+
+def main() -> None:
+    args = parse()
+    setting, output = setting_of(args), args.output
+    if "prepare" in args.stages:
+        prepare(setting, output)
+    sweep = trained = variance = []
+    if {"sweep", "train", "variance", "report"} & set(args.stages):
+        sweep = train_all(sweep_runs(), replace(setting, evaluations=2), output / "sweep", args.workers)
+    if {"train", "variance", "report"} & set(args.stages):
+        runs = chosen_runs(sweep, args.seeds, setting.kl)
+        trained = train_all(runs, setting, output / "train", args.workers)
+    if {"variance", "report"} & set(args.stages):
+        snapshots = output / "train" / runs[0].name
+        policies = {
+            "supervised": setting.actor,
+            "half-trained": str(snapshots / "policy_0.5"),
+            "trained": str(snapshots / "policy_1"),
+        }
+        jobs = [(output / f"variance/{name}.json", path, setting) for name, path in policies.items()]
+        variance = dict(zip(policies, in_processes(measure_variance, jobs, args.workers), strict=True))
+    if "report" in args.stages:
+        args.results.mkdir(parents=True, exist_ok=True)
+        report.write(sweep, trained, variance, setting, args.results)
+        print(f"tables, plots and figures in {args.results}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,115 @@
+"""The comparison of the estimators: its arithmetic by formula, and one run of each part on tiny models."""
+
+import json
+import math
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def modules(root):
+    """The experiment and its report; they stand beside their program, in a folder that is no package."""
+    import importlib
+
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(root / "benchmarks/estimators")
+    yield importlib.import_module("experiment"), importlib.import_module("report")
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def setting(modules, corpus, tiny_model, tiny_reward_model, tmp_path_factory):
+    experiment, _ = modules
+    return experiment.Setting(
+        data=str(corpus),
+        actor=str(tiny_model("llama")),
+        reward=str(tiny_reward_model("llama")),
+        cache=str(tmp_path_factory.mktemp("cache")),
+        answers_per_step=8,
+        tokens=100,
+        evaluations=2,
+        max_answer=8,
+    )
+
+
+def test_every_estimator_pays_the_same_answers(modules):
+    experiment, _ = modules
+    for estimator in experiment.ESTIMATORS.values():
+        algorithm = experiment.make_algorithm(estimator, kl=0.1)
+        assert estimator.answers == algorithm.samples_per_prompt + algorithm.greedy
+
+
+@pytest.mark.parametrize("name", ["remax", "ppo"])
+def test_a_run_spends_its_tokens(modules, setting, tmp_path, name):
+    experiment, report = modules
+    ppo = name == "ppo"
+    run = experiment.Run(name, 0, 1e-3, 1e-3 if ppo else None, 2 if ppo else None, snapshots=not ppo)
+    path = tmp_path / run.name / "run.json"
+    experiment.train(path, run, setting)
+    points = json.loads(path.read_text())["points"]
+    assert [point["tokens"] >= share * 100 for point, share in zip(points, (0, 0.5, 1), strict=True)] == [True] * 3
+    # a step generates 8 answers of 1 to 8 tokens, so the budget is passed by less than 64
+    assert points[-1]["tokens"] < 164 and points[-1]["steps"] >= 2
+    assert points[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert -3 <= points[-1]["true_reward"] <= 3
+    assert {child.name for child in path.parent.glob("policy_*")} == (set() if ppo else {"policy_0.5", "policy_1"})
+    # (0 + 100)/2 = 50 tokens are reached half-way between these two points
+    line = [{"tokens": 0, "x": 1.0}, {"tokens": 100, "x": 3.0}]
+    assert report.at(line, "tokens", 50, lambda point: point["x"]) == 2.0
+
+
+def test_gradient_variance(modules, setting, tmp_path):
+    experiment, report = modules
+    probes = {name: experiment.PROBES[name] for name in ("reinforce", "reinforce, reward + 2", "remax", "rloo_4")}
+    probes["remax, reward + 2"] = experiment.PROBES["remax, reward + 2"]
+    path = tmp_path / "variance.json"
+    experiment.measure_variance(
+        path, setting.actor, setting, blocks=2, prompts=2, critic_steps=1, critic_rate=1e-3, probes=probes
+    )
+    record = json.loads(path.read_text())
+    figures = {name: record["probes"][name]["all"] for name in probes}
+    # The greedy answer moves with the reward, nothing else does: r + 2 - (b + 2) = r - b
+    shifted = figures["remax, reward + 2"]["unit_variance"]
+    assert shifted == pytest.approx(figures["remax"]["unit_variance"], rel=1e-4)
+    assert figures["reinforce, reward + 2"]["unit_variance"] > 2 * figures["reinforce"]["unit_variance"]
+    assert figures["remax"]["tokens_per_unit"] > figures["reinforce"]["tokens_per_unit"]
+    assert figures["rloo_4"]["tokens_per_unit"] == pytest.approx(4 * figures["reinforce"]["tokens_per_unit"])
+    assert record["answers"] == 2 * 2 * 4
+    assert report.ratio(record["probes"]["remax"], record["probes"]["remax"]).startswith("1.00")
+
+
+def test_compare_by_hand(modules):
+    experiment, _ = modules
+    # Two blocks of two units each, gradients (1, 0), (3, 0) and (2, 1), (2, -1): block means (2, 0) and (2, 0).
+    # |E g|^2 = (2, 0).(2, 0) = 4;  E|g|^2 = (1 + 9 + 5 + 5) / 4 = 5;  so the variance is 1.
+    blocks = []
+    for gradients in ([(1.0, 0.0), (3.0, 0.0)], [(2.0, 1.0), (2.0, -1.0)]):
+        block = experiment.Block(torch.zeros(2))
+        for gradient in gradients:
+            block.add(torch.tensor(gradient), tokens=500)
+        blocks.append(block)
+    figures = experiment.compare([(block, block) for block in blocks])
+    assert figures == pytest.approx(
+        {"unit_variance": 1.0, "tokens_per_unit": 500.0, "variance": 0.5, "signal": 4.0, "cosine": 1.0}
+    )
+
+
+def test_intervals(modules):
+    _, report = modules
+    # sample standard deviation of 1, 2, 3 is 1; t with 2 degrees of freedom is 4.303
+    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+    # Welch with equal spreads: 4 degrees of freedom, error sqrt(1/3 + 1/3)
+    assert report.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx((1.0, 2.776 * math.sqrt(2 / 3)))
+    # The jackknife of a mean is its standard error: of 1, 2, 3 without one each, 2.5, 2, 1.5
+    assert report.jackknife(2.0, [2.5, 2.0, 1.5]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+
+
+def test_the_report_keeps_the_prose(modules, tmp_path):
+    _, report = modules
+    document = tmp_path / "estimators.md"
+    document.write_text("# Title\n<!-- begin tokens -->\nold\n<!-- end tokens -->\nWhat it means.\n")
+    report.fill(document, {"tokens": r"new \1", "sweep": "added"})
+    text = document.read_text()
+    assert "old" not in text and "\nnew \\1\n" in text and "What it means.\n" in text
+    assert text.index("What it means.") < text.index("added")
