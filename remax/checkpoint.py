@@ -84,7 +84,7 @@ def export(
 def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
     """An empty model of the same configuration, so that saving neither sees adapters nor moves any weight."""
     with torch.device("meta"):
-        plain = type(hf)(hf.config)
+        plain = type(hf)(hf.config).to(hf.dtype)  # the config will name this number format
     if hf.can_generate():
         plain.generation_config = hf.generation_config
     return plain

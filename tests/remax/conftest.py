@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from remax.sequences import Sequences
+from utils.distributed import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_config(architecture: str, **fields):
@@ -122,7 +131,64 @@ def random_sequences(seed: int, rows: int, vocabulary: int, *, longest: int = 9,
     return Sequences(ids.masked_fill(~sequences.mask, pad_id), prompt_lengths, answer_lengths)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sequences_of():
     """sequences_of(seed, rows, vocabulary) -> Sequences of random tokens and unequal lengths."""
     return random_sequences
+
+
+@pytest.fixture(scope="session")
+def save_rows(tmp_path_factory):
+    """save_rows(seed, rows, vocabulary) -> path of random sequences, for the worker."""
+    folder = tmp_path_factory.mktemp("rows")
+
+    def save(seed: int, rows: int, vocabulary: int) -> str:
+        path = folder / f"{seed}-{rows}-{vocabulary}.pt"
+        sequences = random_sequences(seed, rows, vocabulary)
+        torch.save({f.name: getattr(sequences, f.name) for f in dataclasses.fields(sequences)}, path)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory):
+    """run_ranks(checks, ranks) -> (results by name, folder): worker.py on so many ranks, one process each."""
+
+    def run(checks: list[dict], ranks: int, timeout: float = 300) -> tuple[dict, Path]:
+        folder = tmp_path_factory.mktemp(f"{ranks}_ranks")
+        job = folder / "job.json"
+        job.write_text(json.dumps({"folder": str(folder), "checks": checks}))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        # DeepSpeed asks the PATH for ninja when it looks for its compiled optimizer.
+        common["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(job)]
+        logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
+        processes = [
+            subprocess.Popen(
+                command,
+                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            until = time.monotonic() + timeout
+            while any(process.poll() is None for process in processes) and time.monotonic() < until:
+                if any(process.poll() for process in processes):
+                    break  # the others would wait for the one that failed
+                time.sleep(0.1)
+            codes = [process.poll() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if codes != [0] * ranks:
+            tails = [f"--- rank {i}, exit status {c}\n{logs[i].read_text()[-4000:]}" for i, c in enumerate(codes)]
+            reason = f"worker failed (None: still running, limit {timeout:.0f} s)"
+            pytest.fail("\n".join([reason, *tails]), pytrace=False)
+        return json.loads((folder / "results.json").read_text()), folder
+
+    return run

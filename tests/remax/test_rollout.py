@@ -110,7 +110,7 @@ def exact(model, prompt: list[int], length: int, sampling: Sampling) -> dict[tup
 )
 def test_sampled_rows_follow_the_model(sampling, tiny):
     # 4000 answers to each of two left-padded prompts against the probabilities of all answers. The statistic
-    # sum (n - N p)^2 / (N p) has mean k - 1 and variance 2 (k - 1) over the cells (answers with N p >= 5, and the rest).
+    # sum (n - N p)^2 / (N p) over k cells (the answers with N p >= 5, and the rest) has mean k - 1, variance 2 (k - 1).
     draws, prompts = 4000, Prompts(torch.tensor([[PAD, PAD, 3], [4, 3, 2]]), torch.tensor([1, 3]))
     torch.manual_seed(0)
     sampled, greedy = rollout(tiny, prompts, GenerationSettings(3, PAD, sampling), samples=draws)

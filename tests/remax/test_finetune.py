@@ -1,0 +1,154 @@
+"""The loop of steps 1 and 2: what an optimizer step is a mean of, and when it evaluates, logs and stops."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from remax.engines import StepResult
+from remax.finetune import (
+    FinetuneSettings,
+    Ranking,
+    Supervised,
+    finetune,
+    groups,
+    optimizer_step,
+    steps_per_epoch,
+    total_steps,
+)
+from remax.logprobs import PolicyOutput
+from remax.sequences import Sequences
+from utils.metrics import MetricsLogger
+
+
+class Engine:
+    """One weight w, trained by plain gradient descent; the log-prob of every token is w * id, the score w * last id."""
+
+    def __init__(self, weight: float = 0.5, rate: float = 0.01):
+        self.w, self.rate = torch.tensor(weight, requires_grad=True), rate
+        self.model, self.lasts, self.training = torch.nn.Module(), [], None
+
+    def train(self, mode: bool = True) -> None:
+        self.training = mode
+
+    def logprobs(self, sequences: Sequences) -> PolicyOutput:
+        return PolicyOutput(self.w * sequences.answer_ids)
+
+    def score(self, sequences: Sequences) -> torch.Tensor:
+        return self.w * sequences.input_ids[torch.arange(len(sequences)), sequences.end_index]
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+        self.lasts.append(last)
+
+    def step(self) -> StepResult:
+        gradient = self.w.grad.item()
+        with torch.no_grad():
+            self.w -= self.rate * self.w.grad
+        self.w.grad = None
+        return StepResult(self.rate, abs(gradient), False)
+
+
+def supervised(ids: list[list[int]], prompt_lengths: list[int], lengths: list[int]) -> dict[str, torch.Tensor]:
+    tensors = {"input_ids": ids, "prompt_lengths": prompt_lengths, "lengths": lengths, "weight": [1.0] * len(ids)}
+    return {name: torch.tensor(values) for name, values in tensors.items()}
+
+
+BATCHES = [supervised([[9, 1, 2], [9, 9, 4]], [1, 2], [3, 3]), supervised([[9, 5, 7]], [1], [2])]
+
+
+def test_a_step_is_a_mean_over_the_answer_tokens_of_all_its_micro_batches():
+    # Answers 1 2 / 4 / 5 (the prompt's 9s and the 7 behind the end do not count): mean of -w * id over 4 tokens is
+    # -0.5 * 12 / 4, the gradient -12 / 4. A mean of the micro-batches' means would give (-7 / 3 - 5 / 1) / 2 instead.
+    engine = Engine()
+    figures = optimizer_step(Supervised(engine, []), list(BATCHES))
+    assert figures == pytest.approx({"loss": -1.5, "grad_norm": 3.0, "lr": 0.01})
+    assert engine.lasts == [False, True]
+    assert engine.w.item() == pytest.approx(0.5 + 0.01 * 3)
+
+
+def test_a_ranking_step_is_a_mean_over_pairs():
+    # Pairs (4, 2), (3, 3), (1, 5) of last tokens, scores w times that: -log sigmoid(w * (c - r)).
+    def pairs(chosen: list[int], rejected: list[int]) -> dict[str, torch.Tensor]:
+        n = torch.tensor([2] * len(chosen))
+        batch = {"prompt_lengths": n - 1, "chosen_lengths": n, "rejected_lengths": n}
+        for name, ids in (("chosen", chosen), ("rejected", rejected)):
+            batch[f"{name}_ids"] = torch.tensor([[9, i] for i in ids])
+        return batch
+
+    figures = optimizer_step(Ranking(Engine(), []), [pairs([4, 3], [2, 3]), pairs([1], [5])])
+    losses = [math.log1p(math.exp(-0.5 * d)) for d in (2, 0, -4)]
+    assert figures["loss"] == pytest.approx(sum(losses) / 3)
+    assert figures["margin"] == pytest.approx(0.5 * (2 + 0 - 4) / 3)
+    assert figures["accuracy"] == pytest.approx(1 / 3)  # a tie is no success
+
+
+def test_steps():
+    assert [list(groups(range(5), 2)), steps_per_epoch(5, 2)] == [[[0, 1], [2, 3], [4]], 3]
+    assert total_steps(FinetuneSettings(epochs=2, accumulation=2), 5) == 6
+    assert total_steps(FinetuneSettings(epochs=2, accumulation=2, max_steps=4), 5) == 4
+    assert total_steps(FinetuneSettings(epochs=2, max_steps=400), 5) == 10
+
+
+class Loader(list):
+    """Batches with a sampler that notes its epochs."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.sampler, self.epochs = self, []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+class Noting(Supervised):
+    """Evaluation counts its calls, and must happen in evaluation mode."""
+
+    calls = 0
+
+    def evaluate(self) -> dict[str, float]:
+        assert self.engine.training is False
+        self.calls += 1
+        return {"loss": 1.0 / self.calls, "perplexity": 10.0 - self.calls}
+
+
+def run(tmp_path, **settings) -> tuple[Noting, Loader, list, dict, list[dict]]:
+    task, loader, seen = Noting(Engine(), []), Loader(BATCHES * 2), []
+    metrics = MetricsLogger(tmp_path)
+    results = finetune(task, loader, FinetuneSettings(**settings), metrics, lambda step, _: seen.append(step))
+    metrics.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return task, loader, seen, results, lines
+
+
+def test_evaluation_before_at_each_epochs_end_and_after(tmp_path):
+    task, loader, seen, results, lines = run(tmp_path, epochs=2, accumulation=3)
+    assert loader.epochs == [0, 1] and seen == [2, 4] and task.calls == 3
+    assert results == {"before": {"loss": 1.0, "perplexity": 9.0}, "after": {"loss": 1 / 3, "perplexity": 7.0}}
+    assert [(line["step"], line["epoch"], "eval/loss" in line) for line in lines] == [
+        (0, 0.0, True),
+        (1, 0.5, False),
+        (2, 1.0, False),
+        (2, 1.0, True),
+        (3, 1.5, False),
+        (4, 2.0, False),
+        (4, 2.0, True),
+    ]
+    assert task.engine.lasts == [False, False, True, True] * 2  # an epoch's last step has what is left
+
+
+def test_evaluation_every_n_steps_and_max_steps(tmp_path):
+    task, _, seen, _, lines = run(tmp_path, epochs=5, max_steps=7, evaluate_every=3)
+    assert seen == [3, 6, 7]
+    assert max(line["step"] for line in lines) == 7
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path):
+    task = Noting(Engine(weight=float("nan")), [])
+    metrics = MetricsLogger(tmp_path)
+    with pytest.raises(RuntimeError, match="step 1: loss is nan .*learning rate"):
+        finetune(task, Loader(BATCHES), FinetuneSettings(epochs=1), metrics)
+    metrics.close()

@@ -1,0 +1,434 @@
+"""What the tests let real DeepSpeed ranks do: `python worker.py JOB.json`, once per rank.
+
+A job is {"folder": where results go, "checks": [{"check": function below, "name": ..., further arguments}, ...]}. The
+checks run one after the other in the same processes; rank 0 writes what they return into results.json, and weights
+into NAME.pt.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from remax.algorithms import build_algorithm, build_penalty
+from remax.checkpoint import export, full_state_dict
+from remax.deepspeed_config import EngineConfig
+from remax.ema import WeightAverage
+from remax.engines import Actor, OptimizerConfig, Reference, Reward, TrainedReward, loading
+from remax.evaluation import First, evaluate_policy, perplexity, ranking_accuracy
+from remax.finetune import FinetuneSettings, Ranking, Supervised, finetune, total_steps
+from remax.logprobs import Sampling
+from remax.losses import ranking_losses, supervised_loss
+from remax.modeling import add_lora, evaluating, load_policy, quiet_libraries
+from remax.reward_model import load_reward_model, prepare_pad_token
+from remax.rollout import GenerationSettings
+from remax.sequences import Prompts, Rollout, Sequences
+from remax.trainer import Timer, Trainer, TrainerSettings
+from utils.data.loaders import build_loaders
+from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
+from utils.metrics import MetricsLogger
+from utils.tokenizer import load_tokenizer
+
+RATE = 3e-3
+EPSILON = 1e-3  # Adam's: with 1e-8 it divides noise by noise where a gradient is zero but for rounding
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a model is loaded and spread: what the checks have in common."""
+
+    model: str
+    zero_stage: int = 0
+    offload: bool = False
+    offload_parameters: bool = False
+    dtype: str = "fp32"
+    micro_batch: int = 8
+    gradient_checkpointing: bool = False
+    lora: str | None = None  # name of the layers with adapters
+    new_pad: bool = False  # a pad token is added to the tokenizer, as in step 2
+    new_head: bool = False
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(
+            self.zero_stage, self.offload, self.offload_parameters, self.dtype, self.micro_batch, gradient_clipping=1.0
+        )
+
+    @property
+    def tokenizer(self):
+        tokenizer = load_tokenizer(self.model)
+        if self.new_pad:
+            prepare_pad_token(tokenizer)
+        return tokenizer
+
+    def policy(self):
+        options = {"gradient_checkpointing": self.gradient_checkpointing, "tokenizer": self.tokenizer}
+        with loading(self.config):
+            model = load_policy(self.model, "--model", dtype=self.config.torch_dtype, **options)
+        if self.lora:
+            add_lora(model.hf, 3, self.lora, True, "--lora_module_name")
+        return model
+
+    def scorer(self):
+        options = {"tokenizer": self.tokenizer, "new_head": self.new_head}
+        with loading(self.config):
+            return load_reward_model(self.model, "--model", dtype=self.config.torch_dtype, **options)
+
+    def actor(self, **options) -> Actor:
+        return with_epsilon(Actor(self.policy(), self.config, optimizer(), **options))
+
+    def trained_reward(self) -> TrainedReward:
+        return with_epsilon(TrainedReward(self.scorer(), self.config, optimizer()))
+
+
+def optimizer() -> OptimizerConfig:
+    return OptimizerConfig(RATE, total_steps=10, warmup_steps=2, schedule="cosine", weight_decay=0.1)
+
+
+def with_epsilon(trained):
+    for group in trained.engine.optimizer.param_groups:
+        group["eps"] = EPSILON
+    return trained
+
+
+def load_rows(path: str) -> Sequences:
+    return Sequences(**torch.load(path))
+
+
+def mine(rows: torch.Tensor | list[int] | range) -> torch.Tensor:
+    """This rank's share of the rows."""
+    return torch.as_tensor(list(rows))[rank() :: world_size()]
+
+
+def save_weights(folder: Path, name: str, trained) -> None:
+    state = full_state_dict(trained.model.hf, trained.zero3)
+    if is_main():
+        torch.save(state, folder / f"{name}.pt")
+
+
+def take_steps(trained, steps: int, loss_of, rows: int, micro_batch: int) -> dict:
+    """Optimizer steps over this rank's share of all rows; loss_of(step, rows) is the rows' share of the loss."""
+    losses, norms, rates = [], [], []
+    trained.train()
+    for step in range(steps):
+        total, parts = torch.zeros(()), mine(range(rows)).split(micro_batch)
+        for i, part in enumerate(parts):
+            loss = loss_of(step, part)
+            trained.backward(loss, last=i == len(parts) - 1)
+            total += loss.detach().float()
+        result = trained.step()
+        losses.append(sum_across_ranks({"loss": total})["loss"])
+        norms.append(result.grad_norm)
+        rates.append(result.learning_rate)
+        assert not result.skipped
+    return {"losses": losses, "grad_norms": norms, "learning_rates": rates}
+
+
+# --- training
+
+
+def train_policy(folder: Path, name: str, rows: list[str], steps: int, chunk_size: int = 1024, **spread) -> dict:
+    """Steps on files of sequences: minus their mean log-prob per token."""
+    spread = Spread(**spread)
+    actor = spread.actor(chunk_size=chunk_size)
+    files = [load_rows(path) for path in rows]
+
+    def loss_of(step: int, part: torch.Tensor) -> torch.Tensor:
+        everything = files[step % len(files)]
+        sequences = everything.select(part)
+        tokens = int(everything.answer_lengths.sum())
+        return supervised_loss(actor.logprobs(sequences).logprobs, sequences.answer_mask, tokens)
+
+    figures = take_steps(actor, steps, loss_of, len(files[0]), spread.micro_batch)
+    save_weights(folder, name, actor)
+    return figures
+
+
+def train_reward(folder: Path, name: str, rows: list[str], steps: int, **spread) -> dict:
+    """Steps on pairs: even rows of a file are chosen over odd ones."""
+    spread = Spread(**spread)
+    reward = spread.trained_reward()
+    files = [load_rows(path) for path in rows]
+    pairs = len(files[0]) // 2
+
+    def loss_of(step: int, part: torch.Tensor) -> torch.Tensor:
+        scores = reward.score(files[step % len(files)].select(torch.cat([2 * part, 2 * part + 1])))
+        chosen, rejected = scores.chunk(2)
+        return ranking_losses(chosen, rejected).sum() / pairs
+
+    figures = take_steps(reward, steps, loss_of, pairs, spread.micro_batch)
+    save_weights(folder, name, reward)
+    return figures
+
+
+# --- the update of the RL loop, cut in all ways
+
+
+def fixed_rollout(path: str, rows: torch.Tensor) -> Rollout:
+    """The rows of a saved rollout."""
+    fields = torch.load(path)
+    return Rollout(Sequences(**fields.pop("sequences")), **fields).select(rows)
+
+
+def trainer_update(
+    folder: Path,
+    name: str,
+    rollouts: list[str],
+    order: list[int] | None = None,
+    rollouts_per_step: int = 1,
+    extra_columns: int = 0,
+    algorithm: dict | None = None,
+    critic: dict | None = None,
+    **spread,
+) -> dict:
+    """One step of the RL loop per saved rollout, with the actor's collecting replaced by the saved rows."""
+    spread = Spread(**spread)
+    settings = {"name": "remax", **(algorithm or {})}
+    if (penalty := settings.pop("penalty", None)) is not None:
+        start = build_algorithm(settings["name"]).kl
+        settings["kl"] = build_penalty(start, **penalty)
+    actor = spread.actor(chunk_size=16)
+    value_model = replace(spread, **critic).trained_reward() if critic else None
+    reference = Reference(Spread(spread.model).policy(), EngineConfig())
+    trainer = Trainer(
+        actor,
+        reference,
+        reward=None,
+        algorithm=build_algorithm(**settings, sum_across_ranks=sum_across_ranks),
+        settings=TrainerSettings(micro_batch_size=spread.micro_batch, rollouts_per_step=rollouts_per_step),
+        evaluate=None,
+        metrics=None,
+        pad_id=spread.tokenizer.pad_token_id,
+        critic=value_model,
+    )
+
+    def collect(batch: tuple[str, torch.Tensor], timer: Timer) -> Rollout:
+        rollout = fixed_rollout(*batch)
+        sequences = rollout.sequences
+        wide = torch.nn.functional.pad(sequences.input_ids, (0, extra_columns), value=7)
+        rollout = replace(rollout, sequences=replace(sequences, input_ids=wide))
+        if trainer.reference_head is not None:
+            rollout = replace(rollout, reference_hidden=reference.hidden(rollout.sequences))
+        if value_model is not None:
+            old = actor.old_logprobs(rollout.sequences)
+            rollout = replace(rollout, old_logprobs=old, values=value_model.old_values(rollout.sequences))
+        with timer("generation"):
+            return rollout
+
+    trainer.collect = collect
+    figures = []
+    for path in rollouts:
+        rows = len(torch.load(path)["rewards"])
+        shares = mine(order or range(rows)).tensor_split(rollouts_per_step)
+        _, step_figures = trainer.step([(path, share) for share in shares])
+        figures.append({k: v for k, v in step_figures.items() if "second" not in k})
+    save_weights(folder, name, actor)
+    if value_model is not None:
+        save_weights(folder, f"{name}-critic", value_model)
+    return {"figures": figures}
+
+
+# --- ZeRO-3: generation and frozen models
+
+
+def generate(
+    folder: Path, name: str, prompts: dict, eos_ids: list[int], gather: bool, max_new_tokens: int, rows: str, **spread
+) -> dict:
+    """Greedy answers, a training step, greedy answers again; rank r takes every world_size-th prompt."""
+    spread = Spread(**spread)
+    settings = GenerationSettings(max_new_tokens, spread.tokenizer.pad_token_id)
+    actor = spread.actor(generation=settings, gather_for_generation=gather)
+    actor.model.hf.generation_config.eos_token_id = eos_ids
+    share = mine(range(len(prompts["lengths"])))
+    batch = Prompts(torch.tensor(prompts["input_ids"])[share], torch.tensor(prompts["lengths"])[share])
+
+    def answer() -> list[list[int]]:
+        sampled, greedy = actor.rollout(batch)
+        assert len(sampled) == len(greedy) == len(batch)
+        texts = [greedy.input_ids[i, : greedy.lengths[i]].tolist() for i in range(len(greedy))]
+        shares = gather_objects(texts)
+        return [shares[i % world_size()][i // world_size()] for i in range(len(prompts["lengths"]))]
+
+    before = answer()
+    everything = load_rows(rows)
+
+    def loss_of(step: int, part: torch.Tensor) -> torch.Tensor:
+        sequences = everything.select(part)
+        tokens = int(everything.answer_lengths.sum())
+        return supervised_loss(actor.logprobs(sequences).logprobs, sequences.answer_mask, tokens)
+
+    figures = take_steps(actor, 3, loss_of, len(everything), spread.micro_batch)
+    after = answer()
+    save_weights(folder, name, actor)
+    return {"before": before, "after": after, "training": actor.model.training, "backend": actor.backend, **figures}
+
+
+def frozen(folder: Path, name: str, rows: str, scorer: str, sampling: list, chunk_size: int, **spread) -> dict:
+    """Reference log-probs, reward scores, and the KL of a trained actor to the reference, over all rows in order."""
+    spread = Spread(**spread)
+    sampling = Sampling(*sampling)
+    reference = Reference(spread.policy(), spread.config, sampling=sampling, chunk_size=chunk_size)
+    reward = Reward(replace(spread, model=scorer).scorer(), spread.config)
+    other = replace(spread, zero_stage=2, offload=False)
+    actor = other.actor(sampling=sampling, chunk_size=chunk_size)
+    everything = load_rows(rows)
+    share = mine(range(len(everything)))
+    if rank() == 0:
+        share = share[: len(share) - 1]  # unequal numbers of rows, and of chunks, on the ranks
+    sequences = everything.select(share)
+    with torch.no_grad():  # the actor's weights differ from the reference's
+        for parameter in actor.model.parameters():
+            parameter.mul_(1.05)
+    output = actor.logprobs(
+        sequences, entropy=True, reference_hidden=reference.hidden(sequences), reference_head=reference.head()
+    )
+    values = {
+        "reference_logprobs": reference.logprobs(sequences),
+        "scores": reward.score(sequences),
+        "full_kl": output.full_kl,
+        "logprobs": output.logprobs,
+    }
+    table = {int(row): {k: v[i].tolist() for k, v in values.items()} for i, row in enumerate(share)}
+    return {"rows": {row: values for part in gather_objects(table) for row, values in part.items()}}
+
+
+# --- exports
+
+
+def export_policy(folder: Path, name: str, rows: str, average: bool = False, **spread) -> dict:
+    """A training step, then the export, and what the engine says of some rows."""
+    spread = Spread(**spread)
+    actor = spread.actor()
+    everything = load_rows(rows)
+    ema = WeightAverage(actor.model.hf, zero3=actor.zero3, decay=0.75) if average else None
+
+    def loss_of(step: int, part: torch.Tensor) -> torch.Tensor:
+        sequences = everything.select(part)
+        return supervised_loss(actor.logprobs(sequences).logprobs, sequences.answer_mask, 10)
+
+    start = full_state_dict(actor.model.hf, actor.zero3)
+    losses = []
+    for _ in range(2):  # exporting must not disturb the training
+        losses += take_steps(actor, 1, loss_of, len(everything), spread.micro_batch)["losses"]
+        export(actor.model, spread.tokenizer, folder / name, zero3=actor.zero3)
+        if ema is not None:
+            ema.update()
+    save_weights(folder, name, actor)
+    if ema is not None:
+        export(actor.model, spread.tokenizer, folder / f"{name}-average", zero3=actor.zero3, state=ema.state())
+        if is_main():
+            torch.save(start, folder / f"{name}-start.pt")
+    return {"losses": losses, "logprobs": actor.old_logprobs(everything).tolist()}
+
+
+def export_reward(folder: Path, name: str, texts: list[list[str]], **spread) -> dict:
+    """As step 2 ends: the scores of some texts and the export."""
+    spread = Spread(**spread)
+    torch.manual_seed(rank())
+    reward, tokenizer = spread.trained_reward(), spread.tokenizer
+    rows = []
+    for prompt, answer in texts:
+        start, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+        rows.append((start, rest + [tokenizer.eos_token_id]))
+    width = max(len(start) + len(rest) for start, rest in rows)
+    ids = [start + rest + [tokenizer.pad_token_id] * (width - len(start) - len(rest)) for start, rest in rows]
+    lengths = [torch.tensor([len(part) for part in parts]) for parts in zip(*rows, strict=True)]
+    sequences = Sequences(torch.tensor(ids), *lengths)
+    chosen = mine(range(len(sequences)))
+
+    def loss_of(step: int, part: torch.Tensor) -> torch.Tensor:
+        return -reward.score(sequences.select(part)).sum() / len(sequences)
+
+    take_steps(reward, 2, loss_of, len(sequences), spread.micro_batch)
+    export(reward.model, tokenizer, folder / name, zero3=reward.zero3)
+    save_weights(folder, name, reward)
+    with evaluating(reward.model), torch.no_grad():
+        return {"scores": reward.score(sequences).tolist(), "share": chosen.tolist()}
+
+
+# --- evaluation and fine-tuning
+
+
+def loaders(stage: int, spread: Spread, data: str, batch: int, cache: str):
+    return build_loaders(
+        stage=stage,
+        tokenizer=spread.tokenizer,
+        data_path=[data],
+        data_output_path=cache,
+        max_len=96,
+        train_batch_size=batch,
+        eval_batch_size=2,
+        data_split="1,1,1",
+        seed=0,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def evaluate(folder: Path, name: str, data: str, scorer: str, cache: str, **spread) -> dict:
+    """All figures on an odd number of held-out rows."""
+    spread = Spread(**spread)
+    scores = replace(spread, model=scorer)
+    actor = spread.actor(generation=GenerationSettings(8, spread.tokenizer.pad_token_id))
+    reference = Reference(spread.policy(), spread.config)
+    with torch.no_grad():
+        for parameter in actor.model.parameters():
+            parameter.mul_(1.02)
+    _, supervised = loaders(0, spread, data, 1, cache)
+    _, ranking = loaders(1, spread, data, 1, cache)
+    _, prompts = loaders(2, spread, data, 1, cache)
+    policy = evaluate_policy(
+        actor, reference, Reward(scores.scorer(), spread.config), prompts, spread.tokenizer, greedy=True
+    )
+    return {
+        "perplexity": perplexity(actor, supervised),
+        "first": perplexity(actor, First(supervised, 1)),
+        "ranking": ranking_accuracy(scores.trained_reward(), ranking),
+        "policy": policy.figures,
+        "answers": sorted(policy.answers, key=lambda row: (row["prompt"], row["answer"])),
+        "training": actor.model.training,
+    }
+
+
+def fine_tune(
+    folder: Path, name: str, task: str, data: str, cache: str, batch: int, accumulation: int, max_steps: int, **spread
+) -> dict:
+    """A whole fine-tuning of step 1 or 2."""
+    spread = Spread(**spread)
+    set_seed(0)
+    train_loader, eval_loader = loaders(("supervised", "ranking").index(task), spread, data, batch, cache)
+    settings = FinetuneSettings(epochs=2, accumulation=accumulation, max_steps=max_steps, evaluate_every=2)
+    if task == "supervised":
+        job = Supervised(spread.actor(), eval_loader)
+    else:
+        job = Ranking(spread.trained_reward(), eval_loader)
+    metrics = MetricsLogger(folder / name, drop_after=-1)
+    seen = []
+    results = finetune(job, train_loader, settings, metrics, lambda step, figures: seen.append(step))
+    metrics.close()
+    return {"results": results, "evaluated": seen, "steps": total_steps(settings, len(train_loader))}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    quiet_libraries()
+    init_distributed()
+    folder, results = Path(job["folder"]), {}
+    for check in job["checks"]:
+        function, name = globals()[check.pop("check")], check["name"]
+        results[name] = function(folder, **check)
+        gc.collect()
+        if is_main():
+            (folder / "results.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
