@@ -8,14 +8,14 @@ OUTPUT=${OUTPUT:-$ROOT/output/demo/reward}
 
 launch \
     --data_path "$DATA" \
-    --data_split 2,4,4 \
+    --data_split 4,4,2 \
     --model_name_or_path "$MODEL" \
     --per_device_train_batch_size $((32 / RANKS)) \
-    --per_device_eval_batch_size 16 \
+    --per_device_eval_batch_size 50 \
     --max_seq_len 96 \
-    --learning_rate 1e-3 \
+    --learning_rate 2e-3 \
     --weight_decay 0.1 \
-    --num_train_epochs 1 \
+    --num_train_epochs 3 \
     --gradient_accumulation_steps 1 \
     --lr_scheduler_type cosine \
     --num_warmup_steps 0 \
