@@ -391,7 +391,8 @@ def test_pairs_of_a_data_set(corpus, tokenizer):
 
 
 def test_data_without_pairs_is_skipped(tmp_path, tokenizer):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "Human: a Assistant:", "chosen": " b"}\n' * 30)
+    rows = [{"prompt": "Human: a Assistant:", "chosen": f" {i}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert doctor.held_out_pairs([str(tmp_path / "rows.jsonl")], tokenizer, max_len=100) is None
     assert [found.result for found in doctor.check_ranking(None, None)] == [SKIPPED]
 

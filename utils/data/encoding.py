@@ -2,38 +2,56 @@
 
 The prompt is encoded with the tokenizer's own beginning (BOS or none, never two). The answer's tokens are those it has
 in the joint text; where the joint text merges a token across the seam, the answer is encoded alone. An end token
-follows, unless the answer was cut: a cut answer must not teach the model to stop there.
+follows, unless the answer was cut: a cut answer must not teach the model to stop there. In a dialogue of several turns
+step 1 learns the last answer, or all of them: a `loss_mask` then says which of the tokens behind the first prompt.
 """
 
 import hashlib
 import json
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.preferences import cache_file, fingerprint_of, report_dropped
+from utils.data.preferences import (
+    SHOWN_ROWS,
+    as_record,
+    as_words,
+    cache_file,
+    code_of,
+    fingerprint_of,
+    listing,
+    report_dropped,
+    tally,
+)
 from utils.distributed import print0
 from utils.run import UserError
 
 IDS = List(Value("int32"))
 FEATURES = {
-    "supervised": Features({"input_ids": IDS, "prompt_length": Value("int32")}),
-    "ranking": Features({"chosen_ids": IDS, "rejected_ids": IDS, "prompt_length": Value("int32")}),
+    "supervised": Features({"input_ids": IDS, "prompt_length": Value("int32"), "loss_mask": List(Value("bool"))}),
+    "ranking": Features(
+        {"chosen_ids": IDS, "rejected_ids": IDS, "prompt_length": Value("int32"), "margin": Value("float32")}
+    ),
     "prompts": Features({"input_ids": IDS, "prompt": Value("string")}),
 }
-# What happened to a row, and the length that it would have had: read again from the cache at every start.
-FATE = Features({"dropped": Value("string"), "cut": Value("bool"), "full_length": Value("int32")})
+OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has them
+# What happened to a row, and the length that its prompt would have had: read again from the cache at every start.
+FATE = Features(
+    {"dropped": Value("string"), "cut": Value("bool"), "prompt_cut": Value("bool"), "full_length": Value("int32")}
+)
 NEEDS = {
     "supervised": ("chosen", "step 1 learns from answers: expected a column chosen or completion"),
     "ranking": ("rejected", "step 2 learns from pairs: expected the columns chosen and rejected"),
+    "prompts": ("prompt", "step 3 starts from prompts; plain text serves step 1 and --unsupervised_dataset_name"),
 }
 TOO_LONG = "whose prompt alone fills --max_seq_len"
+TRAIN_ON = ("last", "all")
+Overlong = Literal["cut", "drop"]
 # Texts whose end stays a token border whatever follows, tried in turn.
 SEAMS = ("\n", ":", "x", "é")
 
@@ -125,43 +143,115 @@ def keep_end(ids: list[int], max_len: int, first: list[int]) -> list[int]:
 # Batches of rows, for Dataset.map
 
 
-def supervised_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int) -> dict[str, list]:
-    """Rows with prompt and chosen -> input_ids, prompt_length and their fate."""
+def supervised_batch(
+    batch: dict[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    max_len: int,
+    overlong: Overlong = "drop",
+    train_on: str = "last",
+) -> dict[str, list]:
+    """Rows with prompt and chosen -> input_ids, prompt_length, loss_mask and their fate.
+
+    loss_mask: of the tokens behind the prompt; None where all of them are learned.
+    """
     rows = []
     prompts, answers = batch["prompt"], batch["chosen"]
-    plain = plain_ids(tokenizer, prompts)
-    heads = with_beginning(beginning(tokenizer), plain)
-    tails = encode_answers(tokenizer, prompts, plain, [answer or "" for answer in answers])
-    for prompt, answer, head, tail in zip(prompts, answers, heads, tails, strict=True):
+    first = beginning(tokenizer)
+    plain = plain_ids(tokenizer, [prompt or "" for prompt in prompts])
+    heads = with_beginning(first, plain)
+    tails = encode_answers(tokenizer, [prompt or "" for prompt in prompts], plain, [answer or "" for answer in answers])
+    places = batch.get("earlier") or [[]] * len(prompts)
+    for prompt, answer, head, tail, earlier in zip(prompts, answers, heads, tails, places, strict=True):
+        mask, dropped = None, unusable(prompt, [answer])
+        if not dropped and train_on == "all" and earlier is None:
+            dropped = "whose earlier answers the chat template rewrites (--train_on last takes such rows)"
+        elif not dropped and train_on == "all" and earlier:
+            head, tail, mask = encode_turns(tokenizer, prompt, earlier, answer, first)
+        elif not dropped and prompt is None:  # plain text: its first token is the prompt
+            head, tail = split_text(tokenizer, answer, first)
+        full_length = len(head)
+        dropped = dropped or no_token(head) or (too_long(head, max_len) if overlong == "drop" else None)
+        head = make_room(head, [tail], max_len, first)
         ids = join(head, tail, max_len, tokenizer.eos_token_id)
-        dropped = unusable(prompt, [answer]) or too_long(head, max_len)
+        if mask is not None:
+            mask = (mask + [True])[: len(ids) - len(head)]  # True: the end token, where one was added
+            dropped = dropped or (None if any(mask) else "without a token to learn")
         rows.append(
             {
                 "input_ids": [] if dropped else ids,
                 "prompt_length": len(head),
+                "loss_mask": None if dropped else mask,
                 "dropped": dropped,
                 "cut": len(head) + len(tail) >= max_len,
-                "full_length": len(head),
+                "prompt_cut": len(head) < full_length,
+                "full_length": full_length,
             }
         )
     return columns(rows)
 
 
-def ranking_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int) -> dict[str, list]:
-    """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length and their fate."""
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, earlier: list[list[int]], answer: str, first: list[int]
+) -> tuple[list[int], list[int], list[bool]]:
+    """(ids before the first answer, all ids behind them, which of these belong to an answer).
+
+    Each piece gets the tokens it has in the text up to its end, as an answer does in `encode_answers`.
+
+    Args:
+        earlier: (start, end) of the earlier answers, in characters of the prompt.
+    """
+    borders = [0, *(border for span in earlier for border in span), len(prompt)]
+    pieces = [prompt[start:end] for start, end in pairwise(borders)] + [answer]  # others' words and answers in turn
+    encoded: list[list[int]] = []
+    text, before = "", []
+    for piece in pieces:
+        text += piece
+        (joint,) = plain_ids(tokenizer, [text])
+        ids = joint[len(before) :] if joint[: len(before)] == before else answer_alone(tokenizer, piece)
+        encoded.append(ids)
+        before = before + ids
+    (head,) = with_beginning(first, encoded[:1])
+    mask = [bool(k % 2) for k, ids in enumerate(encoded[1:], 1) for _ in ids]
+    return head, [i for ids in encoded[1:] for i in ids], mask
+
+
+def split_text(tokenizer: PreTrainedTokenizerBase, text: str, first: list[int]) -> tuple[list[int], list[int]]:
+    """A text's first token, or what the tokenizer puts before it, and the rest."""
+    (ids,) = encode_prompts(tokenizer, [text])
+    start = max(len(first), 1)
+    return ids[:start], ids[start:]
+
+
+def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list[int]) -> list[int]:
+    """A prompt that fills `max_len` alone keeps its end, and leaves the answers their length, at most half of it."""
+    if len(head) < max_len:
+        return head
+    longest = max(len(tail) for tail in tails) + 1
+    return keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
+
+
+def ranking_batch(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "drop"
+) -> dict[str, list]:
+    """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length, margin and their fate."""
     rows = []
-    prompts = batch["prompt"]
+    first = beginning(tokenizer)
+    prompts = [prompt or "" for prompt in batch["prompt"]]
     plain = plain_ids(tokenizer, prompts)
-    heads = with_beginning(beginning(tokenizer), plain)
+    heads = with_beginning(first, plain)
     tails = [
         encode_answers(tokenizer, prompts, plain, [answer or "" for answer in batch[name]])
         for name in ("chosen", "rejected")
     ]
-    for prompt, chosen, rejected, head, *ends in zip(
-        prompts, batch["chosen"], batch["rejected"], heads, *tails, strict=True
+    margins = batch.get("margin") or [None] * len(prompts)
+    for prompt, chosen, rejected, margin, head, *ends in zip(
+        prompts, batch["chosen"], batch["rejected"], margins, heads, *tails, strict=True
     ):
+        full_length = len(head)
+        dropped = unusable(prompt, [chosen, rejected]) or no_token(head)
+        dropped = dropped or (too_long(head, max_len) if overlong == "drop" else None)
+        head = make_room(head, ends, max_len, first)
         ids = [join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
-        dropped = unusable(prompt, [chosen, rejected]) or too_long(head, max_len)
         if not dropped and chosen.strip() == rejected.strip():
             dropped = "with equal answers"
         if not dropped and ids[0] == ids[1]:
@@ -171,38 +261,53 @@ def ranking_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, ma
                 "chosen_ids": [] if dropped else ids[0],
                 "rejected_ids": [] if dropped else ids[1],
                 "prompt_length": len(head),
+                "margin": margin,
                 "dropped": dropped,
                 "cut": max(len(head) + len(tail) for tail in ends) >= max_len,
-                "full_length": len(head),
+                "prompt_cut": len(head) < full_length,
+                "full_length": full_length,
             }
         )
     return columns(rows)
 
 
-def prompts_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int) -> dict[str, list]:
+def prompts_batch(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "cut"
+) -> dict[str, list]:
     """Rows with prompt -> input_ids, the text, and their fate."""
     first = beginning(tokenizer)
     rows = []
-    for prompt, ids in zip(batch["prompt"], encode_prompts(tokenizer, batch["prompt"]), strict=True):
+    prompts = [prompt or "" for prompt in batch["prompt"]]
+    for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True):
+        dropped = unusable(prompt, []) or no_token(ids)
+        if not dropped and overlong == "drop" and len(ids) > max_len:
+            dropped = "whose prompt is longer than --max_prompt_seq_len"
         rows.append(
             {
                 "input_ids": keep_end(ids, max_len, first),
                 "prompt": prompt,
-                "dropped": unusable(prompt, []),
-                "cut": len(ids) > max_len,
+                "dropped": dropped,
+                "cut": False,
+                "prompt_cut": len(ids) > max_len,
                 "full_length": len(ids),
             }
         )
     return columns(rows)
 
 
-def unusable(prompt: str, answers: list[str | None]) -> str | None:
-    """Why the texts of a row cannot be used."""
-    if not prompt.strip():
+def unusable(prompt: str | None, answers: list[str | None]) -> str | None:
+    """Why the texts of a row cannot be used; without a prompt (None) the answer is a plain text."""
+    if prompt is not None and not prompt.strip():
         return "with an empty prompt"
     if any(answer is None for answer in answers):
         return "without an answer"
-    return "with an empty answer" if any(not answer.strip() for answer in answers) else None
+    empty = any(not answer.strip() for answer in answers)
+    return ("with an empty text" if prompt is None else "with an empty answer") if empty else None
+
+
+def no_token(prompt_ids: list[int]) -> str | None:
+    """A prompt of characters that the tokenizer leaves out."""
+    return None if prompt_ids else "whose prompt has no token"
 
 
 def too_long(prompt_ids: list[int], max_len: int) -> str | None:
@@ -240,24 +345,34 @@ def encode_rows(
     cache_dir: str | None,
     names: Names,
     num_proc: int | None = None,
+    overlong: Overlong | None = None,
+    train_on: str = "last",
+    record: list[dict] | None = None,
 ) -> Dataset:
     """Text rows -> the token ids of one stage; through the cache, with what was dropped and cut reported in one line.
 
     Args:
         rows: columns prompt, chosen, rejected.
-        kind: "supervised" {input_ids, prompt_length}, "ranking" {chosen_ids, rejected_ids, prompt_length}, or
-            "prompts" {input_ids, prompt}.
+        kind: "supervised" {input_ids, prompt_length}, with loss_mask where some row has one; "ranking" {chosen_ids,
+            rejected_ids, prompt_length}, with margin where some row has one; or "prompts" {input_ids, prompt}.
         max_len: in tokens; of prompt and answer together, or of the prompt for "prompts".
+        overlong: what becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
+            "drop" for the others.
+        train_on: the "last" answer of a dialogue or "all"; for "supervised".
+        record: gets an entry: how many rows were dropped and cut.
 
     Raises:
         UserError: the rows lack what this stage needs, or no row is left.
     """
     check_serves(rows, kind, names)
+    options = {"overlong": overlong or ("cut" if kind == "prompts" else "drop")}
+    if kind == "supervised":
+        options["train_on"] = train_on
     fingerprint = fingerprint_of(
-        rows._fingerprint, Path(__file__).read_bytes(), tokenizer_fingerprint(tokenizer), kind, max_len
+        rows._fingerprint, code_of("encoding"), tokenizer_fingerprint(tokenizer), kind, max_len, sorted(options.items())
     )
     encoded = rows.map(
-        partial(ENCODERS[kind], tokenizer=tokenizer, max_len=max_len),
+        partial(ENCODERS[kind], tokenizer=tokenizer, max_len=max_len, **options),
         batched=True,
         remove_columns=rows.column_names,
         features=Features({**FEATURES[kind], **FATE}),
@@ -269,49 +384,53 @@ def encode_rows(
     table = encoded.with_format("arrow")
     fate = {name: table[name][:] for name in FATE}
     kept = np.asarray(fate["dropped"].is_null())
-    cut = np.asarray(fate["cut"]) & kept
+    cut, prompt_cut = (np.asarray(fate[name]) & kept for name in ("cut", "prompt_cut"))
     longest = int(np.asarray(fate["full_length"]).max())
-    if kind == "prompts" and cut.all() and names.data == "train":
+    if kind == "prompts" and np.asarray(fate["prompt_cut"]).all() and names.data == "train":
         raise UserError(
             f"{names.length_flag} {max_len}: every prompt of {names.data_flag} is longer (up to {longest} tokens); "
             "raise it, or shorten the prompts"
         )
-    reasons = Counter(fate["dropped"].drop_null().to_pylist())
+    dropped = tally(fate["dropped"].to_pylist(), rows)
     if not kept.any():
-        if set(reasons) == {TOO_LONG}:
+        if set(dropped) == {TOO_LONG}:
             raise UserError(
                 f"{names.length_flag} {max_len}: every prompt of {names.data_flag} alone is as long (up to {longest} "
                 "tokens), so that no answer fits; raise it, or shorten the prompts"
             )
-        listed = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        raise UserError(f"{names.data_flag}: no usable row is left for {names.data}: {listed}")
-    report_dropped(f"{names.data_flag} ({names.data})", reasons, len(encoded))
-    report_cut(kind, int(cut.sum()), len(encoded), max_len, longest, names)
-    encoded = encoded.remove_columns(list(FATE))
+        raise UserError(f"{names.data_flag}: no usable row is left for {names.data}: {as_words(dropped)}")
+    report_dropped(f"{names.data_flag} ({names.data})", dropped, len(encoded))
+    report_cut(f"longer prompts, up to {longest} tokens, keep their end", prompt_cut, rows, max_len, names)
+    report_cut("longer answers are cut, and without an end token", cut, rows, max_len, names)
+    if record is not None:
+        used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **options}
+        counts = {"rows": len(encoded), "kept": int(kept.sum()), "dropped": as_record(dropped)}
+        record.append({**used, **counts, "cut_prompts": int(prompt_cut.sum()), "cut_answers": int(cut.sum())})
+    unused = [name for name in OPTIONAL if name in encoded.column_names and table[name][:].null_count == len(encoded)]
+    encoded = encoded.remove_columns([*FATE, *unused])
     return encoded if kept.all() else encoded.select(np.flatnonzero(kept))
 
 
-def report_cut(kind: str, cut: int, total: int, max_len: int, longest: int, names: Names) -> None:
+def report_cut(how: str, cut: np.ndarray, rows: Dataset, max_len: int, names: Names) -> None:
     """One line for all rows that were cut; none where nothing was."""
-    if not cut:
+    where = np.flatnonzero(cut)
+    if not len(where):
         return
-    how = (
-        f"longer prompts, up to {longest} tokens, keep their end"
-        if kind == "prompts"
-        else "longer answers are cut, and without an end token"
-    )
+    first = rows[where[:SHOWN_ROWS]]["origin"] if "origin" in rows.column_names else []
     print0(
-        f"{names.length_flag} {max_len}: {cut} of {total} rows of {names.data_flag} ({names.data}) are too long: {how}"
+        f"{names.length_flag} {max_len}: {len(where)} of {len(rows)} rows of {names.data_flag} ({names.data}) are too "
+        f"long: {how}{listing(len(where), first)}"
     )
 
 
 def check_serves(rows: Dataset, kind: str, names: Names) -> None:
     """Refuses a data set without the column that the stage learns from."""
-    if kind not in NEEDS:
-        return
     column, need = NEEDS[kind]
     if len(rows) and rows.with_format("arrow")[column][:].null_count == len(rows):
-        raise UserError(f"{names.data_flag}: no row has an answer `{column}`; {need}")
+        what = "a prompt" if column == "prompt" else f"an answer `{column}`"
+        raise UserError(f"{names.data_flag}: no row has {what}; {need}")
+    if kind == "ranking" and len(rows) and rows.with_format("arrow")["prompt"][:].null_count == len(rows):
+        raise UserError(f"{names.data_flag}: no row has a prompt; {need}")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -5,10 +5,13 @@ the epoch alone, and nothing is drawn from the global random generators, so that
 one stopped.
 """
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,14 +20,19 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.encoding import Names, encode_rows
-from utils.data.preferences import load_data_set
-from utils.data.splits import stage_indices
-from utils.distributed import barrier
+from utils.data.chat import template_of
+from utils.data.encoding import Names, Overlong, encode_rows, tokenizer_fingerprint
+from utils.data.names import parse_name
+from utils.data.preferences import Form, code_of, fingerprint_of, load_data_set
+from utils.data.splits import blend, stage_indices
+from utils.distributed import barrier, print0
+from utils.distributed import rank as this_rank
 from utils.run import UserError
 
 KINDS = ("supervised", "ranking", "prompts")
 LENGTH_FLAGS = ("--max_seq_len", "--max_seq_len", "--max_prompt_seq_len")
+MODULES = ("chat", "encoding", "loaders", "names", "preferences", "sources", "splits")
+REMIND_AFTER = 300.0  # seconds
 BATCH_FLAGS = ("--per_device_train_batch_size", "--per_device_train_batch_size", "--per_device_generation_batch_size")
 
 
@@ -44,10 +52,15 @@ def build_loaders(
     rank: int = 0,
     world_size: int = 1,
     num_proc: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    overlong: Overlong | None = None,
+    train_on: str = "last",
+    record_in: str | Path | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """The loaders (train, eval) of one stage on one rank.
 
-    Each data set is split over the stages on its own. Its eval rows serve every stage: nothing is trained on them.
+    Each data set is split over the stages on its own, and then blended with the others by the weights in their names.
+    Its eval rows serve every stage: nothing is trained on them.
 
     Args:
         stage: 0 supervised, 1 ranking, 2 prompts.
@@ -58,6 +71,11 @@ def build_loaders(
         seed: of the order of the training rows.
         data_seed: of the split over the stages.
         num_proc: processes that encode; None: this one.
+        columns: {"prompt": its name in the data, ...}, see `Form`. Lists of messages are written by the tokenizer's
+            chat template where it has one.
+        overlong, train_on: see `encode_rows`.
+        record_in: folder for data.json: what was read, dropped and cut, and the fingerprints of data, tokenizer and
+            code.
 
     Returns:
         train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` says where
@@ -67,6 +85,7 @@ def build_loaders(
     Raises:
         UserError: see `load_data_set` and `encode_rows`; or fewer training rows than one step takes.
     """
+    record: list[dict] = []
     with local_rank_zero_first():
         train, evaluation = encode_data_sets(
             stage,
@@ -78,7 +97,15 @@ def build_loaders(
             sft_only_data_path=sft_only_data_path,
             data_seed=data_seed,
             num_proc=num_proc,
+            columns=columns,
+            overlong=overlong,
+            train_on=train_on,
+            record=record,
         )
+    if record_in is not None and this_rank() == 0:
+        split = {"stage": stage, "data_split": data_split, "data_seed": data_seed, "order_seed": seed}
+        rows = {"train_rows": len(train), "eval_rows": len(evaluation)}
+        write_record(Path(record_in), {**split, **rows, "data": record}, tokenizer)
     global_batch = train_batch_size * world_size
     if len(train) < global_batch:
         raise UserError(
@@ -103,15 +130,17 @@ def build_answers_loader(
     rank: int = 0,
     world_size: int = 1,
     num_proc: int | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> DataLoader | None:
     """Held-out prompts with their chosen answers, for the perplexity in stage 2; None where the data have prompts only.
 
     max_len: tokens of prompt and answer. Batches as the supervised ones of `build_loaders`.
     """
     encoded = []
+    form = Form(columns or {}, template_of(tokenizer))
     with local_rank_zero_first():
         for name in data_path:
-            _, held_out = load_data_set(name, cache_dir=data_output_path, num_proc=num_proc, announce=False)
+            _, held_out = load_data_set(name, cache_dir=data_output_path, num_proc=num_proc, announce=False, form=form)
             if held_out.with_format("arrow")["chosen"][:].null_count == len(held_out):
                 continue
             names = Names("eval", f"--data_path {name}", "--max_prompt_seq_len + --max_answer_seq_len")
@@ -144,23 +173,58 @@ def encode_data_sets(
     sft_only_data_path: Sequence[str] = (),
     data_seed: int = 1234,
     num_proc: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    overlong: Overlong | None = None,
+    train_on: str = "last",
+    record: list[dict] | None = None,
 ) -> tuple[Dataset, Dataset]:
-    """All data sets of one stage, encoded: (train, eval)."""
+    """All data sets of one stage, encoded and blended: (train, eval)."""
     sources = [("--data_path", name) for name in data_path]
     if stage == 0:
         sources += [("--sft_only_data_path", name) for name in sft_only_data_path]
+    weights = [parse_name(name, flag).weight for flag, name in sources]
+    if None in weights and any(weights):
+        raise UserError(f"{sources[weights.index(None)][0]}: give each data set a weight (name:0.3), or none")
+    form = Form(columns or {}, template_of(tokenizer))
     encoded: dict[str, list[Dataset]] = {"train": [], "eval": []}
     for flag, name in sources:
-        train, evaluation = load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag)
+        train, evaluation = load_data_set(
+            name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, form=form, record=record
+        )
         if flag == "--data_path":
             train = train.select(stage_indices(len(train), data_split, stage, data_seed))
         for data, rows in (("train", train), ("eval", evaluation)):
             names = Names(data, f"{flag} {name}", LENGTH_FLAGS[stage])
+            options = {"num_proc": num_proc, "overlong": overlong, "train_on": train_on, "record": record}
             encoded[data].append(
-                encode_rows(rows, KINDS[stage], tokenizer, max_len, cache_dir=cache_dir, names=names, num_proc=num_proc)
+                encode_rows(rows, KINDS[stage], tokenizer, max_len, cache_dir=cache_dir, names=names, **options)
             )
+    if len(sources) > 1 and None not in weights:
+        rows_of = blend([len(rows) for rows in encoded["train"]], weights, data_seed)
+        for k, ((flag, name), rows) in enumerate(zip(sources, rows_of, strict=True)):
+            print0(f"{flag} {name}: {len(rows)} of {len(encoded['train'][k])} rows in the blend")
+            if record is not None:
+                used = {"data": f"{flag} {name}", "blend": len(rows), "of": len(encoded["train"][k])}
+                record.append({**used, "fingerprint": fingerprint_of(rows)})
+            encoded["train"][k] = encoded["train"][k].select(rows)
     train, evaluation = (datasets.concatenate_datasets(encoded[data]) for data in ("train", "eval"))
     return train, evaluation
+
+
+def write_record(folder: Path, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """data.json: equal for two runs that are given the same batches."""
+    template = template_of(tokenizer)
+    made_by = {
+        "tokenizer": {
+            "name": tokenizer.name_or_path,
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            "chat_template": fingerprint_of(template.state()) if template else None,
+        },
+        "code": fingerprint_of(code_of(*MODULES)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**record, **made_by}, indent=2, ensure_ascii=False)
+    (folder / "data.json").write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -168,15 +232,50 @@ def local_rank_zero_first() -> Iterator[None]:
     """The first rank of each machine runs the block alone and fills the cache; then the others, who find it full.
 
     An error on the first rank lets the others go on, into the same error.
+
+    Raises:
+        UserError: on a rank that has waited for as long as the process group allows.
     """
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not first:
-        barrier()
+        with reminding():
+            try:
+                barrier()
+            except RuntimeError as error:
+                raise UserError(f"{waiting(None)} ({' '.join(str(error).split())[:200]})") from error
     try:
         yield
     finally:
         if first:
             barrier()
+
+
+def waiting(seconds: float | None) -> str:
+    """What a rank says that waits for the data, or has waited in vain (None)."""
+    so_far = "in vain" if seconds is None else f"for {seconds / 60:.0f} minutes"
+    return (
+        f"rank {this_rank()} has waited {so_far} for the first rank of its machine to prepare the data; it waits up to "
+        "DEEPSPEED_TIMEOUT minutes (30): set that environment variable higher, use --preprocessing_num_workers, or run "
+        "once on one process to fill the cache"
+    )
+
+
+@contextmanager
+def reminding() -> Iterator[None]:
+    """Says every few minutes what is waited for: a process group may end one that waits too long without a word."""
+    done = threading.Event()
+
+    def remind() -> None:
+        waited = 0.0
+        while not done.wait(REMIND_AFTER):
+            waited += REMIND_AFTER
+            print(waiting(waited), flush=True)
+
+    threading.Thread(target=remind, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,14 +379,30 @@ def pad(rows: list[list[int]], pad_id: int, left: bool = False) -> tuple[torch.T
 
 
 def collate_supervised(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """input_ids (B, T) right-padded, lengths (B,), prompt_lengths (B,), weight (B,)."""
+    """input_ids (B, T) right-padded, lengths (B,), prompt_lengths (B,), weight (B,).
+
+    Where the data set has dialogues of several answers also loss_mask (B, A), A the longest answer: True on the tokens
+    that are learned, of those behind the prompt.
+    """
     ids, lengths = pad([row["input_ids"] for row in rows], pad_id)
-    return {"input_ids": ids, "lengths": lengths, **shared(rows)}
+    batch = {"input_ids": ids, "lengths": lengths, **shared(rows)}
+    if "loss_mask" in rows[0]:
+        answers = (lengths - batch["prompt_lengths"]).tolist()
+        masks = [
+            [True] * n if row["loss_mask"] is None else row["loss_mask"] for n, row in zip(answers, rows, strict=True)
+        ]
+        batch["loss_mask"] = pad(masks, False)[0].bool()
+    return batch
 
 
 def collate_ranking(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """chosen_ids (B, T1), rejected_ids (B, T2) right-padded, their lengths (B,), prompt_lengths (B,), weight (B,)."""
+    """chosen_ids (B, T1), rejected_ids (B, T2) right-padded, their lengths (B,), prompt_lengths (B,), weight (B,).
+
+    Where the data has margins also margin (B,), 0 for rows without one.
+    """
     batch = shared(rows)
+    if "margin" in rows[0]:
+        batch["margin"] = torch.tensor([row["margin"] or 0.0 for row in rows])
     for name in ("chosen", "rejected"):
         batch[f"{name}_ids"], batch[f"{name}_lengths"] = pad([row[f"{name}_ids"] for row in rows], pad_id)
     return batch

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Value
 
-from utils.data.preferences import Example, choose_conversion, normalise
+from utils.data.preferences import PLAIN, TEXT, Example, Form, choose_conversion, normalise
 from utils.data.sources import Part, file_format, json_rows, read_splits, undecodable
 from utils.run import UserError
 
@@ -23,13 +23,14 @@ class TextRow:
     skipped: str | None = None
 
 
-def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path") -> list[TextRow]:
+def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", form: Form = PLAIN) -> list[TextRow]:
     """All rows of a file; of a folder or hub data set those of its test split, or of the training split without one.
 
     Args:
         name: anything that `utils.data.preferences.load_data_set` reads.
         cache_dir: where the Arrow files go; None: the datasets library's own folder.
         flag: the flag that errors name.
+        form: the chat template that writes lists of messages.
 
     Raises:
         UserError: nothing there, an unreadable file, columns of no known shape, a wrong value.
@@ -38,12 +39,14 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path") ->
     rows: list[TextRow] = []
     try:
         parts = [without_labels(part) for part in splits.get("test", splits["train"])]
-        shape, convert = choose_conversion(name, parts[0], flag)
+        shape, convert, form = choose_conversion(name, parts[0], flag, form)
         for part in parts:
-            texts = normalise(part, convert, shape, cache_dir, None, flag)
+            texts = normalise(part, convert, shape, cache_dir, None, flag, form)
             for original, text in zip(original_rows(part), texts, strict=True):
-                skipped = text.pop("skipped")
-                rows.append(TextRow(original, Example(**text), skipped))
+                skipped = text["skipped"]
+                if text["prompt"] is None:
+                    text["prompt"], skipped = "", "plain text without a prompt"
+                rows.append(TextRow(original, Example(**{column: text[column] for column in TEXT}), skipped))
     except UnicodeDecodeError as error:
         raise UserError(f"{flag}: {undecodable(splits, name)}") from error
     return rows

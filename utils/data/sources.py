@@ -2,11 +2,13 @@
 
 import codecs
 import csv
+import functools
 import glob
 import gzip
 import json
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +18,14 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Value
 
+from utils.data.names import DataName, parse_name
 from utils.hub import hub_is_reachable
 from utils.run import UserError
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TRAIN_SPLITS = ("train", "train_prefs", "train_sft")
 EVAL_SPLITS = ("test", "eval", "validation", "valid", "dev", "test_prefs", "test_sft")
-SHAPES = "prompt/chosen/rejected, chosen/rejected (whole dialogues), prompt/completion, messages, or prompt alone"
+SHAPES = "prompt/chosen/rejected, chosen/rejected (whole dialogues), prompt/completion, messages, prompt alone, or text"
 # Where the hub's repository or configuration is not simply the name.
 HUB_REPOSITORIES = {
     "mkqa-Chinese": ("apple/mkqa", None),
@@ -37,26 +40,39 @@ READ_ERRORS = (OSError, EOFError, ValueError, TypeError, StopIteration, datasets
 class Part:
     """The rows of one file or of one split of a data set, as they were read."""
 
-    rows: Dataset
+    rows: Dataset | None
     place: str  # for messages
     file: Path | None = None
+    label: str = ""  # what tells the file's rows from those of the other files of its split
 
 
-def read_splits(name: str, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
-    """{"train": parts} and, where the data set has its own, {"test": parts}."""
+def read_splits(entry: str, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+    """{"train": parts} and, where the data set has its own, {"test": parts}.
+
+    Args:
+        entry: see `utils.data.names.parse_name`; a weight is left aside.
+    """
+    chosen = parse_name(entry, flag)
+    name = chosen.name
     path = Path(name).expanduser()
     if name == "local/jsonfile" and not path.exists():
-        return read_folder(jsonfile_folder(flag), name, cache_dir, flag)
+        return read_folder(jsonfile_folder(flag), chosen, cache_dir, flag)
     if path.is_dir():
+        if chosen.configuration:
+            path = path / chosen.configuration
+            if not path.is_dir():
+                raise UserError(f"{flag} {entry}: no such folder: {path}")
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return read_saved(path, flag)
-        return read_folder(path, name, cache_dir, flag)
+            return read_saved(path, chosen, flag)
+        return read_folder(path, chosen, cache_dir, flag)
     if path.is_file():
+        if chosen.configuration or chosen.split:
+            raise UserError(f"{flag} {entry}: a file has no configurations or splits; leave out what follows the #")
         return {"train": [read_file(path, cache_dir, flag)]}
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or file_format(path)
     if looks_local:
         raise UserError(f"{flag}: no such file or folder: {name}")
-    return read_hub(name, cache_dir, flag)
+    return read_hub(chosen, cache_dir, flag)
 
 
 def jsonfile_folder(flag: str) -> Path:
@@ -69,59 +85,68 @@ def jsonfile_folder(flag: str) -> Path:
     raise UserError(f"{flag} local/jsonfile: expected train.json and eval.json in {places}")
 
 
-def pick_splits(found: dict[str, Any], place: str, flag: str) -> dict[str, Any]:
-    """{"train": ..., "test": ...} out of the splits that a data set has, by their usual names."""
-    train = next((found[name] for name in TRAIN_SPLITS if name in found), None)
-    test = next((found[name] for name in EVAL_SPLITS if name in found), None)
-    if train is None:
-        raise UserError(f"{flag}: {place} has no train split; it has {', '.join(map(str, found))}")
-    return {"train": train} if test is None else {"train": train, "test": test}
+def pick_splits(found: dict[str, Any], chosen: DataName, place: str, flag: str) -> dict[str, Any]:
+    """{"train": ..., "test": ...} out of the splits that a data set has, by their usual names or as chosen.
+
+    The test split of a chosen one is its counterpart (test_sft of train_sft), else the usual one.
+    """
+    names = [chosen.split] if chosen.split else [name for name in TRAIN_SPLITS if name in found]
+    if not names or names[0] not in found:
+        missing = f"no split {chosen.split}" if chosen.split else "no train split"
+        raise UserError(f"{flag}: {place} has {missing}; it has {', '.join(map(str, found))}")
+    train = names[0]
+    counterpart = [train.replace("train", "test", 1)] if chosen.split else []
+    test = next((name for name in (*counterpart, *EVAL_SPLITS) if name in found and name != train), None)
+    return {"train": found[train]} if test is None else {"train": found[train], "test": found[test]}
 
 
-def read_saved(path: Path, flag: str) -> dict[str, list[Part]]:
+def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Part]]:
     """A folder written by `save_to_disk`."""
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{flag}: cannot read {path} as a saved data set: {first_line(error)}") from error
     found = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    splits = pick_splits(found, str(path), flag)
+    splits = pick_splits(found, chosen, str(path), flag)
     return {split: [not_empty(Part(rows, f"{path} ({split})"), flag)] for split, rows in splits.items()}
 
 
-def read_folder(path: Path, name: str, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+def read_folder(path: Path, chosen: DataName, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
     """A folder with files named after their split: its own, those in `data/`, or, as in a hub snapshot, deeper ones."""
     for files in (sorted(path.iterdir()), sorted((path / "data").glob("*")), sorted(path.rglob("*"))):
         usable = [file for file in files if file.is_file() and file_format(file) and not file.name.startswith(".")]
         found: dict[str, list[Path]] = {}
         for file in usable:
             parent = "" if file.parent in (path, path / "data") else file.parent.name
-            split = split_of(file.name) or split_of(parent)
+            split = split_of(file.name, chosen.split) or split_of(parent, chosen.split)
             if split:
                 found.setdefault(split, []).append(file)
         if found:
             break
-        if len(usable) == 1 and name != "local/jsonfile":  # a single file without a split's name
+        if len(usable) == 1 and chosen.name != "local/jsonfile":  # a single file without a split's name
             found = {"train": usable}
             break
     if not found:
         kinds = ", ".join(FORMATS)
         raise UserError(f"{flag}: {path} holds no data files; expected train and test files ({kinds}, also .gz)")
-    splits = pick_splits(found, str(path), flag)
+    splits = pick_splits(found, chosen, str(path), flag)
     return {split: [read_file(file, cache_dir, flag) for file in files] for split, files in splits.items()}
 
 
-def split_of(name: str) -> str | None:
+def split_of(name: str, chosen: str | None = None) -> str | None:
     """The split that the name of a file or folder tells, or None.
 
     "train_prefs" of train_prefs-00000-of-00002.parquet, "test" of my.test.jsonl.gz.
+
+    Args:
+        chosen: a split of any name that is asked for.
     """
     stem = name.lower()
     for suffix in [*FORMATS, ".gz"]:
         stem = stem.replace(suffix, "")
     stem = re.sub(r"-\d+-of-\d+.*$", "", stem)
-    if stem in TRAIN_SPLITS + EVAL_SPLITS:
-        return stem
+    if stem in TRAIN_SPLITS + EVAL_SPLITS or (chosen and stem == chosen.lower()):
+        return chosen if chosen and stem == chosen.lower() else stem
     if re.match(r"(train|test)_(sft|gen|prefs)$", stem):
         return stem
     words = re.split(r"[^a-z]+", stem)
@@ -269,19 +294,24 @@ def is_json_list(file: Any) -> bool:
 
 def row_name(file: Path | None, index: int) -> str:
     """A row for messages, from 1: "line 7" of a JSON-lines file, "row 7" elsewhere (a csv header is no row)."""
-    if file is None or file_format(file) != "json":
-        return f"row {index + 1}"
+    lines = filled_lines(file, file.stat().st_mtime_ns) if file and file_format(file) == "json" else None
+    return f"row {index + 1}" if lines is None or index >= len(lines) else f"line {lines[index]}"
+
+
+@functools.lru_cache(maxsize=1)
+def filled_lines(file: Path, modified: int) -> Sequence[int] | None:
+    """The numbers of the lines that hold a row; None for a JSON list. Read once per state of the file."""
     with open_text(file) as lines:
         if is_json_list(lines):
-            return f"row {index + 1}"
-        filled = (number for number, line in enumerate(lines, 1) if line.strip())
-        return f"line {next(number for row, number in enumerate(filled) if row == index)}"
+            return None
+        return array("q", (number for number, line in enumerate(lines, 1) if line.strip()))
 
 
-def read_hub(name: str, cache_dir: str | None, flag: str, configuration: str | None = None) -> dict[str, list[Part]]:
+def read_hub(chosen: DataName, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
     """A data set of the Hugging Face hub, or its copy in the cache when the hub is out of reach."""
+    name = chosen.name
     repository, usual = HUB_REPOSITORIES.get(name, (name, None))
-    configuration = configuration or usual
+    configuration = chosen.configuration or usual
     load = partial(datasets.load_dataset, repository, configuration, cache_dir=cache_dir)
     online = hub_is_reachable()
     try:
@@ -298,7 +328,7 @@ def read_hub(name: str, cache_dir: str | None, flag: str, configuration: str | N
             f"{flag}: {name} is neither a local file or folder nor in the cache, and the Hugging Face hub cannot be "
             "reached; download it on a machine with access and give its folder"
         ) from error
-    splits = pick_splits(dict(loaded), name, flag)
+    splits = pick_splits(dict(loaded), chosen, name, flag)
     return {split: [not_empty(Part(rows, f"{name} ({split})"), flag)] for split, rows in splits.items()}
 
 

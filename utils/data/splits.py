@@ -36,3 +36,23 @@ def stage_indices(n_rows: int, data_split: str = "2,4,4", stage: int = 0, seed: 
             "or more data"
         )
     return rows.tolist()
+
+
+def blend(sizes: list[int], weights: list[float], seed: int = 1234) -> list[list[int]]:
+    """Rows of several data sets in the proportions of `weights`: the largest such blend in which no row stands twice.
+
+    Args:
+        sizes: rows of each data set, at least one.
+        weights: above 0; only their proportions count.
+        seed: of the choice of rows in a data set that is not taken whole.
+
+    Returns:
+        Row numbers of each data set in ascending order; at least one each.
+    """
+    total = min(n / weight for n, weight in zip(sizes, weights, strict=True))
+    chosen = []
+    for k, (n, weight) in enumerate(zip(sizes, weights, strict=True)):
+        count = min(n, max(1, round(total * weight)))
+        order = np.random.RandomState([seed % 2**32, k]).permutation(n)
+        chosen.append(np.sort(order[:count]).tolist())
+    return chosen

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data.encoding import tokenizer_fingerprint
 from utils.data.loaders import EpochSampler, collate_supervised, local_rank_zero_first, make_loader
+from utils.data.names import DataName
 from utils.data.preferences import cache_file, fingerprint_of
 from utils.data.sources import read_hub, read_splits
 from utils.distributed import print0
@@ -43,10 +44,9 @@ def plain_text_batches(
         UserError: no such data, no text column, or less text than one batch on every rank.
     """
     with local_rank_zero_first():
+        chosen = DataName(name, configuration)
         splits = (
-            read_hub(name, data_output_path, FLAG, configuration)
-            if configuration
-            else read_splits(name, data_output_path, FLAG)
+            read_hub(chosen, data_output_path, FLAG) if configuration else read_splits(name, data_output_path, FLAG)
         )
         parts = [to_blocks(part.rows, part.place, tokenizer, block, data_output_path) for part in splits["train"]]
     rows = datasets.concatenate_datasets(parts)

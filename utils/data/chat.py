@@ -1,0 +1,126 @@
+"""Messages -> text: by the tokenizer's chat template where it has one, else as plain Human/Assistant dialogue.
+
+Both ways give the same three things: the prompt, ending where the assistant's answer begins; the answer as it follows;
+and where the assistant's earlier answers stand in the prompt, so that they can be learned too.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from os.path import commonprefix
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+ASSISTANT = "\n\nAssistant:"
+EARLIER = re.compile(r"\n\nAssistant:(.*?)(?=\n\nHuman:)", re.DOTALL)
+MARK = "\ue000{}\ue001"  # private characters: no text holds them
+Messages = list[dict[str, str]]
+Spans = tuple[tuple[int, int], ...]  # (start, end) of each earlier answer, in characters of the prompt
+
+
+class TemplateRefuses(Exception):
+    """The chat template cannot write these messages; the text says why."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plain
+
+
+def write_plain(messages: Messages) -> tuple[str, Spans]:
+    """Messages as a prompt in Human/Assistant form, and its earlier answers; a system message stands first, bare."""
+    text, spans = "", []
+    for message in messages:
+        if message["role"] == "assistant":
+            text += ASSISTANT
+            spans.append((len(text), len(text) + 1 + len(message["content"])))
+            text += " " + message["content"]
+        else:
+            text += {"system": "", "user": "\n\nHuman: "}[message["role"]] + message["content"]
+    return text + ASSISTANT, tuple(spans)
+
+
+def earlier_answers(prompt: str) -> Spans:
+    """The answers within a prompt that is written as Human/Assistant dialogue; none in other prompts."""
+    return tuple(found.span(1) for found in EARLIER.finditer(prompt))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat templates
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def render(self, messages: Messages, ask: bool) -> str:
+        """The template's text; `ask`: up to where the assistant begins."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except (
+            TemplateError,
+            TypeError,
+        ) as error:  # its own refusal, or what is missing
+            raise TemplateRefuses(" ".join(str(error).split()) or type(error).__name__) from error
+
+    def prompt(self, messages: Messages) -> tuple[str, Spans | None]:
+        """The messages as a prompt, and its earlier answers with what ends them.
+
+        None for the answers when the template rewrites them, so that their places cannot be told.
+        """
+        text = self.render(messages, ask=True)
+        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not numbers:
+            return text, ()
+        marked = [
+            {**message, "content": MARK.format(i)} if i in numbers else message for i, message in enumerate(messages)
+        ]
+        pieces = re.split("|".join(MARK.format(i) for i in numbers), self.render(marked, ask=True))
+        if len(pieces) != len(numbers) + 1:
+            return text, None
+        contents = [messages[i]["content"] for i in numbers]
+        for answers in (contents, [content.strip() for content in contents]):  # some templates strip
+            written, spans = pieces[0], []
+            for answer, after in zip(answers, pieces[1:], strict=True):
+                closing = commonprefix([after, self.closing]).rstrip()
+                spans.append((len(written), len(written) + len(answer) + len(closing)))
+                written += answer + after
+            if written == text:
+                return text, tuple(spans)
+        return text, None
+
+    def answer(self, messages: Messages, prompt: str, answer: str) -> str:
+        """The answer as it follows the `prompt` made of `messages`, up to the token that ends it."""
+        whole = self.render([*messages, {"role": "assistant", "content": answer}], ask=False)
+        if not whole.startswith(prompt):
+            raise TemplateRefuses("it writes the prompt in another way when an answer follows")
+        text = whole[len(prompt) :]
+        kept, end, rest = text.rpartition(self.tokenizer.eos_token)
+        if end and not rest.strip():  # what stands behind the end token belongs to the next turn
+            return kept + end
+        closing = self.closing
+        return text[: -len(closing)] + closing.rstrip() if closing.strip() and text.endswith(closing) else text
+
+    @cached_property
+    def closing(self) -> str:
+        """What the template writes behind an answer."""
+        mark = MARK.format(0)
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        try:
+            return self.render(probe, ask=False).partition(mark)[2]
+        except TemplateRefuses:
+            return ""
+
+    def state(self) -> list[Any]:
+        """What the text depends on."""
+        names = sorted(self.tokenizer.special_tokens_map.items(), key=str)
+        return [self.tokenizer.chat_template, names]
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate | None:
+    """The tokenizer's chat template, where it has one."""
+    return ChatTemplate(tokenizer) if tokenizer is not None and tokenizer.chat_template else None

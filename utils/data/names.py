@@ -1,0 +1,64 @@
+"""What one entry of --data_path says: `name#configuration/split:weight`, all but the name optional.
+
+Without heavy imports: the flags are checked before any library is loaded.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.run import UserError
+
+WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>[0-9.]+([eE]-?[0-9]+)?)")
+
+
+@dataclass(frozen=True)
+class DataName:
+    """A file, folder or hub name, and what of it is meant.
+
+    configuration: of a hub data set; a subfolder of a local one.   split: the one to train on.
+    weight: the share in a blend of several data sets; None: all its rows.
+    """
+
+    name: str
+    configuration: str | None = None
+    split: str | None = None
+    weight: float | None = None
+
+
+def parse_name(entry: str, flag: str = "--data_path") -> DataName:
+    """`my.jsonl`, `my.jsonl:0.3`, `owner/set#split`, `owner/set#configuration/split`, `owner/set#configuration/`.
+
+    What exists on the disk under the whole text is a plain name, whatever signs it holds.
+
+    Raises:
+        UserError: no name, or a weight that is not above 0.
+    """
+    weight = None
+    rest = entry
+    if not exists(rest) and (found := WEIGHT.fullmatch(rest)):
+        rest = found["name"]
+        try:
+            weight = float(found["weight"])
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise UserError(f"{flag} {entry}: the weight behind the colon must be a number above 0, such as 0.3")
+    if exists(rest) or "#" not in rest:
+        name, selection = rest, ""
+    else:
+        name, _, selection = rest.rpartition("#")
+        if not selection:
+            raise UserError(f"{flag} {entry}: expected a split, or configuration/split, behind the #")
+    if not name:
+        raise UserError(f"{flag} {entry!r}: expected the name of a file, a folder or a hub data set")
+    configuration, _, split = selection.rpartition("/")
+    return DataName(name, configuration or None, split or None, weight)
+
+
+def exists(name: str) -> bool:
+    """Whether there is such a file or folder."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, or the home folder of nobody
+        return False
