@@ -33,9 +33,9 @@ class Thresholds:
 
     window: int = 10  # steps
     repeat_after: int = 100  # steps before the same warning is given again
-    overflow_warning: int = 5  # steps in a row that fp16 overflow skipped; loss scaling needs a few at first
+    overflow_warning: int = 5  # steps in a row skipped by overflow; fp16's loss scaling needs a few at first
     overflow_limit: int = 20  # the same, fatal: by then the loss scale has gone from 2^16 to 1
-    gradient_limit: int = 3  # steps in a row with a gradient norm that is not finite: fatal
+    nonfinite_limit: int = 3  # steps in a row whose loss, reward or applied gradient is not finite: fatal
     kl_warning: float = 0.5  # nats per token above the first step's, recent
     kl_limit: float = 5.0  # nats per token above the first step's, in any one step: fatal; 0 for none
     kl_negative: float = -0.02  # nats per token, recent: a KL below 0 is no KL of these answers
@@ -124,35 +124,27 @@ def rollout_figures(
 
 
 def fatal_alarms(
-    figures: dict[str, float], overflows: int, bad_gradients: int, kl_excess: float, limits: Thresholds
+    figures: dict[str, float], overflows: int, nonfinite: int, kl_excess: float, limits: Thresholds
 ) -> Iterator[Alarm]:
     """From one step's figures and streaks."""
     loss, reward, norm = (figures.get(name, 0.0) for name in ("loss", "reward", "grad_norm"))
-    broken = not (math.isfinite(loss) and math.isfinite(reward))
-    if broken and not figures.get("skipped"):
+    numbers = f"loss {loss:.3g}, reward {reward:.3g}, gradient norm {norm:.3g}"
+    lost = not (math.isfinite(loss) and math.isfinite(reward) or figures.get("skipped"))
+    if lost or nonfinite >= limits.nonfinite_limit:
         yield Alarm(
             "not finite",
-            f"loss {loss:.3g}, reward {reward:.3g}, gradient norm {norm:.3g}, and the update was applied: the weights "
-            "are lost",
+            numbers + (": the update was applied, the weights are lost" if lost else f", {nonfinite} steps in a row"),
             "a reward that is not finite (--reward_dtype), or a learning rate that is too high",
-            "start again from the last good model with a tenth of --actor_learning_rate, or bf16 instead of fp16",
-            fatal=True,
-        )
-    if bad_gradients >= limits.gradient_limit:
-        yield Alarm(
-            "gradient",
-            f"gradient norm {norm:.3g} for {bad_gradients} steps in a row",
-            "numbers beyond the range of the format, or a learning rate that is too high",
-            "--actor_dtype bf16 or fp32, a tenth of --actor_learning_rate",
+            "start again from the last good model with a tenth of --actor_learning_rate; bf16 instead of fp16",
             fatal=True,
         )
     if overflows >= limits.overflow_warning:
         fatal = overflows >= limits.overflow_limit
         yield Alarm(
             "stuck in overflow" if fatal else "overflow",
-            f"{overflows} steps in a row skipped by fp16 overflow",
-            "activations or gradients beyond the range of fp16",
-            "--actor_dtype bf16 (or fp32)",
+            f"{overflows} steps in a row skipped, as their gradients overflowed",
+            "numbers beyond the range of the number format",
+            "--actor_dtype bf16 (or fp32), a lower --actor_learning_rate",
             fatal,
         )
     if limits.kl_limit and kl_excess > limits.kl_limit:
@@ -281,7 +273,7 @@ class Sentinel:
         self.start: dict[str, list[float]] = {name: [] for name in COMPARED}
         self.told: dict[str, int] = {}
         self.first_kl: float | None = None
-        self.overflows = self.bad_gradients = 0
+        self.overflows = self.nonfinite = 0
         self.gradient_known = False  # some engines cannot tell their gradient's norm
 
     def __call__(self, step: int, rollout: Rollout, figures: dict[str, float]) -> dict[str, float]:
@@ -311,7 +303,7 @@ class Sentinel:
         start = {name: sum(values) / len(values) for name, values in self.start.items()} if begun else {}
         enough = recent if len(self.recent["zero_advantages"]) == limits.window else {}
         return [
-            *fatal_alarms(figures, self.overflows, self.bad_gradients, excess, limits),
+            *fatal_alarms(figures, self.overflows, self.nonfinite, excess, limits),
             *drift_alarms(enough, start, self.vocabulary, limits),
         ]
 
@@ -320,7 +312,8 @@ class Sentinel:
         self.gradient_known = self.gradient_known or math.isfinite(norm)
         self.overflows = self.overflows + 1 if skipped else 0
         bad = self.gradient_known and not math.isfinite(norm) and not skipped
-        self.bad_gradients = self.bad_gradients + 1 if bad else 0
+        bad = bad or not (math.isfinite(figures["loss"]) and math.isfinite(figures["reward"]))
+        self.nonfinite = self.nonfinite + 1 if bad else 0
 
     def raise_alarm(self, step: int, alarm: Alarm) -> None:
         if alarm.fatal:
@@ -341,7 +334,7 @@ class Sentinel:
             "start": self.start,
             "told": self.told,
             "first_kl": self.first_kl,
-            "streaks": [self.overflows, self.bad_gradients],
+            "streaks": [self.overflows, self.nonfinite],
             "gradient_known": self.gradient_known,
         }
 
@@ -349,5 +342,5 @@ class Sentinel:
         self.recent = {name: deque(values, self.thresholds.window) for name, values in state["recent"].items()}
         self.start = {name: list(values) for name, values in state["start"].items()}
         self.told, self.first_kl = dict(state["told"]), state["first_kl"]
-        self.overflows, self.bad_gradients = state["streaks"]
+        self.overflows, self.nonfinite = state["streaks"]
         self.gradient_known = state["gradient_known"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -448,3 +450,10 @@ def test_the_tokenizers_of_a_reward_model_with_its_own_pad_agree(load, tokenizer
     patient["reward_tokenizer"] = AutoTokenizer.from_pretrained(tokenizers["none"])
     patient["reward_tokenizer"].add_special_tokens({"pad_token": "<|pad|>"})
     assert not examine(**patient).failures
+
+
+def test_remedies_name_flags_that_exist():
+    from remax.arguments import Step3Arguments
+
+    known = set(Step3Arguments.__dataclass_fields__) | set(doctor.DoctorArguments.__dataclass_fields__)
+    assert set(re.findall(r"--(\w+)", inspect.getsource(doctor))) <= known
