@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -50,9 +50,10 @@ from remax.modeling import count_parameters, evaluating, load_policy, quiet_libr
 from remax.reward_model import load_reward_model
 from remax.rollout import GenerationSettings, rollout
 from remax.sequences import Prompts, Sequences
+from utils.data.chat import template_of
 from utils.data.encoding import encode_prompts, ranking_batch
 from utils.data.loaders import EvalSampler, collate_ranking, make_loader, pad
-from utils.data.preferences import as_dialogue, load_preferences
+from utils.data.preferences import Form, as_dialogue, load_preferences
 from utils.distributed import device, gather_objects, is_main, print0, rank, world_size
 from utils.run import UserError, run_main
 from utils.tokenizer import load_tokenizer, same_vocabulary
@@ -588,12 +589,14 @@ def held_out_pairs(
     limit: int = 256,
     batch_size: int = 16,
     cache_dir: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> DataLoader | None:
     """Up to `limit` held-out pairs, shared out over the ranks; None where the data has none.
 
-    max_len: tokens of prompt and answer together.
+    max_len: tokens of prompt and answer together.   columns: see `Form`.
     """
-    _, rows = load_preferences(data_path, cache_dir=cache_dir)
+    form = Form(columns=columns or {}, template=template_of(tokenizer))
+    _, rows = load_preferences(data_path, cache_dir=cache_dir, form=form)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     batch = rows.select(sorted(order[: 2 * limit]))[:]
     encoded = ranking_batch(batch, tokenizer, max_len)
