@@ -98,8 +98,8 @@ def answer_prompts(
 ) -> list[dict[str, list[Answer]]]:
     """For each prompt its greedy answer, `samples` sampled ones, and with `beams` above 1 the best of a beam search.
 
-    -> per prompt {"greedy": 1 answer, "sampled": `samples`, "beam": min(samples, beams), the most probable first}.
-    The prompts of a batch are padded on the left.
+    -> per prompt {"greedy": 1 answer, "sampled": `samples`, "beam": min(samples, beams), the most probable first};
+    what was not asked for is left out.
     """
     eos_ids = actor.model.hf.generation_config.eos_token_id
     results: list[dict[str, list[Answer]]] = []
@@ -107,8 +107,8 @@ def answer_prompts(
         for texts in groups(prompts, batch_size):
             batch = Prompts(*pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, left=True))
             sampled, greedy = actor.rollout(batch, samples=samples, greedy=True)
-            kinds = {"greedy": greedy, "sampled": sampled}
-            if beams > 1:
+            kinds = {"greedy": greedy} | ({"sampled": sampled} if samples else {})
+            if samples and beams > 1:
                 kinds["beam"] = actor.beam_search(batch, beams, min(samples, beams))
             answers = {kind: read_answers(found, tokenizer, eos_ids) for kind, found in kinds.items()}
             each = {kind: len(found) // len(texts) for kind, found in answers.items()}

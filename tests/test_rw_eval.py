@@ -1,0 +1,188 @@
+"""rw_eval.py: a score for every row of a file."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from utils.run import UserError
+from utils.tokenizer import load_tokenizer
+
+PROGRAM = Path(__file__).resolve().parent.parent / "step2_reward_model_finetuning" / "rw_eval.py"
+
+
+@pytest.fixture(scope="module")
+def rw_eval():
+    spec = importlib.util.spec_from_file_location("rw_eval", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rw_eval"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["rw_eval"]
+
+
+@pytest.fixture
+def run(rw_eval, tiny_reward_model, tmp_path, monkeypatch, capsys):
+    """run(data=rows or path, flags) -> (rows of the output, what was printed)."""
+
+    def run(data=None, *flags, architecture="llama"):
+        command = ["rw_eval.py", "--model_name_or_path", tiny_reward_model(architecture), *flags]
+        output = tmp_path / "scores.jsonl"
+        if data is not None:
+            if isinstance(data, list):
+                path = tmp_path / "rows.jsonl"
+                path.write_text("".join(json.dumps(row) + "\n" for row in data))
+                data = path
+            command += ["--data_path", data, "--output", output, "--data_output_path", tmp_path / "cache"]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        rw_eval.main()
+        written = [json.loads(line) for line in output.read_text().splitlines()] if data is not None else []
+        return written, capsys.readouterr().out
+
+    return run
+
+
+def plain_score(folder, prompt: str, answer: str) -> float:
+    """The score of one text by transformers alone."""
+    tokenizer = load_tokenizer(str(folder))
+    ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return float(model(torch.tensor([ids])).logits[0, 0])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama", "mistral", "qwen2"])
+def test_every_row_gets_the_score_of_its_text(run, corpus, tiny_reward_model, architecture):
+    rows = [json.loads(line) for line in (corpus / "test.jsonl").read_text().splitlines()]
+    scored, printed = run(corpus / "test.jsonl", "--batch_size", "5", architecture=architecture)
+    assert [{k: row[k] for k in rows[0]} for row in scored] == rows
+    assert set(scored[0]) == {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}
+    for row in scored[:3] + scored[-2:]:
+        for column in ("chosen", "rejected"):
+            expected = plain_score(tiny_reward_model(architecture), row["prompt"], row[column])
+            assert row[f"{column}_score"] == pytest.approx(expected, abs=1e-5)
+    accuracy = sum(row["chosen_score"] > row["rejected_score"] for row in scored) / len(scored)
+    margin = sum(row["chosen_score"] - row["rejected_score"] for row in scored) / len(scored)
+    assert f"accuracy              {accuracy:.3f}" in printed and f"margin                {margin:.3f}" in printed
+
+
+PROMPT = "\n\nHuman: Name a bird.\n\nAssistant:"
+MESSAGES = [{"role": "user", "content": "Name a bird."}]
+PAIRS = {
+    "text": {"prompt": PROMPT, "chosen": " An owl.", "rejected": " No."},
+    "dialogues": {"chosen": PROMPT + " An owl.", "rejected": PROMPT + " No."},
+    "messages": {
+        "prompt": MESSAGES,
+        "chosen": [{"role": "assistant", "content": "An owl."}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    },
+}
+
+
+@pytest.mark.parametrize("shape", PAIRS)
+def test_shapes_of_pairs(run, tiny_reward_model, shape):
+    (row,), _ = run([PAIRS[shape]])
+    assert {k: row[k] for k in PAIRS[shape]} == PAIRS[shape]
+    assert row["chosen_score"] == pytest.approx(plain_score(tiny_reward_model("llama"), PROMPT, " An owl."), abs=1e-5)
+    assert row["rejected_score"] == pytest.approx(plain_score(tiny_reward_model("llama"), PROMPT, " No."), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Name a bird.", "completion": "An owl.", "label": False},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "An owl."}]},
+    ],
+)
+def test_shapes_of_single_answers(run, tiny_reward_model, row):
+    (scored,), printed = run([row | {"id": "x"}])
+    assert {k: v for k, v in scored.items() if k != "score"} == row | {"id": "x"}
+    assert scored["score"] == pytest.approx(plain_score(tiny_reward_model("llama"), PROMPT, " An owl."), abs=1e-5)
+    assert f"mean score            {scored['score']:.3f}" in printed and "accuracy" not in printed
+
+
+def test_rows_without_a_score_stay_and_say_why(run):
+    rows = [PAIRS["text"], {**PAIRS["text"], "prompt": "\n\nHuman: " + "bird " * 99 + "\n\nAssistant:"}, PAIRS["text"]]
+    scored, printed = run(rows, "--max_seq_len", "60")
+    assert [row["prompt"] for row in scored] == [row["prompt"] for row in rows]
+    assert scored[0] == scored[2] and scored[0]["chosen_score"] is not None and "not_scored" not in scored[0]
+    assert scored[1]["chosen_score"] is scored[1]["rejected_score"] is None
+    assert "3 rows, 2 to score" in printed and "1 whose prompt alone fills --max_seq_len" in printed
+    assert scored[1]["not_scored"] == "whose prompt alone fills --max_seq_len"
+
+
+def test_long_answers_are_cut_and_an_empty_one_is_its_end_token(run, tiny_reward_model):
+    rows = [{"prompt": PROMPT, "completion": " owl" * 50}, {"prompt": PROMPT, "completion": ""}]
+    (long, empty), printed = run(rows, "--max_seq_len", "40")
+    assert "1 of 2 answers are cut" in printed
+    assert empty["score"] == pytest.approx(plain_score(tiny_reward_model("llama"), PROMPT, ""), abs=1e-5)
+    assert long["score"] is not None
+
+
+def test_built_in_examples(run, tiny_reward_model, rw_eval):
+    _, printed = run()
+    folder = tiny_reward_model("llama")
+    for example in rw_eval.EXAMPLES:
+        assert f"good answer, score {plain_score(folder, example.prompt, example.chosen):.4f}" in printed
+        assert f"bad answer, score {plain_score(folder, example.prompt, example.rejected):.4f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--output x.jsonl", "--output: is for the scores of --data_path"),
+        ("--data_path {data} --output {data}", "is the file of --data_path"),
+        ("--data_path {data} --output {tmp}", "is a folder"),
+        ("--data_path nowhere.jsonl", "--data_path: no such file"),
+        ("--data_path {data} --max_seq_len 5000", "--max_seq_len: 5000 tokens, but the model"),
+        ("--data_path {prompts}", "no row can be scored"),
+        ("--max_seq_len 0", "--max_seq_len 0: must be at least 1"),
+        ("--batchsize 3", "--batchsize: unknown flag; did you mean --batch_size"),
+    ],
+)
+def test_bad_input_is_refused(rw_eval, tiny_reward_model, tmp_path, monkeypatch, flags, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(PAIRS["text"]) + "\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    filled = flags.format(data=tmp_path / "rows.jsonl", prompts=tmp_path / "prompts.jsonl", tmp=tmp_path).split()
+    command = [
+        "rw_eval.py",
+        "--model_name_or_path",
+        tiny_reward_model("llama"),
+        "--data_output_path",
+        tmp_path,
+        *filled,
+    ]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    monkeypatch.setattr(rw_eval, "load_reward_model", None)  # too late
+    with pytest.raises(UserError, match=message):
+        rw_eval.main()
+    assert (tmp_path / "rows.jsonl").read_text() == json.dumps(PAIRS["text"]) + "\n"
+
+
+def test_a_language_model_is_no_reward_model(rw_eval, tiny_model, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rw_eval.py", "--model_name_or_path", str(tiny_model("llama"))])
+    with pytest.raises(UserError, match="--model_name_or_path"):
+        rw_eval.main()
+
+
+def test_retired_flag_is_noted(run):
+    _, printed = run(None, "--num_padding_at_beginning", "1")
+    assert "--num_padding_at_beginning: without effect" in printed
+
+
+@pytest.mark.ranks
+def test_command_line_on_two_ranks(run_command, tiny_reward_model, corpus, tmp_path, run):
+    alone, _ = run(corpus / "test.jsonl")
+    command = ["torchrun", "--standalone", "--nproc_per_node", "2", PROGRAM, "--data_path", corpus / "test.jsonl"]
+    command += ["--model_name_or_path", tiny_reward_model("llama"), "--output", tmp_path / "ranks.jsonl"]
+    done = run_command([*command, "--data_output_path", tmp_path / "cache"], timeout=200)
+    assert done.returncode == 0, done.stdout
+    together = [json.loads(line) for line in (tmp_path / "ranks.jsonl").read_text().splitlines()]
+    assert len(together) == len(alone) == 24
+    for a, b in zip(alone, together, strict=True):
+        assert a["prompt"] == b["prompt"] and a["chosen_score"] == pytest.approx(b["chosen_score"], abs=1e-5)
+    assert done.stdout.count("accuracy") == 1
