@@ -14,8 +14,8 @@ class EngineConfig:
     """How one model is spread over the ranks.
 
     zero_stage: 0 (a copy on each rank) to 3 (optimizer states, gradients and parameters partitioned).
-    offload: optimizer states in CPU memory (trained, stage >= 1), or a frozen model's parameters (stage 3).
-    offload_parameters: a trained model's parameters too (stage 3).   dtype: fp32, bf16 or fp16.
+    offload: a trained model's optimizer states in CPU memory (stage >= 1).
+    offload_parameters: the parameters in CPU memory (stage 3), trained or frozen.   dtype: fp32, bf16 or fp16.
     micro_batch_size: rows per forward on one rank.   gradient_clipping: largest gradient norm, 0 for none.
     """
 
@@ -73,4 +73,5 @@ def training_config(config: EngineConfig) -> dict:
 
 def inference_config(config: EngineConfig) -> dict:
     """For a frozen model at ZeRO-3; at stage 0 a frozen model needs no engine."""
-    return _common(config) | {"zero_optimization": {"stage": 3, "overlap_comm": False} | _zero3(config.offload)}
+    zero = {"stage": 3, "overlap_comm": False} | _zero3(config.offload_parameters)
+    return _common(config) | {"zero_optimization": zero}

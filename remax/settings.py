@@ -84,11 +84,11 @@ def critic_engine(args: Step3Arguments) -> EngineConfig:
 
 def reference_engine(args: Step2Arguments | Step3Arguments) -> EngineConfig:
     dtype = args.actor_dtype if isinstance(args, Step3Arguments) else args.dtype
-    return EngineConfig(args.reference_zero_stage, args.offload_reference_model, dtype=dtype)
+    return EngineConfig(args.reference_zero_stage, offload_parameters=args.offload_reference_model, dtype=dtype)
 
 
 def reward_engine(args: Step3Arguments) -> EngineConfig:
-    return EngineConfig(args.reward_zero_stage, args.offload_reward_model, dtype=args.reward_dtype)
+    return EngineConfig(args.reward_zero_stage, offload_parameters=args.offload_reward_model, dtype=args.reward_dtype)
 
 
 def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:

@@ -32,9 +32,13 @@ def test_parameters_are_offloaded_only_where_asked():
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_inference_needs_no_optimizer(offload):
-    config = inference_config(EngineConfig(3, offload))
+    config = inference_config(EngineConfig(3, offload_parameters=offload))
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["offload_param"]["device"] == ("cpu" if offload else "none")
+    # A model is partitioned while it is read, with the training configuration (`engines.loading`), and its parts stay
+    # where they were put then: the two configurations must agree on the place.
+    reading = training_config(EngineConfig(3, offload_parameters=offload))
+    assert config["zero_optimization"]["offload_param"] == reading["zero_optimization"]["offload_param"]
     assert "offload_optimizer" not in config["zero_optimization"] and "gradient_clipping" not in config
 
 

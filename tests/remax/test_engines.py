@@ -161,6 +161,14 @@ def zero3(make_policy, make_scorer, save_rows, run_ranks):
         decode | {"name": "plain stage", "gather": True, "zero_stage": 2, "micro_batch": 4},
         score | {"name": "frozen", "zero_stage": 3, "sampling": [1.0, 1.0, 0], "chunk_size": 1024},
         score | {"name": "frozen, small chunks", "zero_stage": 3, "sampling": [0.7, 0.9, 0], "chunk_size": 4},
+        score
+        | {
+            "name": "frozen, offload",
+            "zero_stage": 3,
+            "sampling": [1.0, 1.0, 0],
+            "chunk_size": 9,
+            "offload_parameters": True,
+        },
         score | {"name": "frozen, no ZeRO", "zero_stage": 0, "sampling": [0.7, 0.9, 0], "chunk_size": 4},
     ]
     results, folder = run_ranks(checks, 2)
@@ -191,11 +199,11 @@ def test_generation_and_training_in_turn(way, zero3, make_policy):
     assert ("ZeRO-3" in result["backend"]) == (way != "plain stage")
 
 
-@pytest.mark.parametrize("case", ["frozen", "frozen, small chunks", "frozen, no ZeRO"])
+@pytest.mark.parametrize("case", ["frozen", "frozen, small chunks", "frozen, offload", "frozen, no ZeRO"])
 @torch.no_grad()
 def test_frozen_models_give_the_plain_models_numbers(case, zero3, make_policy, make_scorer):
     results, _, common, _ = zero3
-    temperature = 1.0 if case == "frozen" else 0.7
+    sampling = Sampling() if case in ("frozen", "frozen, offload") else Sampling(0.7, 0.9)
     rows = Sequences(**torch.load(common["rows"]))
     reference, scorer = load(make_policy("llama")).eval(), load(make_scorer("llama"), load_reward_model).eval()
     policy = load(make_policy("llama")).eval()
@@ -206,16 +214,12 @@ def test_frozen_models_give_the_plain_models_numbers(case, zero3, make_policy, m
     for i in map(int, table):
         start, length = int(rows.prompt_lengths[i]), int(rows.lengths[i])
         n, ids, got = length - start, rows.input_ids[i, :length], table[str(i)]
-        logq = (reference.hf(ids[None]).logits[0, start - 1 : -1] / temperature).log_softmax(-1)  # (n, V)
+        logq = (reference.hf(ids[None]).logits[0, start - 1 : -1] / sampling.temperature).log_softmax(-1)  # (n, V)
         logits = policy.hf(ids[None]).logits[0, start - 1 : -1]
-        logp = common_sampling(case).apply(logits, ids[start:]).log_softmax(-1)
+        logp = sampling.apply(logits, ids[start:]).log_softmax(-1)
         drawn = torch.arange(n), ids[start:]
         assert got["reference_logprobs"][:n] == pytest.approx(logq[drawn].tolist(), abs=1e-4)
         assert got["logprobs"][:n] == pytest.approx(logp[drawn].tolist(), abs=1e-4)
         kl = (logp.exp() * (logp - logq)).nan_to_num(0.0).sum(-1)
         assert got["full_kl"][:n] == pytest.approx(kl.tolist(), abs=1e-4)
         assert got["scores"] == pytest.approx(scorer.hf(ids[None]).logits.item(), abs=1e-4)
-
-
-def common_sampling(case: str) -> Sampling:
-    return Sampling() if case == "frozen" else Sampling(0.7, 0.9)

@@ -275,7 +275,7 @@ def frozen(folder: Path, name: str, rows: str, scorer: str, sampling: list, chun
     sampling = Sampling(*sampling)
     reference = Reference(spread.policy(), spread.config, sampling=sampling, chunk_size=chunk_size)
     reward = Reward(replace(spread, model=scorer).scorer(), spread.config)
-    other = replace(spread, zero_stage=2, offload=False)
+    other = replace(spread, zero_stage=2, offload_parameters=False)
     actor = other.actor(sampling=sampling, chunk_size=chunk_size)
     everything = load_rows(rows)
     share = mine(range(len(everything)))
