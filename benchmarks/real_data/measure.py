@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from utils.run import UserError, run_main
 
+DATA_ROWS = 600  # real answers that are measured like the policies' answers
 PERPLEXITY_ROWS = 512  # the rows that step 1 evaluates on with 2 ranks x 8 batches x 32
 
 
@@ -146,8 +147,14 @@ def repeated(answer: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def policies(run: Path, max_prompt: int) -> dict:
-    """The answers to held-out prompts at the first and the last evaluation of step 3, and both judges' scores."""
+def bold(answer: str) -> float:
+    """Bold marks of markdown: a favourite of the judges in such data, and the first thing a small policy overdoes."""
+    return float(answer.count("**"))
+
+
+def policies(run: Path, rows: list[dict], max_prompt: int) -> dict:
+    """The answers to held-out prompts at the first and the last evaluation of step 3, and both judges' scores; and of
+    the answers that people prefer or do not (`rows`), cut to the same number of tokens, what needs no judge."""
     files = sorted((run / "remax" / "answers").glob("step_*.jsonl"))
     longest = json.loads((run / "remax" / "run.json").read_text())["arguments"]["max_answer_seq_len"]
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
@@ -159,6 +166,19 @@ def policies(run: Path, max_prompt: int) -> dict:
     }
     result: dict = {"last_step": int(files[-1].stem.removeprefix("step_"))}
     columns: dict[str, dict[str, list[float]]] = {}
+    rows = rows[:DATA_ROWS]
+    heads = [ids[-max_prompt:] for ids in tokenizer([r["prompt"] for r in rows], add_special_tokens=False)["input_ids"]]
+    for side in ("chosen", "rejected"):
+        tails = tokenizer([r[side] for r in rows], add_special_tokens=False)["input_ids"]
+        cut = [(ids + [tokenizer.eos_token_id])[:longest] for ids in tails]
+        texts, groups = tokenizer.batch_decode(cut, skip_special_tokens=True), [r["prompt"] for r in rows]
+        whole = [head + tail for head, tail in zip(heads, cut, strict=True)]
+        result[side] = {name: clustered(scores(models[name], whole), groups) for name in models} | {
+            "length": clustered([len(ids) for ids in cut], groups),
+            "ended": clustered([float(len(ids) < longest) for ids in tails], groups),
+            "repeated": clustered([repeated(text) for text in texts], groups),
+            "bold": clustered([bold(text) for text in texts], groups),
+        }
     for name, rows in read.items():
         heads = tokenizer([r["prompt"] for r in rows], add_special_tokens=False)["input_ids"]
         tails = tokenizer([r["answer"] for r in rows], add_special_tokens=False)["input_ids"]
@@ -173,6 +193,7 @@ def policies(run: Path, max_prompt: int) -> dict:
             "length": [row["length"] for row in rows],
             "ended": [float(row["length"] < longest) for row in rows],
             "repeated": [repeated(row["answer"]) for row in rows],
+            "bold": [bold(row["answer"]) for row in rows],
         }
         groups = [row["prompt"] for row in rows]
         openings = Counter(" ".join(row["answer"].split()[:3]) for row in rows)
@@ -187,24 +208,29 @@ def policies(run: Path, max_prompt: int) -> dict:
         for key in columns["sft"]
     }
     result["difference"] = {key: clustered(values, groups) for key, values in differences.items()}
-    # What is left of the rise when answers are compared with answers of the same length: the slope of reward on length
-    # within both sets times the change of length is taken off.
-    result["rise_at_equal_length"] = {key: at_equal_length(columns, key, groups) for key in ("reward", "referee")}
+    for name, controls in (
+        ("rise_at_equal_length", ("length", "ended")),
+        ("rise_at_equal_style", ("length", "ended", "bold", "repeated")),
+    ):
+        result[name] = {key: rise(columns, key, controls, groups) for key in ("reward", "referee")}
     return result
 
 
-def at_equal_length(columns: dict[str, dict[str, list[float]]], key: str, groups: list[str]) -> dict[str, float]:
-    """Coefficient of "after" in the least-squares fit reward ~ 1 + after + length + ended, with its standard error over
-    prompts."""
+def rise(
+    columns: dict[str, dict[str, list[float]]], key: str, controls: Sequence[str], groups: list[str]
+) -> dict[str, float]:
+    """What is left of the rise of `key` among answers that are alike in `controls`: the coefficient of "after" in the
+    least-squares fit key ~ 1 + after + controls over the answers of both policies, and its standard error over prompts.
+    """
     design, target = [], []
     for name in ("sft", "remax"):
-        for length, ended in zip(columns[name]["length"], columns[name]["ended"], strict=True):
-            design.append([1.0, float(name == "remax"), length, ended])
+        for values in zip(*(columns[name][control] for control in controls), strict=True):
+            design.append([1.0, float(name == "remax"), *values])
         target += columns[name][key]
     x, y = torch.tensor(design, dtype=torch.float64), torch.tensor(target, dtype=torch.float64)
     inverse = torch.linalg.pinv(x.T @ x)
     weights = inverse @ x.T @ y
-    pieces = x * (y - x @ weights)[:, None]  # (2n, 4)
+    pieces = x * (y - x @ weights)[:, None]  # (2n, 2 + controls)
     sums: dict[str, torch.Tensor] = {}
     for group, piece in zip(groups + groups, pieces, strict=True):
         sums[group] = sums.get(group, 0.0) + piece
@@ -228,7 +254,7 @@ def main() -> None:
         "perplexity": perplexities(run, rows, max_len),
         "reward": judge(run, "reward", rows, max_len),
         "referee": judge(run, "referee", rows, max_len),
-        "policy": policies(run, args.max_prompt_seq_len),
+        "policy": policies(run, rows, args.max_prompt_seq_len),
     }
     (run / "measured.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {run / 'measured.json'}")

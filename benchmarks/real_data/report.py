@@ -79,7 +79,9 @@ def cell(figure: dict, digits: int = 3) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
+    """The first row is the head; shorter ones are filled up."""
     head, *body = rows
+    body = [row + [""] * (len(head) - len(row)) for row in body]
     return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]) + "\n"
 
 
@@ -113,16 +115,24 @@ def tables(run: Path) -> str:
     evaluations = {row["step"]: row for row in read_metrics(run, "remax") if "eval/reward" in row}
     first, last = evaluations[0], evaluations[policy["last_step"]]
     answers = [["answers to held-out prompts", "SFT", f"ReMax, step {policy['last_step']}", "difference"]]
+    answers[0] += ["the data's chosen, cut", "rejected, cut"]
     for key, name, digits in (
         ("reward", "learned reward", 3),
-        ("referee", "referee's reward (not optimised)", 3),
+        ("reward_again", "learned reward of the text, encoded anew", 3),
+        ("referee", "referee's reward of the text (not optimised)", 3),
         ("length", "length, tokens", 1),
         ("ended", "share that ended", 3),
         ("repeated", "share of repeated 4-grams", 3),
+        ("bold", "bold marks (**) an answer", 2),
     ):
-        answers.append([name, *(cell(policy[side][key], digits) for side in ("sft", "remax", "difference"))])
-    for key, name in (("reward", "learned reward"), ("referee", "referee's reward")):
-        answers.append([f"{name}, at equal length and ending", "", "", cell(policy["rise_at_equal_length"][key])])
+        data = [cell(policy[side][key], digits) if key in policy[side] else "" for side in ("chosen", "rejected")]
+        answers.append([name, *(cell(policy[side][key], digits) for side in ("sft", "remax", "difference")), *data])
+    for key, judge in (("reward", "learned reward"), ("referee", "referee's reward")):
+        for fit, alike in (
+            ("rise_at_equal_length", "length and ending"),
+            ("rise_at_equal_style", "... and bold, repeats"),
+        ):
+            answers.append([f"rise of {judge} at equal {alike}", "", "", cell(policy[fit][key])])
     for key, name in (
         ("kl_per_token", "KL to SFT, nats per token"),
         ("entropy", "entropy, nats per token"),
@@ -134,12 +144,11 @@ def tables(run: Path) -> str:
         [
             "correlation of reward and length",
             *(f"{policy[side]['reward_length_correlation']:.2f}" for side in ("sft", "remax")),
-            "",
         ]
     )
     count = policy["sft"]["reward"]
     answers.append(
-        [f"distinct answers of {count['n']}", *(str(policy[side]["distinct_answers"]) for side in ("sft", "remax")), ""]
+        [f"distinct answers of {count['n']}", *(str(policy[side]["distinct_answers"]) for side in ("sft", "remax"))]
     )
     return "\n".join(table(rows) for rows in (sft, judges, answers))
 

@@ -32,7 +32,7 @@ mkdir -p "$OUTPUT"
 
 TOKENS=160        # of prompt and answer together, in steps 1 and 2
 PROMPT_TOKENS=64  # in step 3
-ANSWER_TOKENS=96
+ANSWER_TOKENS=64
 COMMON=(
     --data_output_path "$OUTPUT/cache"
     --seed "$SEED"
@@ -73,9 +73,10 @@ referee() {
 remax() {
     REWARD_MODEL=$OUTPUT/reward stage 3 "$OUTPUT/sft" "$OUTPUT/remax" --data_split 4,4,2 \
         --max_prompt_seq_len $PROMPT_TOKENS --max_answer_seq_len $ANSWER_TOKENS \
-        --per_device_generation_batch_size 32 --per_device_training_batch_size 32 \
-        --actor_learning_rate 1e-4 --num_warmup_steps 5 --kl_ctl 0.05 --gamma 1 --max_steps 100 --num_train_epochs 10 \
-        --logging_steps 5 --eval_steps 20 --max_eval_batches 4 --save_at_final "${REMAX_FLAGS[@]}"
+        --per_device_generation_batch_size 16 --per_device_training_batch_size 16 --temperature 0.7 \
+        --actor_learning_rate 5e-5 --num_warmup_steps 0 --penalty full_step --kl_ctl 0.1 --gamma 1 \
+        --max_steps 48 --num_train_epochs 10 --logging_steps 4 --eval_steps 12 --max_eval_batches 4 \
+        --reference_zero_stage 0 --reward_zero_stage 0 --save_at_final "${REMAX_FLAGS[@]}"
 }
 
 measure() { python "$HERE/measure.py" --run "$OUTPUT" --max_prompt_seq_len $PROMPT_TOKENS; }
