@@ -158,6 +158,7 @@ def examine(
             check_greedy(actor, probe),
             check_drawn(actor, probe),
             check_padding(actor, probe),
+            check_noise(actor, probe, len(tokenizer)),
             check_batching(actor, reward, probe),
             check_dropout(actor, probe),
             check_reference(actor, reference, probe, resumed),
@@ -407,6 +408,21 @@ def check_padding(actor: Actor | FrozenActor, probe: Probe) -> Finding:
         "--per_device_generation_batch_size 1",
         mean=size.mean,
         largest=size.largest,
+    )
+
+
+def check_noise(actor: Actor | FrozenActor, probe: Probe, vocabulary: int) -> Finding:
+    """The policy knows something: its entropy is well below that of drawing words at random."""
+    with evaluating(actor.model):
+        entropy = actor.engine(probe.sampled, entropy=True)[1]
+    mean, top = combine(entropy.double()[probe.sampled.answer_mask]).mean, math.log(vocabulary)
+    return finding(
+        "answers are not noise",
+        mean <= 0.7 * top,
+        f"entropy {mean:.2f} nats per token, of {top:.2f} for random words",
+        "the actor looks untrained: start from a model fine-tuned in step 1",
+        bad=WARNING,
+        entropy=mean,
     )
 
 

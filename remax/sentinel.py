@@ -22,6 +22,8 @@ from tqdm import tqdm
 from remax.sequences import Rollout, Sequences
 from utils.distributed import is_main, sum_across_ranks
 
+COMPARED = ("entropy", "length", "ended", "distinct_trigrams")  # with the run's start
+
 
 class TrainingStopped(Exception):
     """Going on would be pointless. The message is one line: step, figure, likely cause and remedy."""
@@ -29,9 +31,11 @@ class TrainingStopped(Exception):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When the sentinel speaks. "Recent" is the mean of the last `window` steps, "start" that of the first ones."""
+    """When the sentinel speaks. "Recent" is the mean of the last `window` steps, "start" that of the first `first`."""
 
     window: int = 10  # steps
+    first: int = 5  # steps
+    kl_after: int = 3  # steps before a recent KL is judged; the others wait for a whole window
     repeat_after: int = 100  # steps before the same warning is given again
     overflow_warning: int = 5  # steps in a row skipped by overflow; fp16's loss scaling needs a few at first
     overflow_limit: int = 20  # the same, fatal: by then the loss scale has gone from 2^16 to 1
@@ -160,7 +164,7 @@ def fatal_alarms(
 def drift_alarms(
     recent: dict[str, float], start: dict[str, float], vocabulary: int, limits: Thresholds
 ) -> Iterator[Alarm]:
-    """From recent means and the means of the run's first steps. A figure without a start is not compared with it."""
+    """From recent means and the means of the run's first steps, as far as there are any yet."""
     excess, kl, entropy = (recent.get(name, 0.0) for name in ("kl_excess", "kl_per_token", "entropy"))
     if excess > limits.kl_warning:
         yield Alarm(
@@ -192,7 +196,7 @@ def drift_alarms(
             "all answers to a prompt are the same or score the same",
             "a higher --temperature or --entropy_coef, harder prompts, and a look at the answers (--print_answers)",
         )
-    if "entropy" not in start:
+    if not all(name in start for name in COMPARED):
         return
     top, first = math.log(vocabulary), start["entropy"]
     if entropy < limits.entropy_share * first:
@@ -247,9 +251,6 @@ def tell(message: str) -> None:
         tqdm.write(message)
 
 
-COMPARED = ("entropy", "length", "ended", "distinct_trigrams")  # with the run's start
-
-
 @dataclass
 class Sentinel:
     """One of the trainer's watchers.
@@ -296,15 +297,17 @@ class Sentinel:
         for name, value in {**followed, "kl_per_token": kl, "kl_excess": excess}.items():
             if math.isfinite(value):
                 self.recent.setdefault(name, deque(maxlen=limits.window)).append(value)
-                if name in self.start and len(self.start[name]) < limits.window:
+                if name in self.start and len(self.start[name]) < limits.first:
                     self.start[name].append(value)
-        recent = {name: sum(values) / len(values) for name, values in self.recent.items()}
-        begun = all(len(values) == limits.window for values in self.start.values())
-        start = {name: sum(values) / len(values) for name, values in self.start.items()} if begun else {}
-        enough = recent if len(self.recent["zero_advantages"]) == limits.window else {}
+        recent = {
+            name: sum(values) / len(values)
+            for name, values in self.recent.items()
+            if len(values) >= (limits.kl_after if name.startswith("kl") else limits.window)
+        }
+        start = {name: sum(values) / len(values) for name, values in self.start.items() if name in recent}
         return [
             *fatal_alarms(figures, self.overflows, self.nonfinite, excess, limits),
-            *drift_alarms(enough, start, self.vocabulary, limits),
+            *drift_alarms(recent, start, self.vocabulary, limits),
         ]
 
     def _count_streaks(self, figures: dict[str, float]) -> None:

@@ -68,7 +68,7 @@ def test_a_sound_pipeline_passes(family, load):
     report = examine(**load(family, sampling=Sampling(0.8, top_p=0.9)) | {"reload_limit": 10**9})
     assert not report.failures, report.table()
     checked = [found for found in report.findings if found.result == OK]
-    assert len(checked) == 13
+    assert len(checked) >= 13  # random weights may look like noise
     assert all(found.remedy == "" for found in checked)
 
 
@@ -205,6 +205,14 @@ def test_ranks_with_equal_noise_are_found(monkeypatch):
     assert doctor.check_ranks().result == FAILURE
     monkeypatch.setattr(doctor, "gather_objects", lambda state: [state, state + 1])
     assert doctor.check_ranks().result == OK
+
+
+def test_an_untrained_policy_raises_a_warning(load):
+    patient = load()
+    for parameter in patient["actor"].model.parameters():
+        parameter.mul_(0.01)
+    report = examine(**patient | {"reference": None})
+    assert results(report)["answers are not noise"] == WARNING and not report.failures
 
 
 # --------------------------------------------------------------------------------------------- models that do not match

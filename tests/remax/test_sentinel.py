@@ -183,6 +183,12 @@ def test_one_bad_step_is_no_drift():
     assert judged({"entropy": 0.05, "length": 60.0, "ended": 0.5}, steps=1) == set()
 
 
+def test_an_early_explosion_is_named_before_the_window_is_full():
+    sentinel = Sentinel(VOCABULARY)
+    kinds = [{alarm.kind for alarm in sentinel.judge(HEALTHY | {"kl": 8.0 * step})} for step in range(5)]
+    assert kinds == [set(), set(), set(), {"KL"}, {"KL"}]  # excess 0, .4, .8, 1.2 nats a token: recent .2 .4 .6
+
+
 def test_few_end_tokens_from_the_start():
     sentinel = Sentinel(VOCABULARY)
     for _ in range(WINDOW):
