@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -206,3 +207,35 @@ def test_a_drawn_token_outside_the_kept_set_stays():
 def test_the_reference_is_tempered_but_not_truncated():
     assert Sampling(0.7, 0.9, 50).without_truncation() == Sampling(0.7)
     assert not Sampling(0.7).truncates and Sampling(top_p=0.9).truncates and Sampling(top_k=1).truncates
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most rows that any (rows, WORDS) tensor has, forward and backward."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == WORDS and x.numel() > WORDS * WIDTH:
+                self.rows = max(self.rows, x.shape[0])
+        return result
+
+
+@pytest.mark.parametrize("chunks, rows", [(1, 96), (3, 32), (8, 12)])
+def test_no_tensor_over_the_vocabulary_is_larger_than_a_chunk(chunks, rows):
+    p = problem(4, tokens=96)
+    with LargestTensor() as largest:
+        stats = token_stats(
+            p.hidden,
+            p.head,
+            p.targets,
+            chunks=chunks,
+            sampling=Sampling(0.7, 0.9),
+            entropy=True,
+            stats_grad=True,
+            reference_hidden=p.reference_hidden,
+            reference_head=p.reference_head,
+        )
+        gradients(p, *stats)
+    assert largest.rows == rows
