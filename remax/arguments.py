@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, ge
 
 from transformers import HfArgumentParser
 
+from utils.data.names import exists, parse_name
 from utils.run import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +71,20 @@ class DataFlags:
     _argument_group_name = "data"
 
     data_path: list[str] = flag(
-        ["Dahoas/rm-static"], "hub names, folders or files (jsonl, json, parquet; .gz), several allowed"
+        ["Dahoas/rm-static"],
+        "hub names, folders or files (jsonl, json, csv, parquet, arrow; .gz), several allowed; "
+        "name#configuration/split chooses, name:0.3 weighs",
+    )
+    prompt_column: str | None = flag(None, "the data's column of prompts, where it is not called `prompt`")
+    chosen_column: str | None = flag(None, "the data's column of good answers, where it is not called `chosen`")
+    rejected_column: str | None = flag(None, "the data's column of bad answers, where it is not called `rejected`")
+    chat_template: str | None = flag(
+        None,
+        "Jinja template that writes lists of messages, a file or the text itself; without it the tokenizer's own, else "
+        "Human/Assistant. Saved with the model",
+    )
+    overlong: Literal["cut", "drop"] | None = flag(
+        None, "prompts longer than the limit: keep their end, or go; default: drop (steps 1, 2), cut (step 3)"
     )
     data_split: str = flag("2,4,4", "shares of the data for the three stages; no row serves two of them")
     data_seed: int = flag(1234, "seed of that split; the same in all stages, or they share rows")
@@ -130,6 +144,7 @@ class OnlyLora:
 @dataclass(kw_only=True)
 class SupervisedDataFlags(DataFlags):
     sft_only_data_path: list[str] = flag([], "more data, all of it for this stage")
+    train_on: Literal["last", "all"] = flag("last", "dialogues of several turns: learn the last answer, or all of them")
 
 
 @dataclass(kw_only=True)
@@ -396,6 +411,12 @@ class Arguments:
     notices: list[str] = dataclasses.field(default_factory=list, init=False)
 
     @property
+    def columns(self) -> dict[str, str]:
+        """{"prompt": its name in the data, ...}, as far as names were given."""
+        names = {"prompt": self.prompt_column, "chosen": self.chosen_column, "rejected": self.rejected_column}
+        return {ours: theirs for ours, theirs in names.items() if theirs is not None}
+
+    @property
     def tensorboard_dir(self) -> str | None:
         """Folder for TensorBoard's files, None when it is off."""
         if not self.enable_tensorboard:
@@ -607,7 +628,8 @@ def _check_data(args: Any, stage: int) -> None:
         )
     for name in ("data_path", "sft_only_data_path"):
         for path in getattr(args, name, []):
-            if _looks_local(path) and not Path(path).exists():
+            source = parse_name(path, f"--{name}").name
+            if _looks_local(source) and not exists(source):
                 raise UserError(f"--{name} {path}: no such file or folder (looked from {Path.cwd()})")
 
 

@@ -101,13 +101,20 @@ def check_models(args: Step3Arguments) -> tuple[Tokenizer, Tokenizer]:
     for flag in ("actor_model_name_or_path", "reward_model_name_or_path"):
         config = load_config(getattr(args, flag), f"--{flag}")
         check_length(config, longest, "--max_prompt_seq_len + --max_answer_seq_len", f"--{flag}")
-    tokenizer = load_tokenizer(args.actor_model_name_or_path, "--actor_model_name_or_path")
+    tokenizer = load_tokenizer(
+        args.actor_model_name_or_path, "--actor_model_name_or_path", chat_template=args.chat_template
+    )
     reward_tokenizer = load_tokenizer(args.reward_model_name_or_path, "--reward_model_name_or_path")
     if difference := same_vocabulary(tokenizer, reward_tokenizer):
         raise UserError(
             f"--reward_model_name_or_path {args.reward_model_name_or_path}: its vocabulary differs from that of "
             f"--actor_model_name_or_path {args.actor_model_name_or_path} ({difference}); the reward model reads the "
             "actor's tokens, so both need one tokenizer"
+        )
+    if tokenizer.chat_template != reward_tokenizer.chat_template:
+        args.notices.append(
+            "actor and reward model have different chat templates: lists of messages are written by the actor's, which "
+            "the reward model may not have been trained on"
         )
     return tokenizer, reward_tokenizer
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from remax.engines import Actor, Reference, Reward, TrainedEngine, TrainedReward
 from remax.modeling import evaluating
-from remax.sequences import Prompts, Sequences
+from remax.sequences import Prompts, Sequences, learned_mask
 from utils.distributed import device, gather_objects, is_main, sum_across_ranks
 
 Batch = dict[str, Tensor]  # a loader's batch; prompts also carry their text, a list
@@ -60,7 +60,7 @@ def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
     with evaluating(actor.model):
         for batch in map(to_device, loader):
             sequences = Sequences.from_batch(batch)
-            weight = batch["weight"][:, None] * sequences.answer_mask  # (B, A)
+            weight = batch["weight"][:, None] * learned_mask(batch, sequences)  # (B, A)
             sums["nll"] -= (actor.logprobs(sequences).logprobs * weight).sum().double()
             sums["tokens"] += float(weight.sum())
     total = sum_across_ranks(sums)

@@ -16,7 +16,7 @@ from torch import Tensor
 from remax.engines import Actor, Reference, TrainedEngine, TrainedReward
 from remax.evaluation import Batch, pair_scores, paired, perplexity, ranking_accuracy, to_device
 from remax.losses import answer_logprob, dpo_losses, ranking_loss, supervised_loss
-from remax.sequences import Sequences
+from remax.sequences import Sequences, learned_mask
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger, progress
 
@@ -159,19 +159,19 @@ def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
 
 @dataclass
 class Supervised:
-    """Step 1: next-token loss on the answer only, EOS included; prompt and padding masked."""
+    """Step 1: next-token loss on the answers only, EOS included; prompt and padding masked."""
 
     engine: Actor
     eval_loader: Iterable[Batch]
     headline: str = "perplexity"
 
     def count(self, batch: Batch) -> int:
-        return int((batch["lengths"] - batch["prompt_lengths"]).sum())
+        return int(learned_mask(batch, Sequences.from_batch(batch)).sum())
 
     def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = Sequences.from_batch(batch)
         output = self.engine.logprobs(sequences)
-        return supervised_loss(output.logprobs, sequences.answer_mask, denominator), {}
+        return supervised_loss(output.logprobs, learned_mask(batch, sequences), denominator), {}
 
     def evaluate(self) -> dict[str, float]:
         return perplexity(self.engine, self.eval_loader)

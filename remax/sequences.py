@@ -23,6 +23,15 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
+def learned_mask(batch: dict[str, Tensor], sequences: Sequences) -> Tensor:
+    """(B, A) bool: the answer tokens that supervised learning counts: all, or those of the batch's `loss_mask` (B, A).
+
+    The mask comes with dialogues: what stands behind the first prompt holds the user's later turns as well.
+    """
+    mask = sequences.answer_mask
+    return mask & batch["loss_mask"] if "loss_mask" in batch else mask
+
+
 def pad_rows(rows: Sequence[Tensor], pad_id: int, width: int | None = None) -> Tensor:
     """B tensors of ids, each (n_i,) -> (B, width), padded on the right; width defaults to the longest row."""
     width = max((len(row) for row in rows), default=0) if width is None else width

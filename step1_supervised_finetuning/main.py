@@ -20,7 +20,7 @@ def main() -> None:
     args = parse_step1()
     quiet_libraries()
     check_length(load_config(args.model_name_or_path, "--model_name_or_path"), args.max_seq_len, "--max_seq_len")
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)
     init_distributed(args.local_rank)
     set_seed(args.seed)
     start_run(args.output_dir, args, "step1")
@@ -42,6 +42,10 @@ def main() -> None:
         rank=rank(),
         world_size=world_size(),
         num_proc=args.preprocessing_num_workers,
+        columns=args.columns,
+        overlong=args.overlong,
+        train_on=args.train_on,
+        record_in=args.output_dir,
     )
     settings = finetune_settings(args)
     steps = total_steps(settings, len(train_loader))

@@ -14,8 +14,9 @@ from remax.inference import Answer, FrozenActor, answer_prompts
 from remax.logprobs import Sampling
 from remax.modeling import check_length, load_config, load_policy, quiet_libraries
 from remax.rollout import GenerationSettings
+from utils.data.chat import template_of
 from utils.data.encoding import encode_prompts
-from utils.data.preferences import as_dialogue
+from utils.data.preferences import Form, as_dialogue
 from utils.data.rows import read_rows
 from utils.distributed import set_seed
 from utils.run import UserError, run_main
@@ -67,7 +68,9 @@ def main() -> None:
 def read_prompts(args: PromptEvalArguments) -> list[str]:
     """Prompts of the data set, of the text file, or the built-in ones."""
     if args.data_path:
-        rows = read_rows(args.data_path, cache_dir=args.data_output_path)
+        tokenizer = load_tokenizer(args.model_name_or_path_finetune, "--model_name_or_path_finetune")
+        form = Form(template=template_of(tokenizer))  # both models are asked in the words of the fine-tuned one
+        rows = read_rows(args.data_path, cache_dir=args.data_output_path, form=form)
         prompts = [row.example.prompt for row in rows if row.skipped is None]
     elif args.prompts_file:
         lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()

@@ -22,7 +22,7 @@ def main() -> None:
     args = parse_step2()
     quiet_libraries()
     check_length(load_config(args.model_name_or_path, "--model_name_or_path"), args.max_seq_len, "--max_seq_len")
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)
     if args.loss == "ranking":
         prepare_pad_token(tokenizer)
     init_distributed(args.local_rank)
@@ -45,6 +45,9 @@ def main() -> None:
         rank=rank(),
         world_size=world_size(),
         num_proc=args.preprocessing_num_workers,
+        columns=args.columns,
+        overlong=args.overlong,
+        record_in=args.output_dir,
     )
     settings = finetune_settings(args)
     steps = total_steps(settings, len(train_loader))

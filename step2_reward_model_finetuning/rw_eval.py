@@ -17,8 +17,9 @@ from remax.evaluation_arguments import parse_reward_eval
 from remax.inference import EncodedText, encode_texts, pair_figures, score_texts
 from remax.modeling import check_length, load_config, quiet_libraries
 from remax.reward_model import load_reward_model
+from utils.data.chat import template_of
 from utils.data.loaders import local_rank_zero_first
-from utils.data.preferences import Example, as_dialogue
+from utils.data.preferences import Example, Form, as_dialogue
 from utils.data.rows import TextRow, read_rows
 from utils.distributed import init_distributed, is_main, print0, shutdown, world_size
 from utils.run import UserError, run_main
@@ -53,7 +54,8 @@ def main() -> None:
         print0(notice)
     if args.data_path:
         with local_rank_zero_first():
-            rows = read_rows(args.data_path, cache_dir=args.data_output_path)
+            form = Form(template=template_of(tokenizer))
+            rows = read_rows(args.data_path, cache_dir=args.data_output_path, form=form)
     else:
         rows = [TextRow({}, example) for example in EXAMPLES]
     texts = encode(rows, tokenizer, args.max_seq_len)

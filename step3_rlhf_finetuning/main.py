@@ -43,6 +43,9 @@ def main() -> None:
         rank=rank(),
         world_size=world_size(),
         num_proc=args.preprocessing_num_workers,
+        columns=args.columns,
+        overlong=args.overlong,
+        record_in=output,
     )
     answers_loader = build_answers_loader(
         tokenizer=tokenizer,
@@ -53,6 +56,7 @@ def main() -> None:
         rank=rank(),
         world_size=world_size(),
         num_proc=args.preprocessing_num_workers,
+        columns=args.columns,
     )
     plain_text = None
     if args.unsupervised_dataset_name:

@@ -14,7 +14,9 @@ from utils.run import UserError
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*")
 
 
-def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, flag: str = "--model_name_or_path", chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with `pad_token` set.
 
     The pad token is the tokenizer's own; without one, the unknown token where there is one of its own, else the end
@@ -22,9 +24,10 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
 
     Args:
         flag: the flag that errors name.
+        chat_template: see `read_chat_template`; it takes the place of the tokenizer's own, and is saved with it.
 
     Raises:
-        UserError: no tokenizer there, or one without an end token.
+        UserError: no tokenizer there, or one without an end token; a chat template that cannot be used.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -52,7 +55,45 @@ def load_tokenizer(name_or_path: str, flag: str = "--model_name_or_path") -> Pre
     if tokenizer.pad_token_id is None:
         own_unknown = tokenizer.unk_token_id not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id)
         tokenizer.pad_token = tokenizer.unk_token if own_unknown else tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
+        check_chat_template(tokenizer)
     return tokenizer
+
+
+def read_chat_template(text_or_file: str) -> str:
+    """The Jinja text of --chat_template: given as it stands (it holds a brace), or in a file."""
+    if "{" in text_or_file:
+        return text_or_file
+    try:
+        text = Path(text_or_file).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(
+            f"--chat_template {text_or_file}: {reason}; expected a file with a Jinja template, or its text"
+        ) from error
+    if "{" not in text:
+        raise UserError(f"--chat_template {text_or_file}: holds no Jinja template: there is no brace in it")
+    return text
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template that cannot write a question and its answer."""
+    from jinja2 import TemplateError
+
+    question = [{"role": "user", "content": "QUESTION"}]
+    dialogue = [*question, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(dialogue, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--chat_template: cannot write a question and its answer: {reason}") from error
+    if "QUESTION" not in asked or "ANSWER" not in whole or not whole.startswith(asked):
+        raise UserError(
+            f"--chat_template: writes a question as {asked!r} and with its answer as {whole!r}; expected the second to "
+            "begin with the first: end the prompt where the answer begins (add_generation_prompt)"
+        )
 
 
 def distinct_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
