@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from remax.arguments import Step1Arguments, Step2Arguments, Step3Arguments
+from remax.doctor import DoctorArguments
 from remax.evaluation_arguments import PromptEvalArguments, RewardEvalArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +139,8 @@ def test_documents_name_make_targets_that_exist(document):
 
 def known_flags() -> set[str]:
     """Flags of the stages' programs, of modules that call add_argument themselves, and of the deepspeed launcher."""
-    programs = (Step1Arguments, Step2Arguments, Step3Arguments, PromptEvalArguments, RewardEvalArguments)
+    programs = (Step1Arguments, Step2Arguments, Step3Arguments)
+    programs += (PromptEvalArguments, RewardEvalArguments, DoctorArguments)
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     flags = {f.name for arguments in programs for f in fields(arguments)} | set(re.findall(r"\"--(\w+)\"", text))
     return flags | {"help", "num_gpus", "num_nodes", "hostfile", "master_port"}
