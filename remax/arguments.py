@@ -213,6 +213,11 @@ class ActorFlags:
     actor_learning_rate: Positive = flag(9.65e-6, "peak learning rate")
     actor_weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms")
     num_warmup_steps: CountOrZero = flag(100, "optimizer steps until the learning rate is at its peak")
+    best_by: Literal["reward", "objective"] = flag(
+        "reward",
+        "the model with the highest evaluation reward is kept, or with the highest reward - kl_ctl * KL, which a reward "
+        "model that is easily fooled calls for",
+    )
     save_at_final: bool = flag(False, "save the last model as well as the best one")
     enable_ema: bool = flag(False, "keep and save a moving average of the actor's weights")
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from remax.deepspeed_config import EngineConfig, inference_config, training_config
 from remax.logprobs import Head, PolicyOutput, Sampling
@@ -109,6 +108,7 @@ class TrainedEngine:
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig):
         import deepspeed
+        from transformers import get_scheduler  # brings transformers' own trainer along: seconds
 
         self.config = config
         adam = build_optimizer(model, optimizer, config.offload)

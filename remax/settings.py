@@ -134,5 +134,6 @@ def trainer_settings(args: Step3Arguments) -> TrainerSettings:
         mini_batches=args.ppo_mini_batches,
         evaluate_every=args.eval_steps,
         target_kl=args.target_kl,
+        best_by=args.best_by,
         unsupervised_coefficient=args.unsup_coef,
     )

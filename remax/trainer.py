@@ -20,6 +20,7 @@ from remax.engines import Actor, Reference, Reward, StepResult, TrainedReward
 from remax.evaluation import Batch, PolicyEvaluation, to_device
 from remax.finetune import groups, steps_per_epoch
 from remax.losses import supervised_loss
+from remax.sentinel import Sentinel
 from remax.sequences import Prompts, Rollout, Sequences
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger, progress
@@ -32,6 +33,7 @@ class TrainerSettings:
     mini_batches: optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
     evaluate_every: in steps, 0 for once per epoch.   target_kl: evaluation KL, nats per token, at which training stops;
     0 for never.
+    best_by: the evaluation figure whose highest value makes the best model, `reward` or `objective`.
     unsupervised_coefficient: weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
     """
 
@@ -42,6 +44,7 @@ class TrainerSettings:
     mini_batches: int = 1
     evaluate_every: int = 0
     target_kl: float = 0.0
+    best_by: str = "reward"
     unsupervised_coefficient: float = 0.0
 
     def total_steps(self, batches: int) -> int:
@@ -73,6 +76,7 @@ class Timer:
 class Trainer:
     """Everything that learns, scores and measures, put together.
 
+    watchers(step, rollout, figures) -> further figures to log, equal on every rank; the sentinel is one that may stop.
     evaluate() -> PolicyEvaluation, reduced over ranks.   on_evaluation(step, evaluation, best): called on every rank.
     unsupervised: endless batches of plain text for the language-modelling mix, or None.
     """
@@ -89,6 +93,7 @@ class Trainer:
     unsupervised: Iterator[Batch] | None = None
     average: WeightAverage | None = None
     on_evaluation: Callable[[int, PolicyEvaluation, bool], None] = lambda step, evaluation, best: None
+    sentinel: Sentinel | None = None
     watchers: list[Callable[[int, Rollout, dict[str, float]], dict[str, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -223,25 +228,30 @@ class Trainer:
         return figures | ({"skipped": 1.0} if result.skipped else {})
 
     def train(self, loader: DataLoader) -> dict[str, dict[str, float]]:
-        """The whole training -> {"before": evaluation, "after": evaluation, "best": evaluation}."""
+        """The whole training -> {"before": evaluation, "after": evaluation, "best": evaluation}.
+
+        Raises TrainingStopped, on every rank at the same step, when the sentinel sees no point in going on.
+        """
         settings = self.settings
+        watchers = [*self.watchers, *([self.sentinel] if self.sentinel else [])]
         epoch_steps = steps_per_epoch(len(loader), settings.rollouts_per_step)
         total = settings.total_steps(len(loader))
         print0(f"{total} steps; answers come from {self.actor.backend}")
         before = self.measure(0, epoch_steps, best_so_far=math.inf)  # the untrained policy is no candidate for the best
-        results = {"before": before, "after": before, "best": {"reward": -math.inf}}
+        results = {"before": before, "after": before, "best": {settings.best_by: -math.inf}}
         with progress(total, desc=type(self.algorithm).__name__, unit="steps") as bar:
             for step, batches in enumerate(self.epochs(loader), start=1):
                 rollout, figures = self.step(batches)
-                for watch in self.watchers:
+                for watch in watchers:
                     figures |= watch(step, rollout, figures)
                 self.metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
                 bar.update(1)
-                stop_if_not_finite(step, figures)
+                if self.sentinel:
+                    self.sentinel.stop_if_fatal()
                 if step % (settings.evaluate_every or epoch_steps) and step != total:
                     continue
-                results["after"] = self.measure(step, epoch_steps, best_so_far=results["best"]["reward"])
-                if results["after"]["reward"] > results["best"]["reward"]:
+                results["after"] = self.measure(step, epoch_steps, best_so_far=results["best"][settings.best_by])
+                if results["after"][settings.best_by] > results["best"][settings.best_by]:
                     results["best"] = results["after"]
                 kl = results["after"]["kl_per_token"]  # reduced: every rank stops at the same step
                 if settings.target_kl and kl >= settings.target_kl:
@@ -260,18 +270,11 @@ class Trainer:
     def measure(self, step: int, epoch_steps: int, best_so_far: float) -> dict[str, float]:
         """Evaluates, logs, and hands the answers on; the figures."""
         evaluation = self.evaluate()
-        self.metrics.log(step, {f"eval/{k}": v for k, v in evaluation.figures.items()}, epoch=step / epoch_steps)
-        self.on_evaluation(step, evaluation, evaluation.figures["reward"] > best_so_far)
-        return evaluation.figures
-
-
-def stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
-    """The figures are reduced, so every rank stops together."""
-    if not math.isfinite(figures["loss"]) or not math.isfinite(figures["reward"]):
-        raise RuntimeError(
-            f"step {step}: loss {figures['loss']}, reward {figures['reward']}, gradient norm {figures['grad_norm']}. "
-            "Likely a learning rate that is too high or fp16 overflow: try bf16 or a tenth of --actor_learning_rate"
-        )
+        figures = evaluation.figures
+        figures["objective"] = figures["reward"] - self.algorithm.kl.coefficient * figures["kl"]
+        self.metrics.log(step, {f"eval/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
+        self.on_evaluation(step, evaluation, figures[self.settings.best_by] > best_so_far)
+        return figures
 
 
 def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:

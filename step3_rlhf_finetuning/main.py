@@ -2,21 +2,28 @@
 the flags.
 """
 
+import sys
 from pathlib import Path
 
 from remax.arguments import Step3Arguments, make_algorithm, parse_step3
 from remax.assembly import build_engines, check_models
 from remax.checkpoint import export, note
+from remax.doctor import examine, held_out_pairs
 from remax.ema import WeightAverage
 from remax.evaluation import First, PolicyEvaluation, evaluate_policy, write_answers
 from remax.modeling import quiet_libraries
+from remax.sentinel import Sentinel, TrainingStopped
+from remax.sequences import Prompts
 from remax.settings import trainer_settings
 from remax.trainer import Trainer
+from remax.variance import VarianceMeter
 from utils.data.loaders import build_answers_loader, build_loaders
 from utils.data.text import plain_text_batches
 from utils.distributed import init_distributed, print0, rank, set_seed, shutdown, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 from utils.run import run_main, start_run
+
+STOPPED = 3  # exit status: the sentinel saw no point in going on
 
 
 def main() -> None:
@@ -77,6 +84,25 @@ def main() -> None:
     actor, reference, reward, critic = build_engines(
         args, tokenizer, reward_tokenizer, steps * settings.optimizer_steps(algorithm)
     )
+    if not args.skip_doctor:
+        prompts = next(iter(eval_loader))
+        report = examine(
+            actor,
+            reward,
+            tokenizer,
+            reward_tokenizer,
+            Prompts(prompts["input_ids"], prompts["lengths"]),
+            reference=reference,
+            pairs=held_out_pairs(
+                args.data_path,
+                tokenizer,
+                max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
+                cache_dir=args.data_output_path,
+            ),
+            max_prompt_tokens=args.max_prompt_seq_len,
+        )
+        print0(report.table())
+        report.refuse_failures()
     metrics = MetricsLogger(
         output,
         tensorboard_dir=args.tensorboard_dir,
@@ -97,6 +123,10 @@ def main() -> None:
             export(actor.model, tokenizer, output / "actor", zero3=actor.zero3)
             note(output / "actor", "evaluation.json", {"step": step, **evaluation.figures})
 
+    watchers = []
+    if args.log_variance:
+        steps_between = args.log_variance_gradient_steps
+        watchers.append(VarianceMeter(actor, algorithm.samples_per_prompt, algorithm.gamma, steps_between))
     trainer = Trainer(
         actor,
         reference,
@@ -110,8 +140,16 @@ def main() -> None:
         unsupervised=plain_text,
         average=WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None,
         on_evaluation=after_evaluation,
+        sentinel=Sentinel(len(tokenizer)),
+        watchers=watchers,
     )
-    results = trainer.train(train_loader)
+    try:
+        results = trainer.train(train_loader)
+    except TrainingStopped as stopped:
+        export(actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
+        print0(f"training stopped. {stopped}. The model as it is now: {output / 'actor_last'}")
+        shutdown()
+        sys.exit(STOPPED)
     metrics.close()
     save_final(args, output, trainer, tokenizer, reward_tokenizer)
     note(output, "results.json", results)
