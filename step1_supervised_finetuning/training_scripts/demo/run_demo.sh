@@ -20,5 +20,6 @@ launch \
     --lr_scheduler_type cosine \
     --num_warmup_steps 0 \
     --seed 2023 \
+    --logging_steps 50 \
     --zero_stage 2 \
     "$@"
