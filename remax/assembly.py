@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from remax.arguments import FinetuneArguments, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.deepspeed_config import EngineConfig
+from remax.doctor import Report, examine, held_out_pairs
 from remax.engines import Actor, Reference, Reward, TrainedReward, loading
-from remax.evaluation import Batch
+from remax.evaluation import Batch, First
 from remax.finetune import DirectPreference, Ranking, Supervised
 from remax.modeling import PolicyModel, add_lora, check_length, load_config, load_policy
 from remax.reward_model import RewardModel, load_reward_model
+from remax.sequences import Prompts
 from remax.settings import (
     actor_engine,
     actor_optimizer,
@@ -26,6 +31,9 @@ from remax.settings import (
     reference_engine,
     reward_engine,
 )
+from utils.data.loaders import build_answers_loader, build_loaders
+from utils.data.text import plain_text_batches
+from utils.distributed import rank, world_size
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer, same_vocabulary
 
@@ -90,6 +98,64 @@ def _training_options(args: FinetuneArguments) -> dict[str, bool]:
 def _add_adapters(model: PolicyModel | RewardModel, args: FinetuneArguments) -> None:
     if args.lora_dim:
         add_lora(model.hf, args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """What step 3 reads.
+
+    train: prompts.   evaluation: held-out prompts.   answers: those with their chosen answers, where the data has some.
+    plain_text: endless batches for the language-modelling mix, where asked for.
+    """
+
+    train: DataLoader
+    evaluation: First
+    answers: First | None
+    plain_text: Iterator[Batch] | None
+
+
+def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> PromptData:
+    """The data of step 3; what was read is recorded in `output`."""
+    longest = args.max_prompt_seq_len + args.max_answer_seq_len
+    ranks = {"rank": rank(), "world_size": world_size(), "data_output_path": args.data_output_path}
+    train, evaluation = build_loaders(
+        stage=2,
+        tokenizer=tokenizer,
+        data_path=args.data_path,
+        data_split=args.data_split,
+        max_len=args.max_prompt_seq_len,
+        train_batch_size=args.per_device_generation_batch_size,
+        eval_batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+        data_seed=args.data_seed,
+        num_proc=args.preprocessing_num_workers,
+        columns=args.columns,
+        overlong=args.overlong,
+        record_in=output,
+        **ranks,
+    )
+    answers = build_answers_loader(
+        tokenizer=tokenizer,
+        data_path=args.data_path,
+        max_len=longest,
+        batch_size=args.per_device_eval_batch_size,
+        num_proc=args.preprocessing_num_workers,
+        columns=args.columns,
+        **ranks,
+    )
+    plain_text = None
+    if args.unsupervised_dataset_name:
+        plain_text = plain_text_batches(
+            args.unsupervised_dataset_name,
+            configuration=args.unsupervised_dataset_config_name,
+            tokenizer=tokenizer,
+            block=longest,
+            batch_size=args.per_device_training_batch_size,
+            seed=args.seed,
+            **ranks,
+        )
+    limit = args.max_eval_batches
+    return PromptData(train, First(evaluation, limit), First(answers, limit) if answers else None, plain_text)
 
 
 def check_models(args: Step3Arguments) -> tuple[Tokenizer, Tokenizer]:
@@ -171,3 +237,33 @@ def build_engines(
         gradient_checkpointing=args.critic_gradient_checkpointing,
     )
     return actor, reference, reward, TrainedReward(critic, critic_engine(args), critic_optimizer(args, steps))
+
+
+def examine_engines(
+    args: Step3Arguments,
+    actor: Actor,
+    reward: Reward,
+    reference: Reference,
+    tokenizer: Tokenizer,
+    reward_tokenizer: Tokenizer,
+    held_out: Iterable[Batch],
+) -> Report:
+    """The doctor's report on the models as they are about to be trained with."""
+    prompts = next(iter(held_out))
+    pairs = held_out_pairs(
+        args.data_path,
+        tokenizer,
+        max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
+        cache_dir=args.data_output_path,
+        columns=args.columns,
+    )
+    return examine(
+        actor,
+        reward,
+        tokenizer,
+        reward_tokenizer,
+        Prompts(prompts["input_ids"], prompts["lengths"]),
+        reference=reference,
+        pairs=pairs,
+        max_prompt_tokens=args.max_prompt_seq_len,
+    )

@@ -6,20 +6,16 @@ import sys
 from pathlib import Path
 
 from remax.arguments import Step3Arguments, make_algorithm, parse_step3
-from remax.assembly import build_engines, check_models
+from remax.assembly import build_engines, check_models, examine_engines, load_data
 from remax.checkpoint import export, note
-from remax.doctor import examine, held_out_pairs
 from remax.ema import WeightAverage
-from remax.evaluation import First, PolicyEvaluation, evaluate_policy, write_answers
+from remax.evaluation import PolicyEvaluation, evaluate_policy, write_answers
 from remax.modeling import quiet_libraries
 from remax.sentinel import Sentinel, TrainingStopped
-from remax.sequences import Prompts
 from remax.settings import trainer_settings
 from remax.trainer import Trainer
 from remax.variance import VarianceMeter
-from utils.data.loaders import build_answers_loader, build_loaders
-from utils.data.text import plain_text_batches
-from utils.distributed import init_distributed, print0, rank, set_seed, shutdown, sum_across_ranks, world_size
+from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
 from utils.metrics import MetricsLogger
 from utils.run import run_main, start_run
 
@@ -36,71 +32,15 @@ def main() -> None:
     for notice in args.notices:
         print0(notice)
 
-    train_loader, eval_loader = build_loaders(
-        stage=2,
-        tokenizer=tokenizer,
-        data_path=args.data_path,
-        data_split=args.data_split,
-        data_output_path=args.data_output_path,
-        max_len=args.max_prompt_seq_len,
-        train_batch_size=args.per_device_generation_batch_size,
-        eval_batch_size=args.per_device_eval_batch_size,
-        seed=args.seed,
-        data_seed=args.data_seed,
-        rank=rank(),
-        world_size=world_size(),
-        num_proc=args.preprocessing_num_workers,
-        columns=args.columns,
-        overlong=args.overlong,
-        record_in=output,
-    )
-    answers_loader = build_answers_loader(
-        tokenizer=tokenizer,
-        data_path=args.data_path,
-        data_output_path=args.data_output_path,
-        max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
-        batch_size=args.per_device_eval_batch_size,
-        rank=rank(),
-        world_size=world_size(),
-        num_proc=args.preprocessing_num_workers,
-        columns=args.columns,
-    )
-    plain_text = None
-    if args.unsupervised_dataset_name:
-        plain_text = plain_text_batches(
-            args.unsupervised_dataset_name,
-            configuration=args.unsupervised_dataset_config_name,
-            tokenizer=tokenizer,
-            block=args.max_prompt_seq_len + args.max_answer_seq_len,
-            batch_size=args.per_device_training_batch_size,
-            seed=args.seed,
-            data_output_path=args.data_output_path,
-            rank=rank(),
-            world_size=world_size(),
-        )
+    data = load_data(args, tokenizer, output)
     algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)
     settings = trainer_settings(args)
-    steps = settings.total_steps(len(train_loader))
+    steps = settings.total_steps(len(data.train))
     actor, reference, reward, critic = build_engines(
         args, tokenizer, reward_tokenizer, steps * settings.optimizer_steps(algorithm)
     )
     if not args.skip_doctor:
-        prompts = next(iter(eval_loader))
-        report = examine(
-            actor,
-            reward,
-            tokenizer,
-            reward_tokenizer,
-            Prompts(prompts["input_ids"], prompts["lengths"]),
-            reference=reference,
-            pairs=held_out_pairs(
-                args.data_path,
-                tokenizer,
-                max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
-                cache_dir=args.data_output_path,
-            ),
-            max_prompt_tokens=args.max_prompt_seq_len,
-        )
+        report = examine_engines(args, actor, reward, reference, tokenizer, reward_tokenizer, data.evaluation)
         print0(report.table())
         report.refuse_failures()
     metrics = MetricsLogger(
@@ -111,8 +51,6 @@ def main() -> None:
         console=("reward", "baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step"),
         drop_after=-1,
     )
-    held_out = First(eval_loader, args.max_eval_batches)
-    held_out_answers = First(answers_loader, args.max_eval_batches) if answers_loader else None
 
     def after_evaluation(step: int, evaluation: PolicyEvaluation, best: bool) -> None:
         if args.save_answers:
@@ -133,18 +71,18 @@ def main() -> None:
         reward,
         algorithm,
         settings,
-        evaluate=lambda: evaluate_policy(actor, reference, reward, held_out, tokenizer, answers=held_out_answers),
+        evaluate=lambda: evaluate_policy(actor, reference, reward, data.evaluation, tokenizer, answers=data.answers),
         metrics=metrics,
         pad_id=tokenizer.pad_token_id,
         critic=critic,
-        unsupervised=plain_text,
+        unsupervised=data.plain_text,
         average=WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None,
         on_evaluation=after_evaluation,
         sentinel=Sentinel(len(tokenizer)),
         watchers=watchers,
     )
     try:
-        results = trainer.train(train_loader)
+        results = trainer.train(data.train)
     except TrainingStopped as stopped:
         export(actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
         print0(f"training stopped. {stopped}. The model as it is now: {output / 'actor_last'}")
@@ -153,7 +91,7 @@ def main() -> None:
     metrics.close()
     save_final(args, output, trainer, tokenizer, reward_tokenizer)
     note(output, "results.json", results)
-    print0(f"best model (by evaluation reward) in {output / 'actor'}")
+    print0(f"best model (by evaluation {args.best_by}) in {output / 'actor'}")
     shutdown()
 
 
