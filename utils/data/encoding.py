@@ -10,7 +10,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -166,7 +165,8 @@ def supervised_batch(
         if not dropped and train_on == "all" and earlier is None:
             dropped = "whose earlier answers the chat template rewrites (--train_on last takes such rows)"
         elif not dropped and train_on == "all" and earlier:
-            head, tail, mask = encode_turns(tokenizer, prompt, earlier, answer, first)
+            start, mask = split_turns(tokenizer, prompt, earlier, head)
+            head, tail, mask = head[:start], head[start:] + tail, mask[start:] + [True] * len(tail)
         elif not dropped and prompt is None:  # plain text: its first token is the prompt
             head, tail = split_text(tokenizer, answer, first)
         full_length = len(head)
@@ -190,29 +190,33 @@ def supervised_batch(
     return columns(rows)
 
 
-def encode_turns(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, earlier: list[list[int]], answer: str, first: list[int]
-) -> tuple[list[int], list[int], list[bool]]:
-    """(ids before the first answer, all ids behind them, which of these belong to an answer).
+def split_turns(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, earlier: list[list[int]], head: list[int]
+) -> tuple[int, list[bool]]:
+    """(tokens before the first answer, which tokens of `head` belong to an answer).
 
-    Each piece gets the tokens it has in the text up to its end, as an answer does in `encode_answers`.
+    The tokens stay those of the whole prompt; one that reaches over an answer's border belongs to the answer.
 
     Args:
-        earlier: (start, end) of the earlier answers, in characters of the prompt.
+        earlier: (start, end) of the earlier answers, in characters of the prompt; at least one.
+        head: the prompt's ids, with the tokenizer's beginning.
     """
-    borders = [0, *(border for span in earlier for border in span), len(prompt)]
-    pieces = [prompt[start:end] for start, end in pairwise(borders)] + [answer]  # others' words and answers in turn
-    encoded: list[list[int]] = []
-    text, before = "", []
-    for piece in pieces:
-        text += piece
-        (joint,) = plain_ids(tokenizer, [text])
-        ids = joint[len(before) :] if joint[: len(before)] == before else answer_alone(tokenizer, piece)
-        encoded.append(ids)
-        before = before + ids
-    (head,) = with_beginning(first, encoded[:1])
-    mask = [bool(k % 2) for k, ids in enumerate(encoded[1:], 1) for _ in ids]
-    return head, [i for ids in encoded[1:] for i in ids], mask
+    (plain,) = plain_ids(tokenizer, [prompt])
+    borders = plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
+    offset = len(head) - len(plain)  # the tokenizer's beginning
+    mask = [False] * len(head)
+    starts = []
+    for before, upto in zip(borders[::2], borders[1::2], strict=True):
+        start, end = shared_length(before, plain), shared_length(upto, plain)
+        end += end < len(upto)  # its last token goes on behind the border
+        starts.append(max(offset + start, 1))
+        mask[starts[-1] : offset + end] = [True] * (offset + end - starts[-1])
+    return starts[0], mask
+
+
+def shared_length(a: list[int], b: list[int]) -> int:
+    """How many items the two begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def split_text(tokenizer: PreTrainedTokenizerBase, text: str, first: list[int]) -> tuple[list[int], list[int]]:
