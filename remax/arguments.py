@@ -215,7 +215,7 @@ class ActorFlags:
     num_warmup_steps: CountOrZero = flag(100, "optimizer steps until the learning rate is at its peak")
     best_by: Literal["reward", "objective"] = flag(
         "reward",
-        "the model with the highest evaluation reward is kept, or with the highest reward - kl_ctl * KL, which a reward "
+        "keep the model with the highest evaluation reward, or with the highest reward - kl_ctl * KL, which a reward "
         "model that is easily fooled calls for",
     )
     save_at_final: bool = flag(False, "save the last model as well as the best one")

@@ -14,7 +14,7 @@ from remax.checkpoint import full_state_dict
 
 
 class WeightAverage:
-    """average <- decay * average + (1 - decay) * weights, after every optimizer step."""
+    """average <- decay * average + (1 - decay) * weights, after every step of the loop."""
 
     def __init__(self, hf: PreTrainedModel, *, zero3: bool, decay: float = 0.992):
         self.hf, self.zero3, self.decay = hf, zero3, decay

@@ -141,14 +141,15 @@ class TrainedEngine:
         self.engine.backward(loss * world_size())
 
     def step(self) -> StepResult:
-        """One optimizer step and one step of the schedule."""
-        rate = self.engine.get_lr()[0]
+        """One optimizer step and one step of the schedule; none where the gradient is not finite."""
+        rate = float(self.engine.get_lr()[0])
         norm = self._grad_norm_without_zero() if self.config.zero_stage == 0 and self.config.dtype == "fp32" else None
+        if norm is not None and not math.isfinite(norm):  # ZeRO 1 to 3 skip such a step by themselves
+            self.engine.zero_grad()
+            return StepResult(rate, norm, skipped=True)
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return StepResult(
-            float(rate), float(norm) if norm is not None else math.nan, not self.engine.was_step_applied()
-        )
+        return StepResult(rate, float(norm) if norm is not None else math.nan, not self.engine.was_step_applied())
 
     def _grad_norm_without_zero(self) -> float:
         """At ZeRO-0 in fp32 the gradients are whole on each rank, and DeepSpeed clips them without telling their

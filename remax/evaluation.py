@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -126,6 +127,13 @@ def write_answers(path: Path, answers: list[dict]) -> None:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
 
 
+@contextmanager
+def own_noise() -> Iterator[None]:
+    """Draws inside leave the random state as it was, so that evaluating more often does not change the training."""
+    with torch.random.fork_rng([device()] if device().type == "cuda" else []):
+        yield
+
+
 @torch.no_grad()
 def evaluate_policy(
     actor: Actor,
@@ -149,7 +157,7 @@ def evaluate_policy(
     sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
     eos_ids = torch.tensor(actor.model.hf.generation_config.eos_token_id, device=device())
     readable: list[dict] = []
-    with evaluating(actor.model):
+    with evaluating(actor.model), own_noise():
         for batch in map(to_device, loader):
             sampled, best = actor.rollout(
                 Prompts(batch["input_ids"], batch["lengths"]), samples=0 if greedy else 1, greedy=greedy

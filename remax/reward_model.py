@@ -8,7 +8,10 @@ differs from EOS, which `prepare_pad_token` sees to.
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +29,7 @@ class RewardModel(nn.Module):
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
         self.hf = hf
+        hf.score.forward = MethodType(_score_in_float32, hf.score)
 
     def forward(self, sequences: Sequences, every_token: bool = False) -> Tensor:
         """(B,) float32 score at each row's last token; with `every_token` (B, A) values at the positions before each
@@ -33,9 +37,15 @@ class RewardModel(nn.Module):
         """
         states = self.hf.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
         if every_token:
-            return self.hf.score(sequences.predictors(states)).squeeze(-1).float() * sequences.answer_mask
+            return self.hf.score(sequences.predictors(states)).squeeze(-1) * sequences.answer_mask
         rows = torch.arange(len(sequences), device=states.device)
-        return self.hf.score(states[rows, sequences.end_index]).squeeze(-1).float()
+        return self.hf.score(states[rows, sequences.end_index]).squeeze(-1)
+
+
+def _score_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """(..., H) -> (..., 1). In bf16 a score near 3 has steps of 1/64, and ReMax learns from differences of scores."""
+    bias = None if head.bias is None else head.bias.float()
+    return F.linear(hidden.float(), head.weight.float(), bias)
 
 
 def prepare_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -96,9 +97,9 @@ class Sequences:
         """(B,) column of each row's last token, where the reward is read."""
         return self.lengths - 1
 
-    @property
+    @cached_property
     def answer_width(self) -> int:
-        """A, the longest answer of the batch (at least 1, so that no tensor is empty)."""
+        """A, the longest answer of the batch, at least 1. Kept, since reading it waits for a GPU."""
         return max(int(self.answer_lengths.max()), 1)
 
     @property

@@ -84,6 +84,7 @@ def main() -> None:
     try:
         results = trainer.train(data.train)
     except TrainingStopped as stopped:
+        metrics.close()
         export(actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
         print0(f"training stopped. {stopped}. The model as it is now: {output / 'actor_last'}")
         shutdown()
