@@ -616,7 +616,8 @@ def drop_skipped(
     """Leaves out the rows that carry a reason and those that repeat an earlier one, and reports them."""
     table = rows.with_format("arrow")
     reasons = table["skipped"][:].to_pylist()
-    _, first = np.unique(np.asarray(table["key"][:]), return_index=True)
+    keys = np.asarray(table["key"][:])
+    _, first = np.unique(keys, return_index=True)
     repeated = np.ones(len(rows), dtype=bool)
     repeated[first] = False
     for i in np.flatnonzero(repeated):
@@ -626,7 +627,12 @@ def drop_skipped(
     if announce:
         report_dropped(f"{flag} {name} ({split})", dropped, len(rows))
     if record is not None:
-        read = {"data": f"{flag} {name}", "split": split, "shape": shape, "fingerprint": rows._fingerprint}
+        read = {
+            "data": f"{flag} {name}",
+            "split": split,
+            "shape": shape,
+            "fingerprint": fingerprint_of(keys[kept].tobytes()),
+        }
         record.append({**read, "rows": len(rows), "kept": len(kept), "dropped": as_record(dropped)})
     if not len(kept):
         raise UserError(f"{flag}: the {split} split of {name} has no usable row: {as_words(dropped)}")

@@ -29,8 +29,9 @@ def rows(*examples: tuple) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def encode(tmp_path, data, kind, tokenizer, max_len=64, **names):
-    return encode_rows(data, kind, tokenizer, max_len, cache_dir=str(tmp_path), names=Names("train", **names))
+def encode(tmp_path, data, kind, tokenizer, max_len=64, overlong=None, **names):
+    options = {"cache_dir": str(tmp_path), "names": Names("train", **names), "overlong": overlong}
+    return encode_rows(data, kind, tokenizer, max_len, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- one text
@@ -159,6 +160,65 @@ def test_cut_answers_are_reported(tmp_path, gpt2, capsys):
         "--max_seq_len 50: 1 of 2 rows of --data_path (train) are too long: longer answers are cut, and without an end "
         "token\n"
     )
+
+
+LONG = "\n\nHuman: " + "What is it? " * 20 + "\n\nAssistant:"
+
+
+@pytest.mark.parametrize("kind", ["supervised", "ranking"])
+def test_long_prompts_that_are_cut_keep_their_end_and_leave_room_for_the_answer(tmp_path, tokenizer, kind, capsys):
+    data = rows((LONG, " yes", " no"), (PROMPT, " yes", " no"))
+    row = encode(tmp_path, data, kind, tokenizer, 40, overlong="cut")[0]
+    ids = row["input_ids" if kind == "supervised" else "chosen_ids"]
+    first, n = beginning(tokenizer), row["prompt_length"]
+    answer = encode_pair(tokenizer, LONG, " yes", 10**6)[0][len(encode_prompts(tokenizer, [LONG])[0]) :]
+    assert ids[n:] == answer and len(ids) <= 40
+    assert ids[:n] == first + encode_prompts(tokenizer, [LONG])[0][len(first) :][-(n - len(first)) :]
+    if kind == "ranking":
+        assert row["rejected_ids"][:n] == ids[:n] and row["rejected_ids"] != ids
+    assert (
+        "--max_seq_len 40: 1 of 2 rows of --data_path (train) are too long: longer prompts" in capsys.readouterr().out
+    )
+
+
+def test_a_cut_prompt_leaves_at_most_half_to_a_long_answer(tmp_path, gpt2):
+    row = encode(tmp_path, rows((LONG, " yes" * 99)), "supervised", gpt2, 41, overlong="cut")[0]
+    assert row["prompt_length"] == 21 and len(row["input_ids"]) == 41
+
+
+def test_long_prompts_of_step_3_can_be_dropped(tmp_path, gpt2, capsys):
+    encoded = encode(tmp_path, rows((PROMPT,), (LONG,)), "prompts", gpt2, 40, overlong="drop")
+    assert encoded["prompt"] == [PROMPT]
+    assert "1 of 2 rows dropped: 1 whose prompt is longer than --max_prompt_seq_len" in capsys.readouterr().out
+
+
+def test_reports_name_the_first_rows(tmp_path, gpt2, capsys):
+    data = rows(*[(PROMPT, " one", " one")] * 4, (PROMPT, " a" * 90, " b")).add_column(
+        "origin", [f"line {i}" for i in range(2, 7)]
+    )
+    encode(tmp_path, data, "ranking", gpt2, 64)
+    assert capsys.readouterr().out.splitlines() == [
+        "--data_path (train): 4 of 5 rows dropped: 4 with equal answers (line 2, line 3, line 4, ...)",
+        "--max_seq_len 64: 1 of 5 rows of --data_path (train) are too long: longer answers are cut, and without an end "
+        "token (line 6)",
+    ]
+
+
+def test_plain_text_is_learned_from_its_first_token(tmp_path, tokenizer):
+    data = Dataset.from_dict({"prompt": [None, None], "chosen": ["How are you today", ""], "rejected": [None] * 2})
+    encoded = encode(tmp_path, data, "supervised", tokenizer)
+    whole = without_end(tokenizer, "How are you today") + [tokenizer.eos_token_id]
+    assert len(encoded) == 1 and encoded[0]["input_ids"] == whole and encoded[0]["prompt_length"] == 1
+    for kind, need in (("ranking", "step 2 learns from pairs"), ("prompts", "step 3 starts from prompts")):
+        with pytest.raises(UserError, match=need):
+            encode(tmp_path, data, kind, tokenizer)
+
+
+def test_margins_stand_beside_the_pairs_where_there_are_some(tmp_path, gpt2):
+    data = rows((PROMPT, " yes", " no"), (PROMPT, " 1", " 2"))
+    assert "margin" not in encode(tmp_path, data, "ranking", gpt2).column_names
+    encoded = encode(tmp_path, data.add_column("margin", [None, 1.5]), "ranking", gpt2)
+    assert encoded["margin"] == [None, 1.5]
 
 
 @pytest.mark.parametrize("kind", ["supervised", "ranking", "prompts"])

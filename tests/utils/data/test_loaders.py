@@ -1,5 +1,6 @@
 import json
 import random
+import time
 
 import numpy as np
 import pytest
@@ -260,6 +261,80 @@ def test_each_data_set_is_split_on_its_own(folder, gpt2, tmp_path):
     assert len(wholly) == 8 + 10
     later, _ = build(folder, gpt2, 2, train_batch_size=1, sft_only_data_path=[str(more)])
     assert len(later) == 16
+
+
+def test_data_sets_are_blended_by_weight(folder, gpt2, tmp_path, capsys):
+    more = tmp_path / "more.jsonl"
+    rows = [{"prompt": f"\n\nHuman: More {i}?\n\nAssistant:", "chosen": f" {i}", "rejected": " no"} for i in range(21)]
+    more.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = [f"{folder}:0.75", f"{more}:0.25"]
+    options = {"data_path": names, "data_split": "0,0,1", "train_batch_size": 1}
+    train, _ = build(folder, gpt2, 2, **options)
+    prompts = [prompt for batch in train for prompt in batch["prompt"]]
+    # 40 and 20 rows: min(40 / .75, 20 / .25) = 53.3 in all
+    assert len(set(prompts)) == len(prompts) == 53 and sum("More" in prompt for prompt in prompts) == 13
+    assert "40 of 40 rows in the blend" in capsys.readouterr().out
+    again, _ = build(folder, gpt2, 2, **options)
+    assert [prompt for batch in again for prompt in batch["prompt"]] == prompts
+    with pytest.raises(UserError, match=r"--data_path: give each data set a weight \(name:0.3\), or none"):
+        build(folder, gpt2, 2, data_path=[names[0], str(more)])
+
+
+def test_margins_reach_the_batches(folder, gpt2, tmp_path):
+    path = tmp_path / "margins.jsonl"
+    path.write_text("".join(json.dumps({**row, "margin": i / 4}) + "\n" for i, row in enumerate(ROWS)))
+    options = {"train_batch_size": 1, "data_split": "0,1,0"}
+    train, _ = build(folder, gpt2, 1, data_path=[str(path)], **options)
+    for batch in train:
+        number = gpt2.decode(batch["rejected_ids"][0]).split("No ")[1].split(".")[0]
+        assert batch["margin"].tolist() == [int(number) / 4]
+    train, _ = build(folder, gpt2, 1, data_path=[str(path), str(folder)], **options)
+    assert sum("margin" in batch for batch in train) == len(train) == 48 + 40  # 0 for rows without one
+    assert all("margin" not in batch for loader in build(folder, gpt2, 1) for batch in loader)
+
+
+def test_the_record_says_what_was_read_and_is_the_same_for_the_same_data(folder, gpt2, tokenizer_folders, tmp_path):
+    from utils.tokenizer import load_tokenizer
+
+    def record(**changes) -> dict:
+        tokenizer = changes.pop("tokenizer", gpt2)
+        build(folder, tokenizer, 0, record_in=tmp_path / "run", **changes)
+        return json.loads((tmp_path / "run" / "data.json").read_text())
+
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps(ROWS[0]) + "\n" + json.dumps({**ROWS[1], "chosen": " "}) + "\n")
+    first = record()
+    read, *_ = first["data"]
+    assert read["rows"] == 42 and read["kept"] == 41
+    assert read["dropped"] == {"that repeat an earlier row": {"rows": 1, "first": ["line 41"]}}
+    assert first["train_rows"] <= 9 and first["eval_rows"] == 10 and first["data_split"] == "2,4,4"
+    assert record() == first == record(data_output_path=str(tmp_path / "elsewhere"))
+    qwen = record(tokenizer=load_tokenizer(str(tokenizer_folders["qwen"])))
+    assert qwen["tokenizer"]["fingerprint"] != first["tokenizer"]["fingerprint"] and qwen["code"] == first["code"]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:40]))
+    assert record()["data"][0]["fingerprint"] != read["fingerprint"]
+
+
+def test_a_rank_that_waits_in_vain_says_for_what(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def late():
+        raise RuntimeError("Timed out after 1000 ms\nwaiting for rank 0")
+
+    monkeypatch.setattr("utils.data.loaders.barrier", late)
+    expected = (
+        r"has waited in vain for the first rank of its machine .* DEEPSPEED_TIMEOUT .*\(Timed out after 1000 ms wait"
+    )
+    with pytest.raises(UserError, match=expected), local_rank_zero_first():
+        raise AssertionError("the data is not there")
+
+
+def test_a_rank_that_waits_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("utils.data.loaders.REMIND_AFTER", 0.02)
+    monkeypatch.setattr("utils.data.loaders.barrier", lambda: time.sleep(0.2))
+    with local_rank_zero_first():
+        assert "for the first rank of its machine to prepare the data" in capsys.readouterr().out
 
 
 def test_a_second_start_maps_nothing(folder, gpt2, monkeypatch):

@@ -1,11 +1,12 @@
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 
-from utils.data.preferences import ADAPTERS, Example, RowSkipped, finish, load_data_set, load_preferences
+from utils.data.preferences import ADAPTERS, Example, Form, RowSkipped, finish, load_data_set, load_preferences
 from utils.run import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,6 +59,10 @@ def write(path: Path, rows: list[dict] | str | bytes) -> Path:
         rows = "".join(json.dumps(row) + "\n" for row in rows)
     elif isinstance(rows, list) and plain.suffix == ".json":
         rows = json.dumps(rows, indent=1)
+    elif isinstance(rows, list) and plain.suffix == ".arrow":
+        datasets.Dataset.from_list(rows).save_to_disk(path.parent / "saved")
+        rows = next((path.parent / "saved").glob("*.arrow")).read_bytes()
+        shutil.rmtree(path.parent / "saved")
     elif isinstance(rows, list):
         getattr(datasets.Dataset.from_list(rows), f"to_{plain.suffix[1:]}")(plain)
         rows = plain.read_bytes()
@@ -89,7 +94,8 @@ def refused(path, tmp_path) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet", "a[1] *.jsonl"]
+    "name",
+    ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet", "a.arrow", "a[1] *.jsonl"],
 )
 def test_every_file_format_gives_the_same_rows(tmp_path, name):
     train, evaluation = load(write(tmp_path / name, PAIRS), tmp_path)
@@ -186,6 +192,69 @@ def test_the_cache_is_used_and_follows_the_file(tmp_path, monkeypatch):
         assert load(path, tmp_path) == first
     write(path, [{**row, "chosen": " changed"} for row in PAIRS])
     assert {row["chosen"] for part in load(path, tmp_path) for row in part} == {" changed"}
+
+
+def test_a_split_and_a_configuration_can_be_chosen(tmp_path):
+    folder = tmp_path / "set"
+    write(folder / "one/data/train_sft-00000-of-00001.parquet", PAIRS[:6])
+    write(folder / "one/data/test_sft-00000-of-00001.parquet", PAIRS[6:8])
+    write(folder / "one/data/train_gen-00000-of-00001.parquet", PAIRS[8:12])
+    write(folder / "one/data/test-00000-of-00001.parquet", PAIRS[12:14])
+    write(folder / "two/train.jsonl", PAIRS[14:])
+    assert load(f"{folder}#one/train_sft", tmp_path) == (PAIRS[:6], PAIRS[6:8])  # test_sft is its counterpart
+    assert load(f"{folder}#one/train_gen", tmp_path) == (PAIRS[8:12], PAIRS[12:14])  # it has none: the usual one
+    train, held_out = load(f"{folder}#two/:0.5", tmp_path)
+    assert len(train) == 5 and len(held_out) == 1
+    saved = datasets.DatasetDict(a=datasets.Dataset.from_list(PAIRS[:4]), test=datasets.Dataset.from_list(PAIRS[4:6]))
+    saved.save_to_disk(tmp_path / "saved")
+    assert load(f"{tmp_path}/saved#a", tmp_path) == (PAIRS[:4], PAIRS[4:6])
+    assert "has no split b; it has a, test" in refused(f"{tmp_path}/saved#b", tmp_path)
+    assert f"no such folder: {folder}/three" in refused(f"{folder}#three/train", tmp_path)
+    file = write(tmp_path / "a.jsonl", PAIRS)
+    assert "a file has no configurations or splits" in refused(f"{file}#train", tmp_path)
+
+
+def test_columns_of_other_names(tmp_path):
+    rows = [{"question": r["prompt"], "good": r["chosen"], "bad": r["rejected"], "prompt": "x"} for r in PAIRS]
+    path = write(tmp_path / "a.jsonl", rows)
+    form = Form({"prompt": "question", "chosen": "good", "rejected": "bad"})
+    train, held_out = load_data_set(str(path), cache_dir=str(tmp_path), form=form)
+    found = sorted(texts(train) + texts(held_out), key=lambda row: int(row["chosen"].split()[-1].strip(".")))
+    assert found == [{**row, "margin": None} for row in PAIRS]
+    with pytest.raises(
+        UserError, match=r"--prompt_column ask: .*a.jsonl \(--data_path\) has no such column; it has que"
+    ):
+        load_data_set(str(path), cache_dir=str(tmp_path), form=Form({"prompt": "ask"}))
+    assert "name them with --prompt_column" in refused(write(tmp_path / "b.jsonl", [{"q": "a"}] * 2), tmp_path)
+
+
+def test_plain_text_has_no_prompt(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": f"Once upon {i}."} for i in range(4)])
+    train, held_out = load(path, tmp_path)
+    assert {(r["prompt"], r["chosen"], r["rejected"]) for r in train + held_out} == {
+        (None, f"Once upon {i}.", None) for i in range(4)
+    }
+
+
+def test_rows_that_repeat_an_earlier_one_are_dropped_and_named(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [*PAIRS[:3], PAIRS[1], *PAIRS[3:5], PAIRS[1], PAIRS[0], PAIRS[2]])
+    train, held_out = load(path, tmp_path)
+    assert sorted(train + held_out, key=lambda row: row["margin"]) == PAIRS[:5]
+    assert "4 of 9 rows dropped: 4 that repeat an earlier row (line 4, line 7, line 8, ...)" in capsys.readouterr().out
+
+
+def test_rows_of_several_files_are_named_with_their_file(tmp_path, capsys):
+    for k in range(2):
+        write(tmp_path / f"set/train-0000{k}-of-00002.jsonl", [PAIRS[k], PAIRS[k]])
+    load(tmp_path / "set", tmp_path)
+    assert "(train-00000-of-00002.jsonl line 2, train-00001-of-00002.jsonl line 2)" in capsys.readouterr().out
+
+
+def test_margins_that_are_no_numbers_are_named(tmp_path, capsys):
+    content = good(3) + '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}\n'
+    load(write(tmp_path / "a.jsonl", content), tmp_path)
+    line = "1 of 4 rows dropped: 1 with a margin that is not finite (line 4)"
+    assert line in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes
@@ -308,6 +377,16 @@ def good(n: int) -> str:
             "a.jsonl",
             '{"prompt": [{"role": "tool", "content": "a"}]}\n',
             "column 'prompt': role 'tool' is not supported",
+        ),
+        (
+            "a.jsonl",
+            json.dumps({"messages": messages("a", "b"), "tools": [{"name": "search"}]}),
+            "line 1, column 'tools': tools are not supported; leave such rows out, or remove the column",
+        ),
+        (
+            "a.jsonl",
+            json.dumps({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}),
+            "column 'messages': role 'assistant' is not supported with tools; leave such rows out",
         ),
         ("a.jsonl", '{"prompt": [{"from": "a"}]}\n', "column 'prompt': expected messages like"),
         ("a.jsonl", '{"prompt": [{"role": "user", "content": null}]}\n', "the content of a message is NoneType"),

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from utils.data.splits import stage_indices
+from utils.data.splits import blend, stage_indices
 from utils.run import UserError
 
 
@@ -38,3 +38,13 @@ def test_three_numbers_are_expected(data_split):
 def test_an_empty_stage_is_refused(n_rows, data_split, stage):
     with pytest.raises(UserError, match=rf"no row is left for step {stage + 1} out of {n_rows}"):
         stage_indices(n_rows, data_split, stage)
+
+
+def test_a_blend_has_its_proportions_and_no_row_twice():
+    # 100 and 50 rows, 1 : 3 -> total = min(100 / .25, 50 / .75) = 66.7, so round(16.7) and 50 rows
+    first, second = blend([100, 50], [0.5, 1.5], seed=3)
+    assert (len(first), second) == (17, list(range(50)))
+    assert first == sorted(set(first)) and set(first) < set(range(100)) and first != list(range(17))
+    assert blend([100, 50], [0.25, 0.75], seed=3) == [first, second]
+    assert blend([100, 50], [0.25, 0.75], seed=4)[0] != first
+    assert [len(rows) for rows in blend([1000, 2], [1e-6, 1.0])] == [1, 2]  # at least one row of each

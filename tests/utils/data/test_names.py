@@ -1,0 +1,42 @@
+import pytest
+
+from utils.data.names import DataName, parse_name
+from utils.run import UserError
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("Dahoas/rm-static", ("Dahoas/rm-static", None, None, None)),
+        ("Dahoas/rm-static:0.3", ("Dahoas/rm-static", None, None, 0.3)),
+        ("a.jsonl:2", ("a.jsonl", None, None, 2.0)),
+        ("me/set#train_sft", ("me/set", None, "train_sft", None)),
+        ("me/set#main/train:1e-1", ("me/set", "main", "train", 0.1)),
+        ("me/set#main/", ("me/set", "main", None, None)),
+        ("me/set:x", ("me/set:x", None, None, None)),  # no number: part of the name
+    ],
+)
+def test_entries(entry, expected):
+    assert parse_name(entry) == DataName(*expected)
+
+
+def test_what_is_on_the_disk_is_a_name_as_it_stands(tmp_path):
+    for name in ("a#b", "a:0.5", "a#b:0.5"):
+        (tmp_path / name).write_text("")
+        assert parse_name(str(tmp_path / name)) == DataName(str(tmp_path / name))
+    assert parse_name(str(tmp_path / "a:0.5") + ":0.2").weight == 0.2
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("a:0", "--data_path a:0: the weight behind the colon must be a number above 0"),
+        ("a:1.2.3", "must be a number above 0"),
+        ("a#", "--data_path a#: expected a split, or configuration/split, behind the #"),
+        ("", "--data_path '': expected the name"),
+        ("#train", "expected the name"),
+    ],
+)
+def test_refused(entry, message):
+    with pytest.raises(UserError, match=message):
+        parse_name(entry)
