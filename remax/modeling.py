@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def quiet_libraries() -> None:
     import datasets
     from transformers.utils import logging
 
+    # DeepSpeed's calls of torch.distributed, seen by every rank; nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

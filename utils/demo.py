@@ -30,6 +30,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -490,6 +491,10 @@ def main() -> None:
         raise UserError(
             f"--output_dir {args.output_dir}: cannot be made ({error.strerror}); name another folder"
         ) from error
+    import torch
+
+    if not torch.cuda.is_available():  # DeepSpeed, which transformers imports, would warn of it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # four bars of a millisecond each
