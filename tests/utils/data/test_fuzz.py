@@ -1,0 +1,149 @@
+"""Any file on its way to batches: it is refused by a stated error, or every row is in a batch or in the record."""
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from utils.data.loaders import build_loaders
+from utils.run import UserError
+
+SETTINGS = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+PIECES = [
+    "\n\nHuman: ",
+    "\n\nAssistant:",
+    "Assistant:",
+    "a",
+    "b ",
+    " yes",
+    "1",
+    "é",
+    "猫",
+    "🙂",
+    "\x00",
+    "\u2028",
+    "<s>",
+    "</s>",
+]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=5).map("".join) | st.text(max_size=8)
+DIALOGUES = TEXTS.map(lambda text: f"\n\nHuman: {text}\n\nAssistant:")
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXTS}), max_size=4
+)
+ANSWERED = st.tuples(TEXTS, TEXTS).map(
+    lambda both: [{"role": "user", "content": both[0]}, {"role": "assistant", "content": both[1]}]
+)
+ODD = st.none() | st.integers(-3, 3) | st.floats() | st.booleans() | st.lists(TEXTS, max_size=2)
+COLUMNS = {
+    "pairs": {"prompt": DIALOGUES | TEXTS, "chosen": TEXTS, "rejected": TEXTS},
+    "margins": {"prompt": DIALOGUES, "chosen": TEXTS, "rejected": TEXTS, "margin": st.floats() | st.none()},
+    "dialogues": {"chosen": DIALOGUES | TEXTS, "rejected": DIALOGUES},
+    "conversations": {"prompt": MESSAGES, "chosen": ANSWERED, "rejected": ANSWERED},
+    "completions": {"prompt": TEXTS, "completion": TEXTS},
+    "messages": {"messages": ANSWERED | MESSAGES},
+    "prompts": {"prompt": TEXTS},
+    "text": {"text": TEXTS},
+    "odd": {"prompt": TEXTS | ODD, "chosen": TEXTS | ODD, "rejected": TEXTS},
+}
+ROWS = st.sampled_from(sorted(COLUMNS)).flatmap(
+    lambda shape: st.lists(st.fixed_dictionaries(COLUMNS[shape]), min_size=1, max_size=8)
+)
+
+
+def content(rows: list[dict], suffix: str) -> str:
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows)
+    if suffix == ".json":
+        return json.dumps(rows)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def to_batches(tokenizer, data: bytes, suffix: str, stage: int, **options) -> tuple[int, int, int] | None:
+    """(rows read, rows in the record as dropped, rows in batches); None when the file is refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"rows{suffix}"
+        file.write_bytes(data)
+        options |= {"data_path": [str(file)], "data_output_path": f"{folder}/cache", "record_in": folder}
+        options |= {"max_len": 24, "train_batch_size": 1, "eval_batch_size": 2}
+        split = ",".join("1" if k == stage else "0" for k in range(3))
+        try:
+            loaders = build_loaders(stage=stage, tokenizer=tokenizer, data_split=split, **options)
+        except UserError as error:
+            assert str(error).startswith("--") and "\n" not in str(error)
+            return None
+        batched = 0
+        for loader in loaders:
+            for batch in loader:
+                batched += int(batch["weight"].sum())
+                check(batch)
+        entries = json.loads((Path(folder) / "data.json").read_text(encoding="utf-8"))["data"]
+        dropped = sum(reason["rows"] for entry in entries for reason in entry["dropped"].values())
+        return next(entry["rows"] for entry in entries if "split" in entry), dropped, batched
+
+
+def check(batch) -> None:
+    """No batch holds a row without a prompt or, where answers are learned, without a token of one."""
+    if "prompt_lengths" not in batch:
+        assert (batch["lengths"] >= 1).all()
+        return
+    assert (batch["prompt_lengths"] >= 1).all()
+    for name in ("lengths", "chosen_lengths", "rejected_lengths"):
+        if name in batch:
+            assert (batch[name] > batch["prompt_lengths"]).all() and (batch[name] <= 24).all()
+    if "loss_mask" in batch:
+        assert (batch["loss_mask"].sum(1) >= 1).all()
+    if "margin" in batch:
+        assert batch["margin"].isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer_folders):
+    from utils.tokenizer import load_tokenizer
+
+    return [load_tokenizer(str(tokenizer_folders[kind])) for kind in ("gpt2", "llama", "slow")]
+
+
+@SETTINGS
+@given(
+    rows=ROWS,
+    suffix=st.sampled_from([".jsonl", ".json", ".csv"]),
+    stage=st.integers(0, 2),
+    kind=st.integers(0, 2),
+    overlong=st.sampled_from([None, "cut", "drop"]),
+    train_on=st.sampled_from(["last", "all"]),
+)
+def test_every_row_is_in_a_batch_or_in_the_record(tokenizers, rows, suffix, stage, kind, overlong, train_on):
+    data = content(rows, suffix).encode("utf-8", "surrogatepass")
+    found = to_batches(tokenizers[kind], data, suffix, stage, overlong=overlong, train_on=train_on)
+    if found:
+        read, dropped, batched = found
+        assert read == dropped + batched
+        assert read == len(rows) or suffix == ".csv"  # a csv reader leaves out lines without any value
+
+
+@SETTINGS
+@given(
+    rows=ROWS,
+    suffix=st.sampled_from([".jsonl", ".json", ".csv", ".jsonl.gz", ".parquet", ".arrow"]),
+    cut=st.integers(0, 200),
+    noise=st.binary(max_size=6),
+)
+def test_broken_files_are_refused_by_a_stated_error(tokenizers, rows, suffix, cut, noise):
+    plain = ".jsonl" if suffix not in (".json", ".csv") else suffix
+    data = content(rows, plain).encode("utf-8", "surrogatepass")
+    found = to_batches(tokenizers[0], data[:cut] + noise + data[cut:], suffix, 0)
+    assert found is None or found[0] == found[1] + found[2]
