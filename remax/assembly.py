@@ -100,6 +100,37 @@ def _add_adapters(model: PolicyModel | RewardModel, args: FinetuneArguments) -> 
         add_lora(model.hf, args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
 
 
+def finetune_loaders(
+    args: Step1Arguments | Step2Arguments, tokenizer: Tokenizer, stage: int
+) -> tuple[DataLoader, First]:
+    """Training rows and held-out rows of stage 0 (step 1) or 1 (step 2); what was read is recorded in the run's
+    folder.
+    """
+    only_supervised = {}
+    if isinstance(args, Step1Arguments):
+        only_supervised = {"sft_only_data_path": args.sft_only_data_path, "train_on": args.train_on}
+    train, evaluation = build_loaders(
+        stage=stage,
+        tokenizer=tokenizer,
+        data_path=args.data_path,
+        data_split=args.data_split,
+        data_output_path=args.data_output_path,
+        max_len=args.max_seq_len,
+        train_batch_size=args.per_device_train_batch_size,
+        eval_batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+        data_seed=args.data_seed,
+        rank=rank(),
+        world_size=world_size(),
+        num_proc=args.preprocessing_num_workers,
+        columns=args.columns,
+        overlong=args.overlong,
+        record_in=args.output_dir,
+        **only_supervised,
+    )
+    return train, First(evaluation, args.max_eval_batches)
+
+
 @dataclass(frozen=True)
 class PromptData:
     """What step 3 reads.

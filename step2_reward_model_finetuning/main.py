@@ -4,15 +4,13 @@
 """
 
 from remax.arguments import parse_step2
-from remax.assembly import build_preference_task
+from remax.assembly import build_preference_task, finetune_loaders
 from remax.checkpoint import export, note
-from remax.evaluation import First
 from remax.finetune import finetune, total_steps
 from remax.modeling import check_length, load_config, quiet_libraries
 from remax.reward_model import prepare_pad_token, store_score_statistics
 from remax.settings import finetune_settings
-from utils.data.loaders import build_loaders
-from utils.distributed import init_distributed, print0, rank, set_seed, shutdown, world_size
+from utils.distributed import init_distributed, print0, set_seed, shutdown
 from utils.metrics import MetricsLogger
 from utils.run import run_main, start_run
 from utils.tokenizer import load_tokenizer
@@ -31,27 +29,10 @@ def main() -> None:
     for notice in args.notices:
         print0(notice)
 
-    train_loader, eval_loader = build_loaders(
-        stage=1,
-        tokenizer=tokenizer,
-        data_path=args.data_path,
-        data_split=args.data_split,
-        data_output_path=args.data_output_path,
-        max_len=args.max_seq_len,
-        train_batch_size=args.per_device_train_batch_size,
-        eval_batch_size=args.per_device_eval_batch_size,
-        seed=args.seed,
-        data_seed=args.data_seed,
-        rank=rank(),
-        world_size=world_size(),
-        num_proc=args.preprocessing_num_workers,
-        columns=args.columns,
-        overlong=args.overlong,
-        record_in=args.output_dir,
-    )
+    train_loader, held_out = finetune_loaders(args, tokenizer, stage=1)
     settings = finetune_settings(args)
     steps = total_steps(settings, len(train_loader))
-    task = build_preference_task(args, tokenizer, First(eval_loader, args.max_eval_batches), steps)
+    task = build_preference_task(args, tokenizer, held_out, steps)
     metrics = MetricsLogger(
         args.output_dir,
         tensorboard_dir=args.tensorboard_dir,
