@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from remax.algorithms import build_algorithm
+from remax.algorithms.kl import KLPenalty
 from remax.evaluation import PolicyEvaluation
-from remax.trainer import Trainer, TrainerSettings, stop_if_not_finite
+from remax.sentinel import TrainingStopped
+from remax.trainer import Trainer, TrainerSettings
 
 ROWS = 8
 ALGORITHMS = {
@@ -136,7 +139,7 @@ class Recorder:
 
     def evaluate(self) -> PolicyEvaluation:
         reward, kl = next(self.figures)
-        return PolicyEvaluation({"reward": reward, "kl_per_token": kl})
+        return PolicyEvaluation({"reward": reward, "kl": 10 * kl, "kl_per_token": kl})
 
     def log(self, step: int, values: dict, epoch: float) -> None:
         self.logged.append((step, epoch, *values))
@@ -161,7 +164,7 @@ class Epochs(torch.utils.data.Sampler):
         return self.rows
 
 
-def run_loop(recorder: Recorder, batches: int, loss: float = 0.5, **settings) -> tuple[dict, list[int]]:
+def run_loop(recorder: Recorder, batches: int, sentinel=None, watchers=(), **settings) -> tuple[dict, list[int]]:
     """Trainer.train on a loader of so many batches, its `step` replaced by a note of the batches."""
 
     class Loop(Trainer):
@@ -170,7 +173,7 @@ def run_loop(recorder: Recorder, batches: int, loss: float = 0.5, **settings) ->
 
         def step(self, batches):
             recorder.steps.append([int(x) for x in torch.cat(batches)])
-            return None, {"loss": loss, "reward": 1.0, "grad_norm": 1.0}
+            return None, {"loss": 0.5, "reward": 1.0, "grad_norm": 1.0}
 
     sampler = Epochs(batches)
     loader = torch.utils.data.DataLoader(torch.arange(batches), sampler=sampler)
@@ -178,12 +181,14 @@ def run_loop(recorder: Recorder, batches: int, loss: float = 0.5, **settings) ->
         actor=type("NoActor", (), {"backend": "nothing"}),
         reference=None,
         reward=None,
-        algorithm=None,
+        algorithm=build_algorithm("remax", kl=KLPenalty(0.2, reach="one_step")),
         settings=TrainerSettings(**settings),
         evaluate=recorder.evaluate,
         metrics=recorder,
         pad_id=0,
         on_evaluation=recorder.on_evaluation,
+        sentinel=sentinel,
+        watchers=list(watchers),
     )
     return loop.train(loader), sampler.epochs
 
@@ -197,7 +202,7 @@ def test_evaluation_at_the_start_every_n_steps_and_at_the_end():
     assert results["before"]["reward"] == 1.0 and results["after"]["reward"] == 0.7 and results["best"]["reward"] == 0.8
     assert [line for line in recorder.logged if line[0] == 6] == [
         (6, 1.5, "train/loss", "train/reward", "train/grad_norm"),
-        (6, 1.5, "eval/reward", "eval/kl_per_token"),
+        (6, 1.5, "eval/reward", "eval/kl", "eval/kl_per_token", "eval/objective"),
     ]
 
 
@@ -221,8 +226,42 @@ def test_early_stop_on_the_evaluation_kl():
     assert len(recorder.steps) == 2 and results["after"]["reward"] == 2.0
 
 
-def test_a_loss_that_is_not_finite_stops_the_training():
-    recorder = Recorder([0.0])
-    with pytest.raises(RuntimeError, match="step 1: loss nan"):
-        run_loop(recorder, batches=4, loss=float("nan"))
-    stop_if_not_finite(1, {"loss": 0.0, "reward": 1.0, "grad_norm": float("nan")})
+def test_the_best_by_reward_minus_the_price_of_its_kl():
+    # reward - 0.2 * KL per answer: 1 - 0.2 * 1 = 0.8, 3 - 0.2 * 12 = 0.6, 2 - 0.2 * 5 = 1.
+    rewards, kls = [0.0, 1.0, 3.0, 2.0], [0.0, 0.1, 1.2, 0.5]
+    recorder = Recorder(rewards, kls)
+    results, _ = run_loop(recorder, batches=3, evaluate_every=1, best_by="objective")
+    assert [best for *_, best in recorder.evaluated] == [False, True, False, True]
+    assert results["best"]["objective"] == pytest.approx(1.0) and results["best"]["reward"] == 2.0
+    recorder = Recorder(rewards, kls)
+    results, _ = run_loop(recorder, batches=3, evaluate_every=1)
+    assert [best for *_, best in recorder.evaluated] == [False, True, True, False]
+
+
+class StopAt:
+    """A sentinel that sees a fatal sign at one step."""
+
+    def __init__(self, step: int):
+        self.at, self.seen = step, []
+
+    def __call__(self, step: int, rollout, figures: dict) -> dict:
+        self.seen.append(step)
+        return {"sign": float(step)}
+
+    def stop_if_fatal(self) -> None:
+        if self.at in self.seen:
+            raise TrainingStopped(f"step {self.at}")
+
+
+def test_the_sentinel_stops_the_training_after_the_log():
+    recorder, sentinel = Recorder([0.0]), StopAt(2)
+    with pytest.raises(TrainingStopped, match="step 2"):
+        run_loop(recorder, batches=4, sentinel=sentinel)
+    assert len(recorder.steps) == 2
+    assert recorder.logged[-1] == (2, 0.5, "train/loss", "train/reward", "train/grad_norm", "train/sign")
+
+
+def test_watchers_add_figures():
+    recorder = Recorder([0.0, 1.0])
+    run_loop(recorder, batches=1, watchers=[lambda step, rollout, figures: {"twice": 2 * figures["loss"]}])
+    assert recorder.logged[1][-1] == "train/twice"

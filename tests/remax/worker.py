@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,6 +149,27 @@ def train_policy(folder: Path, name: str, rows: list[str], steps: int, chunk_siz
     figures = take_steps(actor, steps, loss_of, len(files[0]), spread.micro_batch)
     save_weights(folder, name, actor)
     return figures
+
+
+def not_finite(folder: Path, name: str, rows: str, **spread) -> dict:
+    """Four steps; in the second one the loss of one micro-batch on rank 0 is not a number."""
+    spread = Spread(**spread)
+    actor = spread.actor()
+    everything, skipped, norms = load_rows(rows), [], []
+    tokens = int(everything.answer_lengths.sum())
+    actor.train()
+    for step in range(4):
+        parts = mine(range(len(everything))).split(spread.micro_batch)
+        for i, part in enumerate(parts):
+            sequences = everything.select(part)
+            loss = supervised_loss(actor.logprobs(sequences).logprobs, sequences.answer_mask, tokens)
+            broken = step == 1 and i == 0 and is_main()
+            actor.backward(loss * (float("nan") if broken else 1.0), last=i == len(parts) - 1)
+        result = actor.step()
+        skipped.append(result.skipped)
+        norms.append(result.grad_norm)
+    save_weights(folder, name, actor)
+    return {"skipped": gather_objects(skipped), "finite": [math.isfinite(norm) for norm in norms]}
 
 
 def train_reward(folder: Path, name: str, rows: list[str], steps: int, **spread) -> dict:
