@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -111,7 +112,7 @@ def run_command():
         # The programs of this Python's environment first; nothing that a launcher of an outer run may have left behind.
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        return subprocess.run(
+        process = subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
             env=inherited | {"PATH": path, "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in environment.items()},
@@ -119,8 +120,14 @@ def run_command():
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
+            start_new_session=True,
         )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:  # after a time-out the launcher's ranks would live on, and hold the pipe
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     return run
 
