@@ -10,7 +10,6 @@ write a function from a row to an `Example` and name it in that table.
 """
 
 import hashlib
-import math
 import os
 import re
 import sys
@@ -26,7 +25,7 @@ from datasets import Dataset, Features, List, Value
 
 from utils.data.chat import ASSISTANT, ChatTemplate, Spans, TemplateRefuses, earlier_answers, write_plain
 from utils.data.names import parse_name
-from utils.data.sources import SHAPES, Part, read_splits, row_name, undecodable
+from utils.data.sources import SHAPES, Part, converted_on_reading, read_splits, row_name, undecodable
 from utils.distributed import print0
 from utils.run import UserError
 
@@ -140,7 +139,7 @@ def margin(row: Row) -> float | None:
         number = float(value)
     except (TypeError, ValueError):
         raise RowRefused("margin", f"found {str(value)[:40]!r}, expected a number") from None
-    if not math.isfinite(number):
+    if not abs(number) < 3e38:  # also as a float32, and no NaN
         raise RowSkipped("with a margin that is not finite")
     return number
 
@@ -588,7 +587,9 @@ def normalise_batch(
             example, reason = Example("", None, None), str(skipped)
         except RowRefused as refused:
             column, problem = refused.args
-            raise UserError(f"{flag}: {part.place}, {row_name(part.file, i)}, column {column!r}: {problem}") from None
+            where = converted_on_reading(part.file, i, column)
+            where = where or f"{row_name(part.file, i)}, column {column!r}: {problem}"
+            raise UserError(f"{flag}: {part.place}, {where}") from None
         except KeyError as missing:
             found = ", ".join(batch)
             raise UserError(f"{flag}: {part.place} has no column {missing}; it has {found}") from None

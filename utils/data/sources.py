@@ -180,9 +180,17 @@ def read_file(path: Path, cache_dir: str | None, flag: str) -> Part:
             rows = datasets.load_dataset(
                 reader, data_files=glob.escape(str(path.resolve())), split="train", cache_dir=cache_dir, **options
             )
+        for column in [name for name, kind in rows.features.items() if reader == "json" and is_date(kind)]:
+            texts = [row.get(column) for _, row in json_rows(path)]
+            rows = rows.remove_columns(column).add_column(column, texts, feature=Value("string"))
     except READ_ERRORS as error:
         raise UserError(f"{flag}: {path}{why_unreadable(path, reader, error)}") from error
     return not_empty(Part(rows, str(path), path), flag)
+
+
+def is_date(kind: Any) -> bool:
+    """A column of texts that all look like dates, which Arrow makes of them: JSON itself knows none."""
+    return isinstance(kind, Value) and kind.dtype.startswith(("timestamp", "date", "time"))
 
 
 @contextmanager
@@ -248,6 +256,17 @@ def first_bad_row(path: Path) -> str | None:
     except UnicodeDecodeError as error:
         return f"{error.place}: not UTF-8 ({error.reason})"
     return None
+
+
+def converted_on_reading(file: Path | None, index: int, column: str) -> str | None:
+    """Place and problem of the row for whose sake the reader turned the texts of a JSON column into numbers.
+
+    None when the row at `index` holds no text in `column` itself.
+    """
+    if file is None or file_format(file) != "json":
+        return None
+    row = next((row for i, (_, row) in enumerate(json_rows(file)) if i == index), None)
+    return first_bad_row(file) if isinstance(row, dict) and isinstance(row.get(column), str) else None
 
 
 def undecodable(splits: dict[str, list[Part]], name: str) -> str:

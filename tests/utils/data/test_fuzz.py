@@ -55,8 +55,38 @@ COLUMNS = {
     "text": {"text": TEXTS},
     "odd": {"prompt": TEXTS | ODD, "chosen": TEXTS | ODD, "rejected": TEXTS},
 }
-ROWS = st.sampled_from(sorted(COLUMNS)).flatmap(
-    lambda shape: st.lists(st.fixed_dictionaries(COLUMNS[shape]), min_size=1, max_size=8)
+SERVES = {"completions": (0, 2), "messages": (0, 2), "prompts": (2,), "text": (0,)}  # others serve all stages
+
+
+def sound(shape: str) -> list[dict]:
+    """Rows that can be used, so that a file is not refused for having none."""
+    values = {
+        "prompt": "\n\nHuman: {}\n\nAssistant:",
+        "chosen": " {}",
+        "rejected": " no",
+        "margin": 1.5,
+        "text": "a {}",
+    }
+    values |= {"completion": "yes {}"}
+    if shape == "dialogues":
+        values |= {"chosen": "\n\nHuman: {}\n\nAssistant: a", "rejected": "\n\nHuman: {}\n\nAssistant: b"}
+    rows = []
+    for i in range(12):
+        row = {name: v.format(i) if isinstance(v, str) else v for name, v in values.items() if name in COLUMNS[shape]}
+        if shape in ("conversations", "messages"):
+            user, assistant = ({"role": role, "content": f"{role[0]}{i}"} for role in ("user", "assistant"))
+            row = {"messages": [user, assistant]}
+            if shape == "conversations":
+                row = {"prompt": [user], "chosen": [user, assistant], "rejected": [user, {**assistant, "content": "b"}]}
+        rows.append(row)
+    return rows
+
+
+FILES = st.sampled_from(sorted(COLUMNS)).flatmap(
+    lambda shape: st.tuples(
+        st.sampled_from(SERVES.get(shape, (0, 1, 2))),
+        st.lists(st.fixed_dictionaries(COLUMNS[shape]), min_size=1, max_size=8).map(lambda rows: sound(shape) + rows),
+    )
 )
 
 
@@ -78,7 +108,7 @@ def to_batches(tokenizer, data: bytes, suffix: str, stage: int, **options) -> tu
         file = Path(folder) / f"rows{suffix}"
         file.write_bytes(data)
         options |= {"data_path": [str(file)], "data_output_path": f"{folder}/cache", "record_in": folder}
-        options |= {"max_len": 24, "train_batch_size": 1, "eval_batch_size": 2}
+        options |= {"max_len": 40, "train_batch_size": 1, "eval_batch_size": 2}
         split = ",".join("1" if k == stage else "0" for k in range(3))
         try:
             loaders = build_loaders(stage=stage, tokenizer=tokenizer, data_split=split, **options)
@@ -103,7 +133,7 @@ def check(batch) -> None:
     assert (batch["prompt_lengths"] >= 1).all()
     for name in ("lengths", "chosen_lengths", "rejected_lengths"):
         if name in batch:
-            assert (batch[name] > batch["prompt_lengths"]).all() and (batch[name] <= 24).all()
+            assert (batch[name] > batch["prompt_lengths"]).all() and (batch[name] <= 40).all()
     if "loss_mask" in batch:
         assert (batch["loss_mask"].sum(1) >= 1).all()
     if "margin" in batch:
@@ -119,14 +149,14 @@ def tokenizers(tokenizer_folders):
 
 @SETTINGS
 @given(
-    rows=ROWS,
+    file=FILES,
     suffix=st.sampled_from([".jsonl", ".json", ".csv"]),
-    stage=st.integers(0, 2),
     kind=st.integers(0, 2),
     overlong=st.sampled_from([None, "cut", "drop"]),
     train_on=st.sampled_from(["last", "all"]),
 )
-def test_every_row_is_in_a_batch_or_in_the_record(tokenizers, rows, suffix, stage, kind, overlong, train_on):
+def test_every_row_is_in_a_batch_or_in_the_record(tokenizers, file, suffix, kind, overlong, train_on):
+    stage, rows = file
     data = content(rows, suffix).encode("utf-8", "surrogatepass")
     found = to_batches(tokenizers[kind], data, suffix, stage, overlong=overlong, train_on=train_on)
     if found:
@@ -137,12 +167,13 @@ def test_every_row_is_in_a_batch_or_in_the_record(tokenizers, rows, suffix, stag
 
 @SETTINGS
 @given(
-    rows=ROWS,
+    file=FILES,
     suffix=st.sampled_from([".jsonl", ".json", ".csv", ".jsonl.gz", ".parquet", ".arrow"]),
     cut=st.integers(0, 200),
     noise=st.binary(max_size=6),
 )
-def test_broken_files_are_refused_by_a_stated_error(tokenizers, rows, suffix, cut, noise):
+def test_broken_files_are_refused_by_a_stated_error(tokenizers, file, suffix, cut, noise):
+    rows = file[1]
     plain = ".jsonl" if suffix not in (".json", ".csv") else suffix
     data = content(rows, plain).encode("utf-8", "surrogatepass")
     found = to_batches(tokenizers[0], data[:cut] + noise + data[cut:], suffix, 0)

@@ -314,6 +314,12 @@ def test_csv_knows_no_types(tmp_path):
     assert found == {(" 4", " 5", 1.0), (" NA", " null", None)}
 
 
+def test_texts_that_look_like_dates_stay_texts(tmp_path):
+    rows = [{"prompt": f"When was {i}?", "chosen": f"2020-01-0{i}", "rejected": "never"} for i in range(1, 4)]
+    train, held_out = load(write(tmp_path / "a.jsonl", rows), tmp_path)
+    assert {row["chosen"] for row in train + held_out} == {" 2020-01-01", " 2020-01-02", " 2020-01-03"}
+
+
 def test_dialogues_without_a_common_prompt_are_counted(tmp_path, capsys):
     rows = [{k: row["prompt"] + row[k] for k in ("chosen", "rejected")} for row in PAIRS[:3]]
     rows.append({"chosen": "Assistant: a", "rejected": "something else"})
@@ -358,6 +364,11 @@ def good(n: int) -> str:
             "a.jsonl",
             good(2) + '{"prompt": 5, "chosen": "a", "rejected": "b"}\n',
             "line 3, column 'prompt': found int '5'",
+        ),
+        (  # the reader makes numbers of all three
+            "a.jsonl",
+            '{"prompt": "a", "chosen": " 1"}\n{"prompt": "b", "chosen": " 2"}\n{"prompt": "c", "chosen": 3}\n',
+            "a.jsonl, line 3, column 'chosen': found number '3', but str in line 1",
         ),
         ("a.jsonl", '{"prompt": 5}\n{"prompt": 6}\n', "a.jsonl, line 1, column 'prompt': found int '5', expected text"),
         ("a.jsonl", good(1) + '{"prompt": "a", "chosen": "b"}\n', "line 2, column 'rejected': found missing or null"),
