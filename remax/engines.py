@@ -271,12 +271,16 @@ class Actor(TrainedEngine):
         stats_grad: bool = False,
         reference_hidden: Tensor | None = None,
         reference_head: Head | None = None,
+        sampling: Sampling | None = None,
     ) -> PolicyOutput:
-        """Log-probs of the answers with gradient, (B, A); entropy and full-vocabulary KL where asked for."""
+        """Log-probs of the answers with gradient, (B, A); entropy and full-vocabulary KL where asked for.
+
+        `sampling`: another distribution than the actor's own, for texts that it did not draw.
+        """
         logprobs, h, kl = self.engine(
             sequences,
             chunks=_chunks(sequences, self.chunk_size, self.zero3),
-            sampling=self.sampling,
+            sampling=sampling or self.sampling,
             entropy=entropy,
             stats_grad=stats_grad,
             reference_hidden=reference_hidden,

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from remax.engines import Actor, Reference, Reward, TrainedEngine, TrainedReward
+from remax.logprobs import Sampling
 from remax.modeling import evaluating
 from remax.sequences import Prompts, Sequences, learned_mask
 from utils.distributed import device, gather_objects, is_main, sum_across_ranks
@@ -62,7 +63,8 @@ def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
         for batch in map(to_device, loader):
             sequences = Sequences.from_batch(batch)
             weight = batch["weight"][:, None] * learned_mask(batch, sequences)  # (B, A)
-            sums["nll"] -= (actor.logprobs(sequences).logprobs * weight).sum().double()
+            logprobs = actor.logprobs(sequences, sampling=Sampling()).logprobs  # the model's, at any temperature
+            sums["nll"] -= (logprobs * weight).sum().double()
             sums["tokens"] += float(weight.sum())
     total = sum_across_ranks(sums)
     loss = total["nll"] / max(total["tokens"], 1.0)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from remax.deepspeed_config import EngineConfig
 from remax.engines import FrozenEngine, Reward
 from remax.finetune import groups
-from remax.logprobs import PolicyOutput
+from remax.logprobs import PolicyOutput, Sampling
 from remax.modeling import PolicyModel
 from remax.rollout import GenerationSettings, rollout
 from remax.sequences import Prompts, Sequences
@@ -43,10 +43,15 @@ class FrozenActor(FrozenEngine):
         return rollout(self.model.hf, prompts.to(device()), self.generation, samples=samples, greedy=greedy)
 
     @torch.no_grad()
-    def logprobs(self, sequences: Sequences, *, entropy: bool = False) -> PolicyOutput:
-        """(B, A) log-probs of the answers in the distribution that they are sampled from, and their entropy."""
+    def logprobs(
+        self, sequences: Sequences, *, entropy: bool = False, sampling: Sampling | None = None
+    ) -> PolicyOutput:
+        """(B, A) log-probs of the answers, and their entropy, in the distribution that answers are sampled from, or in
+        another one.
+        """
         chunks = 1 + int(sequences.answer_lengths.sum()) // self.chunk_size
-        logprobs, h, _ = self.model(sequences, chunks=chunks, sampling=self.generation.sampling, entropy=entropy)
+        sampling = sampling or self.generation.sampling
+        logprobs, h, _ = self.model(sequences, chunks=chunks, sampling=sampling, entropy=entropy)
         return PolicyOutput(logprobs, h if entropy else None)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from remax.ema import WeightAverage
 from remax.engines import Actor, Reference, Reward, StepResult, TrainedReward
 from remax.evaluation import Batch, PolicyEvaluation, to_device
 from remax.finetune import groups, steps_per_epoch
+from remax.logprobs import Sampling
 from remax.losses import supervised_loss
 from remax.sentinel import Sentinel
 from remax.sequences import Prompts, Rollout, Sequences
@@ -190,7 +191,8 @@ class Trainer:
         """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
         sequences = Sequences.from_batch(to_device(next(self.unsupervised)))
         tokens = sum_across_ranks({"tokens": sequences.answer_lengths.sum()})["tokens"]
-        loss = supervised_loss(self.actor.logprobs(sequences).logprobs, sequences.answer_mask, tokens)
+        logprobs = self.actor.logprobs(sequences, sampling=Sampling()).logprobs  # the model's, at any temperature
+        loss = supervised_loss(logprobs, sequences.answer_mask, tokens)
         self.actor.backward(self.settings.unsupervised_coefficient * loss, last=True)
         return {"unsupervised_loss": loss.detach()}
 

@@ -21,25 +21,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_config(architecture: str, **fields):
-    """OPT projects its embeddings (16 wide) into the hidden size, as opt-350m does; Gemma 2 caps its logits."""
-    from transformers import Gemma2Config
+    """OPT projects its embeddings (16 wide) into the hidden size, as opt-350m does; Gemma 2 caps its logits, Cohere and
+    Granite scale theirs.
+    """
+    from transformers import CohereConfig, Gemma2Config, GraniteConfig
 
     from utils.demo import tiny_config
 
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 128} | fields
     if architecture == "gemma2":
-        return Gemma2Config(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=128,
-            sliding_window=8,
-            final_logit_softcapping=3.0,
-            attn_logit_softcapping=20.0,
-            **fields,
-        )
+        caps = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 20.0}
+        return Gemma2Config(head_dim=8, sliding_window=8, **caps, **sizes)
+    if architecture == "cohere":
+        return CohereConfig(logit_scale=0.3, **sizes)
+    if architecture == "granite":
+        return GraniteConfig(logits_scaling=3.0, embedding_multiplier=2.0, **sizes)
     extra = {"opt": {"word_embed_proj_dim": 16}, "qwen2": {"tie_word_embeddings": True}}.get(architecture, {})
     return tiny_config(architecture, **({"max_positions": 128} | extra | fields))
 

@@ -19,7 +19,7 @@ from remax.evaluation import (
     ranking_accuracy,
     write_answers,
 )
-from remax.logprobs import PolicyOutput
+from remax.logprobs import PolicyOutput, Sampling
 from remax.modeling import load_policy
 from remax.reward_model import load_reward_model
 from remax.rollout import GenerationSettings, rollout
@@ -30,11 +30,11 @@ from utils.tokenizer import load_tokenizer
 class PlainActor:
     """What evaluation needs of an actor, without DeepSpeed."""
 
-    def __init__(self, model, settings: GenerationSettings | None = None):
-        self.model, self.settings = model, settings
+    def __init__(self, model, settings: GenerationSettings | None = None, sampling: Sampling | None = None):
+        self.model, self.settings, self.sampling = model, settings, sampling
 
-    def logprobs(self, sequences: Sequences, entropy: bool = False) -> PolicyOutput:
-        logprobs, h, _ = self.model(sequences, entropy=entropy)
+    def logprobs(self, sequences: Sequences, entropy: bool = False, sampling: Sampling | None = None) -> PolicyOutput:
+        logprobs, h, _ = self.model(sequences, entropy=entropy, sampling=sampling or self.sampling)
         return PolicyOutput(logprobs, h)
 
     def rollout(self, prompts, *, samples: int = 1, greedy: bool = True):
@@ -81,9 +81,10 @@ def test_perplexity_by_hand(make_policy, sequences_of):
             logp = model.hf(ids[None]).logits[0].double().log_softmax(-1)
             total -= logp[torch.arange(start - 1, length - 1), ids[start:]].sum().item()
             tokens += length - start
-    figures = perplexity(PlainActor(model), loader)
-    assert figures["loss"] == pytest.approx(total / tokens, rel=1e-5)
-    assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    for sampling in (None, Sampling(0.5, 0.8)):  # the model's own, also where answers are drawn otherwise
+        figures = perplexity(PlainActor(model, sampling=sampling), loader)
+        assert figures["loss"] == pytest.approx(total / tokens, rel=1e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
 
 def pairs(weight: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> dict[str, torch.Tensor]:

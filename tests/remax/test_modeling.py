@@ -41,7 +41,7 @@ def row_logprobs(hf, sequences: Sequences, i: int, temperature: float = 1.0) -> 
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "cohere", "granite"])
 @torch.no_grad()
 def test_a_padded_batch_equals_single_rows(family, chunks, make_policy, sequences_of):
     folder = make_policy(family)

@@ -8,11 +8,13 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from remax.algorithms import build_algorithm
 from remax.algorithms.kl import KLPenalty
 from remax.evaluation import PolicyEvaluation
 from remax.sentinel import TrainingStopped
+from remax.sequences import Sequences
 from remax.trainer import Trainer, TrainerSettings
 
 ROWS = 8
@@ -20,11 +22,12 @@ ALGORITHMS = {
     "remax": {},
     "full_kl": {"algorithm": {"name": "remax", "penalty": {"penalty": "full_kl_full_step"}, "entropy_coef": 0.1}},
     "ppo": {"algorithm": {"name": "ppo"}},
+    "text": {"sampling": [0.7, 0.9, 0]},  # plain text mixed in, log-probs of answers as they are sampled
 }
 
 
 @pytest.fixture(scope="module")
-def saved(make_policy, make_scorer, sequences_of, tmp_path_factory):
+def saved(make_policy, make_scorer, sequences_of, save_rows, tmp_path_factory):
     """Two rollouts of 8 answers and the models, as the worker takes them."""
     folder, paths = tmp_path_factory.mktemp("rollouts"), []
     for seed in range(2):
@@ -41,9 +44,8 @@ def saved(make_policy, make_scorer, sequences_of, tmp_path_factory):
         torch.save(rollout, paths[-1])
     common = {"check": "trainer_update", "model": str(make_policy("llama")), "rollouts": paths}
     critic = {"model": str(make_scorer("llama")), "zero_stage": 1, "gradient_checkpointing": False}
-    return {
-        name: common | settings | ({"critic": critic} if name == "ppo" else {}) for name, settings in ALGORITHMS.items()
-    }
+    extra = {"ppo": {"critic": critic}, "text": {"texts": [save_rows(seed, ROWS, 300) for seed in (20, 21)]}}
+    return {name: common | settings | extra.get(name, {}) for name, settings in ALGORITHMS.items()}
 
 
 def checks_of(saved: dict, variations: dict[str, dict], algorithm: str = "remax") -> list[dict]:
@@ -65,7 +67,7 @@ def expected(saved, run_ranks):
     }
     checks = [check for algorithm in ALGORITHMS for check in checks_of(saved, whole, algorithm)]
     checks += checks_of(saved, single) + checks_of(saved, {"8x1": single["8x1"]}, "full_kl")
-    checks += checks_of(saved, {"2x4": single["2x4"]}, "ppo")
+    checks += checks_of(saved, {"2x4": single["2x4"]}, "ppo") + checks_of(saved, {"2x4": single["2x4"]}, "text")
     return run_ranks(checks, 1)
 
 
@@ -108,11 +110,27 @@ def test_ranks_and_stages(saved, expected, run_ranks):
     }
     checks = checks_of(saved, variations)
     some = {name: variations[name] for name in ("stage 2", "stage 3")}
-    checks += checks_of(saved, some, "full_kl") + checks_of(saved, some, "ppo")
+    checks += checks_of(saved, some, "full_kl") + checks_of(saved, some, "text") + checks_of(saved, some, "ppo")
     checks[-1]["critic"] = checks[-1]["critic"] | {"zero_stage": 3}
     results, folder = run_ranks(checks, 2)
     for name in results:
         same_update(name, results, folder, expected)
+
+
+@pytest.mark.ranks
+@torch.no_grad()
+def test_plain_text_is_learned_with_the_models_own_probabilities(saved, expected, make_policy):
+    # Mean negative log-likelihood per token, though answers are drawn at another temperature and truncated.
+    model = AutoModelForCausalLM.from_pretrained(make_policy("llama")).eval()
+    rows, total = Sequences(**torch.load(saved["text"]["texts"][0])), 0.0
+    for i in range(ROWS):
+        start, length = int(rows.prompt_lengths[i]), int(rows.lengths[i])
+        ids = rows.input_ids[i, :length]
+        logp = model(ids[None]).logits[0].log_softmax(-1)
+        total -= logp[torch.arange(start - 1, length - 1), ids[start:]].sum().item()
+    figures = expected[0]["text-whole"]["figures"][0]
+    assert figures["unsupervised_loss"] == pytest.approx(total / int(rows.answer_lengths.sum()), rel=1e-5)
+    assert "unsupervised_loss" not in expected[0]["remax-whole"]["figures"][0]
 
 
 @pytest.mark.ranks

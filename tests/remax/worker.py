@@ -198,6 +198,13 @@ def fixed_rollout(path: str, rows: torch.Tensor) -> Rollout:
     return Rollout(Sequences(**fields.pop("sequences")), **fields).select(rows)
 
 
+def plain_texts(paths: list[str]):
+    """Batches of this rank's share of the rows of one file after the other."""
+    for path in paths:
+        rows = load_rows(path).select(mine(range(8)))
+        yield {"input_ids": rows.input_ids, "lengths": rows.lengths, "prompt_lengths": rows.prompt_lengths}
+
+
 def trainer_update(
     folder: Path,
     name: str,
@@ -207,15 +214,20 @@ def trainer_update(
     extra_columns: int = 0,
     algorithm: dict | None = None,
     critic: dict | None = None,
+    texts: list[str] | None = None,
+    sampling: list | None = None,
     **spread,
 ) -> dict:
-    """One step of the RL loop per saved rollout, with the actor's collecting replaced by the saved rows."""
+    """One step of the RL loop per saved rollout, with the actor's collecting replaced by the saved rows.
+
+    texts: files of sequences that are mixed in as plain text, one per step.
+    """
     spread = Spread(**spread)
     settings = {"name": "remax", **(algorithm or {})}
     if (penalty := settings.pop("penalty", None)) is not None:
         start = build_algorithm(settings["name"]).kl
         settings["kl"] = build_penalty(start, **penalty)
-    actor = spread.actor(chunk_size=16)
+    actor = spread.actor(chunk_size=16, sampling=Sampling(*(sampling or ())))
     value_model = replace(spread, **critic).trained_reward() if critic else None
     reference = Reference(Spread(spread.model).policy(), EngineConfig())
     trainer = Trainer(
@@ -223,11 +235,14 @@ def trainer_update(
         reference,
         reward=None,
         algorithm=build_algorithm(**settings, sum_across_ranks=sum_across_ranks),
-        settings=TrainerSettings(micro_batch_size=spread.micro_batch, rollouts_per_step=rollouts_per_step),
+        settings=TrainerSettings(
+            micro_batch_size=spread.micro_batch, rollouts_per_step=rollouts_per_step, unsupervised_coefficient=0.5
+        ),
         evaluate=None,
         metrics=None,
         pad_id=spread.tokenizer.pad_token_id,
         critic=value_model,
+        unsupervised=plain_texts(texts) if texts else None,
     )
 
     def collect(batch: tuple[str, torch.Tensor], timer: Timer) -> Rollout:
