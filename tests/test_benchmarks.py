@@ -53,7 +53,7 @@ def test_a_run_spends_its_tokens(modules, setting, tmp_path, name):
     assert points[-1]["tokens"] < 164 and points[-1]["steps"] >= 2
     assert points[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert -3 <= points[-1]["true_reward"] <= 3
-    assert {child.name for child in path.parent.glob("policy_*")} == (set() if ppo else {"policy_0.5", "policy_1"})
+    assert {child.name for child in path.parent.glob("policy_*")} == (set() if ppo else {"policy_half", "policy_end"})
     # (0 + 100)/2 = 50 tokens are reached half-way between these two points
     line = [{"tokens": 0, "x": 1.0}, {"tokens": 100, "x": 3.0}]
     assert report.at(line, "tokens", 50, lambda point: point["x"]) == 2.0
@@ -76,6 +76,8 @@ def test_gradient_variance(modules, setting, tmp_path):
     assert figures["remax"]["tokens_per_unit"] > figures["reinforce"]["tokens_per_unit"]
     assert figures["rloo_4"]["tokens_per_unit"] == pytest.approx(4 * figures["reinforce"]["tokens_per_unit"])
     assert record["answers"] == 2 * 2 * 4
+    assert record["rewards"]["kl"] == pytest.approx(0.0, abs=1e-4)  # the policy is the reference itself
+    assert record["rewards"]["within"] > 0
     assert report.ratio(record["probes"]["remax"], record["probes"]["remax"]).startswith("1.00")
 
 

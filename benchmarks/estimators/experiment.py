@@ -216,9 +216,9 @@ def train(path: Path, run: Run, setting: Setting) -> None:
             spent["steps"] += 1
             trainer.metrics.log(spent["steps"], figures | {f"spent/{k}": v for k, v in spent.items()})
         points.append(spent | trainer.evaluate())
-        share = mark / setting.evaluations
-        if run.snapshots and share in (0.5, 1.0):
-            export(trainer.actor.model, tokenizer, folder / f"policy_{share:g}", zero3=False)
+        snapshot = {max(1, setting.evaluations // 2): "policy_half", setting.evaluations: "policy_end"}.get(mark)
+        if run.snapshots and snapshot:
+            export(trainer.actor.model, tokenizer, folder / snapshot, zero3=False)
     trainer.metrics.close()
     write_json(path, {"run": asdict(run), "points": points})
 
@@ -315,6 +315,21 @@ def fit_critic(fixed: FixedPolicy, batches: Iterator[dict], steps: int, rate: fl
     return critic.requires_grad_(False)
 
 
+@torch.no_grad()
+def reward_figures(fixed: FixedPolicy, batches: list[dict]) -> dict[str, float]:
+    """What a baseline has to guess: mean of the rewards, their spread among the answers to one prompt and among prompts
+    (of the prompts' own means, without what the few answers add to it), mean of the greedy answers, mean KL.
+    """
+    drawn = [fixed.answer(batch, samples=SAMPLES, greedy=True) for batch in batches]
+    groups = torch.cat([fixed.reward.score(sampled) for sampled, _ in drawn]).view(-1, SAMPLES)  # (prompts, SAMPLES)
+    greedy = torch.cat([fixed.reward.score(greedy) for _, greedy in drawn])
+    kl = torch.cat([(fixed.model(s)[0] - fixed.reference.logprobs(s)).sum(1) for s, _ in drawn])  # 0 behind answers
+    within = groups.var(1).mean()
+    among = (groups.mean(1).var() - within / SAMPLES).clamp(min=0.0)
+    figures = {"mean": groups.mean(), "within": within.sqrt(), "among": among.sqrt(), "greedy": greedy.mean()}
+    return {name: float(value) for name, value in (figures | {"kl": kl.mean()}).items()}
+
+
 @dataclass
 class Block:
     """Sums over the units of one block of prompts: how many, their tokens, their gradients and squared norms."""
@@ -370,7 +385,7 @@ def measure_variance(
     seed: int = 0,
     probes: dict[str, Probe] = PROBES,
 ) -> None:
-    """Writes to `path` {mean_reward, answers, probes: {name: {all: figures, without: [figures without block i, ..]}}}.
+    """Writes to `path` {rewards, answers, probes: {name: {all: figures, without: [figures without block i, ..]}}}.
 
     blocks, prompts: so many independent blocks of so many prompts.   probes: with rloo_4, the unbiased reference.
     """
@@ -378,20 +393,20 @@ def measure_variance(
     set_seed(seed)
     fixed = FixedPolicy(policy, setting)
     batches = batches_for_ever(prompt_loaders(setting, fixed.tokenizer, prompts, seed)[0])
-    wide = batches_for_ever(prompt_loaders(setting, fixed.tokenizer, 64, seed + 1)[0])
+    wide = batches_for_ever(prompt_loaders(setting, fixed.tokenizer, 2 * setting.answers_per_step, seed + 1)[0])
     critics = {
         True: fit_critic(fixed, wide, critic_steps, critic_rate),
         False: load_scorer(setting, fixed.tokenizer).requires_grad_(False),
     }
-    others = [fixed.answer(next(wide), samples=1, greedy=False)[0] for _ in range(4)]
-    mean = float(torch.cat([fixed.reward.score(sampled) for sampled in others]).mean())
+    rewards = reward_figures(fixed, [next(wide) for _ in range(4)])
+    mean = rewards["mean"]
     measured = [probe_block(fixed, probes, critics, next(batches), mean) for _ in range(blocks)]
     figures = {}
     for name in probes:
         pairs = [(block[name], block["rloo_4"]) for block in measured]
         without = [compare(pairs[:i] + pairs[i + 1 :]) for i in range(blocks)]
         figures[name] = {"all": compare(pairs), "without": without}
-    write_json(path, {"mean_reward": mean, "answers": blocks * prompts * SAMPLES, "probes": figures})
+    write_json(path, {"rewards": rewards, "answers": blocks * prompts * SAMPLES, "probes": figures})
 
 
 def cross_product(a: list[Block], b: list[Block]) -> float:

@@ -62,8 +62,7 @@ def objective(point: dict, kl: float) -> float:
 
 
 def final_objective(record: dict, kl: float) -> float:
-    """Mean of the last two evaluations."""
-    return statistics.fmean(objective(point, kl) for point in record["points"][-2:])
+    return objective(record["points"][-1], kl)
 
 
 def at(points: list[dict], axis: str, where: float, value: Callable[[dict], float]) -> float:
@@ -91,7 +90,7 @@ def sweep_table(sweep: list[dict], kl: float) -> str:
         run, last = record["run"], record["points"][-1]
         best = max(final_objective(r, kl) for r in sweep if r["run"]["estimator"] == run["estimator"])
         score = final_objective(record, kl)
-        name = run["estimator"] + (f", {run['epochs']} inner epochs" if run["epochs"] else "")
+        name = run["estimator"] + (f", passes over a rollout: {run['epochs']}" if run["epochs"] else "")
         mark = "**" if score == best else ""
         rows.append([name, f"{run['rate']:g}", f"{mark}{score:.2f}{mark}", f"{last['true_reward']:.2f}"])
     return table(["estimator", "learning rate", "learned reward - beta KL", "true reward"], rows)
@@ -118,7 +117,7 @@ def final_table(runs: dict[str, list[list[dict]]], axis: str, kl: float) -> str:
         )
         against = "" if name == BASIS else plus_minus(difference(scores, base))
         spent = statistics.fmean(at(points, axis, place, lambda p: p[other]) for points in each)
-        rows.append([name, f"{spent:.0f}" if other == "cpu_seconds" else f"{spent / 1000:.1f} k", *cells, against])
+        rows.append([name, f"{spent:.1f}" if other == "cpu_seconds" else f"{spent / 1000:.1f} k", *cells, against])
     return table(["estimator", "seconds" if other == "cpu_seconds" else "tokens", *values, f"less {BASIS}'s"], rows)
 
 
@@ -148,19 +147,31 @@ def variance_tables(variance: dict[str, dict]) -> tuple[str, str]:
             own = probes[name]["all"]
             shown = "" if name == BASIS else ratio(probes[name], probes[BASIS])
             cosine = jackknife(own["cosine"], [w["cosine"] for w in probes[name]["without"]])
-            variance_cell = plus_minus(jackknife(own["variance"], [w["variance"] for w in probes[name]["without"]]), 3)
-            cells = [policy, name, f"{own['tokens_per_unit']:.1f}", variance_cell, shown, relative(probes[name])]
+            noise = "{:.3g} ± {:.2g}".format(
+                *jackknife(own["variance"], [w["variance"] for w in probes[name]["without"]])
+            )
+            cells = [policy, name, f"{own['tokens_per_unit']:.1f}", noise, shown, relative(probes[name])]
             rows.append([*cells, plus_minus(cosine)])
     header = ["policy", "estimator", "tokens per estimate", "variance", f"times {BASIS}'s", "variance / squared norm"]
     shifted = [name for name in PROBES if "reward" in name]
     constant_rows = []
     for name in shifted:
         base = name.split(",")[0]
-        cells = [
-            "{:.2f} ({:.2f} to {:.2f})".format(*ratio(r["probes"][name], r["probes"][base])) for r in variance.values()
-        ]
+        cells = [ratio(record["probes"][name], record["probes"][base]) for record in variance.values()]
         constant_rows.append([name, *cells])
     return table([*header, "cosine"], rows), table(["estimator", *variance], constant_rows)
+
+
+def rewards_table(variance: dict[str, dict]) -> str:
+    names = {
+        "mean": "mean reward",
+        "within": "deviation within a prompt",
+        "among": "deviation among prompts",
+        "greedy": "mean reward of the greedy answers",
+        "kl": "KL, nats",
+    }
+    rows = [[policy, *(f"{record['rewards'][name]:.2f}" for name in names)] for policy, record in variance.items()]
+    return table(["policy", *names.values()], rows)
 
 
 def plot_rewards(runs: dict[str, list[list[dict]]], path: Path) -> None:
@@ -233,6 +244,7 @@ def write(sweep: list[dict], trained: list[dict], variance: dict[str, dict], set
     plot_rewards(runs, folder / "estimators_reward.png")
     plot_variance(variance, folder / "estimators_variance.png")
     blocks = {
+        "rewards": rewards_table(variance),
         "variance": measured,
         "constant": shifted,
         "tokens": final_table(runs, "tokens", kl),

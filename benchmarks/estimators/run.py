@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("prepare", "sweep", "train", "variance", "report")
 RATES = (1e-4, 3e-4, 1e-3)
 CRITIC_RATE = 1e-3
-PPO_EPOCHS = (1, 4)
+PPO_EPOCHS = {1e-4: (1, 4), 3e-4: (1, 4), 1e-3: (1,)}  # four steps per rollout need a lower rate than one
 SWEEP_SEED = 1000  # of no other run
 SUPERVISED = "--learning_rate 3e-3 --weight_decay 0 --num_train_epochs 5"
 RANKING = "--learning_rate 2e-3 --weight_decay 0.1 --num_train_epochs 3"
@@ -109,13 +109,12 @@ def in_processes(function: Callable[..., None], jobs: list[tuple], workers: int)
 
 
 def sweep_runs() -> list[Run]:
-    runs = []
-    for name in ESTIMATORS:
-        ppo = name == "ppo"
-        for rate in RATES:
-            for epochs in PPO_EPOCHS if ppo else (None,):
-                runs.append(Run(name, SWEEP_SEED, rate, CRITIC_RATE if ppo else None, epochs))
-    return runs
+    return [
+        Run(name, SWEEP_SEED, rate, CRITIC_RATE if name == "ppo" else None, epochs)
+        for name in ESTIMATORS
+        for rate in RATES
+        for epochs in (PPO_EPOCHS[rate] if name == "ppo" else (None,))
+    ]
 
 
 def chosen_runs(sweep: list[dict], seeds: int, kl: float) -> list[Run]:
@@ -147,8 +146,8 @@ def main() -> None:
         snapshots = output / "train" / runs[0].name
         policies = {
             "supervised": setting.actor,
-            "half-trained": str(snapshots / "policy_0.5"),
-            "trained": str(snapshots / "policy_1"),
+            "half-trained": str(snapshots / "policy_half"),
+            "trained": str(snapshots / "policy_end"),
         }
         jobs = [(output / f"variance/{name}.json", path, setting) for name, path in policies.items()]
         variance = dict(zip(policies, in_processes(measure_variance, jobs, args.workers), strict=True))
