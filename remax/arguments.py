@@ -575,15 +575,15 @@ def _parse(arguments: type[AnyArguments], argv: Sequence[str] | None, descriptio
     parser = build_parser(arguments, description)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown(unknown, [f"--{name}" for name in vars(namespace)]))
+        raise UserError(unknown_flags(unknown, [f"--{name}" for name in vars(namespace)]))
     args = arguments(**vars(namespace))
-    _check_ranges(args)
+    check_ranges(args)
     _check_data(args, stage)
-    _note_retired(args)
+    note_retired(args)
     return args
 
 
-def _unknown(unknown: Sequence[str], known: Sequence[str]) -> str:
+def unknown_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
     name = unknown[0].split("=")[0]
     if not name.startswith("-"):
         return f"{' '.join(unknown)}: belongs to no flag; write --flag value, and quote values with spaces"
@@ -593,7 +593,7 @@ def _unknown(unknown: Sequence[str], known: Sequence[str]) -> str:
     return f"{name}: unknown flag" + (f"; did you mean {close[0]}?" if close else "") + " (all flags: --help)"
 
 
-def _note_retired(args: Arguments) -> None:
+def note_retired(args: Arguments) -> None:
     """One line for each reason, naming the retired flags that were given."""
     given: dict[str, list[str]] = {}
     for name, reason in WHY_RETIRED.items():
@@ -607,7 +607,7 @@ def _note_retired(args: Arguments) -> None:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_ranges(args: Arguments) -> None:
+def check_ranges(args: Arguments) -> None:
     """Each number against the Range of its annotation (also inside `X | None`)."""
     for name, annotation in get_type_hints(type(args), include_extras=True).items():
         candidates = [annotation] if get_origin(annotation) is Annotated else get_args(annotation)
@@ -655,7 +655,7 @@ def _looks_local(name: str) -> bool:
     )
 
 
-def _check_model(flag_name: str, name: str | None) -> None:
+def check_model(flag_name: str, name: str | None) -> None:
     """A model that is named as a path must be a folder with a config.json."""
     if name is None:
         return
@@ -676,10 +676,10 @@ def _check_model(flag_name: str, name: str | None) -> None:
 
 
 def _check_finetune(args: Any) -> None:
-    _check_model("model_name_or_path", args.model_name_or_path)
+    check_model("model_name_or_path", args.model_name_or_path)
     _check_lora(args.lora_dim, args.only_optimize_lora, "lora_dim")
     _check_offload(args, "zero_stage", "offload", "offload_parameters")
-    args.dtype = _resolve_dtype("dtype", args.dtype, "bf16" if args.bf16 else None)
+    args.dtype = resolve_dtype("dtype", args.dtype, "bf16" if args.bf16 else None)
     _no_bf16_without_zero(args, "dtype", "zero_stage")
 
 
@@ -713,7 +713,7 @@ def _check_offload(args: Any, stage_flag: str, offload_flag: str, parameters_fla
         raise UserError(f"--{parameters_flag} with --{stage_flag} {stage}: needs --{stage_flag} 3")
 
 
-def _resolve_dtype(flag_name: str, dtype: str, alias: str | None) -> str:
+def resolve_dtype(flag_name: str, dtype: str, alias: str | None) -> str:
     """fp32, bf16 or fp16 from the flag, its older alias and the device."""
     if alias is not None and dtype not in ("auto", alias):
         raise UserError(
@@ -746,7 +746,7 @@ SEVERAL_ANSWERS = ("rloo", "grpo")
 
 def _check_step3(args: Step3Arguments) -> None:
     for name in ("actor_model_name_or_path", "reward_model_name_or_path", "critic_model_name_or_path"):
-        _check_model(name, getattr(args, name))
+        check_model(name, getattr(args, name))
     _check_lora(args.actor_lora_dim, args.only_optimize_lora, "actor_lora_dim")
     if args.inference_tp_size is not None and args.inference_tp_size != 1:
         raise UserError(
@@ -900,9 +900,9 @@ def _check_frozen_and_offload(args: Step3Arguments) -> None:
 
 def _resolve_dtypes(args: Step3Arguments) -> None:
     """Number formats of the models."""
-    args.actor_dtype = _resolve_dtype("actor_dtype", args.actor_dtype, "bf16" if args.actor_bf16 else None)
-    args.reward_dtype = _resolve_dtype("reward_dtype", args.reward_dtype, "bf16" if args.reward_bf16 else None)
-    args.critic_dtype = _resolve_dtype("critic_dtype", args.critic_dtype or args.actor_dtype, None)
+    args.actor_dtype = resolve_dtype("actor_dtype", args.actor_dtype, "bf16" if args.actor_bf16 else None)
+    args.reward_dtype = resolve_dtype("reward_dtype", args.reward_dtype, "bf16" if args.reward_bf16 else None)
+    args.critic_dtype = resolve_dtype("critic_dtype", args.critic_dtype or args.actor_dtype, None)
     _no_bf16_without_zero(args, "actor_dtype", "actor_zero_stage")
     if args.algo == "ppo":
         _no_bf16_without_zero(args, "critic_dtype", "critic_zero_stage")

@@ -33,12 +33,12 @@ from remax.arguments import (
     Dtype,
     Fraction,
     Positive,
-    _check_model,
-    _check_ranges,
-    _resolve_dtype,
-    _unknown,
     build_parser,
+    check_model,
+    check_ranges,
     flag,
+    resolve_dtype,
+    unknown_flags,
 )
 from remax.checkpoint import export
 from remax.deepspeed_config import EngineConfig
@@ -669,12 +669,12 @@ def parse_doctor(argv: list[str] | None = None) -> DoctorArguments:
     parser.usage = "python -m remax.doctor [flags]"
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown(unknown, [f"--{name}" for name in vars(namespace)]))
+        raise UserError(unknown_flags(unknown, [f"--{name}" for name in vars(namespace)]))
     args = DoctorArguments(**vars(namespace))
-    _check_ranges(args)
-    _check_model("actor_model_name_or_path", args.actor_model_name_or_path)
-    _check_model("reward_model_name_or_path", args.reward_model_name_or_path)
-    args.dtype = _resolve_dtype("dtype", args.dtype, None)
+    check_ranges(args)
+    check_model("actor_model_name_or_path", args.actor_model_name_or_path)
+    check_model("reward_model_name_or_path", args.reward_model_name_or_path)
+    args.dtype = resolve_dtype("dtype", args.dtype, None)
     return args
 
 

@@ -13,13 +13,13 @@ from remax.arguments import (
     Fraction,
     NonNegative,
     Positive,
-    _check_model,
-    _check_ranges,
-    _note_retired,
-    _resolve_dtype,
-    _unknown,
     build_parser,
+    check_model,
+    check_ranges,
     flag,
+    note_retired,
+    resolve_dtype,
+    unknown_flags,
 )
 from utils.run import UserError
 
@@ -102,21 +102,21 @@ def _parse(arguments: type[AnyArguments], argv: Sequence[str] | None, descriptio
     parser.usage = usage
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown(unknown, [f"--{name}" for name in vars(namespace)]))
+        raise UserError(unknown_flags(unknown, [f"--{name}" for name in vars(namespace)]))
     args = arguments(**vars(namespace))
-    _check_ranges(args)
+    check_ranges(args)
     return args
 
 
 def parse_reward_eval(argv: Sequence[str] | None = None) -> RewardEvalArguments:
     """The flags of rw_eval.py (default: of the command line), checked; UserError when something is wrong."""
     args = _parse(RewardEvalArguments, argv, "Scores texts with a reward model", "python rw_eval.py [flags]")
-    _check_model("model_name_or_path", args.model_name_or_path)
+    check_model("model_name_or_path", args.model_name_or_path)
     if args.output and not args.data_path:
         raise UserError("--output: is for the scores of --data_path; give that too")
     _check_output(args)
-    _note_retired(args)
-    args.dtype = _resolve_dtype("dtype", args.dtype, None)
+    note_retired(args)
+    args.dtype = resolve_dtype("dtype", args.dtype, None)
     return args
 
 
@@ -133,13 +133,13 @@ def parse_prompt_eval(argv: Sequence[str] | None = None) -> PromptEvalArguments:
     if args.penalty_alpha > 0:
         raise UserError(f"--penalty_alpha {args.penalty_alpha}: contrastive search {moved}")
     for name in ("model_name_or_path_baseline", "model_name_or_path_finetune"):
-        _check_model(name, getattr(args, name))
+        check_model(name, getattr(args, name))
     if args.prompts_file and args.data_path:
         raise UserError("--prompts_file with --data_path: give one of them")
     if args.prompts_file and not Path(args.prompts_file).is_file():
         raise UserError(f"--prompts_file {args.prompts_file}: no such file (looked from {Path.cwd()})")
     _check_output(args)
-    args.dtype = _resolve_dtype("dtype", args.dtype, None)
+    args.dtype = resolve_dtype("dtype", args.dtype, None)
     return args
 
 
