@@ -106,9 +106,10 @@ def finetune_loaders(
     """Training rows and held-out rows of stage 0 (step 1) or 1 (step 2); what was read is recorded in the run's
     folder.
     """
-    only_supervised = {}
     if isinstance(args, Step1Arguments):
-        only_supervised = {"sft_only_data_path": args.sft_only_data_path, "train_on": args.train_on}
+        of_this_stage = {"sft_only_data_path": args.sft_only_data_path, "train_on": args.train_on}
+    else:
+        of_this_stage = {"need_margin": args.use_margin}
     train, evaluation = build_loaders(
         stage=stage,
         tokenizer=tokenizer,
@@ -126,7 +127,7 @@ def finetune_loaders(
         columns=args.columns,
         overlong=args.overlong,
         record_in=args.output_dir,
-        **only_supervised,
+        **of_this_stage,
     )
     return train, First(evaluation, args.max_eval_batches)
 
@@ -287,6 +288,7 @@ def examine_engines(
         max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
         cache_dir=args.data_output_path,
         columns=args.columns,
+        announce=False,
     )
     return examine(
         actor,

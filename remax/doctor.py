@@ -606,13 +606,14 @@ def held_out_pairs(
     batch_size: int = 16,
     cache_dir: str | None = None,
     columns: Mapping[str, str] | None = None,
+    announce: bool = True,
 ) -> DataLoader | None:
     """Up to `limit` held-out pairs, shared out over the ranks; None where the data has none.
 
-    max_len: tokens of prompt and answer together.   columns: see `Form`.
+    max_len: tokens of prompt and answer together.   columns: see `Form`.   announce: print what was read.
     """
     form = Form(columns=columns or {}, template=template_of(tokenizer))
-    _, rows = load_preferences(data_path, cache_dir=cache_dir, form=form)
+    _, rows = load_preferences(data_path, cache_dir=cache_dir, form=form, announce=announce)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     batch = rows.select(sorted(order[: 2 * limit]))[:]
     encoded = ranking_batch(batch, tokenizer, max_len)

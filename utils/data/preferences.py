@@ -380,7 +380,9 @@ ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
 # Loading
 
 
-def load_preferences(data_path: list[str], *, cache_dir: str | None, form: Form = PLAIN) -> tuple[Dataset, Dataset]:
+def load_preferences(
+    data_path: list[str], *, cache_dir: str | None, form: Form = PLAIN, announce: bool = True
+) -> tuple[Dataset, Dataset]:
     """All data sets of `--data_path`, one after the other: (train, eval) with columns prompt, chosen, rejected, margin
     and those of ABOUT.
 
@@ -389,7 +391,7 @@ def load_preferences(data_path: list[str], *, cache_dir: str | None, form: Form 
     Raises:
         UserError: a data set cannot be read; see `load_data_set`.
     """
-    loaded = [load_data_set(name, cache_dir=cache_dir, form=form) for name in data_path]
+    loaded = [load_data_set(name, cache_dir=cache_dir, form=form, announce=announce) for name in data_path]
     return tuple(datasets.concatenate_datasets(list(parts)) for parts in zip(*loaded, strict=True))
 
 
