@@ -55,6 +55,7 @@ def build_loaders(
     columns: Mapping[str, str] | None = None,
     overlong: Overlong | None = None,
     train_on: str = "last",
+    need_margin: bool = False,
     record_in: str | Path | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """The loaders (train, eval) of one stage on one rank.
@@ -74,6 +75,7 @@ def build_loaders(
         columns: {"prompt": its name in the data, ...}, see `Form`. Lists of messages are written by the tokenizer's
             chat template where it has one.
         overlong, train_on: see `encode_rows`.
+        need_margin: stage 1 learns from `margin`: refuses data without one.
         record_in: folder for data.json: what was read, dropped and cut, and the fingerprints of data, tokenizer and
             code.
 
@@ -102,6 +104,8 @@ def build_loaders(
             train_on=train_on,
             record=record,
         )
+    if need_margin and "margin" not in train.column_names:
+        raise UserError("--use_margin: no row of the data has a number in a column `margin`; leave the flag out")
     if record_in is not None and this_rank() == 0:
         split = {"stage": stage, "data_split": data_split, "data_seed": data_seed, "order_seed": seed}
         rows = {"train_rows": len(train), "eval_rows": len(evaluation)}

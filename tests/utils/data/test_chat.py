@@ -48,8 +48,10 @@ def ids(tokenizer, text: str) -> list[int]:
 
 def encode(tmp_path, tokenizer, rows, kind="supervised", **options):
     """The first row."""
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for file in (tmp_path / "train.jsonl", tmp_path / "test.jsonl"):
+        if not file.exists() or file.read_text() != text:  # a file written again is another one
+            file.write_text(text)
     form = Form(template=template_of(tokenizer))
     cache = str(tmp_path / "cache")
     train, _ = load_data_set(str(tmp_path), cache_dir=cache, form=form)
@@ -133,6 +135,18 @@ def test_batches_carry_the_mask(tmp_path, tokenizer):
     assert not mask[answers[:, None] <= torch.arange(mask.shape[1])].any()
     (last,), _ = build_loaders(**options)
     assert "loss_mask" not in last and int(last["lengths"].sum()) == int(batch["lengths"].sum())
+
+
+def test_a_second_start_writes_nothing_anew_but_another_template_does(tmp_path, tokenizer_folders, monkeypatch):
+    tokenizer = load_tokenizer(str(tokenizer_folders["qwen"]), chat_template=CHATML)
+    first = encode(tmp_path, tokenizer, rows(*DIALOGUE), train_on="all")
+    for name in ("preferences.normalise_batch", "encoding.columns"):
+        monkeypatch.setattr(f"utils.data.{name}", lambda *_, **__: pytest.fail("mapped again"))
+    again = load_tokenizer(str(tokenizer_folders["qwen"]), chat_template=CHATML)
+    assert encode(tmp_path, again, rows(*DIALOGUE), train_on="all") == first
+    again.chat_template = CHATML.replace("assistant\n", "assistant:\n")
+    with pytest.raises(pytest.fail.Exception, match="mapped again"):
+        encode(tmp_path, again, rows(*DIALOGUE), train_on="all")
 
 
 # --------------------------------------------------------------------------------------------------- which text is it

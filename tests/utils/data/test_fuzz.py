@@ -14,7 +14,7 @@ from utils.data.loaders import build_loaders
 from utils.run import UserError
 
 SETTINGS = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

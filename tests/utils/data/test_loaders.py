@@ -291,6 +291,9 @@ def test_margins_reach_the_batches(folder, gpt2, tmp_path):
     train, _ = build(folder, gpt2, 1, data_path=[str(path), str(folder)], **options)
     assert sum("margin" in batch for batch in train) == len(train) == 48 + 40  # 0 for rows without one
     assert all("margin" not in batch for loader in build(folder, gpt2, 1) for batch in loader)
+    with pytest.raises(UserError, match="--use_margin: no row of the data has a number in a column `margin`"):
+        build(folder, gpt2, 1, need_margin=True)
+    build(folder, gpt2, 1, data_path=[str(path)], need_margin=True)
 
 
 def test_the_record_says_what_was_read_and_is_the_same_for_the_same_data(folder, gpt2, tokenizer_folders, tmp_path):
