@@ -202,6 +202,12 @@ def test_dashes_and_several_data_sets(tmp_path):
     assert args.data_path == ["Dahoas/rm-static", str(file)]
 
 
+def test_column_names_are_those_that_were_given():
+    assert step1().columns == {}
+    assert step2("--prompt_column question --rejected_column bad").columns == {"prompt": "question", "rejected": "bad"}
+    assert step3("--data_path me/set#main/train:0.3").data_path == ["me/set#main/train:0.3"]
+
+
 @pytest.mark.parametrize("arguments", [Step1Arguments, Step2Arguments, Step3Arguments])
 def test_help_is_grouped_and_complete(arguments):
     text = build_parser(arguments, "Step").format_help()
@@ -272,6 +278,10 @@ REFUSED_EVERYWHERE = [
     ("--data_split=-1,4,4", r"--data_split -1,4,4: expected three numbers"),
     ("--data_path no/such/train.jsonl", r"--data_path no/such/train.jsonl: no such file or folder"),
     ("--data_path Dahoas/rm-static ./missing", r"--data_path ./missing: no such file"),
+    ("--data_path no/such/train.jsonl:0.5", r"--data_path no/such/train.jsonl:0.5: no such file or folder"),
+    ("--data_path ./missing#train_sft", r"--data_path ./missing#train_sft: no such file or folder"),
+    ("--data_path me/set:0", r"--data_path me/set:0: the weight behind the colon must be a number above 0"),
+    ("--overlong keep", r"--overlong: invalid choice"),
     ("--num_train_epochs 0", r"--num_train_epochs 0: must be at least 1"),
     ("--per_device_eval_batch_size -1", r"--per_device_eval_batch_size -1: must be at least 1"),
     ("--num_train_epochs 1.5", r"--num_train_epochs: invalid int value"),
