@@ -17,7 +17,7 @@ from remax.engines import Actor, Reference, Reward, TrainedReward, loading
 from remax.evaluation import Batch, First
 from remax.finetune import DirectPreference, Ranking, Supervised
 from remax.modeling import PolicyModel, add_lora, check_length, load_config, load_policy
-from remax.reward_model import RewardModel, load_reward_model
+from remax.reward_model import RewardModel, check_reward_config, load_reward_model
 from remax.sequences import Prompts
 from remax.settings import (
     actor_engine,
@@ -199,6 +199,8 @@ def check_models(args: Step3Arguments) -> tuple[Tokenizer, Tokenizer]:
     for flag in ("actor_model_name_or_path", "reward_model_name_or_path"):
         config = load_config(getattr(args, flag), f"--{flag}")
         check_length(config, longest, "--max_prompt_seq_len + --max_answer_seq_len", f"--{flag}")
+        if flag == "reward_model_name_or_path":
+            check_reward_config(config, args.reward_model_name_or_path, f"--{flag}")
     tokenizer = load_tokenizer(
         args.actor_model_name_or_path, "--actor_model_name_or_path", chat_template=args.chat_template
     )

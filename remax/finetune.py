@@ -123,12 +123,7 @@ def finetune(
                 figures = optimizer_step(task, batches)
                 step += 1
                 seconds = time.perf_counter() - begin
-                tokens = sum(
-                    int(v.sum())
-                    for batch in batches
-                    for k, v in batch.items()
-                    if k.endswith("lengths") and k != "prompt_lengths"
-                )
+                tokens = sum(count_tokens(batch) for batch in batches)
                 figures |= {"seconds_per_step": seconds, "tokens_per_second": tokens * world_size() / seconds}
                 metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
                 _stop_if_not_finite(step, figures)

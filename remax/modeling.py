@@ -7,7 +7,6 @@ tensors, so the ZeRO-3 hooks see one ordinary forward and the full-vocabulary lo
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,11 +254,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def count_parameters(model: nn.Module) -> int:
     """Parameters at full size, also under ZeRO-3."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-
-
-def is_reward_model_folder(path: str) -> bool:
-    """Whether a local folder's config says it holds a sequence classifier."""
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        return False
-    return any("SequenceClassification" in name for name in json.loads(config.read_text()).get("architectures") or [])

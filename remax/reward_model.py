@@ -13,7 +13,12 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from remax.modeling import from_pretrained, load_config, prepare_training
 from remax.sequences import Sequences
@@ -61,6 +66,17 @@ def prepare_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.add_special_tokens({"pad_token": PAD_TOKEN}) > 0
 
 
+def check_reward_config(config: PreTrainedConfig, name_or_path: str, flag: str) -> None:
+    """Refuses what is no reward model as far as its configuration tells, before any weights are read."""
+    kinds = config.architectures or []
+    if kinds and not any("SequenceClassification" in kind for kind in kinds):
+        raise UserError(f"{flag}: {name_or_path} is a {kinds[0]}; expected a reward model, as step 2 saves it")
+    if config.num_labels != 1:
+        raise UserError(
+            f"{flag}: {name_or_path} has {config.num_labels} labels; expected a reward model with one score"
+        )
+
+
 def load_reward_model(
     name_or_path: str,
     flag: str,
@@ -81,10 +97,8 @@ def load_reward_model(
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     if new_head:
         config.num_labels = 1
-    elif config.num_labels != 1:
-        raise UserError(
-            f"{flag}: {name_or_path} has {config.num_labels} labels; expected a reward model with one score"
-        )
+    else:
+        check_reward_config(config, name_or_path, flag)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     hf, report = from_pretrained(
         AutoModelForSequenceClassification, name_or_path, flag, config=config, dtype=dtype, **extra

@@ -136,6 +136,8 @@ def test_bf16_is_close(plain, two_ranks):
     results, folder = two_ranks
     half = {name: result for name, result in results.items() if "bf16" in name and "broken" not in name}
     assert len(half) == 6
+    rotary = {name: result["buffers"] for name, result in half.items() if name.startswith("llama")}
+    assert set(map(tuple, rotary.values())) == {("torch.float32",)}  # rounded frequencies would misplace far tokens
     for kind, losses in (("llama", 1e-2), ("reward", 5e-2)):  # a difference of two scores is less exact
         some = {name: result for name, result in half.items() if name.startswith(kind)}
         compare(some, folder, plain[0], losses=losses, norms=6e-2, weights=1e-2)

@@ -218,6 +218,7 @@ def on_ranks(make_policy, make_scorer, run_ranks, tmp_path_factory):
             {"check": "evaluate", "name": "figures at ZeRO-3", "model": policy, "scorer": scorer, "zero_stage": 3},
             tune | {"name": "supervised", "task": "supervised", "model": policy, "max_steps": 0},
             tune | {"name": "ranking", "task": "ranking", "model": scorer, "max_steps": 3},
+            tune | {"name": "preference", "task": "preference", "model": policy, "max_steps": 3},
         ]
         found[ranks] = run_ranks([common | check for check in checks], ranks)
     return found
@@ -236,7 +237,7 @@ def test_figures_do_not_depend_on_the_number_of_ranks(stage, on_ranks):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("task", ["supervised", "ranking"])
+@pytest.mark.parametrize("task", ["supervised", "ranking", "preference"])
 def test_fine_tuning_does_not_depend_on_the_number_of_ranks(task, on_ranks):
     lines = {}
     for ranks, (results, folder) in on_ranks.items():
@@ -250,4 +251,4 @@ def test_fine_tuning_does_not_depend_on_the_number_of_ranks(task, on_ranks):
             if name != "time" and "second" not in name:
                 assert two[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
     before, after = (on_ranks[2][0][task]["results"][when] for when in ("before", "after"))
-    assert all(after[name] != before[name] for name in {"supervised": ["loss"], "ranking": ["margin"]}[task])
+    assert all(after[name] != before[name] for name in {"supervised": ["loss"]}.get(task, ["margin"]))

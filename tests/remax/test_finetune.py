@@ -10,9 +10,11 @@ import torch
 
 from remax.engines import StepResult
 from remax.finetune import (
+    DirectPreference,
     FinetuneSettings,
     Ranking,
     Supervised,
+    count_tokens,
     finetune,
     groups,
     optimizer_step,
@@ -84,6 +86,36 @@ def test_a_ranking_step_is_a_mean_over_pairs():
     assert figures["loss"] == pytest.approx(sum(losses) / 3)
     assert figures["margin"] == pytest.approx(0.5 * (2 + 0 - 4) / 3)
     assert figures["accuracy"] == pytest.approx(1 / 3)  # a tie is no success
+
+
+class Fixed:
+    """A reference under which every token has the log-prob -0.25 * id."""
+
+    def logprobs(self, sequences: Sequences) -> torch.Tensor:
+        return -0.25 * sequences.answer_ids
+
+
+def test_a_step_of_direct_preference():
+    # Chosen answer 1 2, rejected 4: log-ratios (w + 0.25) * 3 and (w + 0.25) * 4, w = 0.5, beta = 2:
+    # -log sigmoid(2 * 0.75 * (3 - 4) + alpha * (2 - 1)); what stands behind the rejected answer does not count.
+    batch = {"prompt_lengths": torch.tensor([1]), "weight": torch.ones(1)}
+    batch |= {"chosen_ids": torch.tensor([[9, 1, 2]]), "chosen_lengths": torch.tensor([3])}
+    batch |= {"rejected_ids": torch.tensor([[9, 4, 8]]), "rejected_lengths": torch.tensor([2])}
+    for alpha in (0.0, 0.3):
+        task = DirectPreference(Engine(), Fixed(), [batch], beta=2.0, alpha=alpha)
+        figures = optimizer_step(task, [batch, batch])
+        logit = 2 * 0.75 * (3 - 4) + alpha
+        gradient = 2 * (4 - 3) / (1 + math.exp(logit))  # d loss / d w = -sigmoid(-logit) * beta * (3 - 4)
+        assert figures == pytest.approx(
+            {"loss": math.log1p(math.exp(-logit)), "accuracy": 0.0, "margin": -1.5, "grad_norm": gradient, "lr": 0.01}
+        )
+    held_out = DirectPreference(Engine(), Fixed(), [batch], beta=2.0).evaluate()
+    assert (held_out["accuracy"], held_out["margin"], held_out["longer_wins"]) == pytest.approx((0.0, -1.5, 1.0))
+
+
+def test_tokens_of_a_batch():
+    assert count_tokens(BATCHES[0]) == 6
+    assert count_tokens({"chosen_lengths": torch.tensor([3, 4]), "rejected_lengths": torch.tensor([2, 2])}) == 11
 
 
 def test_steps():

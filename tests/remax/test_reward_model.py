@@ -3,12 +3,14 @@ batch, whatever the pad token."""
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from remax.checkpoint import export
-from remax.modeling import is_reward_model_folder
 from remax.reward_model import PAD_TOKEN, load_reward_model, prepare_pad_token, store_score_statistics
 from remax.sequences import Sequences
 from utils.run import UserError
@@ -105,12 +107,18 @@ def test_a_pad_token_is_added_once(tokenizers):
     assert not prepare_pad_token(own) and own.pad_token == "<pad>"
 
 
-def test_a_language_model_is_no_reward_model(make_policy, make_scorer):
-    with pytest.raises(UserError, match="--rm: .*(2 labels|no weights for its score head)"):
+def test_a_language_model_is_no_reward_model(make_policy):
+    with pytest.raises(UserError, match="--rm: .* is a LlamaForCausalLM; expected a reward model"):
         load(make_policy("llama"))
-    assert is_reward_model_folder(str(make_scorer("llama")))
-    assert not is_reward_model_folder(str(make_policy("llama")))
-    assert not is_reward_model_folder("no/such/folder")
+
+
+def test_a_reward_model_whose_head_was_lost_is_refused(make_scorer, tmp_path):
+    shutil.copytree(make_scorer("llama"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "score.weight"}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match="no weights for its score head"):
+        load(tmp_path / "model")
+    load(tmp_path / "model", new_head=True)
 
 
 def test_a_classifier_of_several_labels_is_refused(make_policy, tmp_path):

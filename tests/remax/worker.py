@@ -23,7 +23,7 @@ from remax.deepspeed_config import EngineConfig
 from remax.ema import WeightAverage
 from remax.engines import Actor, OptimizerConfig, Reference, Reward, TrainedReward, loading
 from remax.evaluation import First, evaluate_policy, perplexity, ranking_accuracy
-from remax.finetune import FinetuneSettings, Ranking, Supervised, finetune, total_steps
+from remax.finetune import DirectPreference, FinetuneSettings, Ranking, Supervised, finetune, total_steps
 from remax.logprobs import Sampling
 from remax.losses import ranking_losses, supervised_loss
 from remax.modeling import add_lora, evaluating, load_policy, quiet_libraries
@@ -148,6 +148,9 @@ def train_policy(folder: Path, name: str, rows: list[str], steps: int, chunk_siz
 
     figures = take_steps(actor, steps, loss_of, len(files[0]), spread.micro_batch)
     save_weights(folder, name, actor)
+    frozen_copy = Reference(spread.policy(), spread.config)
+    buffers = [buffer for engine in (actor, frozen_copy) for buffer in engine.model.buffers()]
+    figures["buffers"] = sorted({str(buffer.dtype) for buffer in buffers if buffer.is_floating_point()})
     return figures
 
 
@@ -439,10 +442,14 @@ def fine_tune(
     """A whole fine-tuning of step 1 or 2."""
     spread = Spread(**spread)
     set_seed(0)
-    train_loader, eval_loader = loaders(("supervised", "ranking").index(task), spread, data, batch, cache)
+    train_loader, eval_loader = loaders(0 if task == "supervised" else 1, spread, data, batch, cache)
     settings = FinetuneSettings(epochs=2, accumulation=accumulation, max_steps=max_steps, evaluate_every=2)
     if task == "supervised":
         job = Supervised(spread.actor(), eval_loader)
+    elif task == "preference":
+        frozen_part = replace(spread, zero_stage=3)
+        reference = Reference(frozen_part.policy(), frozen_part.config)
+        job = DirectPreference(spread.actor(), reference, eval_loader, beta=0.5)
     else:
         job = Ranking(spread.trained_reward(), eval_loader)
     metrics = MetricsLogger(folder / name, drop_after=-1)
