@@ -55,6 +55,11 @@ COLUMNS = {
     "text": {"text": TEXTS},
     "odd": {"prompt": TEXTS | ODD, "chosen": TEXTS | ODD, "rejected": TEXTS},
 }
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 SERVES = {"completions": (0, 2), "messages": (0, 2), "prompts": (2,), "text": (0,)}  # others serve all stages
 
 
@@ -144,14 +149,16 @@ def check(batch) -> None:
 def tokenizers(tokenizer_folders):
     from utils.tokenizer import load_tokenizer
 
-    return [load_tokenizer(str(tokenizer_folders[kind])) for kind in ("gpt2", "llama", "slow")]
+    plain = [load_tokenizer(str(tokenizer_folders[kind])) for kind in ("gpt2", "llama", "slow")]
+    chatting = [load_tokenizer(str(tokenizer_folders[kind]), chat_template=TEMPLATE) for kind in ("qwen", "llama")]
+    return plain + chatting
 
 
 @SETTINGS
 @given(
     file=FILES,
     suffix=st.sampled_from([".jsonl", ".json", ".csv"]),
-    kind=st.integers(0, 2),
+    kind=st.integers(0, 4),
     overlong=st.sampled_from([None, "cut", "drop"]),
     train_on=st.sampled_from(["last", "all"]),
 )
