@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The three stages on real preference pairs, from nothing: a BPE tokenizer trained on them, small Llamas from config, two
-# ranks on a CPU, fixed seeds. About twenty minutes on two free cores (an estimate). Set by the user:
+# The three stages on real preference pairs, from nothing: a BPE tokenizer trained on them, small Llamas from config,
+# two ranks on a CPU, fixed seeds. About twenty minutes on two free cores (an estimate). Set by the user, if at all:
 #   DATA          folder with train.jsonl.gz and test.jsonl.gz, rows {prompt, chosen, rejected}
 #   OUTPUT        folder of the results (default: output/real_data)
 #   STAGES        which parts to run, in order (default: prepare sft reward referee remax measure report)
