@@ -422,7 +422,7 @@ def compare(pairs: list[tuple[Block, Block]]) -> dict[str, float]:
     unit_variance   E|g|^2 - |E g|^2, the trace of the covariance of the estimate from one unit
     variance        of the mean gradient of 1000 generated tokens: unit_variance * tokens per unit / 1000
     signal          |E g|^2 of the unbiased estimator
-    cosine          between the two expected gradients
+    cosine          between the two expected gradients; 0 where a squared norm comes out negative, hidden by noise
     """
     own, exact = map(list, zip(*pairs, strict=True))
     units, tokens = sum(b.units for b in own), sum(b.tokens for b in own)

@@ -84,6 +84,11 @@ def plus_minus(pair: tuple[float, float], digits: int = 2) -> str:
     return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
 
 
+def brief(x: float, digits: int = 3) -> str:
+    """So many significant digits, never with an exponent."""
+    return f"{float(f'{x:.{digits}g}'):.15g}"
+
+
 def sweep_table(sweep: list[dict], kl: float) -> str:
     rows = []
     for record in sorted(sweep, key=lambda r: (list(ESTIMATORS).index(r["run"]["estimator"]), r["run"]["rate"])):
@@ -132,9 +137,10 @@ def relative(figures: dict) -> str:
     """variance / |E g|^2; where the squared norm is not told from 0, only a lower bound."""
     signal, half = jackknife(figures["all"]["signal"], [w["signal"] for w in figures["without"]])
     variance = figures["all"]["variance"]
+    low = brief(variance / (signal + half), 2)
     if signal - half <= 0:
-        return f"> {variance / (signal + half):.2g}"
-    return f"{variance / signal:.2g} ({variance / (signal + half):.2g} to {variance / (signal - half):.2g})"
+        return f"> {low}"
+    return f"{brief(variance / signal, 2)} ({low} to {brief(variance / (signal - half), 2)})"
 
 
 def variance_tables(variance: dict[str, dict]) -> tuple[str, str]:
@@ -147,11 +153,11 @@ def variance_tables(variance: dict[str, dict]) -> tuple[str, str]:
             own = probes[name]["all"]
             shown = "" if name == BASIS else ratio(probes[name], probes[BASIS])
             cosine = jackknife(own["cosine"], [w["cosine"] for w in probes[name]["without"]])
-            noise = "{:.3g} ± {:.2g}".format(
-                *jackknife(own["variance"], [w["variance"] for w in probes[name]["without"]])
-            )
-            cells = [policy, name, f"{own['tokens_per_unit']:.1f}", noise, shown, relative(probes[name])]
-            rows.append([*cells, plus_minus(cosine)])
+            hidden = own["cosine"] == 0 or any(w["cosine"] == 0 for w in probes[name]["without"])
+            noise, error = jackknife(own["variance"], [w["variance"] for w in probes[name]["without"]])
+            measured = f"{brief(noise)} ± {brief(error, 2)}"
+            cells = [policy, name, f"{own['tokens_per_unit']:.1f}", measured, shown, relative(probes[name])]
+            rows.append([*cells, "too noisy" if hidden else plus_minus(cosine)])
     header = ["policy", "estimator", "tokens per estimate", "variance", f"times {BASIS}'s", "variance / squared norm"]
     shifted = [name for name in PROBES if "reward" in name]
     constant_rows = []
@@ -208,6 +214,7 @@ def plot_variance(variance: dict[str, dict], path: Path) -> None:
         if signal > 0:
             place.axvline(signal, color="black", linestyle=":", label="squared norm of the mean gradient")
             place.legend(fontsize=8, loc="lower left")
+        place.set_ylim(-1.8, len(PROBES) - 0.5)  # room for the legend
         place.set_xscale("log")
         place.set_title(f"{policy} policy", fontsize=10)
         place.set_xlabel("gradient variance at 1000 generated tokens", fontsize=9)
