@@ -8,7 +8,8 @@
  4. `variance`: gradient variance at the supervised policy and at a half-trained and a trained ReMax policy.
  5. `report`: tables in estimators.md, plots, and all figures in estimators.json.
 
-What is finished is skipped, so an interrupted experiment goes on where it stood. About half an hour on two free cores.
+What is finished is skipped, so an interrupted experiment goes on where it stood. About a quarter of an hour on two
+free cores.
 """
 
 from __future__ import annotations
