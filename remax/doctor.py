@@ -27,23 +27,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from remax.arguments import (
-    Count,
-    CountOrZero,
-    Dtype,
-    Fraction,
-    Positive,
-    build_parser,
-    check_model,
-    check_ranges,
-    flag,
-    resolve_dtype,
-    unknown_flags,
-)
+from remax.arguments import build_parser, check_model, check_ranges, resolve_dtype, unknown_flags
 from remax.checkpoint import export
 from remax.deepspeed_config import EngineConfig
 from remax.engines import Actor, FrozenEngine, Reference, Reward, TrainedEngine
 from remax.evaluation import Batch, pair_scores, to_device
+from remax.flags import Count, CountOrZero, Dtype, Fraction, Positive, flag
 from remax.inference import FrozenActor
 from remax.logprobs import Sampling
 from remax.modeling import count_parameters, evaluating, load_policy, quiet_libraries

@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from remax.arguments import (
-    Count,
-    CountOrZero,
-    Dtype,
-    Fraction,
-    NonNegative,
-    Positive,
     build_parser,
     check_model,
     check_ranges,
-    flag,
     note_retired,
     resolve_dtype,
     unknown_flags,
 )
+from remax.flags import Count, CountOrZero, Dtype, Fraction, NonNegative, Positive, flag
 from utils.run import UserError
 
 

@@ -4,10 +4,10 @@ sees the flags.
 
 from __future__ import annotations
 
-from remax.arguments import FinetuneArguments, Step2Arguments, Step3Arguments
 from remax.deepspeed_config import EngineConfig
 from remax.engines import OptimizerConfig
 from remax.finetune import FinetuneSettings
+from remax.flags import FinetuneArguments, Step2Arguments, Step3Arguments
 from remax.logprobs import Sampling
 from remax.rollout import GenerationSettings
 from remax.trainer import TrainerSettings

@@ -5,11 +5,12 @@ the flags.
 import sys
 from pathlib import Path
 
-from remax.arguments import Step3Arguments, make_algorithm, parse_step3
+from remax.arguments import make_algorithm, parse_step3
 from remax.assembly import build_engines, check_models, examine_engines, load_data
 from remax.checkpoint import export, note
 from remax.ema import WeightAverage
 from remax.evaluation import PolicyEvaluation, evaluate_policy, write_answers
+from remax.flags import Step3Arguments
 from remax.modeling import quiet_libraries
 from remax.sentinel import Sentinel, TrainingStopped
 from remax.settings import trainer_settings

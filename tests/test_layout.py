@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from remax.arguments import Step1Arguments, Step2Arguments, Step3Arguments
 from remax.doctor import DoctorArguments
 from remax.evaluation_arguments import PromptEvalArguments, RewardEvalArguments
+from remax.flags import Step1Arguments, Step2Arguments, Step3Arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")

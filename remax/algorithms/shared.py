@@ -14,6 +14,7 @@ ranks), so that adding the gradients up gives the same update however the rows a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -98,7 +99,7 @@ def mean_metrics(totals: Totals) -> Totals:
 
 
 @dataclass
-class Algorithm:
+class Algorithm(ABC):
     """The hyper-parameters that all algorithms know, and what the trainer reads.
 
     kl: the penalty.   gamma: discount per token.   loss_aggregation: see `aggregate`.
@@ -143,9 +144,9 @@ class Algorithm:
         """Whether `loss` needs PolicyOutput.entropy, with gradient (it is reported whenever it is there)."""
         return self.entropy_coef != 0
 
+    @abstractmethod
     def prepare(self, rollout: Rollout) -> Rollout:
         """Fills `advantages` for all answers that this rank collected for one optimizer step."""
-        raise NotImplementedError
 
     def loss(
         self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor

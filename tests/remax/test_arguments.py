@@ -14,7 +14,8 @@ import torch
 
 from remax.algorithms import ALGORITHMS
 from remax.algorithms.kl import PENALTIES
-from remax.arguments import (
+from remax.arguments import build_parser, make_algorithm, parse_step1, parse_step2, parse_step3
+from remax.flags import (
     Arguments,
     FinetuneArguments,
     Penalty,
@@ -22,11 +23,6 @@ from remax.arguments import (
     Step1Arguments,
     Step2Arguments,
     Step3Arguments,
-    build_parser,
-    make_algorithm,
-    parse_step1,
-    parse_step2,
-    parse_step3,
 )
 from utils.run import UserError
 

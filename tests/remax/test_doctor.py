@@ -461,7 +461,7 @@ def test_the_tokenizers_of_a_reward_model_with_its_own_pad_agree(load, tokenizer
 
 
 def test_remedies_name_flags_that_exist():
-    from remax.arguments import Step3Arguments
+    from remax.flags import Step3Arguments
 
     known = set(Step3Arguments.__dataclass_fields__) | set(doctor.DoctorArguments.__dataclass_fields__)
     assert set(re.findall(r"--(\w+)", inspect.getsource(doctor))) <= known

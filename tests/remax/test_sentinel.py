@@ -281,7 +281,7 @@ def test_fatal_stops_after_the_step_was_logged():
 
 
 def test_every_message_gives_a_remedy_with_flags_that_exist():
-    from remax.arguments import Step3Arguments
+    from remax.flags import Step3Arguments
 
     cases = [{"kl": 99.0}, {"kl": -9.0}, {"entropy": 0.01}, {"entropy": 6.0}, {"length": 90.0}, {"ended": 0.1}]
     cases += [{"distinct_trigrams": 0.1}, {"reward_length_correlation": 0.9}, {"zero_advantages": 1.0}]
