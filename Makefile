@@ -16,6 +16,8 @@ ifneq ($(SETUP),no)
 ENVIRONMENT := $(abspath $(VENV))
 READY := $(ENVIRONMENT)/.ready
 export PATH := $(ENVIRONMENT)/bin:$(PATH)
+# DeepSpeed's compiled operators, apart from those of other environments, which would be compiled anew in turn.
+export TORCH_EXTENSIONS_DIR ?= $(ENVIRONMENT)/torch_extensions
 # Made again when these files change, and when the folder was moved or its Python removed.
 $(READY): setup.py pyproject.toml constraints.txt
 	@PYTHON=$(PYTHON) .ci/setup $(ENVIRONMENT)

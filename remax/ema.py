@@ -14,7 +14,10 @@ from remax.checkpoint import full_state_dict
 
 
 class WeightAverage:
-    """average <- decay * average + (1 - decay) * weights, after every step of the loop."""
+    """average <- decay * average + (1 - decay) * weights, after every step of the loop.
+
+    Of LoRA's two factors each is averaged by itself, which is not the average of their product.
+    """
 
     def __init__(self, hf: PreTrainedModel, *, zero3: bool, decay: float = 0.992):
         self.hf, self.zero3, self.decay = hf, zero3, decay

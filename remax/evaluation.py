@@ -23,7 +23,7 @@ from remax.engines import Actor, Reference, Reward, TrainedEngine, TrainedReward
 from remax.logprobs import Sampling
 from remax.modeling import evaluating
 from remax.sequences import Prompts, Sequences, learned_mask
-from utils.distributed import device, gather_objects, is_main, sum_across_ranks
+from utils.distributed import device, gather_objects, is_main, rank, sum_across_ranks
 
 Batch = dict[str, Tensor]  # a loader's batch; prompts also carry their text, a list
 
@@ -131,8 +131,11 @@ def write_answers(path: Path, answers: list[dict]) -> None:
 
 @contextmanager
 def own_noise() -> Iterator[None]:
-    """Draws inside leave the random state as it was, so that evaluating more often does not change the training."""
+    """Draws inside start from the same state every time, so that evaluations compare, and leave the state outside as it
+    was, so that evaluating more often does not change the training.
+    """
     with torch.random.fork_rng([device()] if device().type == "cuda" else []):
+        torch.manual_seed(rank())
         yield
 
 

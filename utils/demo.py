@@ -445,7 +445,8 @@ def save_tiny_model(
     pad_token_id = tokenizer.pad_token_id
     config = tiny_config(
         architecture,
-        len(tokenizer),
+        # Rows to spare, as Qwen has: transformers reads any tokenizer in such a folder as Qwen's, and adds a token.
+        len(tokenizer) + 8 * (architecture == "qwen2"),
         **SIZES[size],
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
