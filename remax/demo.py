@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from remax.deepspeed_config import EngineConfig
@@ -170,8 +169,9 @@ def measure(
     for name, policy in actors.items():
         prompts = loader(2, tokenizers[name], longest_prompt)
         demonstrations = loader(0, tokenizers[name], longest["sft"])
-        torch.manual_seed(seed)
-        sampled = evaluate_policy(policy, reference, reward, prompts, tokenizers[name], answers=demonstrations)
+        sampled = evaluate_policy(
+            policy, reference, reward, prompts, tokenizers[name], answers=demonstrations, seed=seed
+        )
         answers[name] = with_true_rewards(sampled.answers)
         asked = [row["prompt"] for row in answers[name]]
         best_guesses = answer_prompts(policy, tokenizers[name], asked, batch_size=BATCH_SIZE, samples=0)

@@ -130,12 +130,12 @@ def write_answers(path: Path, answers: list[dict]) -> None:
 
 
 @contextmanager
-def own_noise() -> Iterator[None]:
+def own_noise(seed: int) -> Iterator[None]:
     """Draws inside start from the same state every time, so that evaluations compare, and leave the state outside as it
     was, so that evaluating more often does not change the training.
     """
     with torch.random.fork_rng([device()] if device().type == "cuda" else []):
-        torch.manual_seed(rank())
+        torch.manual_seed(seed + rank())
         yield
 
 
@@ -149,6 +149,7 @@ def evaluate_policy(
     *,
     greedy: bool = False,
     answers: Iterable[Batch] | None = None,
+    seed: int = 0,
 ) -> PolicyEvaluation:
     """Answers held-out prompts (sampled, or greedy) and measures them -> PolicyEvaluation.
 
@@ -162,7 +163,7 @@ def evaluate_policy(
     sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
     eos_ids = torch.tensor(actor.model.hf.generation_config.eos_token_id, device=device())
     readable: list[dict] = []
-    with evaluating(actor.model), own_noise():
+    with evaluating(actor.model), own_noise(seed):
         for batch in map(to_device, loader):
             sampled, best = actor.rollout(
                 Prompts(batch["input_ids"], batch["lengths"]), samples=0 if greedy else 1, greedy=greedy
