@@ -33,15 +33,6 @@ def learned_mask(batch: dict[str, Tensor], sequences: Sequences) -> Tensor:
     return mask & batch["loss_mask"] if "loss_mask" in batch else mask
 
 
-def pad_rows(rows: Sequence[Tensor], pad_id: int, width: int | None = None) -> Tensor:
-    """B tensors of ids, each (n_i,) -> (B, width), padded on the right; width defaults to the longest row."""
-    width = max((len(row) for row in rows), default=0) if width is None else width
-    padded = torch.full((len(rows), width), pad_id, dtype=torch.long, device=rows[0].device if len(rows) else None)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded
-
-
 @dataclass(frozen=True)
 class Prompts:
     """Prompts as generation takes them.
