@@ -42,7 +42,8 @@ from remax.sequences import Prompts, Sequences
 from utils.data.chat import template_of
 from utils.data.encoding import encode_prompts, ranking_batch
 from utils.data.loaders import EvalSampler, collate_ranking, make_loader, pad
-from utils.data.preferences import Form, as_dialogue, load_preferences
+from utils.data.preferences import load_preferences
+from utils.data.shapes import Form, as_dialogue
 from utils.distributed import device, gather_objects, is_main, print0, rank, world_size
 from utils.run import UserError, run_main
 from utils.tokenizer import load_tokenizer, same_vocabulary

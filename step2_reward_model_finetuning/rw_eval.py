@@ -19,8 +19,8 @@ from remax.modeling import check_length, load_config, quiet_libraries
 from remax.reward_model import load_reward_model
 from utils.data.chat import template_of
 from utils.data.loaders import local_rank_zero_first
-from utils.data.preferences import Example, Form, as_dialogue
 from utils.data.rows import TextRow, read_rows
+from utils.data.shapes import Example, Form, as_dialogue
 from utils.distributed import init_distributed, is_main, print0, shutdown, world_size
 from utils.run import UserError, run_main
 from utils.tokenizer import load_tokenizer

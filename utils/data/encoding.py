@@ -16,17 +16,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.preferences import (
-    SHOWN_ROWS,
-    as_record,
-    as_words,
-    cache_file,
-    code_of,
-    fingerprint_of,
-    listing,
-    report_dropped,
-    tally,
-)
+from utils.data.cache import cache_file, code_of, fingerprint_of
+from utils.data.report import SHOWN_ROWS, as_record, as_words, listing, report_dropped, tally
 from utils.distributed import print0
 from utils.run import UserError
 

@@ -20,10 +20,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.cache import code_of, fingerprint_of
 from utils.data.chat import template_of
 from utils.data.encoding import Names, Overlong, encode_rows, tokenizer_fingerprint
 from utils.data.names import parse_name
-from utils.data.preferences import Form, code_of, fingerprint_of, load_data_set
+from utils.data.preferences import load_data_set
+from utils.data.shapes import Form
 from utils.data.splits import blend, stage_indices
 from utils.distributed import barrier, print0
 from utils.distributed import rank as this_rank
@@ -31,7 +33,7 @@ from utils.run import UserError
 
 KINDS = ("supervised", "ranking", "prompts")
 LENGTH_FLAGS = ("--max_seq_len", "--max_seq_len", "--max_prompt_seq_len")
-MODULES = ("chat", "encoding", "loaders", "names", "preferences", "sources", "splits")
+MODULES = ("adapters", "chat", "encoding", "loaders", "names", "preferences", "shapes", "sources", "splits")
 REMIND_AFTER = 300.0  # seconds
 BATCH_FLAGS = ("--per_device_train_batch_size", "--per_device_train_batch_size", "--per_device_generation_batch_size")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from datasets import Value
 
-from utils.data.preferences import PLAIN, TEXT, Example, Form, choose_conversion, normalise
+from utils.data.preferences import TEXT, choose_conversion, normalise
+from utils.data.shapes import PLAIN, Example, Form
 from utils.data.sources import Part, file_format, json_rows, read_splits, undecodable
 from utils.run import UserError
 

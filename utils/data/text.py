@@ -12,10 +12,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.cache import cache_file, fingerprint_of
 from utils.data.encoding import tokenizer_fingerprint
 from utils.data.loaders import EpochSampler, collate_supervised, local_rank_zero_first, make_loader
 from utils.data.names import DataName
-from utils.data.preferences import cache_file, fingerprint_of
 from utils.data.sources import read_hub, read_splits
 from utils.distributed import print0
 from utils.run import UserError

@@ -7,7 +7,8 @@ import torch
 from utils.data.chat import ChatTemplate, TemplateRefuses, earlier_answers, template_of, write_plain
 from utils.data.encoding import Names, beginning, encode_rows
 from utils.data.loaders import build_loaders
-from utils.data.preferences import Conversation, Form, RowSkipped, finish, load_data_set
+from utils.data.preferences import load_data_set
+from utils.data.shapes import Conversation, Form, RowSkipped, finish
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from utils.data.preferences import ADAPTERS, Example, Form, RowSkipped, finish, load_data_set, load_preferences
+from utils.data.preferences import load_data_set, load_preferences
+from utils.data.shapes import Form
 from utils.run import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -269,22 +270,6 @@ def test_every_shape_becomes_the_same_text(tmp_path, shape, capsys):
     assert line.startswith(f"--data_path {path}: ") and "19 rows to train and 1 to evaluate" in line
 
 
-def test_several_turns(tmp_path):
-    rows = [
-        {
-            "prompt": [{"role": "system", "content": "Be kind."}, *messages("Hi", "Hello!", f"Who is {i}?")],
-            "chosen": messages("", "A")[1:],
-            "rejected": messages("", "B")[1:],
-        }
-        for i in range(2)
-    ]
-    train, _ = load(write(tmp_path / "a.json", rows), tmp_path)
-    assert train[0]["prompt"] in [
-        f"Be kind.\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Who is {i}?\n\nAssistant:" for i in range(2)
-    ]
-    assert (train[0]["chosen"], train[0]["rejected"]) == (" A", " B")
-
-
 def test_answers_only_and_prompts_only(tmp_path):
     for name, columns in (
         ("completion", {"prompt": "prompt", "completion": "chosen"}),
@@ -386,27 +371,8 @@ def good(n: int) -> str:
         ("a.jsonl", '{"prompt": "a", "rejected": "b"}\n', "has the columns prompt, rejected; expected"),
         (
             "a.jsonl",
-            '{"prompt": [{"role": "tool", "content": "a"}]}\n',
-            "column 'prompt': role 'tool' is not supported",
-        ),
-        (
-            "a.jsonl",
             json.dumps({"messages": messages("a", "b"), "tools": [{"name": "search"}]}),
             "line 1, column 'tools': tools are not supported; leave such rows out, or remove the column",
-        ),
-        (
-            "a.jsonl",
-            json.dumps({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}),
-            "column 'messages': role 'assistant' is not supported with tools; leave such rows out",
-        ),
-        ("a.jsonl", '{"prompt": [{"from": "a"}]}\n', "column 'prompt': expected messages like"),
-        ("a.jsonl", '{"prompt": [{"role": "user", "content": null}]}\n', "the content of a message is NoneType"),
-        ("a.jsonl", '{"prompt": []}\n', "column 'prompt': found an empty list"),
-        ("a.jsonl", json.dumps({"messages": messages("only a question")}), "last message must be the assistant's"),
-        (
-            "a.jsonl",
-            json.dumps({"prompt": messages("a", "b"), "chosen": messages("", "c")[1:]}),
-            "expected a user's message",
         ),
         ("a.jsonl", good(1), "has one row; expected at least two"),
     ],
@@ -446,89 +412,6 @@ def test_a_hub_name_without_the_hub_is_one_line(tmp_path):
 def test_the_flag_that_names_the_data_is_the_one_in_the_error(tmp_path):
     with pytest.raises(UserError, match="--sft_only_data_path: no such file"):
         load_data_set("nothing.csv", cache_dir=str(tmp_path), flag="--sft_only_data_path")
-
-
-# ----------------------------------------------------------------------------------------------- sets known by name
-
-ASK = "\n\nHuman: Q\n\nAssistant:"
-KNOWN = [
-    ("Dahoas/rm-static", {"prompt": ASK, "chosen": " A", "rejected": " B"}, (ASK, " A", " B")),
-    ("Dahoas/full-hh-rlhf", {"prompt": ASK, "response": "x", "chosen": " A", "rejected": " B"}, (ASK, " A", " B")),
-    ("Dahoas/synthetic-instruct-gptj-pairwise", {"prompt": "Q", "chosen": "A", "rejected": "B"}, (ASK, " A", " B")),
-    (
-        "yitingxie/rlhf-reward-datasets",
-        {"prompt": "\n\nHuman: Q\n\n", "chosen": ASK + " A", "rejected": "Assistant: B"},
-        (ASK, " A", " B"),
-    ),
-    (
-        "openai/webgpt_comparisons",
-        {"question": {"full_text": "Q"}, "answer_0": "B [1, 2].", "score_0": -1, "answer_1": "A [3]", "score_1": 0.5},
-        (ASK, " A", " B.", 1.5),
-    ),
-    ("stanfordnlp/SHP", {"history": "Q", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}, (ASK, " A", " B")),
-    ("stanfordnlp/SHP", {"history": "Q", "human_ref_A": "B", "human_ref_B": "A", "labels": 0}, (ASK, " A", " B")),
-    (
-        "pvduy/sharegpt_alpaca_oa_vicuna_format",
-        {"prompt": "USER: Q ASSISTANT:", "label": "A"},
-        ("Human: Q Assistant:", " A", None),
-    ),
-    ("local/jsonfile", {"prompt": ASK, "chosen": "A", "rejected": "B"}, (ASK, " A", " B")),
-    ("wangrui6/Zhihu-KOL", {"INSTRUCTION": "Q", "RESPONSE": "A"}, (ASK, " A", None)),
-    *[
-        (
-            f"Cohere/miracl-{language}-queries-22-12",
-            {"query": "Q", "positive_passages": [{"text": "A"}], "negative_passages": [{"text": "B"}]},
-            (ASK, " A", " B"),
-        )
-        for language in ("zh", "ja")
-    ],
-    (
-        "Hello-SimpleAI/HC3-Chinese",
-        {"question": "Q", "human_answers": ["A"], "chatgpt_answers": ["C"]},
-        (ASK, " A", None),
-    ),
-    *[
-        (name, {"queries": {language: "Q"}, "answers": {language: [{"text": "A"}]}}, (ASK, " A", None))
-        for name, language in (("mkqa-Chinese", "zh_cn"), ("mkqa-Japanese", "ja"))
-    ],
-    ("lmqg/qg_jaquad", {"question": "Q", "sentence": "A"}, (ASK, " A", None)),
-    ("lmqg/qag_jaquad", {"questions": ["Q", "R"], "paragraph": "A"}, (ASK, " A", None)),
-    ("Anthropic/hh-rlhf", {"chosen": ASK + " A", "rejected": ASK + " B"}, (ASK, " A", " B")),
-    (
-        "HuggingFaceH4/ultrafeedback_binarized",
-        {
-            "prompt": "Q",
-            "chosen": messages("Q", "A"),
-            "rejected": messages("Q", "B"),
-            "score_chosen": 8.0,
-            "score_rejected": 6.5,
-        },
-        (ASK, " A", " B", 1.5),
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "row", "expected"), KNOWN)
-def test_sets_known_by_name(name, row, expected):
-    assert finish(ADAPTERS[name](row)) == Example(*expected)
-
-
-def test_every_known_name_is_tested():
-    assert {name for name, *_ in KNOWN} == set(ADAPTERS)
-
-
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("wangrui6/Zhihu-KOL", {"INSTRUCTION": None, "RESPONSE": "A"}),
-        ("Hello-SimpleAI/HC3-Chinese", {"question": "Q", "human_answers": []}),
-        ("mkqa-Japanese", {"queries": {"ja": "Q"}, "answers": {"ja": [{"text": None}]}}),
-        ("Cohere/miracl-ja-queries-22-12", {"query": "Q", "positive_passages": [], "negative_passages": []}),
-    ],
-)
-def test_public_rows_without_an_answer_are_skipped(name, row):
-    with pytest.raises(RowSkipped, match="no question or no answer"):
-        ADAPTERS[name](row)
 
 
 @pytest.mark.parametrize("folder", ["SHP", "stanfordnlp/SHP", "stanfordnlp--SHP/SHP"])

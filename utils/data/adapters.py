@@ -1,0 +1,133 @@
+"""Data sets known by name: a small function each, from a row to an `Example`, in the table `ADAPTERS`.
+
+To add one, write a function and name it in that table.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from utils.data.shapes import (
+    Conversation,
+    Example,
+    Row,
+    RowRefused,
+    RowSkipped,
+    ask,
+    conversation,
+    dialogues,
+    margin,
+    pair,
+    text,
+)
+
+
+def rm_static(row: Row) -> Example:
+    return pair(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"), margin(row))
+
+
+def synthetic_instruct(row: Row) -> Example:
+    return ask(row["prompt"], row["chosen"], row["rejected"])
+
+
+def rlhf_reward_datasets(row: Row) -> Example:
+    # The prompt stops before "Assistant:"; the answers may repeat the dialogue.
+    prompt = text(row, "prompt").removesuffix("Assistant:") + "Assistant:"
+    chosen, rejected = (text(row, column).split("Assistant:")[-1] for column in ("chosen", "rejected"))
+    return pair(prompt, chosen, rejected)
+
+
+def webgpt(row: Row) -> Example:
+    scored = [(float(row["score_0"]), row["answer_0"]), (float(row["score_1"]), row["answer_1"])]
+    # Without the passages they cite, marks such as " [1, 2]" mean nothing.
+    (worse, rejected), (better, chosen) = sorted(
+        ((score, re.sub(r" ?\[[^\]]*\]", "", answer)) for score, answer in scored), key=lambda pair: pair[0]
+    )
+    return ask(row["question"]["full_text"], chosen, rejected if better > worse else None, better - worse)
+
+
+def shp(row: Row) -> Example:
+    a, b = row["human_ref_A"], row["human_ref_B"]
+    return ask(row["history"], *((a, b) if int(row["labels"]) == 1 else (b, a)))
+
+
+def sharegpt_vicuna(row: Row) -> Example:
+    if not row["prompt"] or not row["label"]:
+        raise RowSkipped("no question or no answer")
+    return pair(row["prompt"].replace("USER", "Human").replace("ASSISTANT", "Assistant"), row["label"])
+
+
+def zhihu(row: Row) -> Example:
+    return ask(row["INSTRUCTION"], row["RESPONSE"])
+
+
+def miracl(row: Row) -> Example:
+    passages = (row["positive_passages"], row["negative_passages"])
+    return ask(row["query"], *(found[0]["text"] if found else None for found in passages))
+
+
+def hc3(row: Row) -> Example:
+    return ask(row["question"], next(iter(row["human_answers"] or []), None))
+
+
+def mkqa(row: Row, *, language: str) -> Example:
+    answers = row["answers"][language]
+    return ask(row["queries"][language], answers[0]["text"] if answers else None)
+
+
+def qg_jaquad(row: Row) -> Example:
+    return ask(row["question"], row["sentence"])
+
+
+def qag_jaquad(row: Row) -> Example:
+    return ask(next(iter(row["questions"] or []), None), row["paragraph"])
+
+
+def ultrafeedback(row: Row) -> Conversation:
+    return replace(conversation(row, ["chosen", "rejected"]), margin=row["score_chosen"] - row["score_rejected"])
+
+
+ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
+    "Dahoas/rm-static": rm_static,
+    "Dahoas/full-hh-rlhf": rm_static,
+    "Dahoas/synthetic-instruct-gptj-pairwise": synthetic_instruct,
+    "yitingxie/rlhf-reward-datasets": rlhf_reward_datasets,
+    "openai/webgpt_comparisons": webgpt,
+    "stanfordnlp/SHP": shp,
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": sharegpt_vicuna,
+    "local/jsonfile": rm_static,
+    "wangrui6/Zhihu-KOL": zhihu,
+    "Cohere/miracl-zh-queries-22-12": miracl,
+    "Cohere/miracl-ja-queries-22-12": miracl,
+    "Hello-SimpleAI/HC3-Chinese": hc3,
+    "mkqa-Chinese": partial(mkqa, language="zh_cn"),
+    "mkqa-Japanese": partial(mkqa, language="ja"),
+    "lmqg/qg_jaquad": qg_jaquad,
+    "lmqg/qag_jaquad": qag_jaquad,
+    "Anthropic/hh-rlhf": dialogues,
+    "HuggingFaceH4/ultrafeedback_binarized": ultrafeedback,
+}
+
+
+def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
+    """Whether a folder that is called like a known data set has its columns too."""
+    try:
+        adapter(row)
+    except RowSkipped:
+        return True
+    except (KeyError, RowRefused):
+        return False
+    return True
+
+
+def known_name(name: str) -> str | None:
+    """The data set of ADAPTERS that `name` means: the name itself, or a folder called like it."""
+    path = Path(name)
+    if name in ADAPTERS:
+        return name
+    if not path.is_dir():
+        return None
+    ends = {"/".join(path.resolve().parts[-2:]), path.resolve().name}
+    return next((known for known in ADAPTERS if known in ends or known.split("/")[-1] in ends), None)

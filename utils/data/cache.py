@@ -1,0 +1,54 @@
+"""The folder of converted tables, and the names under which they are found again."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import datasets
+
+from utils.run import UserError
+
+
+def content_key(*texts: str | None) -> int:
+    """A number that only equal texts share."""
+    digest = hashlib.blake2b(digest_size=8)
+    for value in texts:
+        digest.update(b"-" if value is None else b"+" + value.encode("utf-8", "surrogatepass"))
+        digest.update(b"\0")
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def fingerprint_of(*parts: object) -> str:
+    """A short name for content: equal in every process and on every rank."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def code_of(*modules: str) -> bytes:
+    """The source text of modules of this package: results that they made are not read again once they change."""
+    return b"".join(Path(__file__).with_name(f"{module}.py").read_bytes() for module in modules)
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """The folder of the converted tables.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "converted"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "no permission"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise UserError(f"--data_output_path: cannot write to {folder} ({reason}); choose another folder")
+    return folder
+
+
+def cache_file(cache_dir: str | None, kind: str, fingerprint: str) -> str:
+    """Where the datasets library keeps a converted table."""
+    return str(cache_folder(cache_dir) / f"{kind}-{fingerprint}.arrow")

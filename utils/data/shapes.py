@@ -1,0 +1,260 @@
+"""A row of any accepted shape -> prompt, chosen, rejected, margin.
+
+Text convention, that of Dahoas/rm-static: a prompt ends with "Assistant:" and an answer begins with a space, so that
+prompt + answer is the whole dialogue. What is written so, or in any template of the user's own, is taken as it stands;
+bare questions are written as Human/Assistant dialogue, and so are lists of messages unless the tokenizer has a chat
+template.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from utils.data.chat import ASSISTANT, ChatTemplate, Spans, TemplateRefuses, earlier_answers, write_plain
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row.
+
+    prompt: None for plain text, which stands in `chosen`.   margin: by how much the chosen answer is better, where the
+    data set knows it.   earlier: where the assistant's earlier answers stand in the prompt; None when it is not known.
+    """
+
+    prompt: str | None
+    chosen: str | None
+    rejected: str | None
+    margin: float | None = None
+    earlier: Spans | None = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row whose prompt is still a list of messages: `finish` writes it."""
+
+    messages: list[dict[str, str]]
+    chosen: str | None
+    rejected: str | None = None
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows become text.
+
+    columns: {"prompt": its name in the data, ...}, for data whose columns have names of their own; also for "chosen"
+    and "rejected".   template: for lists of messages; None: as Human/Assistant dialogue.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    template: ChatTemplate | None = None
+
+
+PLAIN = Form()
+
+
+class RowSkipped(Exception):
+    """The row is well-formed but cannot be used; the text is the reason that is counted and reported."""
+
+
+class RowRefused(Exception):
+    """The row's content is wrong: (column, what was found and expected)."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def as_dialogue(question: str) -> str:
+    """A bare question as a prompt."""
+    return f"\n\nHuman: {question}{ASSISTANT}"
+
+
+def as_answer(prompt: str, answer: str) -> str:
+    """The answer as it follows `prompt`: a space after "Assistant:", nothing where the user's own template stands."""
+    glued = prompt.endswith("Assistant:") and answer and not answer[0].isspace()
+    return " " + answer if glued else answer
+
+
+def pair(prompt: str, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:
+    """An Example of a finished prompt and the two answers."""
+    if chosen is not None:
+        chosen = as_answer(prompt, chosen)
+    if rejected is not None:
+        rejected = as_answer(prompt, rejected)
+    return Example(prompt, chosen, rejected, margin, earlier_answers(prompt))
+
+
+def ask(question: str | None, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:
+    """An Example of a bare question and its answers; rows of public sets without one are skipped."""
+    if not question or not chosen:
+        raise RowSkipped("no question or no answer")
+    return pair(as_dialogue(question), chosen, rejected, margin)
+
+
+def text(row: Row, column: str) -> str:
+    """The string in `column`."""
+    value = row[column]
+    if not isinstance(value, str):
+        found = "missing or null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise RowRefused(column, f"found {found}, expected text")
+    return value
+
+
+def margin(row: Row) -> float | None:
+    """The number in the column `margin`; None where there is none."""
+    value = row.get("margin")
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise RowRefused("margin", f"found {str(value)[:40]!r}, expected a number") from None
+    if not abs(number) < 3e38:  # also as a float32, and no NaN
+        raise RowSkipped("with a margin that is not finite")
+    return number
+
+
+def turns(row: Row, column: str) -> list[dict[str, str]]:
+    """The messages in `column`, their roles and contents checked."""
+    messages = []
+    for message in row[column]:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise RowRefused(column, 'expected messages like {"role": "user", "content": "..."}')
+        if message["role"] in ("tool", "function") or message.get("tool_calls"):
+            raise RowRefused(column, f"role {message['role']!r} is not supported with tools; leave such rows out")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise RowRefused(column, f"role {message['role']!r} is not supported, expected system, user or assistant")
+        if not isinstance(message["content"], str):
+            raise RowRefused(column, f"the content of a message is {type(message['content']).__name__}, expected text")
+        messages.append({"role": message["role"], "content": message["content"]})
+    if not messages:
+        raise RowRefused(column, "found an empty list, expected messages")
+    return messages
+
+
+def finish(converted: Example | Conversation, template: ChatTemplate | None = None) -> Example:
+    """The row as text."""
+    if isinstance(converted, Example):
+        return converted
+    messages, answers = converted.messages, (converted.chosen, converted.rejected)
+    if template is None:
+        prompt, earlier = write_plain(messages)
+        chosen, rejected = (None if answer is None else as_answer(prompt, answer) for answer in answers)
+    else:
+        try:
+            prompt, earlier = template.prompt(messages)
+            chosen, rejected = (
+                None if answer is None else template.answer(messages, prompt, answer) for answer in answers
+            )
+        except TemplateRefuses as error:
+            raise RowSkipped(f"that the chat template refuses ({str(error)[:100]})") from error
+    return Example(prompt, chosen, rejected, converted.margin, earlier)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes: functions of a row
+
+
+def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example | Conversation:
+    """prompt with chosen/rejected, with a completion (column `answer`), or alone; text or lists of messages.
+
+    Args:
+        answer: the column of the good answer; None where there is none.
+        bare: the prompts are plain questions, to be written as dialogue.
+    """
+    if row.get("label") is False:
+        raise RowSkipped("label false: an unwanted answer")
+    columns = [answer] if answer else []
+    if answer == "chosen" and "rejected" in row:
+        columns.append("rejected")
+    if any(isinstance(row[column], list) for column in ("prompt", *columns)):
+        return conversation(row, columns)
+    prompt = text(row, "prompt")
+    answers = [text(row, column) for column in columns]
+    return pair(as_dialogue(prompt) if bare else prompt, *(answers or [None]), margin=margin(row))
+
+
+def conversation(row: Row, columns: list[str]) -> Conversation:
+    """Lists of {role, content}: a prompt and an answer each, or whole dialogues whose last message is the answer.
+
+    Args:
+        columns: of the answers: the good one, then the bad one, as far as there are any.
+    """
+    if row.get("tools"):
+        raise RowRefused("tools", "tools are not supported; leave such rows out, or remove the column")
+    asked: list[dict[str, str]] = []
+    if row.get("prompt") is not None:
+        is_list = isinstance(row["prompt"], list)
+        asked = turns(row, "prompt") if is_list else [{"role": "user", "content": text(row, "prompt")}]
+    answers: list[str] = []
+    before: list[list[dict[str, str]]] = []
+    for column in columns:
+        if not isinstance(row[column], list):
+            answers.append(text(row, column))
+            before.append([])
+            continue
+        messages = turns(row, column)
+        if messages[-1]["role"] != "assistant":
+            raise RowRefused(column, "the last message must be the assistant's")
+        answers.append(messages[-1]["content"])
+        before.append(messages[:-1])
+    if len(before) == 2 and before[0] != before[1]:
+        raise RowSkipped("the two dialogues differ before their last turn")
+    earlier = before[0] if before else []
+    repeats_prompt = earlier[: len(asked)] == asked or (len(asked) == 1 and asked[0] in earlier)
+    messages = earlier if repeats_prompt else asked + earlier
+    if not messages or messages[-1]["role"] != "user":
+        raise RowRefused("prompt" if asked else columns[0], "expected a user's message before the answer")
+    return Conversation(messages, *(answers or [None]), margin=margin(row))
+
+
+def dialogues(row: Row) -> Example | Conversation:
+    """chosen and rejected hold the whole dialogue; what they share up to the last "Assistant:" is the prompt."""
+    if isinstance(row["chosen"], list):
+        return conversation(row, ["chosen", "rejected"])
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    shared = os.path.commonprefix([chosen, rejected])
+    cut = shared.rfind(ASSISTANT)
+    end = cut + len(ASSISTANT) if cut >= 0 else shared.rfind("Assistant:") + len("Assistant:")
+    if end < len("Assistant:") or "Assistant:" not in shared:
+        raise RowSkipped('the two dialogues share no prompt up to an "Assistant:"')
+    if "\n\nHuman:" in chosen[end:] or "\n\nHuman:" in rejected[end:]:
+        raise RowSkipped("the two dialogues differ before their last turn")
+    return pair(chosen[:end], chosen[end:], rejected[end:], margin(row))
+
+
+def last_answer(row: Row) -> Conversation:
+    """messages: one dialogue, whose last message is the answer."""
+    if not isinstance(row["messages"], list):
+        raise RowRefused("messages", 'expected a list like [{"role": "user", "content": "..."}, ...]')
+    return conversation(row, ["messages"])
+
+
+def plain_text(row: Row) -> Example:
+    """text: a document without prompt and answer."""
+    return Example(None, text(row, "text"), None)
+
+
+def find_shape(columns: list[str]) -> tuple[str, Callable[..., Example | Conversation] | None]:
+    """The name of the shape and the function from row to Example, or None when the columns fit no shape."""
+    if {"prompt", "chosen", "rejected"} <= set(columns):
+        return "prompt/chosen/rejected", partial(prompt_and_answers, answer="chosen")
+    if {"chosen", "rejected"} <= set(columns):
+        return "whole dialogues chosen/rejected", dialogues
+    if "rejected" in columns:
+        return "", None
+    for answer in ("chosen", "completion"):
+        if {"prompt", answer} <= set(columns):
+            return f"prompt/{answer}", partial(prompt_and_answers, answer=answer)
+    if "messages" in columns:
+        return "messages", last_answer
+    if "prompt" in columns:
+        return "prompts", partial(prompt_and_answers, answer=None)
+    if "text" in columns:
+        return "plain text", plain_text
+    return "", None
