@@ -11,12 +11,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from remax.deepspeed_config import EngineConfig
-from remax.doctor import Report, examine, held_out_pairs
 from remax.engines import Actor, Reference, Reward, TrainedReward, loading
 from remax.evaluation import Batch, First
+from remax.examination import examine
+from remax.findings import Report
 from remax.finetune import DirectPreference, Ranking, Supervised
 from remax.flags import FinetuneArguments, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.modeling import PolicyModel, add_lora, check_length, load_config, load_policy
+from remax.reward_checks import held_out_pairs
 from remax.reward_model import RewardModel, check_reward_config, load_reward_model
 from remax.sequences import Prompts
 from remax.settings import (
