@@ -26,7 +26,7 @@ from utils.data.encoding import Names, Overlong, encode_rows, tokenizer_fingerpr
 from utils.data.names import parse_name
 from utils.data.preferences import load_data_set
 from utils.data.shapes import Form
-from utils.data.splits import blend, stage_indices
+from utils.data.splits import blend, prompt_keys, stage_indices
 from utils.distributed import barrier, print0
 from utils.distributed import rank as this_rank
 from utils.run import UserError
@@ -62,8 +62,8 @@ def build_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """The loaders (train, eval) of one stage on one rank.
 
-    Each data set is split over the stages on its own, and then blended with the others by the weights in their names.
-    Its eval rows serve every stage: nothing is trained on them.
+    Each data set is split over the stages on its own, by whole prompts, and then blended with the others by the weights
+    in their names. Its eval rows serve every stage: nothing is trained on them.
 
     Args:
         stage: 0 supervised, 1 ranking, 2 prompts.
@@ -198,7 +198,7 @@ def encode_data_sets(
             name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, form=form, record=record
         )
         if flag == "--data_path":
-            train = train.select(stage_indices(len(train), data_split, stage, data_seed))
+            train = train.select(stage_indices(list(prompt_keys(train)), data_split, stage, data_seed, name))
         for data, rows in (("train", train), ("eval", evaluation)):
             names = Names(data, f"{flag} {name}", LENGTH_FLAGS[stage])
             options = {"num_proc": num_proc, "overlong": overlong, "train_on": train_on, "record": record}

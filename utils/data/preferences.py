@@ -19,6 +19,7 @@ from utils.data.names import parse_name
 from utils.data.report import as_record, as_words, report_dropped, tally
 from utils.data.shapes import PLAIN, Conversation, Example, Form, Row, RowRefused, RowSkipped, find_shape, finish
 from utils.data.sources import SHAPES, Part, converted_on_reading, read_splits, row_name, undecodable
+from utils.data.splits import prompt_keys
 from utils.distributed import print0
 from utils.run import UserError
 
@@ -273,10 +274,8 @@ def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
         raise UserError(f"{flag}: {name} has one row; expected at least two, since one is held out for evaluation")
     target = max(1, round(HOLD_OUT * n))
     groups: dict[int, list[int]] = {}
-    for start in range(0, n, 1000):
-        batch = rows[start : start + 1000]
-        for i, (prompt, chosen) in enumerate(zip(batch["prompt"], batch["chosen"], strict=True), start):
-            groups.setdefault(content_key(chosen if prompt is None else prompt), []).append(i)
+    for i, prompt in enumerate(prompt_keys(rows)):
+        groups.setdefault(prompt, []).append(i)
     order = np.random.RandomState(HOLD_OUT_SEED)  # its stream is the same in every numpy version
     held: list[int] = []
     prompts = list(groups.values())

@@ -1,24 +1,34 @@
 """Which rows serve which stage."""
 
-import numpy as np
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
+import numpy as np
+from datasets import Dataset
+
+from utils.data.cache import content_key
+from utils.distributed import print0
 from utils.run import UserError
 
 
-def stage_indices(n_rows: int, data_split: str = "2,4,4", stage: int = 0, seed: int = 1234) -> list[int]:
-    """The rows of one stage: a seeded partition in the proportions of `data_split`, so that no row serves two stages.
+def prompt_keys(rows: Dataset) -> Iterator[int]:
+    """A number for each row that rows of the same prompt share; of plain texts, the same text."""
+    for start in range(0, len(rows), 1000):
+        batch = rows[start : start + 1000]
+        for prompt, chosen in zip(batch["prompt"], batch["chosen"], strict=True):
+            yield prompt_key(prompt, chosen)
 
-    It depends on these four arguments alone: every rank, on any number of ranks, finds the same rows.
 
-    Args:
-        data_split: three numbers, the shares of steps 1, 2 and 3.
-        stage: 0, 1 or 2.
+def prompt_key(prompt: str | None, chosen: str | None) -> int:
+    """See `prompt_keys`."""
+    return content_key(chosen if prompt is None else prompt)
 
-    Returns:
-        Row numbers in ascending order.
+
+def stage_shares(data_split: str) -> list[float]:
+    """The shares of the three stages, of which one is positive.
 
     Raises:
-        UserError: `data_split` is not three numbers of which one is positive, or the stage gets no row.
+        UserError: these are no such numbers.
     """
     try:
         shares = [float(share) for share in data_split.split(",")]
@@ -26,16 +36,80 @@ def stage_indices(n_rows: int, data_split: str = "2,4,4", stage: int = 0, seed: 
         shares = []
     if len(shares) != 3 or not np.isfinite(shares).all() or min(shares) < 0 or sum(shares) <= 0:
         raise UserError(f"--data_split {data_split}: expected three shares like 2,4,4, for steps 1, 2 and 3")
+    return shares
+
+
+def stage_indices(
+    prompts: Sequence[int], data_split: str = "2,4,4", stage: int = 0, seed: int = 1234, name: str = "the data"
+) -> list[int]:
+    """The rows of one stage: a seeded partition in the proportions of `data_split`; no prompt serves two stages.
+
+    It depends on these arguments alone: every rank, on any number of ranks, finds the same rows. Prompts with several
+    rows come first, those with most rows before the others, each to the stage that lacks most rows; prompts with one
+    row then fill the stages up in a random order. A stage exceeds its share by less than the rows of one prompt, and
+    none is left without a prompt.
+
+    Where there are fewer prompts than stages with a share, rows are divided instead, and a line says so.
+
+    Args:
+        prompts: `prompt_keys` of the rows.
+        data_split: three numbers, the shares of steps 1, 2 and 3.
+        stage: 0, 1 or 2.
+        name: of the data, for messages.
+
+    Returns:
+        Row numbers in ascending order.
+
+    Raises:
+        UserError: `data_split` is not three numbers of which one is positive, or the stage gets no row.
+    """
+    shares, n_rows = stage_shares(data_split), len(prompts)
     bounds = np.rint(np.cumsum([0.0, *shares]) / sum(shares) * n_rows).astype(int)
     # RandomState: its stream is the same in every numpy version.
     order = np.random.RandomState(seed).permutation(n_rows)
-    rows = np.sort(order[bounds[stage] : bounds[stage + 1]])
+    targets = np.diff(bounds)
+    sizes = Counter(prompts)
+    if len(sizes) == n_rows:
+        rows = order[bounds[stage] : bounds[stage + 1]]
+    elif len(sizes) < (targets > 0).sum():
+        print0(f"--data_split: {name} has {len(sizes)} different prompts: their rows are divided among the stages")
+        rows = order[bounds[stage] : bounds[stage + 1]]
+    else:
+        rows = divide_prompts([prompts[i] for i in order], sizes, targets.tolist())
+        rows = order[np.asarray(rows) == stage]
     if not len(rows):
         raise UserError(
             f"--data_split {data_split}: no row is left for step {stage + 1} out of {n_rows}; give it a larger share, "
             "or more data"
         )
-    return rows.tolist()
+    return np.sort(rows).tolist()
+
+
+def divide_prompts(prompts: list[int], sizes: Counter[int], targets: list[int]) -> list[int]:
+    """The stage of each row, whole prompts at a time.
+
+    Args:
+        prompts: of the rows in the order that decides between equals.
+        sizes: rows of each prompt; as many prompts at least as there are targets above 0.
+        targets: rows that each stage should get; all rows together.
+    """
+    stages = range(len(targets))
+    lacking, empty = list(targets), {stage for stage in stages if targets[stage]}
+    several: dict[int, int] = {}
+    singles: list[int] = []
+    left = len(sizes)
+    for prompt, size in sorted(((p, sizes[p]) for p in dict.fromkeys(prompts)), key=lambda item: -item[1]):
+        candidates = empty if left <= len(empty) else stages  # the last prompts go where there is none yet
+        stage = max(candidates, key=lambda stage: (lacking[stage], -stage))
+        lacking[stage] -= size
+        empty.discard(stage)
+        left -= 1
+        if size > 1:
+            several[prompt] = stage
+        else:
+            singles.append(stage)
+    filling = iter(sorted(singles))  # as without repeated prompts: one stage after the other
+    return [several[prompt] if prompt in several else next(filling) for prompt in prompts]
 
 
 def blend(sizes: list[int], weights: list[float], seed: int = 1234) -> list[list[int]]:

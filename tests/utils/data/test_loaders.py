@@ -246,6 +246,22 @@ def test_stages_share_no_training_row(folder, gpt2):
     assert [len(found) for found in prompts] == [8, 16, 16] and len(set.union(*prompts)) == 40
 
 
+def test_stages_share_no_prompt(gpt2, tmp_path):
+    # 8 prompts with 5 answers each: 1 or 2, 3 and 3 of them serve the stages.
+    rows = [
+        {"prompt": f"\n\nHuman: Why {i % 8}?\n\nAssistant:", "chosen": f" {i}", "rejected": " no"} for i in range(40)
+    ]
+    for name, content in (("train", rows), ("test", ROWS[40:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    prompts = []
+    for stage in range(3):
+        loader, _ = build(tmp_path, gpt2, stage, train_batch_size=1)
+        ids, starts = ("chosen_ids" if stage == 1 else "input_ids"), ("lengths" if stage == 2 else "prompt_lengths")
+        prompts.append([gpt2.decode(batch[ids][0, : batch[starts][0]]) for batch in loader])
+    assert sorted(map(len, prompts)) == [10, 15, 15] and len(set().union(*prompts)) == 8
+    assert sum(len(set(part)) for part in prompts) == 8
+
+
 def test_each_data_set_is_split_on_its_own(folder, gpt2, tmp_path):
     more = tmp_path / "more"
     more.mkdir()
