@@ -30,9 +30,9 @@ from remax.modeling import count_parameters, evaluating, load_policy
 from remax.reward_checks import check_ranking, check_scores
 from remax.rollout import rollout
 from remax.sequences import Prompts, Sequences
-from utils.data.encoding import encode_prompts
-from utils.data.loaders import pad
+from utils.data.collate import pad
 from utils.data.shapes import as_dialogue
+from utils.data.tokens import encode_prompts
 from utils.distributed import device, gather_objects, is_main, rank
 from utils.tokenizer import load_tokenizer, same_vocabulary
 

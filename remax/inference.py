@@ -19,8 +19,8 @@ from remax.logprobs import PolicyOutput, Sampling
 from remax.modeling import PolicyModel
 from remax.rollout import GenerationSettings, rollout
 from remax.sequences import Prompts, Sequences
-from utils.data.encoding import beginning, encode_answers, encode_prompts, join, plain_ids, with_beginning
-from utils.data.loaders import pad
+from utils.data.collate import pad
+from utils.data.tokens import beginning, encode_answers, encode_prompts, join, plain_ids, with_beginning
 from utils.distributed import device, gather_objects, rank, world_size
 from utils.metrics import progress
 

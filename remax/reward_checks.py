@@ -17,8 +17,9 @@ from remax.evaluation import Batch, pair_scores, to_device
 from remax.findings import FAILURE, SKIPPED, WARNING, Finding, finding
 from remax.sequences import Sequences
 from utils.data.chat import template_of
+from utils.data.collate import collate_ranking
 from utils.data.encoding import ranking_batch
-from utils.data.loaders import EvalSampler, collate_ranking, make_loader
+from utils.data.loaders import EvalSampler, make_loader
 from utils.data.preferences import load_preferences
 from utils.data.shapes import Form
 from utils.distributed import gather_objects, rank, world_size

@@ -15,9 +15,9 @@ from remax.logprobs import Sampling
 from remax.modeling import check_length, load_config, load_policy, quiet_libraries
 from remax.rollout import GenerationSettings
 from utils.data.chat import template_of
-from utils.data.encoding import encode_prompts
 from utils.data.rows import read_rows
 from utils.data.shapes import Form, as_dialogue
+from utils.data.tokens import encode_prompts
 from utils.distributed import set_seed
 from utils.run import UserError, run_main
 from utils.tokenizer import load_tokenizer

@@ -1,13 +1,10 @@
 """Text rows -> token ids, for each of the three stages.
 
-The prompt is encoded with the tokenizer's own beginning (BOS or none, never two). The answer's tokens are those it has
-in the joint text; where the joint text merges a token across the seam, the answer is encoded alone. An end token
-follows, unless the answer was cut: a cut answer must not teach the model to stop there. In a dialogue of several turns
-step 1 learns the last answer, or all of them: a `loss_mask` then says which of the tokens behind the first prompt.
+An answer's end token follows it, unless the answer was cut: a cut answer must not teach the model to stop there. In a
+dialogue of several turns step 1 learns the last answer, or all of them: a `loss_mask` then says which of the tokens
+behind the first prompt.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import cache_file, code_of, fingerprint_of
 from utils.data.report import SHOWN_ROWS, as_record, as_words, listing, report_dropped, tally
+from utils.data.tokens import (
+    beginning,
+    encode_answers,
+    encode_prompts,
+    join,
+    keep_end,
+    plain_ids,
+    tokenizer_fingerprint,
+    with_beginning,
+)
 from utils.distributed import print0
 from utils.run import UserError
 
@@ -42,91 +49,6 @@ NEEDS = {
 TOO_LONG = "whose prompt alone fills --max_seq_len"
 TRAIN_ON = ("last", "all")
 Overlong = Literal["cut", "drop"]
-# Texts whose end stays a token border whatever follows, tried in turn.
-SEAMS = ("\n", ":", "x", "é")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One text
-
-
-def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids without the tokenizer's beginning and end."""
-    # verbose=False: lengths are cut here, a warning about the model's maximum would mislead
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-
-def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer puts before every text: BOS, OPT's </s>, or none."""
-    (bare,), whole = plain_ids(tokenizer, ["a"]), tokenizer("a")["input_ids"]
-    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    return whole[:start]
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
-    """Ids of the prompts with the tokenizer's beginning; a text that already begins with it gets no second one."""
-    return with_beginning(beginning(tokenizer), plain_ids(tokenizer, prompts))
-
-
-def with_beginning(first: list[int], heads: list[list[int]]) -> list[list[int]]:
-    """`first` before each of `heads`, except where it stands there already."""
-    return [head if head[: len(first)] == first else first + head for head in heads]
-
-
-def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], heads: list[list[int]], answers: list[str]
-) -> list[list[int]]:
-    """Ids of the answers as they follow their prompts, without an end token.
-
-    The joint text decides wherever it keeps the prompt's tokens: prompt ids + answer ids are then what the tokenizer
-    makes of prompt + answer.
-
-    Args:
-        heads: the prompts' `plain_ids`.
-    """
-    joint = plain_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
-    return [
-        ids[len(head) :] if ids[: len(head)] == head else answer_alone(tokenizer, answer)
-        for head, ids, answer in zip(heads, joint, answers, strict=True)
-    ]
-
-
-def answer_alone(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Ids of a text that starts in the middle of a line: sentencepiece would put its own space before it."""
-    for seam in SEAMS:
-        before, whole = plain_ids(tokenizer, [seam, seam + answer])
-        if whole[: len(before)] == before:
-            return whole[len(before) :]
-    return plain_ids(tokenizer, [answer])[0]
-
-
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, max_len: int, add_eos: bool = True
-) -> tuple[list[int], int]:
-    """(ids of prompt and answer, prompt length), cut at `max_len` tokens.
-
-    The end token follows the answer when both fit. A prompt longer than `max_len` fills it alone: prompt length and
-    number of ids are then equal.
-    """
-    heads = plain_ids(tokenizer, [prompt])
-    (prompt_ids,) = with_beginning(beginning(tokenizer), heads)
-    (answer_ids,) = encode_answers(tokenizer, [prompt], heads, [answer])
-    ids = join(prompt_ids, answer_ids, max_len, tokenizer.eos_token_id if add_eos else None)
-    return ids, min(len(prompt_ids), max_len)
-
-
-def join(prompt_ids: list[int], answer_ids: list[int], max_len: int, eos: int | None) -> list[int]:
-    """Prompt, answer and end token, cut at `max_len`."""
-    ends = eos is None or (answer_ids and answer_ids[-1] == eos)
-    return (prompt_ids + answer_ids + ([] if ends else [eos]))[:max_len]
-
-
-def keep_end(ids: list[int], max_len: int, first: list[int]) -> list[int]:
-    """The last tokens of a prompt that is too long, after the tokenizer's beginning: the question stands at the end."""
-    if len(ids) <= max_len:
-        return ids
-    first = first[:max_len] if ids[: len(first)] == first else []
-    return first + ids[len(ids) - (max_len - len(first)) :]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,9 +285,8 @@ def encode_rows(
     options = {"overlong": overlong or ("cut" if kind == "prompts" else "drop")}
     if kind == "supervised":
         options["train_on"] = train_on
-    fingerprint = fingerprint_of(
-        rows._fingerprint, code_of("encoding"), tokenizer_fingerprint(tokenizer), kind, max_len, sorted(options.items())
-    )
+    made_by = (code_of("encoding", "tokens"), tokenizer_fingerprint(tokenizer))
+    fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(options.items()))
     encoded = rows.map(
         partial(ENCODERS[kind], tokenizer=tokenizer, max_len=max_len, **options),
         batched=True,
@@ -426,23 +347,3 @@ def check_serves(rows: Dataset, kind: str, names: Names) -> None:
         raise UserError(f"{names.data_flag}: no row has {what}; {need}")
     if kind == "ranking" and len(rows) and rows.with_format("arrow")["prompt"][:].null_count == len(rows):
         raise UserError(f"{names.data_flag}: no row has a prompt; {need}")
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that encode alike, in every process."""
-    digest = hashlib.blake2b(digest_size=12)
-    state: dict[str, Any] = {
-        "kind": type(tokenizer).__name__,
-        "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
-        "beginning": beginning(tokenizer),
-        "eos": tokenizer.eos_token_id,
-        "probe": plain_ids(tokenizer, ["\n\nHuman: One, two;  THREE?\n\nAssistant: été 1234 x"])[0],
-    }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        parts = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")  # not: padding, truncation
-        state["rules"] = {part: rules[part] for part in parts}
-        state["merges"] = rules["model"].get("merges")
-    digest.update(json.dumps(state, sort_keys=True, default=str).encode())
-    return digest.hexdigest()

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import cache_file, fingerprint_of
-from utils.data.encoding import tokenizer_fingerprint
-from utils.data.loaders import EpochSampler, collate_supervised, local_rank_zero_first, make_loader
+from utils.data.collate import collate_supervised
+from utils.data.loaders import EpochSampler, local_rank_zero_first, make_loader
 from utils.data.names import DataName
 from utils.data.sources import read_hub, read_splits
+from utils.data.tokens import tokenizer_fingerprint
 from utils.distributed import print0
 from utils.run import UserError
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from utils.data.chat import ChatTemplate, TemplateRefuses, earlier_answers, template_of, write_plain
-from utils.data.encoding import Names, beginning, encode_rows
+from utils.data.encoding import Names, encode_rows
 from utils.data.loaders import build_loaders
 from utils.data.preferences import load_data_set
 from utils.data.shapes import Conversation, Form, RowSkipped, finish
+from utils.data.tokens import beginning
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 

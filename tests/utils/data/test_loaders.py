@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data.encoding import encode_pair, encode_prompts
-from utils.data.loaders import EpochSampler, EvalSampler, build_loaders, local_rank_zero_first, pad
+from utils.data.loaders import EpochSampler, EvalSampler, build_loaders, local_rank_zero_first
+from utils.data.tokens import encode_pair, encode_prompts
 from utils.run import UserError
 
 ROWS = [
@@ -93,13 +93,6 @@ def test_prompt_batches_are_padded_on_the_left(folder, tokenizer):
         for row, n, prompt in zip(batch["input_ids"].tolist(), batch["lengths"].tolist(), batch["prompt"], strict=True):
             assert row[len(row) - n :] == encode_prompts(tokenizer, [prompt])[0]
             assert row[: len(row) - n] == [tokenizer.pad_token_id] * (len(row) - n)
-
-
-def test_pad():
-    right, lengths = pad([[1, 2, 3], [4]], 0)
-    left, _ = pad([[1, 2, 3], [4]], 0, left=True)
-    assert right.tolist() == [[1, 2, 3], [4, 0, 0]] and left.tolist() == [[1, 2, 3], [0, 0, 4]]
-    assert lengths.tolist() == [3, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
