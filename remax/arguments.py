@@ -26,6 +26,9 @@ from remax.flags import (
     Step2Arguments,
     Step3Arguments,
 )
+from remax.model_names import check_model, looks_local
+from remax.reward_functions import load_function
+from remax.reward_sources import reward_sources
 from utils.data.names import exists, parse_name
 from utils.run import UserError
 
@@ -169,45 +172,8 @@ def _check_data(args: Any, stage: int) -> None:
     for name in ("data_path", "sft_only_data_path"):
         for path in getattr(args, name, []):
             source = parse_name(path, f"--{name}").name
-            if _looks_local(source) and not exists(source):
+            if looks_local(source) and not exists(source):
                 raise UserError(f"--{name} {path}: no such file or folder (looked from {Path.cwd()})")
-
-
-def _looks_local(name: str) -> bool:
-    """True for what can only be a path.
-
-    A hub name is `name` or `owner/name`, without a leading dot or a data suffix; and `output/step1` is none where there
-    is a folder `output`.
-    """
-    suffixes = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", "/")
-    path = Path(name)
-    return (
-        name.startswith(("/", ".", "~"))
-        or name.endswith(suffixes)
-        or name.count("/") > 1
-        or path.exists()
-        or ("/" in name and path.parent.is_dir())
-    )
-
-
-def check_model(flag_name: str, name: str | None) -> None:
-    """A model that is named as a path must be a folder with a config.json."""
-    if name is None:
-        return
-    path, looked = Path(name), f"(looked from {Path.cwd()})"
-    if name == "":
-        raise UserError(f"--{flag_name}: is empty; expected a folder or a hub name")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json"))[:3])
-            raise UserError(
-                f"--{flag_name} {name}: the folder has no config.json, so it holds no Hugging Face model"
-                + (f"; its subfolder has one: {inside}" if inside else "")
-            )
-    elif path.exists():
-        raise UserError(f"--{flag_name} {name}: is a file; expected the folder of a Hugging Face model, or a hub name")
-    elif _looks_local(name):
-        raise UserError(f"--{flag_name} {name}: no such folder {looked}; train or download the model first")
 
 
 def _check_finetune(args: Any) -> None:
@@ -280,8 +246,14 @@ SEVERAL_ANSWERS = ("rloo", "grpo")
 
 
 def _check_step3(args: Step3Arguments) -> None:
-    for name in ("actor_model_name_or_path", "reward_model_name_or_path", "critic_model_name_or_path"):
+    for name in ("actor_model_name_or_path", "critic_model_name_or_path"):
         check_model(name, getattr(args, name))
+    check_reward(args)
+    if args.algo == "ppo" and not (args.critic_model_name_or_path or args.reward_model_name_or_path):
+        raise UserError(
+            "--algo ppo with --reward_fn alone: there is no reward model to make the critic from; give "
+            "--critic_model_name_or_path"
+        )
     _check_lora(args.actor_lora_dim, args.only_optimize_lora, "actor_lora_dim")
     if args.inference_tp_size is not None and args.inference_tp_size != 1:
         raise UserError(
@@ -303,7 +275,30 @@ def _check_step3(args: Step3Arguments) -> None:
     _check_frozen_and_offload(args)
     _resolve_algorithm(args)
     _check_batches(args)
+    import_functions(args)
     _resolve_dtypes(args)
+
+
+def check_reward(args: Any) -> None:
+    """Of step 3 and of the doctor: there is a reward; its models' folders; weights."""
+    if not args.reward_model_name_or_path and not args.reward_fn:
+        raise UserError("--reward_model_name_or_path or --reward_fn: one of them is required; it says what to learn")
+    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    for model in models:
+        check_model("reward_model_name_or_path", model.name)
+    if args.normalize_reward and not models:
+        raise UserError(
+            "--normalize_reward with --reward_fn alone: it is for reward models, whose statistics are known"
+        )
+    defaults = {f.name: f.default for f in dataclasses.fields(type(args))}
+    if args.reward_fn_timeout != defaults["reward_fn_timeout"] and not args.reward_fn:
+        raise UserError("--reward_fn_timeout: has no effect without --reward_fn")
+
+
+def import_functions(args: Any) -> None:
+    """Imports what --reward_fn names; may take seconds, as these modules import what they like."""
+    for function in reward_sources(args.reward_model_name_or_path, args.reward_fn)[1]:
+        load_function(function.name)
 
 
 def _check_other_algorithms(args: Step3Arguments) -> None:

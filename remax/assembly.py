@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from remax.deepspeed_config import EngineConfig
 from remax.engines import Actor, Reference, Reward, TrainedReward, loading
@@ -19,7 +19,10 @@ from remax.finetune import DirectPreference, Ranking, Supervised
 from remax.flags import FinetuneArguments, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.modeling import PolicyModel, add_lora, check_length, load_config, load_policy
 from remax.reward_checks import held_out_pairs
-from remax.reward_model import RewardModel, check_reward_config, load_reward_model
+from remax.reward_functions import load_function
+from remax.reward_model import RewardModel, check_reward_config, load_reward_model, score_statistics
+from remax.reward_sources import reward_sources
+from remax.rewards import CompositeReward, FunctionReward, Part, try_functions
 from remax.sequences import Prompts
 from remax.settings import (
     actor_engine,
@@ -38,6 +41,9 @@ from utils.data.text import plain_text_batches
 from utils.distributed import rank, world_size
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer, same_vocabulary
+
+if TYPE_CHECKING:
+    from remax.doctor import DoctorArguments
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -192,54 +198,104 @@ def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> Promp
     return PromptData(train, First(evaluation, limit), First(answers, limit) if answers else None, plain_text)
 
 
-def check_models(args: Step3Arguments) -> tuple[Tokenizer, Tokenizer]:
-    """Reads configurations and tokenizers before any weights, and refuses models that do not go together.
+@dataclass(frozen=True)
+class Tokenizers:
+    """actor: also the reference's.   rewards: of each reward model, in the order of their flag.   critic: PPO's."""
 
-    Returns the actor's tokenizer and the reward model's.
-    """
-    longest = args.max_prompt_seq_len + args.max_answer_seq_len
-    for flag in ("actor_model_name_or_path", "reward_model_name_or_path"):
-        config = load_config(getattr(args, flag), f"--{flag}")
-        check_length(config, longest, "--max_prompt_seq_len + --max_answer_seq_len", f"--{flag}")
-        if flag == "reward_model_name_or_path":
-            check_reward_config(config, args.reward_model_name_or_path, f"--{flag}")
+    actor: Tokenizer
+    rewards: list[Tokenizer]
+    critic: Tokenizer | None
+
+
+def check_models(args: Step3Arguments) -> Tokenizers:
+    """Reads configurations and tokenizers before any weights, and refuses models that do not go together."""
+    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     tokenizer = load_tokenizer(
         args.actor_model_name_or_path, "--actor_model_name_or_path", chat_template=args.chat_template
     )
-    reward_tokenizer = load_tokenizer(args.reward_model_name_or_path, "--reward_model_name_or_path")
-    if difference := same_vocabulary(tokenizer, reward_tokenizer):
+    _check_length(args, args.actor_model_name_or_path, "--actor_model_name_or_path")
+    rewards = [_check_scorer(args, model.name, "--reward_model_name_or_path", tokenizer) for model in models]
+    if args.algo != "ppo":
+        return Tokenizers(tokenizer, rewards, None)
+    name, flag = args.critic_model_name_or_path, "--critic_model_name_or_path"
+    return Tokenizers(tokenizer, rewards, _check_scorer(args, name, flag, tokenizer) if name else rewards[0])
+
+
+def _check_length(args: Step3Arguments, name: str, flag: str) -> PreTrainedConfig:
+    """The configuration of a model that has room for the longest prompt with the longest answer."""
+    config = load_config(name, flag)
+    longest = args.max_prompt_seq_len + args.max_answer_seq_len
+    check_length(config, longest, "--max_prompt_seq_len + --max_answer_seq_len", flag)
+    return config
+
+
+def _check_scorer(args: Step3Arguments, name: str, flag: str, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of a reward model or critic that reads the actor's tokens."""
+    config = _check_length(args, name, flag)
+    check_reward_config(config, name, flag)
+    what = "reward model" if flag == "--reward_model_name_or_path" else "critic"
+    if args.normalize_reward and what == "reward model":
+        score_statistics(config, name, flag)
+    own = load_tokenizer(name, flag)
+    if difference := same_vocabulary(tokenizer, own):
         raise UserError(
-            f"--reward_model_name_or_path {args.reward_model_name_or_path}: its vocabulary differs from that of "
-            f"--actor_model_name_or_path {args.actor_model_name_or_path} ({difference}); the reward model reads the "
-            "actor's tokens, so both need one tokenizer"
+            f"{flag} {name}: its vocabulary differs from that of --actor_model_name_or_path "
+            f"{args.actor_model_name_or_path} ({difference}); the {what} reads the actor's tokens, so both need one "
+            "tokenizer"
         )
-    if tokenizer.chat_template != reward_tokenizer.chat_template:
+    if tokenizer.chat_template != own.chat_template:
         args.notices.append(
-            "actor and reward model have different chat templates: lists of messages are written by the actor's, which "
-            "the reward model may not have been trained on"
+            f"actor and {what} {name} have different chat templates: lists of messages are written by the actor's, "
+            f"which the {what} may not have been trained on"
         )
-    return tokenizer, reward_tokenizer
+    return own
+
+
+def reward_functions(args: Step3Arguments | DoctorArguments, tokenizer: Tokenizer) -> list[Part]:
+    """The parts of the reward that are Python functions. tokenizer: the actor's."""
+    _, functions = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    return [
+        Part(source.label, FunctionReward(load_function(source.name), tokenizer, args.reward_fn_timeout), source.weight)
+        for source in functions
+    ]
+
+
+def build_reward(
+    args: Step3Arguments | DoctorArguments, config: EngineConfig, tokenizer: Tokenizer, own: list[Tokenizer]
+) -> CompositeReward:
+    """All parts of the reward. own: the reward models' tokenizers."""
+    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    flag, parts = "--reward_model_name_or_path", []
+    for source, its in zip(models, own, strict=True):
+        with loading(config):
+            model = load_reward_model(
+                source.name,
+                flag,
+                dtype=config.torch_dtype,
+                tokenizer=its,
+                attn_implementation=args.attn_implementation,
+            )
+        mean, std = score_statistics(model.hf.config, source.name, flag) if args.normalize_reward else (0.0, 1.0)
+        parts.append(Part(source.label, Reward(model, config), source.weight, mean, std, its))
+    return CompositeReward([*parts, *reward_functions(args, tokenizer)])
 
 
 def build_engines(
-    args: Step3Arguments, tokenizer: Tokenizer, reward_tokenizer: Tokenizer, steps: int
-) -> tuple[Actor, Reference, Reward, TrainedReward | None]:
+    args: Step3Arguments, tokenizers: Tokenizers, steps: int
+) -> tuple[Actor, Reference, CompositeReward, TrainedReward | None]:
     """Actor, reference, reward, and for PPO a critic; each is loaded by its own ZeRO stage. steps: of the optimizer."""
+    tokenizer = tokenizers.actor
 
-    def load(load_model: Callable, config: EngineConfig, name: str, flag: str, tokenizer: Tokenizer, **options):
-        attention = args.attn_implementation
+    def policy(config: EngineConfig, **options) -> PolicyModel:
         with loading(config):
-            return load_model(
-                name, flag, dtype=config.torch_dtype, tokenizer=tokenizer, attn_implementation=attention, **options
+            return load_policy(
+                args.actor_model_name_or_path,
+                "--actor_model_name_or_path",
+                dtype=config.torch_dtype,
+                tokenizer=tokenizer,
+                attn_implementation=args.attn_implementation,
+                **options,
             )
-
-    def policy(config: EngineConfig, **options) -> nn.Module:
-        return load(
-            load_policy, config, args.actor_model_name_or_path, "--actor_model_name_or_path", tokenizer, **options
-        )
-
-    def scorer(config: EngineConfig, name: str, flag: str, **options) -> nn.Module:
-        return load(load_reward_model, config, name, flag, reward_tokenizer, **options)
 
     model = policy(
         actor_engine(args),
@@ -261,44 +317,60 @@ def build_engines(
     )
     config = reference_engine(args)
     reference = Reference(policy(config), config, sampling=distribution, chunk_size=chunk_size)
-    config, name, flag = reward_engine(args), args.reward_model_name_or_path, "--reward_model_name_or_path"
-    reward = Reward(scorer(config, name, flag), config)
-    if args.algo != "ppo":
-        return actor, reference, reward, None
-    critic = scorer(
-        critic_engine(args),
-        args.critic_model_name_or_path or name,
-        "--critic_model_name_or_path" if args.critic_model_name_or_path else flag,
-        disable_dropout=args.disable_reward_dropout,
-        gradient_checkpointing=args.critic_gradient_checkpointing,
-    )
-    return actor, reference, reward, TrainedReward(critic, critic_engine(args), critic_optimizer(args, steps))
+    reward = build_reward(args, reward_engine(args), tokenizer, tokenizers.rewards)
+    critic = _critic(args, tokenizers.critic, steps) if args.algo == "ppo" else None
+    return actor, reference, reward, critic
+
+
+def _critic(args: Step3Arguments, tokenizer: Tokenizer, steps: int) -> TrainedReward:
+    config, name, flag = critic_engine(args), args.critic_model_name_or_path, "--critic_model_name_or_path"
+    if not name:
+        models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+        name, flag = models[0].name, "--reward_model_name_or_path"
+    with loading(config):
+        model = load_reward_model(
+            name,
+            flag,
+            dtype=config.torch_dtype,
+            tokenizer=tokenizer,
+            disable_dropout=args.disable_reward_dropout,
+            gradient_checkpointing=args.critic_gradient_checkpointing,
+            attn_implementation=args.attn_implementation,
+        )
+    return TrainedReward(model, config, critic_optimizer(args, steps))
+
+
+def try_reward_functions(args: Step3Arguments, tokenizer: Tokenizer, held_out: Iterable[Batch]) -> None:
+    """Asks the functions of --reward_fn about two held-out prompts, before any weights are read."""
+    functions = [part.scorer for part in reward_functions(args, tokenizer)]
+    if functions:
+        try_functions(functions, next(iter(held_out))["prompt"][:2])
 
 
 def examine_engines(
     args: Step3Arguments,
     actor: Actor,
-    reward: Reward,
+    reward: CompositeReward,
     reference: Reference,
     tokenizer: Tokenizer,
-    reward_tokenizer: Tokenizer,
     held_out: Iterable[Batch],
 ) -> Report:
     """The doctor's report on the models as they are about to be trained with."""
     prompts = next(iter(held_out))
-    pairs = held_out_pairs(
-        args.data_path,
-        tokenizer,
-        max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
-        cache_dir=args.data_output_path,
-        columns=args.columns,
-        announce=False,
-    )
+    pairs = None
+    if reward.models:
+        pairs = held_out_pairs(
+            args.data_path,
+            tokenizer,
+            max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
+            cache_dir=args.data_output_path,
+            columns=args.columns,
+            announce=False,
+        )
     return examine(
         actor,
         reward,
         tokenizer,
-        reward_tokenizer,
         Prompts(prompts["input_ids"], prompts["lengths"]),
         reference=reference,
         pairs=pairs,

@@ -11,17 +11,26 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
-from remax.arguments import build_parser, check_model, check_ranges, resolve_dtype, unknown_flags
+from remax.arguments import (
+    build_parser,
+    check_ranges,
+    check_reward,
+    import_functions,
+    resolve_dtype,
+    unknown_flags,
+)
+from remax.assembly import build_reward, reward_functions
 from remax.deepspeed_config import EngineConfig
-from remax.engines import Reward
-from remax.examination import built_in_prompts, examine
+from remax.examination import PROBE_TEXTS, built_in_prompts, examine
 from remax.findings import Report
-from remax.flags import Count, CountOrZero, Dtype, Fraction, Positive, flag
+from remax.flags import Count, CountOrZero, Dtype, Fraction, NonNegative, Positive, flag
 from remax.inference import FrozenActor
 from remax.logprobs import Sampling
+from remax.model_names import check_model
 from remax.modeling import load_policy, quiet_libraries
 from remax.reward_checks import held_out_pairs
-from remax.reward_model import load_reward_model
+from remax.reward_sources import reward_sources
+from remax.rewards import try_functions
 from remax.rollout import GenerationSettings
 from utils.distributed import print0
 from utils.run import UserError, run_main
@@ -33,7 +42,10 @@ class DoctorFlags:
     _argument_group_name = "models, data and generation, as in step 3"
 
     actor_model_name_or_path: str = flag(help="the model of step 1: folder or hub name")
-    reward_model_name_or_path: str = flag(help="the reward model of step 2: folder or hub name")
+    reward_model_name_or_path: list[str] = flag([], "reward models of step 2: folders or hub names; name:0.5 weighs")
+    normalize_reward: bool = flag(False, "reward models: score minus its mean over its standard deviation")
+    reward_fn: list[str] = flag([], "functions of prompts and answers: module:function or file.py:function")
+    reward_fn_timeout: NonNegative = flag(60.0, "seconds that such a function may take; 0: no limit")
     data_path: list[str] = flag([], "data whose held-out pairs the reward model ranks; without it that is skipped")
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
     max_prompt_seq_len: Count = flag(256, "longest prompt in tokens")
@@ -63,25 +75,28 @@ def parse_doctor(argv: list[str] | None = None) -> DoctorArguments:
     args = DoctorArguments(**vars(namespace))
     check_ranges(args)
     check_model("actor_model_name_or_path", args.actor_model_name_or_path)
-    check_model("reward_model_name_or_path", args.reward_model_name_or_path)
+    check_reward(args)
+    import_functions(args)
     args.dtype = resolve_dtype("dtype", args.dtype, None)
     return args
 
 
 def examine_folders(args: DoctorArguments) -> Report:
-    """Loads both models into this process, without DeepSpeed, and examines them."""
-    config = EngineConfig(dtype=args.dtype)
-    actor_name, reward_name = args.actor_model_name_or_path, args.reward_model_name_or_path
-    tokenizer = load_tokenizer(actor_name, "--actor_model_name_or_path")
-    reward_tokenizer = load_tokenizer(reward_name, "--reward_model_name_or_path")
-    options = {"dtype": config.torch_dtype, "attn_implementation": args.attn_implementation}
+    """Loads the models into this process, without DeepSpeed, and examines them."""
+    config, name, flag = EngineConfig(dtype=args.dtype), args.actor_model_name_or_path, "--actor_model_name_or_path"
+    tokenizer = load_tokenizer(name, flag)
+    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    own = [load_tokenizer(model.name, "--reward_model_name_or_path") for model in models]
+    try_functions([part.scorer for part in reward_functions(args, tokenizer)], PROBE_TEXTS[:2])
     generation = GenerationSettings(
         args.max_answer_seq_len, tokenizer.pad_token_id, Sampling(args.temperature, args.top_p, args.top_k)
     )
-    policy = load_policy(actor_name, "--actor_model_name_or_path", tokenizer=tokenizer, **options)
-    scorer = load_reward_model(reward_name, "--reward_model_name_or_path", tokenizer=reward_tokenizer, **options)
+    policy = load_policy(
+        name, flag, dtype=config.torch_dtype, tokenizer=tokenizer, attn_implementation=args.attn_implementation
+    )
+    reward = build_reward(args, config, tokenizer, own)
     pairs = None
-    if args.data_path:
+    if args.data_path and reward.models:
         pairs = held_out_pairs(
             args.data_path,
             tokenizer,
@@ -92,9 +107,8 @@ def examine_folders(args: DoctorArguments) -> Report:
         )
     return examine(
         FrozenActor(policy, config, generation),
-        Reward(scorer, config),
+        reward,
         tokenizer,
-        reward_tokenizer,
         built_in_prompts(tokenizer, args.max_prompt_seq_len),
         pairs=pairs,
         max_prompt_tokens=args.max_prompt_seq_len,

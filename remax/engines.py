@@ -331,11 +331,19 @@ class Reward(FrozenEngine):
     """The frozen reward model."""
 
     model: RewardModel
+    part_names = ()  # see `CompositeReward`
 
     @torch.no_grad()
-    def score(self, sequences: Sequences) -> Tensor:
-        """(B,) float32 reward of each answer, read at its last token."""
-        return self.engine(sequences)
+    def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+        """(B,) float32 reward of each answer, read at its last token.
+
+        forwards: how many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
+        """
+        return torch.cat([self.engine(part) for part in sequences.in_parts(forwards)])
+
+    def score_parts(self, sequences: Sequences, forwards: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `score`, and the scores of the parts that it is made of: none."""
+        return self.score(sequences, forwards), {}
 
 
 class TrainedReward(TrainedEngine):

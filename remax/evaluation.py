@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from remax.engines import Actor, Reference, Reward, TrainedEngine, TrainedReward
 from remax.logprobs import Sampling
 from remax.modeling import evaluating
+from remax.rewards import CompositeReward
 from remax.sequences import Prompts, Sequences, learned_mask
 from utils.distributed import device, gather_objects, is_main, rank, sum_across_ranks
 
@@ -111,7 +112,8 @@ def ranking_accuracy(
 
 @dataclass
 class PolicyEvaluation:
-    """Reduced figures, and this evaluation's answers of all ranks: dicts {prompt, answer, reward, length}."""
+    """Reduced figures, and this evaluation's answers of all ranks: dicts {prompt, answer, length, reward}
+    (and `reward/NAME` for each part of several)."""
 
     figures: dict[str, float]
     answers: list[dict] = field(default_factory=list)
@@ -143,7 +145,7 @@ def own_noise(seed: int) -> Iterator[None]:
 def evaluate_policy(
     actor: Actor,
     reference: Reference,
-    reward: Reward,
+    reward: Reward | CompositeReward,
     loader: Iterable[Batch],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -153,13 +155,14 @@ def evaluate_policy(
 ) -> PolicyEvaluation:
     """Answers held-out prompts (sampled, or greedy) and measures them -> PolicyEvaluation.
 
-    reward: mean score and its standard error over prompts.   length: answer tokens.   ended: share of answers that
-    reach EOS.
+    reward: mean score and its standard error over prompts.   reward/NAME: mean score of each part, where there are
+    several.   length: answer tokens.   ended: share of answers that reach EOS.
     kl: sum of log pi - log pi_ref over an answer (nats per answer);  kl_per_token: the same over all answer tokens.
     entropy: nats per token.   reference_perplexity: exp of the reference's mean negative log-likelihood of the answers.
     perplexity: the policy's, of the data's own answers, where `answers` gives some: what it forgets.
     """
-    names = ("prompts", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
+    names = [f"reward/{name}" for name in reward.part_names]
+    names += ("prompts", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
     sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
     eos_ids = torch.tensor(actor.model.hf.generation_config.eos_token_id, device=device())
     readable: list[dict] = []
@@ -169,7 +172,7 @@ def evaluate_policy(
                 Prompts(batch["input_ids"], batch["lengths"]), samples=0 if greedy else 1, greedy=greedy
             )
             sequences = best if greedy else sampled
-            score = reward.score(sequences)  # (B,)
+            score, parts = reward.score_parts(sequences)  # (B,), and each part's by name
             output = actor.logprobs(sequences, entropy=True)
             reference_logprobs = reference.logprobs(sequences)
             weight = batch["weight"]  # (B,)
@@ -185,9 +188,10 @@ def evaluate_policy(
                 "entropy": token_weight * output.entropy,
                 "reference_nll": -token_weight * reference_logprobs,
             }
+            additions |= {f"reward/{name}": weight * scores for name, scores in parts.items()}
             for name, value in additions.items():
                 sums[name] += value.double().sum()
-            readable += _readable(batch, sequences, score, tokenizer)
+            readable += _readable(batch, sequences, score, parts, tokenizer)
     total = sum_across_ranks(sums)
     n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
     mean = total["reward"] / n
@@ -202,19 +206,22 @@ def evaluate_policy(
         "entropy": total["entropy"] / tokens,
         "reference_perplexity": math.exp(min(total["reference_nll"] / tokens, 700.0)),
     }
+    figures |= {name: total[name] / n for name in names if name.startswith("reward/")}
     if answers is not None:
         figures["perplexity"] = perplexity(actor, answers)["perplexity"]
     return PolicyEvaluation(figures, [row for rows in gather_objects(readable) for row in rows])
 
 
-def _readable(batch: Batch, sequences: Sequences, score: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+def _readable(
+    batch: Batch, sequences: Sequences, score: Tensor, parts: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> list[dict]:
     """The answers as text; rows of weight 0 are left out."""
     rows = []
     for i in batch["weight"].nonzero().flatten().tolist():
         start, length = int(sequences.prompt_lengths[i]), int(sequences.answer_lengths[i])
         ids = sequences.input_ids[i, start : start + length]
         answer = tokenizer.decode(ids, skip_special_tokens=True)
-        rows.append(
-            {"prompt": batch["prompt"][i], "answer": answer, "reward": round(float(score[i]), 4), "length": length}
-        )
+        scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
+        rounded = {name: round(float(value[i]), 4) for name, value in scores.items()}
+        rows.append({"prompt": batch["prompt"][i], "answer": answer, "length": length} | rounded)
     return rows

@@ -8,13 +8,13 @@ from typing import Any, Literal, TypeVar
 
 from remax.arguments import (
     build_parser,
-    check_model,
     check_ranges,
     note_retired,
     resolve_dtype,
     unknown_flags,
 )
 from remax.flags import Count, CountOrZero, Dtype, Fraction, NonNegative, Positive, flag
+from remax.model_names import check_model
 from utils.run import UserError
 
 

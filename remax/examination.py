@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from remax.checkpoint import export
-from remax.engines import Actor, FrozenEngine, Reference, Reward, TrainedEngine
+from remax.engines import Actor, FrozenEngine, Reference, TrainedEngine
 from remax.evaluation import Batch
 from remax.findings import EXACT, FAILURE, SKIPPED, TOLERANCE, WARNING, Finding, Report, combine, finding, gap
 from remax.inference import FrozenActor
 from remax.logprobs import Sampling
 from remax.modeling import count_parameters, evaluating, load_policy
-from remax.reward_checks import check_ranking, check_scores
+from remax.reward_checks import called, check_ranking, check_scores
+from remax.rewards import CompositeReward
 from remax.rollout import rollout
 from remax.sequences import Prompts, Sequences
 from utils.data.collate import pad
@@ -48,9 +49,8 @@ PROBE_TEXTS = (
 
 def examine(
     actor: Actor | FrozenActor,
-    reward: Reward,
+    reward: CompositeReward,
     tokenizer: PreTrainedTokenizerBase,
-    reward_tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     *,
     reference: Reference | None = None,
@@ -67,7 +67,7 @@ def examine(
     reload_limit: an actor of more parameters is not written to disk and read again; 0: none is.
     """
     findings = [
-        *check_tokens(actor, reward, reference, tokenizer, reward_tokenizer),
+        *check_tokens(actor, reward, reference, tokenizer),
         check_fit(actor, reward, max_prompt_tokens),
     ]
     if any(found.result == FAILURE for found in findings):  # running the models could end in an index error
@@ -84,7 +84,7 @@ def examine(
             check_batching(actor, reward, probe),
             check_dropout(actor, probe),
             check_reference(actor, reference, probe, resumed),
-            check_scores(reward, [probe.sampled, probe.greedy]),
+            *check_scores(reward, [probe.sampled, probe.greedy]),
             *check_ranking(reward, pairs),
             check_reload(actor, tokenizer, probe, reload_limit),
         ]
@@ -144,22 +144,35 @@ def logprobs_under(engine: TrainedEngine | FrozenEngine, sequences: Sequences, s
 # -------------------------------------------------------------------------------------------- do the models go together
 
 
+def engines(
+    actor: Actor | FrozenActor, reward: CompositeReward, reference: Reference | None = None
+) -> dict[str, TrainedEngine | FrozenEngine]:
+    """Every model by its name in the report."""
+    scorers = {called("reward model", part, reward): part.scorer for part in reward.models}
+    return {"actor": actor} | scorers | ({"reference": reference} if reference is not None else {})
+
+
 def check_tokens(
     actor: Actor | FrozenActor,
-    reward: Reward,
+    reward: CompositeReward,
     reference: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
-    reward_tokenizer: PreTrainedTokenizerBase,
 ) -> list[Finding]:
     """Vocabulary, end token and pad token of all models."""
-    models = {"actor": actor, "reward model": reward} | ({"reference": reference} if reference is not None else {})
+    models = engines(actor, reward, reference)
     rows = {name: engine.model.hf.get_input_embeddings().num_embeddings for name, engine in models.items()}
     too_small = [f"the {name} embeds {n}" for name, n in rows.items() if n < len(tokenizer)]
-    difference = same_vocabulary(tokenizer, reward_tokenizer)
+    theirs = {called("reward model", part, reward): part.tokenizer for part in reward.models}
+    differences = {name: same_vocabulary(tokenizer, its) for name, its in theirs.items()}
+    different = [
+        difference if len(theirs) == 1 else f"{name}: {difference}"
+        for name, difference in differences.items()
+        if difference
+    ]
     vocabulary = finding(
         "vocabulary",
-        not difference and not too_small and rows.get("reference", rows["actor"]) == rows["actor"],
-        difference or f"{len(tokenizer)} tokens" + "".join(f", {text}" for text in too_small),
+        not different and not too_small and rows.get("reference", rows["actor"]) == rows["actor"],
+        ", ".join(different) or f"{len(tokenizer)} tokens" + "".join(f", {text}" for text in too_small),
         "use a reward model that was trained from a model with the actor's tokenizer, and one reference with both: the "
         "reward model reads the actor's token ids as they are",
         tokens=len(tokenizer),
@@ -167,19 +180,20 @@ def check_tokens(
 
     ends = list(actor.model.hf.generation_config.eos_token_id)
     expected = tokenizer.eos_token_id
-    others = [i for i in ends if i != reward_tokenizer.eos_token_id]
-    if expected not in ends or reward_tokenizer.eos_token_id != expected:
+    rewards_ends = {name: its.eos_token_id for name, its in theirs.items()}
+    others = [i for i in ends if i != expected]
+    if expected not in ends or any(end != expected for end in rewards_ends.values()):
         end = Finding(
             "end token",
             FAILURE,
-            f"the tokenizer ends answers by {expected}, generation by {ends}, the reward model's by "
-            f"{reward_tokenizer.eos_token_id}",
-            "set one eos_token in both tokenizer_config.json, and eos_token_id in generation_config.json",
+            f"the tokenizer ends answers by {expected}, generation by {ends}"
+            + "".join(f", the {name}'s by {end}" for name, end in rewards_ends.items()),
+            "set one eos_token in all tokenizer_config.json, and eos_token_id in generation_config.json",
         )
     else:
         end = finding(
             "end token",
-            not others,
+            not others or not theirs,
             f"{tokenizer.eos_token!r} ({expected})"
             + (f"; answers may also end by {tokenizer.convert_ids_to_tokens(others)}" if others else ""),
             "the reward model was trained on answers that end by its own eos_token: keep only that one in the actor's "
@@ -198,12 +212,12 @@ def check_tokens(
     return [vocabulary, end, pad_token]
 
 
-def check_fit(actor: Actor | FrozenActor, reward: Reward, max_prompt_tokens: int) -> Finding:
+def check_fit(actor: Actor | FrozenActor, reward: CompositeReward, max_prompt_tokens: int) -> Finding:
     """Room for the longest prompt with the longest answer in every model."""
     longest = max_prompt_tokens + actor.generation.max_new_tokens
     known = {
         name: getattr(engine.model.hf.config, "max_position_embeddings", None)
-        for name, engine in {"actor": actor, "reward model": reward}.items()
+        for name, engine in engines(actor, reward).items()
     }
     positions = {name: n for name, n in known.items() if n is not None}
     return finding(
@@ -325,25 +339,30 @@ def check_noise(actor: Actor | FrozenActor, probe: Probe, vocabulary: int) -> Fi
     )
 
 
-def check_batching(actor: Actor | FrozenActor, reward: Reward, probe: Probe) -> Finding:
-    """Log-probs and scores of the shortest and the longest row are the same in the batch and alone."""
+def check_batching(actor: Actor | FrozenActor, reward: CompositeReward, probe: Probe) -> Finding:
+    """Log-probs, and every reward model's scores, of the shortest and the longest row are the same in the batch and
+    alone.
+    """
     sequences = probe.sampled
-    logprobs, scores = logprobs_under(actor, sequences, Sampling()), reward.score(sequences)
-    forward, score = [], []
-    for row in (int(sequences.lengths.argmin()), int(sequences.lengths.argmax())):
-        alone = sequences.select(slice(row, row + 1))
-        n = alone.answer_width
-        forward.append((logprobs[row, :n].double() - logprobs_under(actor, alone, Sampling())[0].double()).abs())
-        score.append((scores[row : row + 1].double() - reward.score(alone).double()).abs() / (1 + abs(scores[row])))
-    policy, judge = combine(torch.cat(forward)), combine(torch.cat(score))
-    good = policy.mean <= TOLERANCE[actor.config.dtype] and judge.largest <= TOLERANCE[reward.config.dtype]
+    rows = [int(sequences.lengths.argmin()), int(sequences.lengths.argmax())]
+    single = [sequences.select(slice(row, row + 1)) for row in rows]
+    logprobs = logprobs_under(actor, sequences, Sampling()).double()
+    alone = [logprobs_under(actor, row, Sampling())[0].double() for row in single]
+    policy = combine(torch.cat([(logprobs[i, : len(x)] - x).abs() for i, x in zip(rows, alone, strict=True)]))
+    figure, good, worst = f"log-probs differ by {policy} nats", policy.mean <= TOLERANCE[actor.config.dtype], 0.0
+    for part in reward.models:
+        scores = part.scorer.score(sequences).double()[rows]
+        alone = torch.cat([part.scorer.score(row) for row in single]).double()
+        judge = combine((scores - alone).abs() / (1 + scores.abs())).largest
+        figure += f", {called('scores', part, reward)} by {judge:.2g} of their size"
+        good, worst = good and judge <= TOLERANCE[part.scorer.config.dtype], max(worst, judge)
     return finding(
         "rows do not touch one another",
         good,
-        f"alone and in a batch: log-probs differ by {policy} nats, scores by {judge.largest:.2g} of their size",
+        f"alone and in a batch: {figure}",
         "a model attends to later tokens or to padding: it must be a causal decoder; use another --attn_implementation",
         logprobs=policy.mean,
-        scores=judge.largest,
+        scores=worst,
     )
 
 

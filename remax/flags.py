@@ -220,13 +220,22 @@ class ActorLoraFlags(OnlyLora):
 
 @dataclass(kw_only=True)
 class RewardFlags:
-    _argument_group_name = "reward model"
+    _argument_group_name = "reward (models, functions, or both; at least one)"
 
-    reward_model_name_or_path: str = flag(help="the reward model of step 2: folder or hub name")
-    reward_dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
+    reward_model_name_or_path: list[str] = flag([], "reward models of step 2: folders or hub names; name:0.5 weighs")
+    normalize_reward: bool = flag(
+        False, "reward models: score minus its mean over its standard deviation, as step 2 keeps them in config.json"
+    )
+    reward_fn: list[str] = flag(
+        [], "functions of prompts and answers: module:function or file.py:function; name:-0.1 weighs, here as a penalty"
+    )
+    reward_fn_timeout: NonNegative = flag(
+        60.0, "seconds that such a function may take for a sample, or for its batch if it takes lists; 0: no limit"
+    )
+    reward_dtype: Dtype = flag("auto", "number format of reward models; auto: bf16 where the GPU has it, else fp32")
     reward_bf16: bool = flag(False, "the same as --reward_dtype bf16")
-    reward_zero_stage: ZeroStage = flag(0, "3: the reward model's parameters are shared out")
-    offload_reward_model: bool = flag(False, "its parameters in CPU memory (makes its ZeRO stage 3)")
+    reward_zero_stage: ZeroStage = flag(0, "3: each reward model's parameters are shared out")
+    offload_reward_model: bool = flag(False, "their parameters in CPU memory (makes their ZeRO stage 3)")
     disable_reward_dropout: bool = flag(
         False, "no dropout in a critic made from it; the reward model itself never has any"
     )
@@ -321,7 +330,7 @@ class PpoFlags:
     cliprange: Positive = flag(0.2, "the policy's ratio counts within 1 +- this")
     cliprange_value: Positive = flag(0.2, "a value counts within this of the one at rollout time")
     lam: Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)] = flag(0.95, "lambda of generalised advantages")
-    critic_model_name_or_path: str | None = flag(None, "start of the critic; default: the reward model")
+    critic_model_name_or_path: str | None = flag(None, "start of the critic; default: the first reward model")
     critic_learning_rate: Positive = flag(5e-6, "peak learning rate")
     critic_weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms")
     critic_zero_stage: ZeroStage | None = flag(None, "default: the actor's")

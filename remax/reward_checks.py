@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from remax.engines import Reward
 from remax.evaluation import Batch, pair_scores, to_device
 from remax.findings import FAILURE, SKIPPED, WARNING, Finding, finding
+from remax.rewards import CompositeReward, Part
 from remax.sequences import Sequences
 from utils.data.chat import template_of
 from utils.data.collate import collate_ranking
@@ -29,37 +29,59 @@ ENOUGH_PER_SIDE = 50
 ONE_SIDED_95 = 1.645  # standard errors above chance
 
 
-def check_scores(reward: Reward, answers: Sequence[Sequences]) -> Finding:
-    """Scores are finite and tell answers apart."""
-    scores = torch.cat([reward.score(sequences) for sequences in answers])
-    values = torch.tensor([x for part in gather_objects(scores.tolist()) for x in part], dtype=torch.float64)
-    spread = float(values.std())
-    return finding(
-        "scores are finite and differ",
-        bool(values.isfinite().all()) and spread > 0,
-        f"mean {float(values.mean()):.3g}, standard deviation {spread:.2g} over {len(values)} answers",
-        "--reward_dtype fp32 or bf16 where scores overflow; a constant score teaches nothing: train the reward model",
-        mean=float(values.mean()),
-        standard_deviation=spread,
-    )
+def called(what: str, part: Part, reward: CompositeReward) -> str:
+    """`what`, and which one, where there are several parts."""
+    return f"{what} {part.name}" if reward.part_names else what
 
 
-def check_ranking(reward: Reward, pairs: Iterable[Batch] | None) -> list[Finding]:
-    """The reward model prefers the better of two held-out answers, and not only because it is longer."""
+def check_scores(reward: CompositeReward, answers: Sequence[Sequences]) -> list[Finding]:
+    """The rewards are finite and tell answers apart; and so do the scores of each part, where there are several.
+
+    A reward model that scores all answers alike is broken. A function may: a rule that no answer of these few keeps.
+    """
+    total, parts = zip(*map(reward.score_parts, answers), strict=True)
+    columns = {"scores are finite and differ": (total, bool(reward.models))}
+    for part in reward.parts if reward.part_names else ():
+        columns[f"scores of {part.name} differ"] = ([scores[part.name] for scores in parts], part in reward.models)
+    findings = []
+    for name, (scores, from_model) in columns.items():
+        values = [x for ranks in gather_objects(torch.cat(list(scores)).tolist()) for x in ranks]
+        values = torch.tensor(values, dtype=torch.float64)
+        finite, spread = bool(values.isfinite().all()), float(values.std())
+        remedy = (
+            "--reward_dtype fp32 or bf16 where scores overflow; a constant score teaches nothing: train the reward model"
+            if from_model
+            else "a constant score teaches nothing: if no answer ever keeps the rule, begin with an easier one"
+        )
+        figure = f"mean {float(values.mean()):.3g}, standard deviation {spread:.2g} over {len(values)} answers"
+        numbers = {"mean": float(values.mean()), "standard_deviation": spread}
+        bad = WARNING if finite and not from_model else FAILURE
+        findings.append(finding(name, finite and spread > 0, figure, remedy, bad=bad, **numbers))
+    return findings
+
+
+def check_ranking(reward: CompositeReward, pairs: Iterable[Batch] | None) -> list[Finding]:
+    """Each reward model prefers the better of two held-out answers, and not only because it is longer."""
+    skipped = "no held-out pairs: give --data_path with the columns chosen and rejected"
+    if not reward.models:
+        skipped, pairs = "no reward model: functions score", None
     if pairs is None:
-        skipped = "no held-out pairs: give --data_path with the columns chosen and rejected"
         return [Finding("reward model ranks pairs", SKIPPED, skipped)]
-    rows = []
-    for batch in map(to_device, pairs):
-        chosen, rejected = pair_scores(reward, batch)
-        real = batch["weight"] > 0
-        columns = (chosen, rejected, batch["chosen_lengths"], batch["rejected_lengths"])
-        rows.append(torch.stack([column[real].double().cpu() for column in columns]))  # (4, b)
-    return ranking_findings(*torch.cat([part for parts in gather_objects(rows) for part in parts], 1))
+    findings = []
+    for part in reward.models:
+        rows = []
+        for batch in map(to_device, pairs):
+            chosen, rejected = pair_scores(part.scorer, batch)
+            real = batch["weight"] > 0
+            columns = (chosen, rejected, batch["chosen_lengths"], batch["rejected_lengths"])
+            rows.append(torch.stack([column[real].double().cpu() for column in columns]))  # (4, b)
+        every = torch.cat([share for shares in gather_objects(rows) for share in shares], 1)
+        findings += ranking_findings(*every, name=called("reward model", part, reward))
+    return findings
 
 
 def ranking_findings(
-    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, name: str = "reward model"
 ) -> list[Finding]:
     """Scores and lengths of n pairs, each (n,) -> two findings.
 
@@ -75,7 +97,7 @@ def ranking_findings(
     longer_wins = float((0.5 + 0.5 * (chosen_lengths - rejected_lengths).sign()).mean())
     z = (accuracy - 0.5) * 2 * math.sqrt(n)
     ranks = finding(
-        "reward model ranks pairs",
+        f"{name} ranks pairs",
         z > ONE_SIDED_95,
         f"accuracy {accuracy:.3f} on {n} held-out pairs ({z:.1f} standard errors above chance)",
         "no better than chance: train the reward model longer, on pairs like these, or check that chosen and rejected "
@@ -85,7 +107,7 @@ def ranking_findings(
         pairs=n,
     )
     sides = int(longer.sum()), int(shorter.sum())
-    name = "reward model is not length alone"
+    name = f"{name} is not length alone"
     if not all(sides):
         return [ranks, Finding(name, SKIPPED, f"the better answer is the longer one in {sides[0]} of {n} pairs")]
     balanced = float(right[longer].mean() + right[shorter].mean()) / 2

@@ -8,6 +8,7 @@ differs from EOS, which `prepare_pad_token` sees to.
 
 from __future__ import annotations
 
+import math
 from types import MethodType
 
 import torch
@@ -125,3 +126,18 @@ def store_score_statistics(model: RewardModel, figures: dict[str, float]) -> Non
     small.
     """
     model.hf.config.score_mean, model.hf.config.score_std = figures["score_mean"], figures["score_std"]
+
+
+def score_statistics(config: PreTrainedConfig, name_or_path: str, flag: str) -> tuple[float, float]:
+    """Mean and standard deviation that `store_score_statistics` kept.
+
+    Raises:
+        UserError: the config has none, or a deviation that cannot be divided by.
+    """
+    mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (mean, std)) or std <= 0:
+        raise UserError(
+            f"--normalize_reward: the config.json of {flag} {name_or_path} has score_mean {mean} and score_std {std}; "
+            "expected numbers, the second above 0, as step 2 writes them"
+        )
+    return float(mean), float(std)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from remax.evaluation import Batch, PolicyEvaluation, to_device
 from remax.finetune import groups, steps_per_epoch
 from remax.logprobs import Sampling
 from remax.losses import supervised_loss
+from remax.rewards import CompositeReward
 from remax.sentinel import Sentinel
 from remax.sequences import Prompts, Rollout, Sequences
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger, progress
+from utils.run import UserError
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Trainer:
 
     actor: Actor
     reference: Reference
-    reward: Reward
+    reward: Reward | CompositeReward
     algorithm: Algorithm
     settings: TrainerSettings
     evaluate: Callable[[], PolicyEvaluation]
@@ -108,7 +110,8 @@ class Trainer:
         self.actor.train()
         if self.critic is not None:
             self.critic.train()
-        rollout = Rollout.concatenate([self.collect(batch, timer) for batch in batches], self.pad_id)
+        tally: dict[str, float | Tensor] = {"generated_tokens": 0.0}
+        rollout = Rollout.concatenate([self.collect(batch, timer, tally) for batch in batches], self.pad_id)
         rollout = self.algorithm.prepare(rollout)
         sums: dict[str, Tensor] = {}
         with timer("update"):
@@ -117,11 +120,16 @@ class Trainer:
                     result = self.update(part, sums)
             if self.average is not None:
                 self.average.update()
-        return rollout, self.figures(rollout, sums, result, timer)
+        total, means = self.totals(rollout, tally, sums, timer)
+        self.algorithm.update(means)
+        return rollout, self.figures(total, means, result)
 
     @torch.no_grad()
-    def collect(self, batch: Batch, timer: Timer) -> Rollout:
-        """Samples answers, and greedy ones where the algorithm needs them, and scores them."""
+    def collect(self, batch: Batch, timer: Timer, tally: dict[str, float | Tensor]) -> Rollout:
+        """Samples answers, and greedy ones where the algorithm needs them, and scores them in micro-batches.
+
+        Adds to `tally` the tokens that were generated, and the sampled answers' scores by each part of the reward.
+        """
         batch = to_device(batch)
         with timer("generation"):
             sampled, greedy = self.actor.rollout(
@@ -129,26 +137,36 @@ class Trainer:
                 samples=self.algorithm.samples_per_prompt,
                 greedy=self.algorithm.greedy,
             )
+        add(tally, {"generated_tokens": sum(x.answer_lengths.sum() for x in (sampled, greedy) if x is not None)})
         with timer("scoring"):
-            rewards, baseline = self.score(sampled, greedy)
-            return Rollout(
-                sampled,
-                rewards,
-                baseline,
-                reference_logprobs=self.reference.logprobs(sampled),
-                old_logprobs=self.actor.old_logprobs(sampled) if self.algorithm.needs_old_logprobs else None,
-                values=self.critic.old_values(sampled) if self.critic else None,
-                reference_hidden=self.reference.hidden(sampled) if self.reference_head else None,
-            )
+            # As many micro-batches on every rank: a model at ZeRO-3 needs all ranks in each forward.
+            forwards = math.ceil(len(sampled) / self.settings.micro_batch_size)
+            rewards, baseline = self.score(sampled, greedy, forwards, tally)
+            parts = zip(sampled.in_parts(forwards), rewards.tensor_split(forwards), strict=True)
+            rollout = Rollout.concatenate([self.look_back(*part) for part in parts], self.pad_id)
+            return replace(rollout, baseline=baseline)
 
-    def score(self, sampled: Sequences, greedy: Sequences | None) -> tuple[Tensor, Tensor | None]:
-        """Rewards of the sampled and of the greedy answers from one forward: a ZeRO-3 reward model moves its weights
-        only once.
+    def look_back(self, sampled: Sequences, rewards: Tensor) -> Rollout:
+        """What the models know of the answers at the time of the rollout, by one forward of each."""
+        return Rollout(
+            sampled,
+            rewards,
+            reference_logprobs=self.reference.logprobs(sampled),
+            old_logprobs=self.actor.old_logprobs(sampled) if self.algorithm.needs_old_logprobs else None,
+            values=self.critic.old_values(sampled) if self.critic else None,
+            reference_hidden=self.reference.hidden(sampled) if self.reference_head else None,
+        )
+
+    def score(
+        self, sampled: Sequences, greedy: Sequences | None, forwards: int, tally: dict[str, float | Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rewards of the sampled and of the greedy answers, both from the same forwards: a ZeRO-3 reward model moves
+        its weights only once for both.
         """
-        if greedy is None:
-            return self.reward.score(sampled), None
-        rewards = self.reward.score(Sequences.concatenate([sampled, greedy], self.pad_id))
-        return rewards[: len(sampled)], rewards[len(sampled) :]
+        both = sampled if greedy is None else Sequences.concatenate([sampled, greedy], self.pad_id)
+        rewards, parts = self.reward.score_parts(both, forwards)
+        add(tally, {f"reward/{name}": scores[: len(sampled)].sum() for name, scores in parts.items()})
+        return rewards[: len(sampled)], None if greedy is None else rewards[len(sampled) :]
 
     def mini_batches(self, rollout: Rollout) -> Iterator[Rollout]:
         """The rollout in `mini_batches` parts of equal size, drawn at random when there are several."""
@@ -196,11 +214,13 @@ class Trainer:
         self.actor.backward(self.settings.unsupervised_coefficient * loss, last=True)
         return {"unsupervised_loss": loss.detach()}
 
-    def figures(self, rollout: Rollout, sums: dict[str, Tensor], result: StepResult, timer: Timer) -> dict[str, float]:
-        """Means over the step's answers of all ranks."""
+    def totals(
+        self, rollout: Rollout, tally: dict[str, float | Tensor], sums: dict[str, Tensor], timer: Timer
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Over the ranks: sums over the step's answers (and their number `answers`), and the algorithm's means."""
         last = rollout.sequences.input_ids.gather(1, rollout.sequences.end_index[:, None]).squeeze(1)
         eos_ids = torch.tensor(self.actor.model.hf.generation_config.eos_token_id, device=last.device)
-        local = {
+        local = tally | {
             "answers": float(len(rollout)),
             "reward": rollout.rewards.sum(),
             "reward_square": rollout.rewards.square().sum(),
@@ -209,19 +229,24 @@ class Trainer:
         }
         if rollout.baseline is not None:
             local["baseline"] = rollout.baseline.sum() * (len(rollout) / len(rollout.baseline))
-        seconds = {f"seconds_{name}": value / world_size() for name, value in timer.seconds.items()}
-        total = sum_across_ranks(local | {f"algorithm/{k}": v for k, v in sums.items()} | seconds)
-        figures = {name: total[name] / total["answers"] for name in local if name not in ("answers", "reward_square")}
-        figures["reward_std"] = math.sqrt(max(total["reward_square"] / total["answers"] - figures["reward"] ** 2, 0.0))
+        local |= {f"seconds_{name}": value / world_size() for name, value in timer.seconds.items()}
+        total = sum_across_ranks(local | {f"algorithm/{k}": v for k, v in sums.items()})
         means = mean_metrics({k.removeprefix("algorithm/"): v for k, v in total.items() if k.startswith("algorithm/")})
-        self.algorithm.update(means | {"rows": total["answers"]})
+        return {name: total[name] for name in local}, means | {"rows": total["answers"]}
+
+    def figures(self, total: dict[str, float], means: dict[str, float], result: StepResult) -> dict[str, float]:
+        """Means over the step's answers of all ranks."""
+        seconds = {name: value for name, value in total.items() if name.startswith("seconds_")}
+        sums = total.keys() - seconds.keys() - {"answers", "reward_square", "generated_tokens"}
+        figures = {name: total[name] / total["answers"] for name in total if name in sums}
+        figures["reward_std"] = math.sqrt(max(total["reward_square"] / total["answers"] - figures["reward"] ** 2, 0.0))
         steps = self.settings.optimizer_steps(self.algorithm)
         complete = {name for name in means if name.endswith("loss")}  # one sum per optimizer step
         figures |= {name: value / steps if name in complete else value for name, value in means.items()}
         del figures["rows"], figures["tokens"]
-        figures |= {name: total[name] for name in seconds}
-        figures["seconds_per_step"] = sum(total[name] for name in seconds)
-        figures["tokens_per_second"] = total["length"] / figures["seconds_per_step"]
+        figures |= seconds
+        figures["seconds_per_step"] = sum(seconds.values())
+        figures["tokens_per_second"] = total["generated_tokens"] / figures["seconds_per_step"]
         figures |= {
             "kl_coefficient": self.algorithm.kl.coefficient,
             "grad_norm": result.grad_norm,
@@ -243,7 +268,8 @@ class Trainer:
         results = {"before": before, "after": before, "best": {settings.best_by: -math.inf}}
         with progress(total, desc=type(self.algorithm).__name__, unit="steps") as bar:
             for step, batches in enumerate(self.epochs(loader), start=1):
-                rollout, figures = self.step(batches)
+                with naming(f"step {step}"):
+                    rollout, figures = self.step(batches)
                 for watch in watchers:
                     figures |= watch(step, rollout, figures)
                 self.metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
@@ -271,7 +297,8 @@ class Trainer:
 
     def measure(self, step: int, epoch_steps: int, best_so_far: float) -> dict[str, float]:
         """Evaluates, logs, and hands the answers on; the figures."""
-        evaluation = self.evaluate()
+        with naming(f"evaluation at step {step}"):
+            evaluation = self.evaluate()
         figures = evaluation.figures
         figures["objective"] = figures["reward"] - self.algorithm.kl.coefficient * figures["kl"]
         self.metrics.log(step, {f"eval/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
@@ -279,6 +306,15 @@ class Trainer:
         return figures
 
 
-def add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+def add(sums: dict[str, float | Tensor], more: dict[str, Tensor]) -> None:
     for name, value in more.items():
         sums[name] = sums.get(name, 0.0) + value
+
+
+@contextmanager
+def naming(when: str) -> Iterator[None]:
+    """A UserError raised inside, such as a reward function's, says when it happened."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{when}: {error}") from error

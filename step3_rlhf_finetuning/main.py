@@ -6,7 +6,14 @@ import sys
 from pathlib import Path
 
 from remax.arguments import make_algorithm, parse_step3
-from remax.assembly import build_engines, check_models, examine_engines, load_data
+from remax.assembly import (
+    Tokenizers,
+    build_engines,
+    check_models,
+    examine_engines,
+    load_data,
+    try_reward_functions,
+)
 from remax.checkpoint import export, note
 from remax.ema import WeightAverage
 from remax.evaluation import PolicyEvaluation, evaluate_policy, write_answers
@@ -26,7 +33,8 @@ STOPPED = 3  # exit status: the sentinel saw no point in going on
 def main() -> None:
     args = parse_step3()
     quiet_libraries()
-    tokenizer, reward_tokenizer = check_models(args)
+    tokenizers = check_models(args)
+    tokenizer = tokenizers.actor
     init_distributed(args.local_rank)
     set_seed(args.seed)
     output = start_run(args.output_dir, args, "step3")
@@ -34,14 +42,13 @@ def main() -> None:
         print0(notice)
 
     data = load_data(args, tokenizer, output)
+    try_reward_functions(args, tokenizer, data.evaluation)
     algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)
     settings = trainer_settings(args)
     steps = settings.total_steps(len(data.train))
-    actor, reference, reward, critic = build_engines(
-        args, tokenizer, reward_tokenizer, steps * settings.optimizer_steps(algorithm)
-    )
+    actor, reference, reward, critic = build_engines(args, tokenizers, steps * settings.optimizer_steps(algorithm))
     if not args.skip_doctor:
-        report = examine_engines(args, actor, reward, reference, tokenizer, reward_tokenizer, data.evaluation)
+        report = examine_engines(args, actor, reward, reference, tokenizer, data.evaluation)
         print0(report.table())
         report.refuse_failures()
     metrics = MetricsLogger(
@@ -91,21 +98,21 @@ def main() -> None:
         shutdown()
         sys.exit(STOPPED)
     metrics.close()
-    save_final(args, output, trainer, tokenizer, reward_tokenizer)
+    save_final(args, output, trainer, tokenizers)
     note(output, "results.json", results)
     print0(f"best model (by evaluation {args.best_by}) in {output / 'actor'}")
     shutdown()
 
 
-def save_final(args: Step3Arguments, output: Path, trainer: Trainer, tokenizer, reward_tokenizer) -> None:
+def save_final(args: Step3Arguments, output: Path, trainer: Trainer, tokenizers: Tokenizers) -> None:
     """The last actor (--save_at_final), its moving average (--enable_ema), and PPO's critic."""
     model, zero3 = trainer.actor.model, trainer.actor.zero3
     if args.save_at_final:
-        export(model, tokenizer, output / "actor_final", zero3=zero3)
+        export(model, tokenizers.actor, output / "actor_final", zero3=zero3)
         if trainer.critic is not None:
-            export(trainer.critic.model, reward_tokenizer, output / "critic", zero3=trainer.critic.zero3)
+            export(trainer.critic.model, tokenizers.critic, output / "critic", zero3=trainer.critic.zero3)
     if trainer.average is not None:
-        export(model, tokenizer, output / "actor_ema", zero3=zero3, state=trainer.average.state())
+        export(model, tokenizers.actor, output / "actor_ema", zero3=zero3, state=trainer.average.state())
 
 
 if __name__ == "__main__":

@@ -112,9 +112,10 @@ def console_line(
 ) -> str:
     """One line for people: `step 20/300  reward 1.23  kl 0.04  lr 1.0e-06  2.10 s/step`.
 
-    Values of one group other than train ("eval/loss", "eval/kl") lose the prefix, and the line begins with the group.
+    Values of one group other than train ("eval/loss", "eval/reward/rules") lose the prefix, and the line begins with the
+    group.
     """
-    groups = {name.rpartition("/")[0] for name in values}
+    groups = {name.partition("/")[0] if "/" in name else "" for name in values}
     group = groups.pop() if len(groups) == 1 else ""
     parts = [f"step {step}" + (f"/{total_steps}" if total_steps else "")]
     if group not in ("", "train"):

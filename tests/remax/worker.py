@@ -248,7 +248,7 @@ def trainer_update(
         unsupervised=plain_texts(texts) if texts else None,
     )
 
-    def collect(batch: tuple[str, torch.Tensor], timer: Timer) -> Rollout:
+    def collect(batch: tuple[str, torch.Tensor], timer: Timer, tally: dict) -> Rollout:
         rollout = fixed_rollout(*batch)
         sequences = rollout.sequences
         wide = torch.nn.functional.pad(sequences.input_ids, (0, extra_columns), value=7)

@@ -25,6 +25,12 @@ def test_console_line_of_an_evaluation_names_it_once():
     assert line == "eval  step 20  epoch 0.50  loss 2  grad norm nan"
 
 
+def test_console_line_keeps_the_parts_of_a_figure():
+    values = {"reward": 1.5, "reward/rules": 2.0}
+    assert console_line(3, {f"eval/{k}": v for k, v in values.items()}) == "eval  step 3  reward 1.5  reward/rules 2"
+    assert console_line(3, {f"train/{k}": v for k, v in values.items()}, names=["reward"]) == "step 3  reward 1.5"
+
+
 def test_console_line_shows_the_chosen_values_in_order_but_all_of_an_evaluation():
     values = {"train/a": 1.0, "train/b": 2.0, "train/c": 3.0}
     assert console_line(1, values, names=["c", "missing", "a"]) == "step 1  c 3  a 1"

@@ -1,15 +1,17 @@
-"""What one entry of --data_path says: `name#configuration/split:weight`, all but the name optional.
+"""What one entry of --data_path says: `name#configuration/split:weight`, all but the name optional. And the weight
+behind a colon wherever a flag takes several weighted names.
 
 Without heavy imports: the flags are checked before any library is loaded.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.run import UserError
 
-WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>[0-9.]+([eE]-?[0-9]+)?)")
+WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>[+-]?[0-9.]+([eE][+-]?[0-9]+)?)")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,24 @@ class DataName:
     weight: float | None = None
 
 
+def split_weight(entry: str, flag: str, *, negative: bool = False) -> tuple[str, float | None]:
+    """`name:0.5` -> ("name", 0.5), `name` -> ("name", None). What exists on the disk is a name as it stands.
+
+    Raises:
+        UserError: the weight is no number, is 0 or infinite, or is below 0 where `negative` does not allow that.
+    """
+    if exists(entry) or not (found := WEIGHT.fullmatch(entry)):
+        return entry, None
+    try:
+        weight = float(found["weight"])
+    except ValueError:
+        weight = 0.0
+    if weight == 0 or not math.isfinite(weight) or (weight < 0 and not negative):
+        expected = "other than 0, such as 0.5 or -1" if negative else "above 0, such as 0.3"
+        raise UserError(f"{flag} {entry}: the weight behind the colon must be a number {expected}")
+    return found["name"], weight
+
+
 def parse_name(entry: str, flag: str = "--data_path") -> DataName:
     """`my.jsonl`, `my.jsonl:0.3`, `owner/set#split`, `owner/set#configuration/split`, `owner/set#configuration/`.
 
@@ -34,16 +54,7 @@ def parse_name(entry: str, flag: str = "--data_path") -> DataName:
     Raises:
         UserError: no name, or a weight that is not above 0.
     """
-    weight = None
-    rest = entry
-    if not exists(rest) and (found := WEIGHT.fullmatch(rest)):
-        rest = found["name"]
-        try:
-            weight = float(found["weight"])
-        except ValueError:
-            weight = 0.0
-        if not 0 < weight < float("inf"):
-            raise UserError(f"{flag} {entry}: the weight behind the colon must be a number above 0, such as 0.3")
+    rest, weight = split_weight(entry, flag)
     if exists(rest) or "#" not in rest:
         name, selection = rest, ""
     else:

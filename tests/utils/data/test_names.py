@@ -1,6 +1,6 @@
 import pytest
 
-from utils.data.names import DataName, parse_name
+from utils.data.names import DataName, parse_name, split_weight
 from utils.run import UserError
 
 
@@ -31,6 +31,7 @@ def test_what_is_on_the_disk_is_a_name_as_it_stands(tmp_path):
     ("entry", "message"),
     [
         ("a:0", "--data_path a:0: the weight behind the colon must be a number above 0"),
+        ("a:-1", "--data_path a:-1: the weight behind the colon must be a number above 0"),
         ("a:1.2.3", "must be a number above 0"),
         ("a#", "--data_path a#: expected a split, or configuration/split, behind the #"),
         ("", "--data_path '': expected the name"),
@@ -40,3 +41,12 @@ def test_what_is_on_the_disk_is_a_name_as_it_stands(tmp_path):
 def test_refused(entry, message):
     with pytest.raises(UserError, match=message):
         parse_name(entry)
+
+
+def test_a_weight_may_be_negative_where_it_is_a_penalty():
+    assert split_weight("me/reward:-0.5", "--m", negative=True) == ("me/reward", -0.5)
+    assert split_weight("rules.py:length:-1e-2", "--m", negative=True) == ("rules.py:length", -0.01)
+    assert split_weight("rules:length", "--m", negative=True) == ("rules:length", None)
+    for entry in ("me/reward:0", "me/reward:-0.0", "me/reward:1e999"):
+        with pytest.raises(UserError, match=f"--m {entry}: the weight behind the colon must be a number other than 0"):
+            split_weight(entry, "--m", negative=True)

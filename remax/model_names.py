@@ -1,0 +1,42 @@
+"""Names of models as flags give them: what can only be a path must be there, with a model in it."""
+
+from pathlib import Path
+
+from utils.run import UserError
+
+
+def looks_local(name: str) -> bool:
+    """True for what can only be a path.
+
+    A hub name is `name` or `owner/name`, without a leading dot or a data suffix; and `output/step1` is none where there
+    is a folder `output`.
+    """
+    suffixes = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", "/")
+    path = Path(name)
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.endswith(suffixes)
+        or name.count("/") > 1
+        or path.exists()
+        or ("/" in name and path.parent.is_dir())
+    )
+
+
+def check_model(flag_name: str, name: str | None) -> None:
+    """A model that is named as a path must be a folder with a config.json."""
+    if name is None:
+        return
+    path, looked = Path(name), f"(looked from {Path.cwd()})"
+    if name == "":
+        raise UserError(f"--{flag_name}: is empty; expected a folder or a hub name")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json"))[:3])
+            raise UserError(
+                f"--{flag_name} {name}: the folder has no config.json, so it holds no Hugging Face model"
+                + (f"; its subfolder has one: {inside}" if inside else "")
+            )
+    elif path.exists():
+        raise UserError(f"--{flag_name} {name}: is a file; expected the folder of a Hugging Face model, or a hub name")
+    elif looks_local(name):
+        raise UserError(f"--{flag_name} {name}: no such folder {looked}; train or download the model first")

@@ -1,0 +1,68 @@
+"""Where rewards come from: the entries of --reward_model_name_or_path and --reward_fn, with weights and short names.
+
+Nothing heavy is imported here: flags are checked with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.data.names import split_weight
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of the reward.
+
+    name: folder or hub name of a model, `module:function` of a function.   weight: below 0 for a penalty.
+    label: short, distinct among all parts, for logs.
+    """
+
+    name: str
+    weight: float
+    label: str
+
+
+def reward_sources(
+    models: Sequence[str],
+    functions: Sequence[str],
+    flags: tuple[str, str] = ("--reward_model_name_or_path", "--reward_fn"),
+) -> tuple[list[Source], list[Source]]:
+    """Models and functions from their entries, each `name` or `name:weight` (default 1).
+
+    Raises:
+        UserError: a weight that is 0 or no number.
+    """
+    split = [split_weight(entry, flags[0], negative=True) for entry in models]
+    split += [split_weight(entry, flags[1], negative=True) for entry in functions]
+    parts = [re.split(r"[/\\]", str(Path(name).expanduser().absolute()))[1:] for name, _ in split[: len(models)]]
+    parts += [re.split(r"[/\\.:]", name.replace(".py:", ":")) for name, _ in split[len(models) :]]
+    labels = distinct([_plain(part[-1]) for part in parts], [_plain("-".join(part[-2:])) for part in parts])
+    sources = [
+        Source(name, 1.0 if weight is None else weight, label)
+        for (name, weight), label in zip(split, labels, strict=True)
+    ]
+    return sources[: len(models)], sources[len(models) :]
+
+
+def distinct(short: Sequence[str], longer: Sequence[str]) -> list[str]:
+    """The short names, where several are equal the longer ones, and where those are equal too with a number."""
+    seen = Counter(short)
+    names = [name if seen[name] == 1 else other for name, other in zip(short, longer, strict=True)]
+    taken: list[str] = []
+    for name in names:
+        number, free = 1, name
+        while free in taken:
+            number += 1
+            free = f"{name}-{number}"
+        taken.append(free)
+    return taken
+
+
+def _plain(name: str) -> str:
+    """Only signs that every reader of the metrics takes in a name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-") or "reward"
