@@ -287,9 +287,7 @@ def check_reward(args: Any) -> None:
     for model in models:
         check_model("reward_model_name_or_path", model.name)
     if args.normalize_reward and not models:
-        raise UserError(
-            "--normalize_reward with --reward_fn alone: it is for reward models, whose statistics are known"
-        )
+        raise UserError("--normalize_reward with --reward_fn alone: it is for reward models, which know their mean")
     defaults = {f.name: f.default for f in dataclasses.fields(type(args))}
     if args.reward_fn_timeout != defaults["reward_fn_timeout"] and not args.reward_fn:
         raise UserError("--reward_fn_timeout: has no effect without --reward_fn")

@@ -266,7 +266,10 @@ def build_reward(
     """All parts of the reward. own: the reward models' tokenizers."""
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     flag, parts = "--reward_model_name_or_path", []
-    for source, its in zip(models, own, strict=True):
+    statistics = [(0.0, 1.0)] * len(models)
+    if args.normalize_reward:
+        statistics = [score_statistics(load_config(model.name, flag), model.name, flag) for model in models]
+    for source, (mean, std), its in zip(models, statistics, own, strict=True):
         with loading(config):
             model = load_reward_model(
                 source.name,
@@ -275,7 +278,6 @@ def build_reward(
                 tokenizer=its,
                 attn_implementation=args.attn_implementation,
             )
-        mean, std = score_statistics(model.hf.config, source.name, flag) if args.normalize_reward else (0.0, 1.0)
         parts.append(Part(source.label, Reward(model, config), source.weight, mean, std, its))
     return CompositeReward([*parts, *reward_functions(args, tokenizer)])
 

@@ -164,11 +164,7 @@ def check_tokens(
     too_small = [f"the {name} embeds {n}" for name, n in rows.items() if n < len(tokenizer)]
     theirs = {called("reward model", part, reward): part.tokenizer for part in reward.models}
     differences = {name: same_vocabulary(tokenizer, its) for name, its in theirs.items()}
-    different = [
-        difference if len(theirs) == 1 else f"{name}: {difference}"
-        for name, difference in differences.items()
-        if difference
-    ]
+    different = [f"{name}: {difference}" for name, difference in differences.items() if difference]
     vocabulary = finding(
         "vocabulary",
         not different and not too_small and rows.get("reference", rows["actor"]) == rows["actor"],

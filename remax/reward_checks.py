@@ -49,7 +49,7 @@ def check_scores(reward: CompositeReward, answers: Sequence[Sequences]) -> list[
         values = torch.tensor(values, dtype=torch.float64)
         finite, spread = bool(values.isfinite().all()), float(values.std())
         remedy = (
-            "--reward_dtype fp32 or bf16 where scores overflow; a constant score teaches nothing: train the reward model"
+            "--reward_dtype fp32 or bf16 where scores overflow; a constant one teaches nothing: train the reward model"
             if from_model
             else "a constant score teaches nothing: if no answer ever keeps the rule, begin with an easier one"
         )

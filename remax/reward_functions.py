@@ -267,12 +267,13 @@ def _import_file(path: Path) -> ModuleType:
 def _batched(function: Callable[..., Any], given: str) -> bool:
     """Whether the parameters are (prompts, answers) and not (prompt, answer); further ones must have defaults."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except (TypeError, ValueError):
         raise UserError(f"{given}: its parameters cannot be read; expected {MANNERS}") from None
+    parameters = signature.parameters.values()
     by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     needed = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     for wanted, batched in (({"prompt", "answer"}, False), ({"prompts", "answers"}, True)):
         if needed <= wanted <= by_name:
             return batched
-    raise UserError(f"{given}: takes ({', '.join(map(str, parameters))}); expected {MANNERS}")
+    raise UserError(f"{given}: takes {signature}; expected {MANNERS}")

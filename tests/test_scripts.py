@@ -3,6 +3,7 @@ lines of the ReMax authors' own scripts work here as they are."""
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,33 @@ def test_each_stage_has_scripts_for_each_family(stage):
     assert {script.parent.name for script in SCRIPTS if short(script).startswith(stage)} == set(ARCHITECTURE)
 
 
+def several_rewards(folder: Path, model: Path) -> list[str]:
+    """Flags for two normalised reward models and two functions, scored in two micro-batches."""
+    for name, statistics in {"helpful": (0.5, 2.0), "harmless": (-1.0, 0.25)}.items():
+        shutil.copytree(model, folder / name)
+        config = json.loads((model / "config.json").read_text())
+        config |= dict(zip(("score_mean", "score_std"), statistics, strict=True))
+        (folder / name / "config.json").write_text(json.dumps(config))
+    functions = ROOT / STAGES[2] / "example_rewards.py"
+    return shlex.split(
+        "--reward_model_name_or_path helpful harmless:0.5 --normalize_reward --per_device_generation_batch_size 4"
+        f" --reward_fn {functions}:finished {functions}:words:-0.1"
+    )
+
+
+def assert_several_rewards(output: Path) -> None:
+    """Every record's reward is that of its parts: sum of weight * (score - mean) / std."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 4  # two steps, an evaluation before and one after
+    for record in records:
+        group = "train" if "train/reward" in record else "eval"
+        part = {name: record[f"{group}/reward/{name}"] for name in ("helpful", "harmless", "finished", "words")}
+        expected = (part["helpful"] - 0.5) / 2.0 + 0.5 * (part["harmless"] + 1.0) / 0.25
+        expected += part["finished"] - 0.1 * part["words"]
+        assert record[f"{group}/reward"] == pytest.approx(expected, rel=1e-4)
+        assert part["words"] > 0
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("script", SCRIPTS, ids=short)
 def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_reward_model, run_command, can_compile):
@@ -68,6 +96,8 @@ def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_rewar
     if not can_compile:
         flags += ["--offload", "false"]
     # From a folder that is neither the repository nor the stage's, into a relative one.
+    if stage == 3 and architecture == "gpt2":
+        flags += several_rewards(tmp_path, tiny_reward_model(architecture))
     done = run_command(
         ["bash", script, *flags],
         cwd=tmp_path,
@@ -84,6 +114,8 @@ def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_rewar
     assert run["world_size"] == 2 and run["arguments"]["max_steps"] == 2
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 2
+    if stage == 3 and architecture == "gpt2":
+        assert_several_rewards(output)
     if stage == 3:
         assert_exported(output / "actor", stage)  # the best one, here perhaps that before the first step
         output = output / "actor_final"

@@ -112,8 +112,8 @@ def console_line(
 ) -> str:
     """One line for people: `step 20/300  reward 1.23  kl 0.04  lr 1.0e-06  2.10 s/step`.
 
-    Values of one group other than train ("eval/loss", "eval/reward/rules") lose the prefix, and the line begins with the
-    group.
+    Values of one group other than train ("eval/loss", "eval/reward/rules") lose the prefix, and the line begins
+    with the group.
     """
     groups = {name.partition("/")[0] if "/" in name else "" for name in values}
     group = groups.pop() if len(groups) == 1 else ""

@@ -28,7 +28,7 @@ from utils.run import UserError
 
 ROOT = Path(__file__).parents[2]
 MODEL = "--model_name_or_path facebook/opt-125m "
-MODELS = "--actor_model_name_or_path facebook/opt-125m --reward_model_name_or_path me/reward "
+MODELS = "--reward_model_name_or_path me/reward --actor_model_name_or_path facebook/opt-125m "
 
 
 def step1(line: str = "") -> Step1Arguments:
@@ -211,7 +211,7 @@ def test_help_is_grouped_and_complete(arguments):
         if field.init:
             assert f"--{field.name} " in text
             assert field.metadata["help"]
-    assert text.count("(required)") == (2 if arguments is Step3Arguments else 1)
+    assert text.count("(required)") == 1
     for group in ("data:", "run:", "optimizer (AdamW):", "memory:", "LoRA:", "retired (accepted, do nothing):"):
         assert f"\n{group}\n" in text
     assert "--data-path" not in text
@@ -389,8 +389,10 @@ def test_missing_models_are_refused_before_anything_loads(tmp_path, monkeypatch)
 
 
 def test_required_flags_are_named():
-    with pytest.raises(UserError, match="required: --actor_model_name_or_path, --reward_model_name_or_path"):
+    with pytest.raises(UserError, match="required: --actor_model_name_or_path "):
         parse_step3([])
+    with pytest.raises(UserError, match="--reward_model_name_or_path or --reward_fn: one of them is required"):
+        parse_step3(["--actor_model_name_or_path", "facebook/opt-125m"])
 
 
 def test_a_bad_flag_exits_with_2_without_importing_torch():
@@ -405,6 +407,47 @@ def test_a_bad_flag_exits_with_2_without_importing_torch():
     assert done.returncode == 2
     assert done.stdout == "False False\n"
     assert done.stderr == "error: --kl_ct: unknown flag; did you mean --kl_ctl? (all flags: --help)\n"
+
+
+# ------------------------------------------------------------------------------------------- rewards
+
+
+def rules(folder: Path) -> str:
+    path = folder / "rules.py"
+    path.write_text("def short(prompt, answer): return -len(answer)\n")
+    return str(path)
+
+
+def test_rewards_from_models_functions_or_both(tmp_path):
+    actor, rule = ["--actor_model_name_or_path", "me/actor"], rules(tmp_path)
+    args = step3(f"--reward_model_name_or_path me/a me/b:0.5 --reward_fn {rule}:short:-0.1 --normalize_reward")
+    assert args.reward_model_name_or_path == ["me/a", "me/b:0.5"] and args.reward_fn == [f"{rule}:short:-0.1"]
+    assert (args.reward_fn_timeout, args.normalize_reward) == (60.0, True)
+    alone = parse_step3([*actor, "--reward_fn", f"{rule}:short", "--reward_fn_timeout", "0"])
+    assert (alone.reward_model_name_or_path, alone.reward_fn_timeout) == ([], 0.0)
+    critic = ["--critic_model_name_or_path", "me/critic"]
+    assert parse_step3([*actor, "--reward_fn", f"{rule}:short", "--algo", "ppo", *critic]).algo == "ppo"
+    with pytest.raises(UserError, match="--algo ppo with --reward_fn alone: .* give --critic_model_name_or_path"):
+        parse_step3([*actor, "--reward_fn", f"{rule}:short", "--algo", "ppo"])
+    with pytest.raises(UserError, match="--normalize_reward with --reward_fn alone"):
+        parse_step3([*actor, "--reward_fn", f"{rule}:short", "--normalize_reward"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--reward_model_name_or_path me/a ./none:0.5", r"--reward_model_name_or_path ./none: no such folder"),
+        ("--reward_model_name_or_path me/a:0", r"--reward_model_name_or_path me/a:0: the weight .* other than 0"),
+        ("--reward_fn nowhere.py:f", r"--reward_fn nowhere.py:f: no such file"),
+        ("--reward_fn rules", r"--reward_fn rules: expected module:function or file.py:function"),
+        ("--reward_fn math:pi:0.5", r"--reward_fn math:pi: pi is a float; expected a function"),
+        ("--reward_fn_timeout 5", r"--reward_fn_timeout: has no effect without --reward_fn"),
+        ("--reward_fn rules:f --reward_fn_timeout -1", r"--reward_fn_timeout -1.0: must be 0 or more"),
+    ],
+)
+def test_rewards_that_cannot_be_are_refused(line, message):
+    with pytest.raises(UserError, match=message):
+        step3(line)
 
 
 # ------------------------------------------------------------------------------------------- retired flags, notices

@@ -18,6 +18,7 @@ from remax.inference import FrozenActor
 from remax.logprobs import Sampling
 from remax.modeling import load_policy
 from remax.reward_model import load_reward_model
+from remax.rewards import CompositeReward, Part
 from remax.rollout import GenerationSettings, GreedyRows
 from remax.sequences import Prompts
 from utils.run import UserError
@@ -36,11 +37,11 @@ def load(make_policy, make_scorer):
         tokenizer = load_tokenizer(folder)
         dtype = config.torch_dtype
         generation = GenerationSettings(ANSWER, tokenizer.pad_token_id, sampling)
+        judge = Reward(load_reward_model(scorer, "--r", dtype=dtype, tokenizer=tokenizer), config)
         return {
             "actor": FrozenActor(load_policy(folder, "--a", dtype=dtype, tokenizer=tokenizer), config, generation),
-            "reward": Reward(load_reward_model(scorer, "--r", dtype=dtype, tokenizer=tokenizer), config),
+            "reward": CompositeReward([Part("judge", judge, tokenizer=load_tokenizer(scorer))]),
             "tokenizer": tokenizer,
-            "reward_tokenizer": load_tokenizer(scorer),
             "prompts": built_in_prompts(tokenizer, PROMPT),
             "reference": Reference(load_policy(folder, "--a", dtype=dtype, tokenizer=tokenizer), config),
             "max_prompt_tokens": PROMPT,
@@ -85,7 +86,7 @@ def test_bf16_is_sound_and_its_export_exact(load):
 
 def test_engines_keep_rotary_frequencies_in_float32(load):
     patient = load("llama", config=EngineConfig(dtype="bf16"))
-    for engine in (patient["actor"], patient["reference"], patient["reward"]):
+    for engine in (patient["actor"], patient["reference"], patient["reward"].parts[0].scorer):
         rotary = {name: b.dtype for name, b in engine.model.named_buffers() if "inv_freq" in name}
         assert rotary and set(rotary.values()) == {torch.float32}
         assert next(engine.model.parameters()).dtype == torch.bfloat16
@@ -236,7 +237,7 @@ def test_a_swapped_tokenizer_is_found(load, corpus):
     from utils.demo import train_tokenizer
 
     patient = load()
-    patient["reward_tokenizer"] = train_tokenizer(["aaa bbb ccc ddd"] * 9, vocab_size=300)
+    patient["reward"].parts[0].tokenizer = train_tokenizer(["aaa bbb ccc ddd"] * 9, vocab_size=300)
     assert failed(examine(**patient)) == ["vocabulary"]
 
 
@@ -313,20 +314,21 @@ def test_an_export_that_differs_is_found(load, monkeypatch):
 
 def test_a_score_that_reads_the_padding_is_found(load):
     patient = load()
-    honest = patient["reward"].score
-    patient["reward"].score = lambda sequences: honest(sequences) + 0.1 * (~sequences.mask).sum(1)
+    judge = patient["reward"].parts[0].scorer
+    honest = judge.score
+    judge.score = lambda sequences, forwards=1: honest(sequences) + 0.1 * (~sequences.mask).sum(1)
     assert failed(examine(**patient)) == ["rows do not touch one another"]
 
 
 @pytest.mark.parametrize("score", [0.0, math.nan, math.inf])
 def test_a_constant_or_broken_score_is_found(score, load):
     patient = load()
-    patient["reward"].score = lambda sequences: torch.full((len(sequences),), score)
+    patient["reward"].parts[0].scorer.score = lambda sequences, forwards=1: torch.full((len(sequences),), score)
     assert "scores are finite and differ" in failed(examine(**patient))
 
 
 def test_the_tokenizers_of_a_reward_model_with_its_own_pad_agree(load, tokenizers):
     patient = load("gpt2", "none")
-    patient["reward_tokenizer"] = AutoTokenizer.from_pretrained(tokenizers["none"])
-    patient["reward_tokenizer"].add_special_tokens({"pad_token": "<|pad|>"})
+    patient["reward"].parts[0].tokenizer = AutoTokenizer.from_pretrained(tokenizers["none"])
+    patient["reward"].parts[0].tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     assert not examine(**patient).failures

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from remax.deepspeed_config import EngineConfig
 from remax.findings import FAILURE, OK, SKIPPED, WARNING
 from remax.reward_checks import check_ranking, held_out_pairs, ranking_findings
+from remax.rewards import CompositeReward, Part
 
 
 def test_accuracy_by_hand():
@@ -67,9 +67,9 @@ def test_few_pairs_only_warn():
     assert (ranks.result, length.result) == (WARNING, WARNING)
 
 
-def scorer(score) -> SimpleNamespace:
+def scorer(score) -> CompositeReward:
     """A reward model that scores by a function of sequences."""
-    return SimpleNamespace(score=score, config=EngineConfig(dtype="fp32"), model=torch.nn.Module())
+    return CompositeReward([Part("judge", SimpleNamespace(score=score, model=torch.nn.Module()))])
 
 
 def test_pairs_of_a_data_set(corpus, tokenizer):
@@ -87,4 +87,4 @@ def test_data_without_pairs_is_skipped(tmp_path, tokenizer):
     rows = [{"prompt": "Human: a Assistant:", "chosen": f" {i}"} for i in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert held_out_pairs([str(tmp_path / "rows.jsonl")], tokenizer, max_len=100) is None
-    assert [found.result for found in check_ranking(None, None)] == [SKIPPED]
+    assert [found.result for found in check_ranking(scorer(None), None)] == [SKIPPED]
