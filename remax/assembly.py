@@ -117,7 +117,7 @@ def finetune_loaders(
     if isinstance(args, Step1Arguments):
         of_this_stage = {"sft_only_data_path": args.sft_only_data_path, "train_on": args.train_on}
     else:
-        of_this_stage = {"need_margin": args.use_margin}
+        of_this_stage = {"need_margin": args.use_margin, "best_and_worst": True}
     train, evaluation = build_loaders(
         stage=stage,
         tokenizer=tokenizer,

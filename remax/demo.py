@@ -150,7 +150,7 @@ def measure(
 
     def loader(stage: int, tokenizer: PreTrainedTokenizerBase, max_len: int):
         encoded = encode_rows(rows, KINDS[stage], tokenizer, max_len, cache_dir=None, names=Names("eval"))
-        collate = partial(COLLATORS[stage], pad_id=tokenizer.pad_token_id)
+        collate = partial(COLLATORS[KINDS[stage]], pad_id=tokenizer.pad_token_id)
         return make_loader(encoded, EvalSampler(len(encoded)), BATCH_SIZE, collate)
 
     def actor(name: str) -> FrozenActor:

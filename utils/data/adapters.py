@@ -15,11 +15,14 @@ from utils.data.shapes import (
     Row,
     RowRefused,
     RowSkipped,
+    as_dialogue,
     ask,
     conversation,
     dialogues,
     margin,
+    numbers,
     pair,
+    ranked,
     text,
 )
 
@@ -89,6 +92,19 @@ def ultrafeedback(row: Row) -> Conversation:
     return replace(conversation(row, ["chosen", "rejected"]), margin=row["score_chosen"] - row["score_rejected"])
 
 
+def nectar(row: Row) -> Example:
+    answers = row["answers"] or []
+    ranks = numbers({"ranks": [found["rank"] for found in answers]}, "ranks", len(answers))
+    return ranked(text(row, "prompt").rstrip(" "), [found["answer"] or "" for found in answers], ranks)
+
+
+def ultrafeedback_completions(row: Row) -> Example:
+    found = row["completions"] or []
+    scores = numbers({"scores": [completion["overall_score"] for completion in found]}, "scores", len(found))
+    answers = [completion["response"] or "" for completion in found]
+    return ranked(as_dialogue(text(row, "instruction")), answers, [-score for score in scores])
+
+
 ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
     "Dahoas/rm-static": rm_static,
     "Dahoas/full-hh-rlhf": rm_static,
@@ -108,6 +124,8 @@ ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
     "lmqg/qag_jaquad": qag_jaquad,
     "Anthropic/hh-rlhf": dialogues,
     "HuggingFaceH4/ultrafeedback_binarized": ultrafeedback,
+    "berkeley-nest/Nectar": nectar,
+    "openbmb/UltraFeedback": ultrafeedback_completions,
 }
 
 

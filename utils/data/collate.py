@@ -47,6 +47,24 @@ def collate_ranking(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.
     return batch
 
 
+def collate_ranked(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """All N answers of the B rows, one row's after the other's, each with its prompt: input_ids (N, T) right-padded,
+    lengths, prompt_lengths (N,), row (N,) the number of its row, ranks (N,) 1 for the best and equal for ties.
+    weight (B,) is of the rows.
+    """
+    ids, lengths = pad([answer for row in rows for answer in row["answers_ids"]], pad_id)
+    counts = torch.tensor([len(row["ranks"]) for row in rows])  # (B,)
+    batch = shared(rows)
+    return {
+        "input_ids": ids,
+        "lengths": lengths,
+        "prompt_lengths": batch["prompt_lengths"].repeat_interleave(counts),
+        "row": torch.arange(len(rows)).repeat_interleave(counts),
+        "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
+        "weight": batch["weight"],
+    }
+
+
 def collate_prompts(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     """input_ids (B, P) left-padded, lengths (B,), weight (B,), prompt: the B texts."""
     ids, lengths = pad([row["input_ids"] for row in rows], pad_id, left=True)

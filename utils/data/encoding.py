@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import cache_file, code_of, fingerprint_of
 from utils.data.report import SHOWN_ROWS, as_record, as_words, listing, report_dropped, tally
+from utils.data.shapes import distinct
 from utils.data.tokens import (
     beginning,
     encode_answers,
@@ -34,6 +35,9 @@ FEATURES = {
     "ranking": Features(
         {"chosen_ids": IDS, "rejected_ids": IDS, "prompt_length": Value("int32"), "margin": Value("float32")}
     ),
+    "ranked": Features(
+        {"answers_ids": List(IDS), "ranks": IDS, "prompt_length": Value("int32"), "left_out": Value("int32")}
+    ),
     "prompts": Features({"input_ids": IDS, "prompt": Value("string")}),
 }
 OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has them
@@ -41,9 +45,11 @@ OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has
 FATE = Features(
     {"dropped": Value("string"), "cut": Value("bool"), "prompt_cut": Value("bool"), "full_length": Value("int32")}
 )
+PAIRS_NEEDED = "step 2 learns from pairs: expected the columns chosen and rejected, or answers in an order"
 NEEDS = {
     "supervised": ("chosen", "step 1 learns from answers: expected a column chosen or completion"),
-    "ranking": ("rejected", "step 2 learns from pairs: expected the columns chosen and rejected"),
+    "ranking": ("rejected", PAIRS_NEEDED),
+    "ranked": ("rejected", PAIRS_NEEDED),
     "prompts": ("prompt", "step 3 starts from prompts; plain text serves step 1 and --unsupervised_dataset_name"),
 }
 TOO_LONG = "whose prompt alone fills --max_seq_len"
@@ -188,6 +194,54 @@ def ranking_batch(
     return columns(rows)
 
 
+def ranked_batch(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "drop"
+) -> dict[str, list]:
+    """Rows with prompt, answers and ranks -> answers_ids, ranks, prompt_length, left_out and their fate.
+
+    A row without `answers` is a pair: chosen before rejected. left_out: how many answers of a used row are not used,
+    being not `distinct`, as texts or after the cut.
+    """
+    rows = []
+    first, eos = beginning(tokenizer), tokenizer.eos_token_id
+    prompts = [prompt or "" for prompt in batch["prompt"]]
+    plain = plain_ids(tokenizer, prompts)
+    pairs = zip(batch["chosen"], batch["rejected"], strict=True)
+    answers = [pair if found is None else found for found, pair in zip(batch["answers"], pairs, strict=True)]
+    owner = [i for i, found in enumerate(answers) for _ in found]
+    texts = [answer or "" for found in answers for answer in found]
+    encoded = iter(encode_answers(tokenizer, [prompts[i] for i in owner], [plain[i] for i in owner], texts))
+    tails = [[next(encoded) for _ in found] for found in answers]
+    for i, head in enumerate(with_beginning(first, plain)):
+        full_length, is_pair = len(head), batch["answers"][i] is None
+        ranks = [1, 2] if is_pair else batch["ranks"][i]
+        kept = distinct([(answer or "").strip() or None for answer in answers[i]], ranks)
+        dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head)
+        dropped = dropped or (too_long(head, max_len) if overlong == "drop" else None)
+        if not dropped and len(kept) < 2:
+            dropped = "with equal answers" if is_pair else "with fewer than two distinct answers"
+        if not dropped and len({ranks[k] for k in kept}) < 2:
+            dropped = "whose answers are all tied"
+        head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
+        ids = [tuple(join(head, tail, max_len, eos)) for tail in tails[i]]
+        used = [kept[k] for k in distinct([ids[k] for k in kept], [ranks[k] for k in kept])]
+        if not dropped and len({ranks[k] for k in used}) < 2:
+            dropped = "whose answers are equal after the cut"
+        rows.append(
+            {
+                "answers_ids": [] if dropped else [ids[k] for k in used],
+                "ranks": [] if dropped else [ranks[k] for k in used],
+                "prompt_length": len(head),
+                "left_out": 0 if dropped else len(ranks) - len(used),
+                "dropped": dropped,
+                "cut": any(len(head) + len(tails[i][k]) >= max_len for k in used),
+                "prompt_cut": len(head) < full_length,
+                "full_length": full_length,
+            }
+        )
+    return columns(rows)
+
+
 def prompts_batch(
     batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "cut"
 ) -> dict[str, list]:
@@ -232,7 +286,12 @@ def too_long(prompt_ids: list[int], max_len: int) -> str | None:
     return TOO_LONG if len(prompt_ids) >= max_len else None
 
 
-ENCODERS = {"supervised": supervised_batch, "ranking": ranking_batch, "prompts": prompts_batch}
+ENCODERS = {
+    "supervised": supervised_batch,
+    "ranking": ranking_batch,
+    "ranked": ranked_batch,
+    "prompts": prompts_batch,
+}
 
 
 def columns(rows: list[dict[str, Any]]) -> dict[str, list]:
@@ -269,9 +328,10 @@ def encode_rows(
     """Text rows -> the token ids of one stage; through the cache, with what was dropped and cut reported in one line.
 
     Args:
-        rows: columns prompt, chosen, rejected.
+        rows: columns prompt, chosen, rejected; for "ranked" also answers and ranks.
         kind: "supervised" {input_ids, prompt_length}, with loss_mask where some row has one; "ranking" {chosen_ids,
-            rejected_ids, prompt_length}, with margin where some row has one; or "prompts" {input_ids, prompt}.
+            rejected_ids, prompt_length}, with margin where some row has one; "ranked" {answers_ids, ranks,
+            prompt_length}; or "prompts" {input_ids, prompt}.
         max_len: in tokens; of prompt and answer together, or of the prompt for "prompts".
         overlong: what becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
             "drop" for the others.
@@ -285,7 +345,7 @@ def encode_rows(
     options = {"overlong": overlong or ("cut" if kind == "prompts" else "drop")}
     if kind == "supervised":
         options["train_on"] = train_on
-    made_by = (code_of("encoding", "tokens"), tokenizer_fingerprint(tokenizer))
+    made_by = (code_of("encoding", "shapes", "tokens"), tokenizer_fingerprint(tokenizer))
     fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(options.items()))
     encoded = rows.map(
         partial(ENCODERS[kind], tokenizer=tokenizer, max_len=max_len, **options),
@@ -318,13 +378,32 @@ def encode_rows(
     report_dropped(f"{names.data_flag} ({names.data})", dropped, len(encoded))
     report_cut(f"longer prompts, up to {longest} tokens, keep their end", prompt_cut, rows, max_len, names)
     report_cut("longer answers are cut, and without an end token", cut, rows, max_len, names)
+    left_out = np.asarray(table["left_out"][:]) if kind == "ranked" else np.zeros(len(encoded), dtype=int)
+    report_left_out(left_out, rows, names)
     if record is not None:
         used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **options}
         counts = {"rows": len(encoded), "kept": int(kept.sum()), "dropped": as_record(dropped)}
+        counts |= {"answers_left_out": int(left_out.sum())} if kind == "ranked" else {}
         record.append({**used, **counts, "cut_prompts": int(prompt_cut.sum()), "cut_answers": int(cut.sum())})
     unused = [name for name in OPTIONAL if name in encoded.column_names and table[name][:].null_count == len(encoded)]
+    unused += ["left_out"] if kind == "ranked" else []
     encoded = encoded.remove_columns([*FATE, *unused])
     return encoded if kept.all() else encoded.select(np.flatnonzero(kept))
+
+
+def report_left_out(counts: np.ndarray, rows: Dataset, names: Names) -> None:
+    """One line for the answers that rows with several lack; none where no row lacks one.
+
+    Args:
+        counts: (rows,) how many each row lacks.
+    """
+    where = np.flatnonzero(counts)
+    if len(where):
+        first = rows[where[:SHOWN_ROWS]]["origin"] if "origin" in rows.column_names else []
+        print0(
+            f"{names.data_flag} ({names.data}): {counts.sum()} answers of {len(where)} rows left out: empty, or equal "
+            f"to another answer of the row{listing(len(where), first)}"
+        )
 
 
 def report_cut(how: str, cut: np.ndarray, rows: Dataset, max_len: int, names: Names) -> None:
@@ -345,5 +424,5 @@ def check_serves(rows: Dataset, kind: str, names: Names) -> None:
     if len(rows) and rows.with_format("arrow")[column][:].null_count == len(rows):
         what = "a prompt" if column == "prompt" else f"an answer `{column}`"
         raise UserError(f"{names.data_flag}: no row has {what}; {need}")
-    if kind == "ranking" and len(rows) and rows.with_format("arrow")["prompt"][:].null_count == len(rows):
+    if kind in ("ranking", "ranked") and len(rows) and rows.with_format("arrow")["prompt"][:].null_count == len(rows):
         raise UserError(f"{names.data_flag}: no row has a prompt; {need}")

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import code_of, fingerprint_of
 from utils.data.chat import template_of
-from utils.data.collate import collate_prompts, collate_ranking, collate_supervised
+from utils.data.collate import collate_prompts, collate_ranked, collate_ranking, collate_supervised
 from utils.data.encoding import Names, Overlong, encode_rows
 from utils.data.names import parse_name
 from utils.data.preferences import load_data_set
@@ -35,7 +35,12 @@ from utils.run import UserError
 
 KINDS = ("supervised", "ranking", "prompts")
 LENGTH_FLAGS = ("--max_seq_len", "--max_seq_len", "--max_prompt_seq_len")
-COLLATORS = (collate_supervised, collate_ranking, collate_prompts)
+COLLATORS = {
+    "supervised": collate_supervised,
+    "ranking": collate_ranking,
+    "ranked": collate_ranked,
+    "prompts": collate_prompts,
+}
 MODULES = (
     *("adapters", "cache", "chat", "collate", "encoding", "loaders", "names", "preferences", "shapes", "sources"),
     *("splits", "tokens"),
@@ -64,6 +69,7 @@ def build_loaders(
     overlong: Overlong | None = None,
     train_on: str = "last",
     need_margin: bool = False,
+    best_and_worst: bool = False,
     record_in: str | Path | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """The loaders (train, eval) of one stage on one rank.
@@ -84,6 +90,8 @@ def build_loaders(
             chat template where it has one.
         overlong, train_on: see `encode_rows`.
         need_margin: stage 1 learns from `margin`: refuses data without one.
+        best_and_worst: of several ranked answers stage 1 takes the best and the worst, as a pair. Otherwise, where some
+            row of the data has ranked answers, its batches are those of `collate_ranked`.
         record_in: folder for data.json: what was read, dropped and cut, and the fingerprints of data, tokenizer and
             code.
 
@@ -97,7 +105,7 @@ def build_loaders(
     """
     record: list[dict] = []
     with local_rank_zero_first():
-        train, evaluation = encode_data_sets(
+        kind, train, evaluation = encode_data_sets(
             stage,
             tokenizer,
             data_path=data_path,
@@ -110,8 +118,11 @@ def build_loaders(
             columns=columns,
             overlong=overlong,
             train_on=train_on,
+            best_and_worst=best_and_worst,
             record=record,
         )
+    if need_margin and kind == "ranked":
+        raise UserError("--use_margin: the data ranks several answers to a prompt, without margins; leave the flag out")
     if need_margin and "margin" not in train.column_names:
         raise UserError("--use_margin: no row of the data has a number in a column `margin`; leave the flag out")
     if record_in is not None and this_rank() == 0:
@@ -124,7 +135,7 @@ def build_loaders(
             f"{BATCH_FLAGS[stage]} {train_batch_size}: {len(train)} training rows are too few for one batch of "
             f"{global_batch} on {world_size} rank{'s' * (world_size > 1)}; lower it, or give more data"
         )
-    collate = partial(COLLATORS[stage], pad_id=tokenizer.pad_token_id)
+    collate = partial(COLLATORS[kind], pad_id=tokenizer.pad_token_id)
     order = EpochSampler(len(train), train_batch_size, rank=rank, world_size=world_size, seed=seed)
     return (
         make_loader(train, order, train_batch_size, collate),
@@ -188,9 +199,10 @@ def encode_data_sets(
     columns: Mapping[str, str] | None = None,
     overlong: Overlong | None = None,
     train_on: str = "last",
+    best_and_worst: bool = False,
     record: list[dict] | None = None,
-) -> tuple[Dataset, Dataset]:
-    """All data sets of one stage, encoded and blended: (train, eval)."""
+) -> tuple[str, Dataset, Dataset]:
+    """All data sets of one stage, encoded and blended: (kind of the rows, train, eval)."""
     sources = [("--data_path", name) for name in data_path]
     if stage == 0:
         sources += [("--sft_only_data_path", name) for name in sft_only_data_path]
@@ -198,18 +210,21 @@ def encode_data_sets(
     if None in weights and any(weights):
         raise UserError(f"{sources[weights.index(None)][0]}: give each data set a weight (name:0.3), or none")
     form = Form(columns or {}, template_of(tokenizer))
+    loaded = [
+        load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, form=form, record=record)
+        for flag, name in sources
+    ]
+    several = stage == 1 and not best_and_worst and any(has_rankings(rows) for parts in loaded for rows in parts)
+    kind = "ranked" if several else KINDS[stage]
     encoded: dict[str, list[Dataset]] = {"train": [], "eval": []}
-    for flag, name in sources:
-        train, evaluation = load_data_set(
-            name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, form=form, record=record
-        )
+    for (flag, name), (train, evaluation) in zip(sources, loaded, strict=True):
         if flag == "--data_path":
             train = train.select(stage_indices(list(prompt_keys(train)), data_split, stage, data_seed, name))
         for data, rows in (("train", train), ("eval", evaluation)):
             names = Names(data, f"{flag} {name}", LENGTH_FLAGS[stage])
             options = {"num_proc": num_proc, "overlong": overlong, "train_on": train_on, "record": record}
             encoded[data].append(
-                encode_rows(rows, KINDS[stage], tokenizer, max_len, cache_dir=cache_dir, names=names, **options)
+                encode_rows(rows, kind, tokenizer, max_len, cache_dir=cache_dir, names=names, **options)
             )
     if len(sources) > 1 and None not in weights:
         rows_of = blend([len(rows) for rows in encoded["train"]], weights, data_seed)
@@ -220,7 +235,12 @@ def encode_data_sets(
                 record.append({**used, "fingerprint": fingerprint_of(rows)})
             encoded["train"][k] = encoded["train"][k].select(rows)
     train, evaluation = (datasets.concatenate_datasets(encoded[data]) for data in ("train", "eval"))
-    return train, evaluation
+    return kind, train, evaluation
+
+
+def has_rankings(rows: Dataset) -> bool:
+    """Whether some row has several ranked answers."""
+    return rows.with_format("arrow")["answers"][:].null_count < len(rows)
 
 
 def write_record(folder: Path, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -25,8 +25,10 @@ from utils.run import UserError
 
 HOLD_OUT = 0.05
 HOLD_OUT_SEED = 1234
+# answers, ranks: of rows with several ranked answers, see `Example`.
 TEXT = Features(
-    {"prompt": Value("string"), "chosen": Value("string"), "rejected": Value("string"), "margin": Value("float64")}
+    {name: Value("string") for name in ("prompt", "chosen", "rejected")}
+    | {"margin": Value("float64"), "answers": List(Value("string")), "ranks": List(Value("int32"))}
 )
 # earlier: places of earlier answers in the prompt.   origin: the row's name in its file, for messages.
 ABOUT = Features({"earlier": List(List(Value("int32"))), "origin": Value("string")})
@@ -37,10 +39,9 @@ CONVERTED_BY = ("adapters", "cache", "chat", "preferences", "shapes")  # the mod
 def load_preferences(
     data_path: list[str], *, cache_dir: str | None, form: Form = PLAIN, announce: bool = True
 ) -> tuple[Dataset, Dataset]:
-    """All data sets of `--data_path`, one after the other: (train, eval) with columns prompt, chosen, rejected, margin
-    and those of ABOUT.
+    """All data sets of `--data_path`, one after the other: (train, eval) with the columns of TEXT and ABOUT.
 
-    `chosen`, `rejected` and `margin` are None where a data set has none. Weights are left aside.
+    All but `prompt` are None where a data set has none. Weights are left aside.
 
     Raises:
         UserError: a data set cannot be read; see `load_data_set`.
@@ -59,8 +60,7 @@ def load_data_set(
     form: Form = PLAIN,
     record: list[dict] | None = None,
 ) -> tuple[Dataset, Dataset]:
-    """One data set as (train, eval), from a file, a folder or the hub; columns prompt, chosen, rejected, margin and
-    those of ABOUT.
+    """One data set as (train, eval), from a file, a folder or the hub, with the columns of TEXT and ABOUT.
 
     eval is the data set's own test split. A data set without one gives up a seeded 5 % of its rows (at least one),
     where possible whole prompts, so that no held-out prompt is trained on with another answer.
@@ -137,6 +137,8 @@ def choose_conversion(
     """
     lists = ("prompt", "chosen", "rejected", "completion", "messages")
     of_messages = any(isinstance(part.rows.features.get(column), List) for column in lists)
+    answers = part.rows.features.get("answers")
+    of_messages |= isinstance(answers, List) and isinstance(answers.feature, List)
     if not of_messages:
         form = replace(form, template=None)
     how = f", written by the {'chat template' if form.template else 'Human/Assistant convention'}"
@@ -230,10 +232,18 @@ def normalise_batch(
         for name in TEXT:
             columns[name].append(getattr(example, name))
         columns["earlier"].append(None if example.earlier is None else [list(span) for span in example.earlier])
-        columns["key"].append(content_key(example.prompt, example.chosen, example.rejected))
+        columns["key"].append(row_key(example))
         columns["skipped"].append(reason)
     columns["origin"] = [part.label + row_name(part.file, i) for i in indices]
     return columns
+
+
+def row_key(example: Example) -> int:
+    """A number that rows of equal texts share; of ranked answers all count, and the order of ties does not."""
+    if example.answers is None:
+        return content_key(example.prompt, example.chosen, example.rejected)
+    ranking = sorted(zip(example.ranks, example.answers, strict=True))
+    return content_key(example.prompt, *(text for rank, answer in ranking for text in (str(rank), answer)))
 
 
 def drop_skipped(

@@ -1,4 +1,4 @@
-"""A row of any accepted shape -> prompt, chosen, rejected, margin.
+"""A row of any accepted shape -> prompt, chosen, rejected, margin; where it has several ranked answers, also these.
 
 Text convention, that of Dahoas/rm-static: a prompt ends with "Assistant:" and an answer begins with a space, so that
 prompt + answer is the whole dialogue. What is written so, or in any template of the user's own, is taken as it stands;
@@ -6,8 +6,9 @@ bare questions are written as Human/Assistant dialogue, and so are lists of mess
 template.
 """
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ class Example:
 
     prompt: None for plain text, which stands in `chosen`.   margin: by how much the chosen answer is better, where the
     data set knows it.   earlier: where the assistant's earlier answers stand in the prompt; None when it is not known.
+    answers, ranks: of a row with several ranked answers all of them, the best first, and their ranks, 1 for the best
+    and equal for ties; None elsewhere. Such a row's `chosen` is the best answer, and `rejected` the worst.
     """
 
     prompt: str | None
@@ -30,6 +33,8 @@ class Example:
     rejected: str | None
     margin: float | None = None
     earlier: Spans | None = ()
+    answers: Sequence[str] | None = None
+    ranks: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,11 @@ class Conversation:
     """One row whose prompt is still a list of messages: `finish` writes it."""
 
     messages: list[dict[str, str]]
-    chosen: str | None
+    chosen: str | None = None
     rejected: str | None = None
     margin: float | None = None
+    answers: Sequence[str] | None = None
+    ranks: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,37 @@ def pair(prompt: str, chosen: str | None, rejected: str | None = None, margin: f
     if rejected is not None:
         rejected = as_answer(prompt, rejected)
     return Example(prompt, chosen, rejected, margin, earlier_answers(prompt))
+
+
+def ranked(prompt: str, answers: Sequence[str], ranks: Sequence[float]) -> Example:
+    """An Example of a finished prompt and several answers; the lower an answer's rank, the better it is."""
+    return best_first(prompt, [as_answer(prompt, answer) for answer in answers], ranks, earlier_answers(prompt))
+
+
+def best_first(prompt: str, answers: Sequence[str], ranks: Sequence[float], earlier: Spans | None) -> Example:
+    """The Example of several answers as they follow the prompt.
+
+    The best and the worst are looked for among the `distinct` ones; where all of them are tied, there is no worst.
+    """
+    order = sorted(range(len(answers)), key=lambda i: ranks[i])
+    level = {rank: number for number, rank in enumerate(sorted(set(ranks)), 1)}
+    answers, ranks = tuple(answers[i] for i in order), tuple(level[ranks[i]] for i in order)
+    kept = distinct([answer.strip() or None for answer in answers], ranks)
+    best = answers[kept[0]] if kept else None
+    worst = answers[kept[-1]] if kept and ranks[kept[-1]] > ranks[kept[0]] else None
+    return Example(prompt, best, worst, None, earlier, answers, ranks)
+
+
+def distinct(answers: Sequence[Hashable | None], ranks: Sequence[int]) -> list[int]:
+    """Which of a row's answers are used: not the empty ones (None), and of equal ones the first.
+
+    Equal answers of unequal rank contradict one another: none of them is used.
+    """
+    ranks_of: dict[Hashable, set[int]] = {}
+    for answer, rank in zip(answers, ranks, strict=True):
+        ranks_of.setdefault(answer, set()).add(rank)
+    sound = (i for i, answer in enumerate(answers) if answer is not None and len(ranks_of[answer]) == 1)
+    return list({answers[i]: i for i in reversed(list(sound))}.values())[::-1]
 
 
 def ask(question: str | None, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:
@@ -141,19 +179,20 @@ def finish(converted: Example | Conversation, template: ChatTemplate | None = No
     """The row as text."""
     if isinstance(converted, Example):
         return converted
-    messages, answers = converted.messages, (converted.chosen, converted.rejected)
-    if template is None:
-        prompt, earlier = write_plain(messages)
-        chosen, rejected = (None if answer is None else as_answer(prompt, answer) for answer in answers)
-    else:
-        try:
-            prompt, earlier = template.prompt(messages)
-            chosen, rejected = (
-                None if answer is None else template.answer(messages, prompt, answer) for answer in answers
-            )
-        except TemplateRefuses as error:
-            raise RowSkipped(f"that the chat template refuses ({str(error)[:100]})") from error
-    return Example(prompt, chosen, rejected, converted.margin, earlier)
+    messages = converted.messages
+    try:
+        prompt, earlier = write_plain(messages) if template is None else template.prompt(messages)
+
+        def write(answer: str | None) -> str | None:
+            if answer is None or template is None:
+                return answer and as_answer(prompt, answer)
+            return template.answer(messages, prompt, answer)
+
+        if converted.answers is not None:
+            return best_first(prompt, [write(answer) for answer in converted.answers], converted.ranks, earlier)
+        return Example(prompt, write(converted.chosen), write(converted.rejected), converted.margin, earlier)
+    except TemplateRefuses as error:
+        raise RowSkipped(f"that the chat template refuses ({str(error)[:100]})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,6 +224,12 @@ def conversation(row: Row, columns: list[str]) -> Conversation:
     Args:
         columns: of the answers: the good one, then the bad one, as far as there are any.
     """
+    messages, answers = exchange(row, columns)
+    return Conversation(messages, *answers, margin=margin(row))
+
+
+def exchange(row: Row, columns: list[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """(the messages before the answer, the answers in `columns`), see `conversation`."""
     if row.get("tools"):
         raise RowRefused("tools", "tools are not supported; leave such rows out, or remove the column")
     asked: list[dict[str, str]] = []
@@ -203,14 +248,59 @@ def conversation(row: Row, columns: list[str]) -> Conversation:
             raise RowRefused(column, "the last message must be the assistant's")
         answers.append(messages[-1]["content"])
         before.append(messages[:-1])
-    if len(before) == 2 and before[0] != before[1]:
-        raise RowSkipped("the two dialogues differ before their last turn")
+    if any(other != before[0] for other in before[1:]):
+        raise RowSkipped(f"the {'two ' if len(before) == 2 else ''}dialogues differ before their last turn")
     earlier = before[0] if before else []
     repeats_prompt = earlier[: len(asked)] == asked or (len(asked) == 1 and asked[0] in earlier)
     messages = earlier if repeats_prompt else asked + earlier
     if not messages or messages[-1]["role"] != "user":
         raise RowRefused("prompt" if asked else columns[0], "expected a user's message before the answer")
-    return Conversation(messages, *(answers or [None]), margin=margin(row))
+    return messages, answers
+
+
+def several_answers(row: Row, *, order: str | None, bare: bool) -> Example | Conversation:
+    """prompt with a list of answers; text or lists of messages.
+
+    Args:
+        order: "scores", of which the highest is the best; "ranks", of which the lowest is; None: the best comes first.
+        bare: the prompts are plain questions, to be written as dialogue.
+    """
+    answers = listed(row, "answers")
+    ranks: Sequence[float] = range(len(answers))
+    if order:
+        ranks = numbers(row, order, len(answers))
+    if order == "scores":
+        ranks = [-score for score in ranks]
+    if order == "ranks" and row.get("scores") is not None:
+        raise RowRefused("scores", "ranks give an order too; expected one of the two columns")
+    columns = [f"answers[{k}]" for k in range(1, len(answers) + 1)]
+    named = {**row, **dict(zip(columns, answers, strict=True))}
+    if any(isinstance(value, list) for value in (row["prompt"], *answers)):
+        messages, texts = exchange(named, columns)
+        return Conversation(messages, answers=texts, ranks=ranks)
+    prompt = text(row, "prompt")
+    return ranked(as_dialogue(prompt) if bare else prompt, [text(named, column) for column in columns], ranks)
+
+
+def listed(row: Row, column: str) -> list[Any]:
+    """The list in `column`."""
+    if not isinstance(row[column], list):
+        found = "missing or null" if row[column] is None else f"{type(row[column]).__name__} {str(row[column])[:40]!r}"
+        raise RowRefused(column, f"found {found}, expected a list")
+    return row[column]
+
+
+def numbers(row: Row, column: str, count: int) -> list[float]:
+    """The finite numbers in `column`, one for each of `count` answers."""
+    values = listed(row, column)
+    if len(values) != count:
+        raise RowRefused(column, f"found {len(values)} numbers for {count} answers")
+    for value in values:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise RowRefused(column, f"found {type(value).__name__} {str(value)[:40]!r}, expected a number")
+    if not all(value is not None and math.isfinite(value) for value in values):
+        raise RowSkipped(f"with {column} that are missing or not finite")
+    return values
 
 
 def dialogues(row: Row) -> Example | Conversation:
@@ -248,6 +338,10 @@ def find_shape(columns: list[str]) -> tuple[str, Callable[..., Example | Convers
         return "whole dialogues chosen/rejected", dialogues
     if "rejected" in columns:
         return "", None
+    if {"prompt", "answers"} <= set(columns):
+        order = next((column for column in ("ranks", "scores") if column in columns), None)
+        shape = f"prompt/answers/{order}" if order else "prompt/answers, the best first"
+        return shape, partial(several_answers, order=order)
     for answer in ("chosen", "completion"):
         if {"prompt", answer} <= set(columns):
             return f"prompt/{answer}", partial(prompt_and_answers, answer=answer)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 
 from utils.data.names import DataName, parse_name
 from utils.hub import hub_is_reachable
@@ -25,7 +25,10 @@ from utils.run import UserError
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TRAIN_SPLITS = ("train", "train_prefs", "train_sft")
 EVAL_SPLITS = ("test", "eval", "validation", "valid", "dev", "test_prefs", "test_sft")
-SHAPES = "prompt/chosen/rejected, chosen/rejected (whole dialogues), prompt/completion, messages, prompt alone, or text"
+SHAPES = (
+    "prompt/chosen/rejected, chosen/rejected (whole dialogues), prompt/answers (the best first, or with ranks or "
+    "scores), prompt/completion, messages, prompt alone, or text"
+)
 # Where the hub's repository or configuration is not simply the name.
 HUB_REPOSITORIES = {
     "mkqa-Chinese": ("apple/mkqa", None),
@@ -182,14 +185,16 @@ def read_file(path: Path, cache_dir: str | None, flag: str) -> Part:
             )
         for column in [name for name, kind in rows.features.items() if reader == "json" and is_date(kind)]:
             texts = [row.get(column) for _, row in json_rows(path)]
-            rows = rows.remove_columns(column).add_column(column, texts, feature=Value("string"))
+            feature = List(Value("string")) if isinstance(rows.features[column], List) else Value("string")
+            rows = rows.remove_columns(column).add_column(column, texts, feature=feature)
     except READ_ERRORS as error:
         raise UserError(f"{flag}: {path}{why_unreadable(path, reader, error)}") from error
     return not_empty(Part(rows, str(path), path), flag)
 
 
 def is_date(kind: Any) -> bool:
-    """A column of texts that all look like dates, which Arrow makes of them: JSON itself knows none."""
+    """A column of texts, or of lists of them, that all look like dates, which Arrow makes of them: JSON knows none."""
+    kind = kind.feature if isinstance(kind, List) else kind
     return isinstance(kind, Value) and kind.dtype.startswith(("timestamp", "date", "time"))
 
 

@@ -63,6 +63,22 @@ KNOWN = [
 ]
 
 
+RANKED = (ASK, " A", " C", None, (), (" A", " B", " C"), (1, 2, 3))
+SCORED = (("B", 7), ("A", 8.5), ("C", 2))
+KNOWN += [
+    (
+        "berkeley-nest/Nectar",
+        {"prompt": ASK + " ", "answers": [{"answer": a, "model": "x", "rank": 10.0 - s} for a, s in SCORED]},
+        RANKED,
+    ),
+    (
+        "openbmb/UltraFeedback",
+        {"instruction": "Q", "completions": [{"response": a, "overall_score": s} for a, s in SCORED]},
+        RANKED,
+    ),
+]
+
+
 @pytest.mark.parametrize(("name", "row", "expected"), KNOWN)
 def test_sets_known_by_name(name, row, expected):
     assert finish(ADAPTERS[name](row)) == Example(*expected)

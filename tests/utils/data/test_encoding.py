@@ -36,6 +36,69 @@ def test_ranking_rows_share_their_prompt(tmp_path, tokenizer):
     assert (row["rejected_ids"], row["prompt_length"]) == encode_pair(tokenizer, PROMPT, " no", 64)
 
 
+def ranked_rows(*examples: tuple) -> Dataset:
+    names = ("prompt", "chosen", "rejected", "answers", "ranks")
+    return Dataset.from_dict({name: [example[k] for example in examples] for k, name in enumerate(names)})
+
+
+def test_ranked_rows(tmp_path, tokenizer):
+    answers = [" yes", ANSWER, "x", " no"]
+    data = ranked_rows((PROMPT, " yes", " no", answers, [1, 2, 2, 3]), (PROMPT, ANSWER, " no", None, None))
+    encoded = encode(tmp_path, data, "ranked", tokenizer)
+    assert encoded.column_names == ["answers_ids", "ranks", "prompt_length"]
+    expected = [[encode_pair(tokenizer, PROMPT, a, 64)[0] for a in row] for row in (answers, (ANSWER, " no"))]
+    assert encoded["answers_ids"][:] == expected and encoded["ranks"][:] == [[1, 2, 2, 3], [1, 2]]
+    assert set(encoded["prompt_length"]) == {encode_pair(tokenizer, PROMPT, "x", 64)[1]}
+
+
+def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, capsys):
+    length = len(encode_prompts(gpt2, [PROMPT])[0])
+    long = " no" * 40
+    cases = [
+        (["A", " ", "B", "A ", "C"], [1, 2, 3, 3, 4], None, ["B", "C"]),  # A stands on two ranks
+        (["A", "B", "B", "C"], [1, 2, 2, 3], None, ["A", "B", "C"]),
+        (["A", " "], [1, 2], "with fewer than two distinct answers", []),
+        (["A", "B", "A"], [1, 2, 3], "with fewer than two distinct answers", []),
+        ([], [], "with fewer than two distinct answers", []),
+        (["A", "B"], [1, 1], "whose answers are all tied", []),
+        (["A", long + "x", long + "y", "B"], [1, 2, 3, 4], None, ["A", "B"]),
+        (["A", long + "x", long + "y", "B"], [1, 2, 2, 4], None, ["A", long, "B"]),
+        ([long + "x", long + "y", "B"], [1, 2, 2], "whose answers are equal after the cut", []),
+    ]
+    data = ranked_rows(*((PROMPT, None, None, answers, ranks) for answers, ranks, *_ in cases))
+    data = data.add_column("origin", [f"line {k}" for k in range(len(cases))])
+    # `rejected` decides whether the data serves step 2; the answers themselves are not read from there.
+    data = data.remove_columns("rejected").add_column("rejected", ["x"] * len(cases))
+    record = []
+    names = Names("train")
+    encoded = encode_rows(data, "ranked", gpt2, length + 12, cache_dir=str(tmp_path), names=names, record=record)
+    texts = [[gpt2.decode(ids[length:], skip_special_tokens=True) for ids in row] for row in encoded["answers_ids"]]
+    kept = [
+        [gpt2.decode(encode_pair(gpt2, PROMPT, a, length + 12)[0][length:], skip_special_tokens=True) for a in used]
+        for _, _, reason, used in cases
+        if reason is None
+    ]
+    assert texts == kept
+    out = capsys.readouterr().out
+    for reason in ("with fewer than two distinct answers", "whose answers are all tied"):
+        where = ", ".join(f"line {k}" for k, case in enumerate(cases) if case[2] == reason)
+        assert f"{sum(case[2] == reason for case in cases)} {reason} ({where})" in out
+    lost = sum(len(case[0]) - len(case[3]) for case in cases if case[2] is None)
+    assert (
+        lost == 7 and f"(train): {lost} answers of 4 rows left out: empty, or equal to another answer of the row" in out
+    )
+    assert record[0]["answers_left_out"] == lost and record[0]["kept"] == 4
+
+
+def test_a_ranked_row_makes_room_for_its_longest_answer(tmp_path, gpt2):
+    long = "\n\nHuman: " + "so " * 60 + "?\n\nAssistant:"
+    data = ranked_rows((long, " a", " b", [" a", " b" * 4, " c"], [1, 2, 3]))
+    (row,) = encode(tmp_path, data, "ranked", gpt2, max_len=32, overlong="cut")
+    assert max(map(len, row["answers_ids"])) == 32 and all(ids[-1] == gpt2.eos_token_id for ids in row["answers_ids"])
+    with pytest.raises(UserError, match="every prompt of --data_path alone is as long"):
+        encode(tmp_path, data, "ranked", gpt2, max_len=32)
+
+
 def test_prompt_rows_are_cut_on_the_left_and_reported(tmp_path, tokenizer, capsys):
     long = "\n\nHuman: " + "What is it? " * 20 + "\n\nAssistant:"
     encoded = encode(tmp_path, rows((PROMPT,), (long,)), "prompts", tokenizer, 40, length_flag="--max_prompt_seq_len")

@@ -40,6 +40,7 @@ def test_an_example_serves_the_steps_that_the_table_says(tmp_path, gpt2, name):
         assert len(train) in (1, 2) and len(held_out) == 1  # six rows, one of them held out, over three steps
         for batch in (*train, *held_out):
             text = "".join(gpt2.decode(batch[ids][0]) for ids in batch if ids.endswith("_ids"))
+            assert ("ranks" in batch) == (stage == 1 and name in ("ranked.jsonl", "best_first.json"))
             assert name == "text.jsonl" or ("Human: " in text and text.count("Assistant:") >= 1)
 
 

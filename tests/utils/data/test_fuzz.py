@@ -14,7 +14,7 @@ from utils.data.loaders import build_loaders
 from utils.run import UserError
 
 SETTINGS = settings(
-    max_examples=15,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -43,12 +43,18 @@ MESSAGES = st.lists(
 ANSWERED = st.tuples(TEXTS, TEXTS).map(
     lambda both: [{"role": "user", "content": both[0]}, {"role": "assistant", "content": both[1]}]
 )
+THREE = st.lists(TEXTS, min_size=3, max_size=3)
+NUMBERS = st.integers(-2, 3) | st.floats() | st.none()
 ODD = st.none() | st.integers(-3, 3) | st.floats() | st.booleans() | st.lists(TEXTS, max_size=2)
 COLUMNS = {
     "pairs": {"prompt": DIALOGUES | TEXTS, "chosen": TEXTS, "rejected": TEXTS},
     "margins": {"prompt": DIALOGUES, "chosen": TEXTS, "rejected": TEXTS, "margin": st.floats() | st.none()},
     "dialogues": {"chosen": DIALOGUES | TEXTS, "rejected": DIALOGUES},
     "conversations": {"prompt": MESSAGES, "chosen": ANSWERED, "rejected": ANSWERED},
+    "best first": {"prompt": TEXTS, "answers": st.lists(TEXTS, max_size=4)},
+    "scores": {"prompt": DIALOGUES, "answers": THREE, "scores": st.lists(NUMBERS, min_size=3, max_size=3)},
+    "ranks": {"prompt": DIALOGUES, "answers": st.lists(ANSWERED, min_size=2, max_size=2), "ranks": st.just([1, 2])},
+    "odd ranks": {"prompt": TEXTS, "answers": THREE | ODD, "ranks": st.lists(NUMBERS, min_size=2, max_size=4) | ODD},
     "completions": {"prompt": TEXTS, "completion": TEXTS},
     "messages": {"messages": ANSWERED | MESSAGES},
     "prompts": {"prompt": TEXTS},
@@ -78,9 +84,15 @@ def sound(shape: str) -> list[dict]:
     rows = []
     for i in range(12):
         row = {name: v.format(i) if isinstance(v, str) else v for name, v in values.items() if name in COLUMNS[shape]}
-        if shape in ("conversations", "messages"):
+        if "answers" in COLUMNS[shape]:
+            row |= {"answers": [f" {i}", " no", " maybe"]}
+            row |= {name: [3, 1.5, 1.5] for name in ("scores", "ranks") if name in COLUMNS[shape]}
+        if shape in ("conversations", "messages", "ranks"):
             user, assistant = ({"role": role, "content": f"{role[0]}{i}"} for role in ("user", "assistant"))
             row = {"messages": [user, assistant]}
+            if shape == "ranks":
+                row = {"answers": [[user, {**assistant, "content": text}] for text in "ab"], "ranks": [1, 2]}
+                row["prompt"] = f"u{i}"
             if shape == "conversations":
                 row = {"prompt": [user], "chosen": [user, assistant], "rejected": [user, {**assistant, "content": "b"}]}
         rows.append(row)
@@ -136,6 +148,9 @@ def check(batch) -> None:
         assert (batch["lengths"] >= 1).all()
         return
     assert (batch["prompt_lengths"] >= 1).all()
+    if "ranks" in batch:  # every row has answers of at least two ranks
+        for row in range(len(batch["weight"])):
+            assert len(batch["ranks"][batch["row"] == row].unique()) >= 2
     for name in ("lengths", "chosen_lengths", "rejected_lengths"):
         if name in batch:
             assert (batch[name] > batch["prompt_lengths"]).all() and (batch[name] <= 40).all()

@@ -84,6 +84,90 @@ def test_ranking_batches(folder, gpt2):
             assert chosen[:n].tolist() == rejected[:n].tolist() == encode_prompts(gpt2, [row["prompt"]])[0]
 
 
+ANSWERS = [" Yes.", " It is", " No.", " Perhaps it is so."]
+RANKED = [
+    {
+        "prompt": row["prompt"],
+        "answers": [a + f" {i}" for a in ANSWERS[: 2 + i % 3]],
+        "ranks": [1, 2, 2, 3][: 2 + i % 3],
+    }
+    for i, row in enumerate(ROWS)
+]
+
+
+@pytest.fixture
+def ranked_folder(tmp_path):
+    for name, rows in (("train", RANKED[:40]), ("test", RANKED[40:47])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def answers_of(batch, tokenizer) -> dict[int, list[tuple[str, int]]]:
+    """Row -> its (text, rank)."""
+    found = {}
+    parts = zip(batch["row"].tolist(), batch["input_ids"], batch["lengths"].tolist(), batch["ranks"], strict=True)
+    for row, ids, length, rank in parts:
+        found.setdefault(row, []).append((tokenizer.decode(ids[:length], skip_special_tokens=True), int(rank)))
+    return found
+
+
+def test_ranked_batches(ranked_folder, gpt2):
+    train, evaluation = build(ranked_folder, gpt2, 1)
+    assert len(train) == 4 and len(evaluation) == 2
+    expected = {tuple((r["prompt"] + a, k) for a, k in zip(r["answers"], r["ranks"], strict=True)) for r in RANKED}
+    rows = 0
+    for batch in [*train, *evaluation]:
+        assert set(batch) == {"input_ids", "lengths", "prompt_lengths", "row", "ranks", "weight"}
+        assert batch["input_ids"].shape == (len(batch["row"]), batch["lengths"].max())
+        found = answers_of(batch, gpt2)
+        assert list(found) == list(range(len(batch["weight"])))  # a row's answers stay in one batch
+        assert {tuple(answers) for answers in found.values()} <= expected
+        prompts = [gpt2.decode(ids[:n]) for ids, n in zip(batch["input_ids"], batch["prompt_lengths"], strict=True)]
+        assert all(prompt.endswith("?\n\nAssistant:") for prompt in prompts)
+        rows += len(found)
+    assert rows == 16 + 7
+
+
+def test_ranked_rows_serve_the_other_stages_with_their_best_and_worst(ranked_folder, gpt2):
+    best = {row["prompt"] + row["answers"][0] for row in RANKED}
+    worst = {row["prompt"] + row["answers"][-1] for row in RANKED}
+    train, held_out = build(ranked_folder, gpt2, 0)
+    found = {
+        text.removesuffix(gpt2.eos_token) for loader in (train, held_out) for b in texts(loader, gpt2) for text in b
+    }
+    assert found <= best and len(found) == 8 + 7
+    train, held_out = build(ranked_folder, gpt2, 1, best_and_worst=True)
+    for name, expected in (("chosen", best), ("rejected", worst)):
+        batches = texts(train, gpt2, f"{name}_ids", f"{name}_lengths")
+        assert {text.removesuffix(gpt2.eos_token) for batch in batches for text in batch} <= expected
+    train, _ = build(ranked_folder, gpt2, 2)
+    assert {prompt for batch in train for prompt in batch["prompt"]} <= {row["prompt"] for row in RANKED}
+
+
+def test_pairs_and_ranked_rows_can_be_blended(ranked_folder, gpt2, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row | {"margin": 1.0}) + "\n" for row in ROWS[:20]))
+    paths = [f"{ranked_folder}:0.5", f"{pairs}:0.5"]
+    for order in (paths, paths[::-1]):
+        train, held_out = build(ranked_folder, gpt2, 1, data_path=order, train_batch_size=2)
+        sizes = [len(row) for batch in train for row in answers_of(batch, gpt2).values()]
+        assert set(sizes) == {2, 3, 4} and len(sizes) == 14
+        assert all("ranks" in batch for batch in held_out)
+    with pytest.raises(UserError, match="--use_margin: the data ranks several answers to a prompt, without margins"):
+        build(ranked_folder, gpt2, 1, data_path=paths, need_margin=True)
+
+
+def test_every_held_out_ranked_row_counts_once_on_two_ranks(ranked_folder, gpt2):
+    found = []
+    for rank in range(2):
+        _, held_out = build(ranked_folder, gpt2, 1, rank=rank, world_size=2, eval_batch_size=3, train_batch_size=2)
+        assert len(held_out) == 2
+        for batch in held_out:
+            rows = answers_of(batch, gpt2)
+            found += [tuple(rows[row]) for row in range(len(batch["weight"])) if batch["weight"][row]]
+    assert len(found) == len(set(found)) == 7
+
+
 def test_prompt_batches_are_padded_on_the_left(folder, tokenizer):
     train, _ = build(folder, tokenizer, 2)
     assert len(train) == 4

@@ -75,7 +75,7 @@ def write(path: Path, rows: list[dict] | str | bytes) -> Path:
 
 def load(path, tmp_path) -> tuple[list[dict], list[dict]]:
     train, evaluation = load_data_set(str(path), cache_dir=str(tmp_path / "cache"))
-    assert train.column_names == evaluation.column_names == [*TEXTS, "earlier", "origin"]
+    assert train.column_names == evaluation.column_names == [*TEXTS, "answers", "ranks", "earlier", "origin"]
     return texts(train), texts(evaluation)
 
 
@@ -244,6 +244,31 @@ def test_rows_that_repeat_an_earlier_one_are_dropped_and_named(tmp_path, capsys)
     assert "4 of 9 rows dropped: 4 that repeat an earlier row (line 4, line 7, line 8, ...)" in capsys.readouterr().out
 
 
+def test_ranked_rows_repeat_one_another_when_all_answers_do(tmp_path, capsys):
+    rows = [
+        {"prompt": "\n\nHuman: Q\n\nAssistant:", "answers": answers, "ranks": ranks}
+        for answers, ranks in [
+            ([" a", " b", " c"], [1, 2, 2]),
+            ([" c", " a", " b"], [7, 0, 7]),  # the same order
+            ([" a", " b", " c"], [1, 2, 3]),
+            ([" a", " d", " c"], [1, 2, 2]),
+        ]
+    ]
+    train, held_out = load(write(tmp_path / "a.jsonl", rows), tmp_path)
+    assert len(train) + len(held_out) == 3 and {row["chosen"] for row in train + held_out} == {" a"}
+    assert "1 of 4 rows dropped: 1 that repeat an earlier row (line 2)" in capsys.readouterr().out
+
+
+def test_scores_that_are_not_finite_are_named(tmp_path, capsys):
+    row = '{"prompt": "Q%d", "answers": ["2020-01-01", "2020-01-02"], "scores": [%s, 1]}\n'
+    values = ("0.5", "-1", "NaN", "null")
+    path = write(tmp_path / "a.jsonl", "".join(row % (i, value) for i, value in enumerate(values)))
+    train, held_out = load(path, tmp_path)
+    assert {row["chosen"] for row in train + held_out} == {" 2020-01-02"}  # a text, though it looks like a date
+    reported = "2 of 4 rows dropped: 2 with scores that are missing or not finite (line 3, line 4)"
+    assert reported in capsys.readouterr().out
+
+
 def test_rows_of_several_files_are_named_with_their_file(tmp_path, capsys):
     for k in range(2):
         write(tmp_path / f"set/train-0000{k}-of-00002.jsonl", [PAIRS[k], PAIRS[k]])
@@ -375,6 +400,22 @@ def good(n: int) -> str:
             "line 1, column 'tools': tools are not supported; leave such rows out, or remove the column",
         ),
         ("a.jsonl", good(1), "has one row; expected at least two"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "answers": ["b", "c"]}\n{"prompt": "a", "answers": ["b", 3]}\n',
+            "a.jsonl, line 2, column 'answers[2]': found int '3', expected text",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "answers": ["b", "c"]}\n{"prompt": "a", "answers": "b"}\n',
+            "a.jsonl, line 2, column 'answers': found str 'b', but list in line 1",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "answers": ["b", "c"], "ranks": [1, 2]}\n{"prompt": "a", "answers": ["b"]}\n',
+            "a.jsonl, line 2, column 'ranks': found missing or null, expected a list",
+        ),
+        ("a.csv", "prompt,answers\na,b\n", "a.csv, row 1, column 'answers': found str 'b', expected a list"),
     ],
 )
 def test_bad_files_are_refused_with_the_place(tmp_path, name, content, expected):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.data.shapes import Example, RowRefused, find_shape, finish
+from utils.data.shapes import Example, RowRefused, RowSkipped, distinct, find_shape, finish
 
 ASK = "\n\nHuman: Q\n\nAssistant:"
 
@@ -30,6 +30,48 @@ def test_several_turns():
     assert [found.prompt[slice(*span)] for span in found.earlier] == [" Hello!"]
 
 
+THREE = (" A", " B", " C")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answers": ["A", "B", "C"]},
+        {"answers": ["C", "A", "B"], "scores": [-1, 8.5, 8]},
+        {"answers": ["C", "A", "B"], "ranks": [9, 1, 2.0]},
+        {"answers": [messages("", answer)[1:] for answer in "ABC"]},
+        {"answers": [messages("Q", answer) for answer in "BAC"], "scores": [1, 2, 0]},
+    ],
+)
+@pytest.mark.parametrize("prompt", [ASK, messages("Q")])
+def test_every_shape_of_ranked_answers_becomes_the_same_text(row, prompt):
+    if isinstance(row["answers"][0], list):
+        prompt = messages("Q")
+    assert example({"prompt": prompt, **row}) == Example(ASK, " A", " C", None, (), THREE, (1, 2, 3))
+
+
+def test_ties_keep_their_order_and_share_a_rank():
+    found = example({"prompt": ASK, "answers": ["D", "B", "A", "C"], "scores": [1, 3, 3, 1]})
+    assert (found.answers, found.ranks) == ((" B", " A", " D", " C"), (1, 1, 2, 2))
+    assert (found.chosen, found.rejected) == (" B", " C")
+    tied = example({"prompt": ASK, "answers": ["A", "B"], "ranks": [1, 1]})
+    assert (tied.chosen, tied.rejected, tied.ranks) == (" A", None, (1, 1))
+
+
+def test_the_best_and_the_worst_are_found_among_distinct_answers():
+    # Empty: 0. "x" is the best and the second at once: neither. "b" twice on one rank: the first.
+    assert distinct([None, "x", "b", "b", "x", "c"], [1, 1, 2, 2, 3, 4]) == [2, 5]
+    found = example({"prompt": ASK, "answers": ["  ", "A", "B", " A", "C", ""]})
+    assert (found.chosen, found.rejected, len(found.answers)) == (" B", " C", 6)
+    found = example({"prompt": ASK, "answers": ["", ""]})
+    assert (found.chosen, found.rejected) == (None, None)
+
+
+def test_ranked_dialogues_with_other_prompts_are_skipped():
+    with pytest.raises(RowSkipped, match="the dialogues differ before their last turn"):
+        example({"prompt": messages("Q"), "answers": [messages("Q", "A"), messages("Q", "B"), messages("R", "C")]})
+
+
 @pytest.mark.parametrize(
     ("row", "column", "expected"),
     [
@@ -43,6 +85,20 @@ def test_several_turns():
         ({"prompt": [{"role": "user", "content": None}]}, "prompt", "the content of a message is NoneType"),
         ({"prompt": []}, "prompt", "found an empty list"),
         ({"messages": messages("only a question")}, "messages", "the last message must be the assistant's"),
+        ({"prompt": "a", "answers": "b"}, "answers", "found str 'b', expected a list"),
+        ({"prompt": "a", "answers": None}, "answers", "found missing or null, expected a list"),
+        ({"prompt": "a", "answers": ["b", 3]}, "answers[2]", "found int '3', expected text"),
+        ({"prompt": "a", "answers": ["b", None]}, "answers[2]", "found missing or null, expected text"),
+        ({"prompt": "a", "answers": ["b", "c"], "scores": [1]}, "scores", "found 1 numbers for 2 answers"),
+        ({"prompt": "a", "answers": ["b", "c"], "ranks": [1, "2"]}, "ranks", "found str '2', expected a number"),
+        ({"prompt": "a", "answers": ["b", "c"], "ranks": [1, True]}, "ranks", "found bool 'True', expected a number"),
+        ({"prompt": "a", "answers": ["b", "c"], "scores": 3}, "scores", "found int '3', expected a list"),
+        (
+            {"prompt": "a", "answers": ["b", "c"], "ranks": [1, 2], "scores": [1, 2]},
+            "scores",
+            "ranks give an order too; expected one of the two columns",
+        ),
+        ({"prompt": "a", "answers": [messages("a", "b"), messages("a")]}, "answers[2]", "the last message must be"),
         (
             {"prompt": messages("a", "b"), "chosen": messages("", "c")[1:]},
             "prompt",
