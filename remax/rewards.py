@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from remax.engines import Reward
 from remax.reward_functions import RewardFunction, SampleError
 from remax.sequences import Sequences
-from utils.distributed import device, rank
+from utils.distributed import device, gather_objects, rank, sum_across_ranks
 from utils.run import UserError
 
 BEGINNING = 80  # characters of a text that errors show
@@ -57,16 +57,22 @@ class FunctionReward:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """As `score`, of B texts."""
+        """As `score`, of B texts. Every rank calls it; where one fails all raise its error, so that none waits for it
+        in vain.
+        """
+        values, failure = [], None
         try:
-            return self.function(prompts, answers, self.timeout)
+            values = self.function(prompts, answers, self.timeout)
         except SampleError as error:
             i = error.index or 0
             which = "sample" if error.index is not None else f"a batch of {len(prompts)} whose first sample is"
-            raise UserError(
+            failure = (
                 f"--reward_fn {self.function.entry}: {error}. On rank {rank()}, {which}: prompt {_begin(prompts[i])}, "
                 f"answer {_begin(answers[i])}"
-            ) from error
+            )
+        if sum_across_ranks({"failed": float(failure is not None)})["failed"]:
+            raise UserError(next(failure for failure in gather_objects(failure) if failure))
+        return values
 
 
 def _begin(text: str) -> str:

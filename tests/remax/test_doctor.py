@@ -36,6 +36,21 @@ def test_command_line(monkeypatch, capsys, make_policy, make_scorer, corpus):
     assert failure["check"] == "prompts fit" and failure["remedy"]
 
 
+def test_several_rewards(monkeypatch, capsys, make_policy, make_scorer, tmp_path):
+    (tmp_path / "rules.py").write_text("def length(prompts, answers):\n    return [len(a) for a in answers]\n")
+    (tmp_path / "bad.py").write_text("def last(prompt, answer):\n    return ord(answer[-1])\n")
+    models = ["--actor_model_name_or_path", make_policy("llama"), "--skip_reload"]
+    models += ["--max_prompt_seq_len", 64, "--max_answer_seq_len", 32, "--dtype", "fp32"]
+    judges = ["--reward_model_name_or_path", make_scorer("llama"), f"{make_scorer('llama', seed=6)}:0.5"]
+    assert run_doctor(monkeypatch, *models, *judges, "--reward_fn", f"{tmp_path}/rules.py:length:-0.1") == 0
+    out = capsys.readouterr().out
+    assert "scores of llama-own-5 differ" in out and "scores of length differ" in out
+    with pytest.raises(UserError, match=r"bad.py:last: IndexError: .* answer '' \(tried before training"):
+        run_doctor(monkeypatch, *models, "--reward_fn", f"{tmp_path}/bad.py:last")
+    with pytest.raises(UserError, match="--normalize_reward: .* has score_mean None"):
+        run_doctor(monkeypatch, *models, *judges, "--normalize_reward")
+
+
 def test_a_wrong_flag_is_refused(monkeypatch, make_policy, make_scorer):
     with pytest.raises(UserError, match="--actor_model_name_or_path"):
         run_doctor(monkeypatch, "--actor_model_name_or_path", "./none", "--reward_model_name_or_path", "./none")

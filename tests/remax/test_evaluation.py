@@ -216,6 +216,7 @@ def on_ranks(make_policy, make_scorer, run_ranks, tmp_path_factory):
         checks = [
             {"check": "evaluate", "name": "figures", "model": policy, "scorer": scorer},
             {"check": "evaluate", "name": "figures at ZeRO-3", "model": policy, "scorer": scorer, "zero_stage": 3},
+            {"check": "function_fails", "name": "function"},
             tune | {"name": "supervised", "task": "supervised", "model": policy, "max_steps": 0},
             tune | {"name": "ranking", "task": "ranking", "model": scorer, "max_steps": 3},
             tune | {"name": "preference", "task": "preference", "model": policy, "max_steps": 3},
@@ -234,6 +235,14 @@ def test_figures_do_not_depend_on_the_number_of_ranks(stage, on_ranks):
     assert [row["answer"] for row in two["answers"]] == [row["answer"] for row in alone["answers"]]
     assert len(two["answers"]) == 7
     assert two["training"] and two["first"] != two["perplexity"]
+
+
+@pytest.mark.ranks
+def test_a_reward_function_that_fails_on_one_rank_stops_all_with_its_error(on_ranks):
+    for ranks, (results, _) in on_ranks.items():
+        errors = results["function"]["errors"]
+        assert len(errors) == ranks and len(set(errors)) == 1
+        assert "ZeroDivisionError: division by zero" in errors[0] and f"On rank {ranks - 1}, sample" in errors[0]
 
 
 @pytest.mark.ranks

@@ -17,8 +17,9 @@ from remax.findings import FAILURE, OK, SKIPPED, WARNING, Report
 from remax.inference import FrozenActor
 from remax.logprobs import Sampling
 from remax.modeling import load_policy
+from remax.reward_functions import RewardFunction
 from remax.reward_model import load_reward_model
-from remax.rewards import CompositeReward, Part
+from remax.rewards import CompositeReward, FunctionReward, Part
 from remax.rollout import GenerationSettings, GreedyRows
 from remax.sequences import Prompts
 from utils.run import UserError
@@ -106,6 +107,32 @@ def test_the_first_prompt_is_padded_even_when_all_are_equally_long():
     prompts = with_padded_row(Prompts(ids, torch.tensor([6, 6])), rows=1)
     assert prompts.lengths.tolist() == [6, 3]
     assert prompts.input_ids[1][prompts.attention_mask[1].bool()].tolist() == [4, 5, 6]
+
+
+def test_a_function_alone_is_enough(load):
+    patient = load()
+    function = RewardFunction("f", lambda prompt, answer: len(answer), batched=False, asynchronous=False)
+    patient["reward"] = CompositeReward([Part("length", FunctionReward(function, patient["tokenizer"]))])
+    report = examine(**patient)
+    assert not report.failures, report.table()
+    assert results(report)["scores are finite and differ"] == OK
+    assert results(report)["reward model ranks pairs"] == SKIPPED
+
+
+def test_each_of_several_reward_models_is_checked(load, make_scorer):
+    patient = load()
+    folder = str(make_scorer("gpt2", seed=6))
+    own = load_tokenizer(folder)
+    other = Reward(load_reward_model(folder, "--r", dtype=torch.float32, tokenizer=own), CPU)
+    (judge,) = patient["reward"].parts
+    patient["reward"] = CompositeReward([judge, Part("other", other, tokenizer=own)])
+    assert not examine(**patient).failures
+    honest = other.score
+    other.score = lambda sequences, forwards=1: honest(sequences) + 0.1 * (~sequences.mask).sum(1)
+    assert failed(examine(**patient)) == ["rows do not touch one another"]
+    other.score, own.eos_token = honest, own.convert_ids_to_tokens(5)
+    report = examine(**patient)
+    assert failed(report) == ["end token"] and "the reward model other's by 5" in report.table()
 
 
 # ---------------------------------------------------------------------------------------------------- broken generation

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from remax.findings import FAILURE, OK, SKIPPED, WARNING
-from remax.reward_checks import check_ranking, held_out_pairs, ranking_findings
-from remax.rewards import CompositeReward, Part
+from remax.reward_checks import check_ranking, check_scores, held_out_pairs, ranking_findings
+from remax.reward_functions import RewardFunction
+from remax.rewards import CompositeReward, FunctionReward, Part
 
 
 def test_accuracy_by_hand():
@@ -88,3 +89,52 @@ def test_data_without_pairs_is_skipped(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert held_out_pairs([str(tmp_path / "rows.jsonl")], tokenizer, max_len=100) is None
     assert [found.result for found in check_ranking(scorer(None), None)] == [SKIPPED]
+
+
+# ------------------------------------------------------------------------------------------------------- several parts
+
+
+def a_function(rule) -> FunctionReward:
+    return FunctionReward(RewardFunction("rules:f", rule, batched=False, asynchronous=False), None)
+
+
+def test_each_reward_model_ranks_by_its_name(corpus, tokenizer):
+    pairs = held_out_pairs([str(corpus)], tokenizer, max_len=200, limit=10, batch_size=4)
+    longer, shorter = (scorer(lambda s, sign=sign: sign * s.lengths.float()).parts[0].scorer for sign in (1, -1))
+    reward = CompositeReward([Part("long", longer), Part("short", shorter), Part("rule", a_function(None))])
+    findings = check_ranking(reward, pairs)
+    assert [found.check for found in findings] == [
+        "reward model long ranks pairs",
+        "reward model long is not length alone",
+        "reward model short ranks pairs",
+        "reward model short is not length alone",
+    ]
+    accuracy = [found.numbers["accuracy"] for found in findings[::2]]
+    assert accuracy[0] == pytest.approx(1 - accuracy[1])
+
+
+def test_without_a_reward_model_there_is_nothing_to_rank(corpus, tokenizer):
+    pairs = held_out_pairs([str(corpus)], tokenizer, max_len=200, limit=10, batch_size=4)
+    (found,) = check_ranking(CompositeReward([Part("rule", a_function(None))]), pairs)
+    assert (found.result, found.figure) == (SKIPPED, "no reward model: functions score")
+
+
+def test_scores_of_each_part(sequences_of):
+    answers = [sequences_of(0, 4, 300), sequences_of(1, 4, 300)]
+
+    def constant(sequences, forwards=1):
+        return torch.ones(len(sequences))
+
+    def results(*parts) -> dict[str, str]:
+        return {found.check: found.result for found in check_scores(CompositeReward(parts), answers)}
+
+    judge = Part("judge", SimpleNamespace(score=lambda s, forwards=1: s.lengths.float()))
+    broken = Part("broken", SimpleNamespace(score=constant))
+    rule = Part("rule", a_function(None))
+    rule.scorer.score = constant
+    total = "scores are finite and differ"
+    assert results(judge) == {total: OK}
+    # A rule that no answer of a few keeps is suspicious, not broken; a reward model that cannot tell answers apart is.
+    assert results(rule) == {total: WARNING}
+    assert results(judge, rule) == {total: OK, "scores of judge differ": OK, "scores of rule differ": WARNING}
+    assert results(judge, broken) == {total: OK, "scores of judge differ": OK, "scores of broken differ": FAILURE}

@@ -27,13 +27,16 @@ from remax.finetune import DirectPreference, FinetuneSettings, Ranking, Supervis
 from remax.logprobs import Sampling
 from remax.losses import ranking_losses, supervised_loss
 from remax.modeling import add_lora, evaluating, load_policy, quiet_libraries
+from remax.reward_functions import RewardFunction
 from remax.reward_model import load_reward_model, prepare_pad_token
+from remax.rewards import CompositeReward, FunctionReward, Part
 from remax.rollout import GenerationSettings
 from remax.sequences import Prompts, Rollout, Sequences
 from remax.trainer import Timer, Trainer, TrainerSettings
 from utils.data.loaders import build_loaders
 from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
+from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
 RATE = 3e-3
@@ -423,9 +426,12 @@ def evaluate(folder: Path, name: str, data: str, scorer: str, cache: str, **spre
     _, supervised = loaders(0, spread, data, 1, cache)
     _, ranking = loaders(1, spread, data, 1, cache)
     _, prompts = loaders(2, spread, data, 1, cache)
-    policy = evaluate_policy(
-        actor, reference, Reward(scores.scorer(), spread.config), prompts, spread.tokenizer, greedy=True
+    judge = Part("judge", Reward(scores.scorer(), spread.config), weight=0.5, mean=0.1, std=2.0)
+    length = FunctionReward(
+        RewardFunction("length", lambda prompt, answer: len(answer), False, False), spread.tokenizer
     )
+    reward = CompositeReward([judge, Part("length", length, weight=-0.1)])
+    policy = evaluate_policy(actor, reference, reward, prompts, spread.tokenizer, greedy=True)
     return {
         "perplexity": perplexity(actor, supervised),
         "first": perplexity(actor, First(supervised, 1)),
@@ -434,6 +440,20 @@ def evaluate(folder: Path, name: str, data: str, scorer: str, cache: str, **spre
         "answers": sorted(policy.answers, key=lambda row: (row["prompt"], row["answer"])),
         "training": actor.model.training,
     }
+
+
+def function_fails(folder: Path, name: str, **spread) -> dict:
+    """What every rank is told when a reward function fails on the last one."""
+
+    def fails(prompt: str, answer: str) -> float:
+        return 1 / (world_size() - 1 - rank())
+
+    reward = FunctionReward(RewardFunction("rules:fails", fails, False, False), tokenizer=None)
+    try:
+        reward.score_texts(["prompt"], ["answer"])
+    except UserError as error:
+        return {"errors": gather_objects(str(error))}
+    return {"errors": None}
 
 
 def fine_tune(
