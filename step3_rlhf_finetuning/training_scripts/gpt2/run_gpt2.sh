@@ -3,7 +3,7 @@
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/gpt2/sft}
-REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/gpt2/reward}
+REWARD_MODEL=${REWARD_MODEL-$ROOT/output/gpt2/reward}
 DATA=${DATA:-Dahoas/synthetic-instruct-gptj-pairwise}
 OUTPUT=${OUTPUT:-$ROOT/output/gpt2/remax}
 
@@ -12,7 +12,7 @@ launch \
     --data_path "$DATA" \
     --data_split 2,4,4 \
     --actor_model_name_or_path "$MODEL" \
-    --reward_model_name_or_path "$REWARD_MODEL" \
+    ${REWARD_MODEL:+--reward_model_name_or_path "$REWARD_MODEL"} \
     --per_device_generation_batch_size 16 \
     --per_device_training_batch_size 16 \
     --per_device_eval_batch_size 16 \

@@ -3,7 +3,7 @@
 # Everything else is as in run_llama2_7b.sh beside it.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 export MODEL=${MODEL:-$ROOT/output/llama2_7b_hh/sft}
-export REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/llama2_7b_hh/reward}
+export REWARD_MODEL=${REWARD_MODEL-$ROOT/output/llama2_7b_hh/reward}
 export DATA=${DATA:-Dahoas/full-hh-rlhf}
 export OUTPUT=${OUTPUT:-$ROOT/output/llama2_7b_hh/remax}
 

@@ -5,7 +5,7 @@
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.2}
-REWARD_MODEL=${REWARD_MODEL:-$ROOT/output/mistral_7b/reward}
+REWARD_MODEL=${REWARD_MODEL-$ROOT/output/mistral_7b/reward}
 DATA=${DATA:-HuggingFaceH4/ultrafeedback_binarized}
 OUTPUT=${OUTPUT:-$ROOT/output/mistral_7b/remax}
 
@@ -14,7 +14,7 @@ launch \
     --data_path "$DATA" \
     --data_split 2,4,4 \
     --actor_model_name_or_path "$MODEL" \
-    --reward_model_name_or_path "$REWARD_MODEL" \
+    ${REWARD_MODEL:+--reward_model_name_or_path "$REWARD_MODEL"} \
     --per_device_generation_batch_size 32 \
     --per_device_training_batch_size 32 \
     --per_device_eval_batch_size 32 \
