@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+from utils.distributed import shutdown
+
 
 @pytest.fixture(scope="module")
 def modules(root):
@@ -16,6 +18,7 @@ def modules(root):
     patch.syspath_prepend(root / "benchmarks/estimators")
     yield importlib.import_module("experiment"), importlib.import_module("report")
     patch.undo()
+    shutdown()  # the experiment joins a process group of one rank, which later tests are not in
 
 
 @pytest.fixture(scope="module")

@@ -95,14 +95,17 @@ def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_rewar
     flags = shlex.split(SMALLER[stage]) + ["--max_steps", "2", "--max_eval_batches", "1"]
     if not can_compile:
         flags += ["--offload", "false"]
+    reward, rewards = tiny_reward_model(architecture), short(script) if stage == 3 else ""
+    if "gpt2" in rewards:
+        flags += several_rewards(tmp_path, reward)
+    if "demo" in rewards:  # a function alone
+        flags, reward = [*flags, "--reward_fn", f"{ROOT / STAGES[2] / 'example_rewards.py'}:words"], ""
     # From a folder that is neither the repository nor the stage's, into a relative one.
-    if stage == 3 and architecture == "gpt2":
-        flags += several_rewards(tmp_path, tiny_reward_model(architecture))
     done = run_command(
         ["bash", script, *flags],
         cwd=tmp_path,
         MODEL=tiny_model(architecture),
-        REWARD_MODEL=tiny_reward_model(architecture),
+        REWARD_MODEL=reward,
         DATA=corpus,
         OUTPUT="result",
         NUM_GPUS=2,
@@ -114,8 +117,9 @@ def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_rewar
     assert run["world_size"] == 2 and run["arguments"]["max_steps"] == 2
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 2
-    if stage == 3 and architecture == "gpt2":
+    if "gpt2" in rewards:
         assert_several_rewards(output)
+    assert ("functions score" in done.stdout) == ("demo" in rewards)
     if stage == 3:
         assert_exported(output / "actor", stage)  # the best one, here perhaps that before the first step
         output = output / "actor_final"
