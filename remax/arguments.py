@@ -180,6 +180,8 @@ def _check_finetune(args: Any) -> None:
     check_model("model_name_or_path", args.model_name_or_path)
     _check_lora(args.lora_dim, args.only_optimize_lora, "lora_dim")
     _check_offload(args, "zero_stage", "offload", "offload_parameters")
+    if args.packing and args.attn_implementation == "eager":
+        raise UserError("--packing with --attn_implementation eager: only sdpa and flash_attention_2 keep rows apart")
     args.dtype = resolve_dtype("dtype", args.dtype, "bf16" if args.bf16 else None)
     _no_bf16_without_zero(args, "dtype", "zero_stage")
 

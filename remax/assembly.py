@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from remax.deepspeed_config import EngineConfig
-from remax.engines import Actor, Reference, Reward, TrainedReward, loading
+from remax.engines import Actor, Reference, Reward, TrainedReward, check_packing, loading
 from remax.evaluation import Batch, First
 from remax.examination import examine
 from remax.findings import Report
@@ -77,14 +77,20 @@ def _trained_policy(args: FinetuneArguments, tokenizer: Tokenizer, steps: int) -
     config = finetune_engine(args)
     model = _load(load_policy, args, config, tokenizer, **_training_options(args))
     _add_adapters(model, args)
-    return Actor(model, config, finetune_optimizer(args, steps))
+    actor = Actor(model, config, finetune_optimizer(args, steps))
+    if args.packing:
+        check_packing(actor, args.max_seq_len, hidden_only=True)
+    return actor
 
 
 def _trained_reward(args: Step2Arguments, tokenizer: Tokenizer, steps: int) -> TrainedReward:
     config = finetune_engine(args)
     model = _load(load_reward_model, args, config, tokenizer, new_head=True, **_training_options(args))
     _add_adapters(model, args)
-    return TrainedReward(model, config, finetune_optimizer(args, steps))
+    reward = TrainedReward(model, config, finetune_optimizer(args, steps))
+    if args.packing:
+        check_packing(reward, args.max_seq_len, every_token=True)
+    return reward
 
 
 def _load(load_model: Callable, args: FinetuneArguments, config: EngineConfig, tokenizer: Tokenizer, **options):
@@ -95,6 +101,7 @@ def _load(load_model: Callable, args: FinetuneArguments, config: EngineConfig, t
             dtype=config.torch_dtype,
             tokenizer=tokenizer,
             attn_implementation=args.attn_implementation,
+            packing=args.packing,
             **options,
         )
 

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from remax.deepspeed_config import EngineConfig, inference_config, training_config
 from remax.logprobs import Head, PolicyOutput, Sampling
 from remax.modeling import PolicyModel, evaluating, optimizer_groups
+from remax.packing import token_slots, unpacked
 from remax.reward_model import RewardModel
 from remax.rollout import GenerationSettings, rollout
 from remax.sequences import Prompts, Sequences
 from utils.distributed import device, world_size
+from utils.run import UserError
 
 
 @contextlib.contextmanager
@@ -129,6 +131,10 @@ class TrainedEngine:
 
     def train(self, mode: bool = True) -> None:
         self.model.train(mode)
+
+    def slots(self, sequences: Sequences) -> int:
+        """Tokens that a forward over these sequences computes, padding included."""
+        return token_slots(sequences, self.model.packing)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulates the gradient of `loss`, a scalar; `last` on the micro-batch before `step`.
@@ -376,3 +382,36 @@ def gathered(parameters: Iterable[nn.Parameter], zero3: bool) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(parameters)):
         yield
+
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 3e-2}  # of two ways to compute the same values
+
+
+@torch.no_grad()
+def check_packing(engine: TrainedEngine, max_len: int, **read: bool) -> None:
+    """Refuses a packing model that does not keep its rows apart. Every rank must call it: parameters may be spread.
+
+    Four rows, one longer than the sliding window if training has such, are read padded by transformers' own attention
+    and packed; what comes out must agree as well as the number format allows. A model that leaks differs by as much as
+    its context matters to a token.
+
+    max_len: tokens of the longest row in training.   read: what makes forward return a value of every answer token.
+
+    Raises:
+        UserError: naming the flag and the model's type.
+    """
+    model, hf = engine.model, engine.model.hf
+    window = getattr(hf.config.get_text_config(), "sliding_window", None) or max_len
+    lengths = torch.tensor([window + 2 if window < max_len else 7, 3, 5, 2], device=device()).clamp(max=max_len)
+    ids = 7919 * torch.arange(4 * int(lengths.max()), device=device()) % hf.get_input_embeddings().num_embeddings
+    rows = Sequences(ids.view(4, -1), torch.ones_like(lengths), lengths - 1)
+    with evaluating(model):
+        packed = engine.engine(rows, **read)[rows.answer_mask].float()  # (tokens, ...)
+        with unpacked(model):
+            padded = engine.engine(rows, **read)[rows.answer_mask].float()
+    difference = float((packed - padded).abs().max() / padded.abs().max())
+    if not difference <= TOLERANCE[engine.config.dtype]:
+        raise UserError(
+            f"--packing: cannot be used with models of the type {hf.config.model_type!r}: packed rows change each "
+            f"other's values, by {difference:.1g} of the largest; leave the flag out"
+        )

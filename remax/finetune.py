@@ -16,8 +16,9 @@ from torch import Tensor
 from remax.engines import Actor, Reference, TrainedEngine, TrainedReward
 from remax.evaluation import Batch, pair_scores, paired, perplexity, ranking_accuracy, to_device
 from remax.losses import answer_logprob, dpo_losses, ranking_loss, supervised_loss
+from remax.sentinel import TrainingStopped
 from remax.sequences import Sequences, learned_mask
-from utils.distributed import print0, sum_across_ranks, world_size
+from utils.distributed import print0, sum_across_ranks
 from utils.metrics import MetricsLogger, progress
 
 T = TypeVar("T")
@@ -28,6 +29,9 @@ class Task(Protocol):
 
     engine: TrainedEngine
     headline: str  # the metric of `evaluate` that people look at
+
+    def sequences(self, batch: Batch) -> Sequences:
+        """The rows that the model reads: both answers of a pair."""
 
     def count(self, batch: Batch) -> int:
         """What the loss is a mean of, in this batch: answer tokens or pairs."""
@@ -67,9 +71,11 @@ def groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def count_tokens(batch: Batch) -> int:
-    """Real tokens of a batch, prompt and answer, both answers of a pair."""
-    return sum(int(batch[k].sum()) for k in ("lengths", "chosen_lengths", "rejected_lengths") if k in batch)
+def count_tokens(task: Task, batches: list[Batch]) -> dict[str, float]:
+    """Tokens of the rows, prompt and answer, and token slots that the model computes for them; over all ranks."""
+    rows = [task.sequences(batch) for batch in batches]
+    tokens = sum(int(sequences.lengths.sum()) for sequences in rows)
+    return sum_across_ranks({"tokens": tokens, "slots": sum(task.engine.slots(sequences) for sequences in rows)})
 
 
 def optimizer_step(task: Task, batches: list[Batch]) -> dict[str, float]:
@@ -123,8 +129,9 @@ def finetune(
                 figures = optimizer_step(task, batches)
                 step += 1
                 seconds = time.perf_counter() - begin
-                tokens = sum(count_tokens(batch) for batch in batches)
-                figures |= {"seconds_per_step": seconds, "tokens_per_second": tokens * world_size() / seconds}
+                read = count_tokens(task, batches)
+                figures["padding_share"] = 1 - read["tokens"] / read["slots"]
+                figures |= {"seconds_per_step": seconds, "tokens_per_second": read["tokens"] / seconds}
                 metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
                 _stop_if_not_finite(step, figures)
                 bar.update(1)
@@ -143,9 +150,9 @@ def finetune(
 
 
 def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
-    """The figures are reduced, so every rank stops together."""
+    """Raises TrainingStopped. The figures are reduced, so every rank does so together."""
     if not math.isfinite(figures["loss"]):
-        raise RuntimeError(
+        raise TrainingStopped(
             f"step {step}: loss is {figures['loss']} (gradient norm {figures['grad_norm']}, learning rate "
             f"{figures['lr']:.2e}). Likely a learning rate that is too high, or fp16 overflow: try --dtype bf16 or a "
             "tenth of the learning rate"
@@ -160,11 +167,14 @@ class Supervised:
     eval_loader: Iterable[Batch]
     headline: str = "perplexity"
 
+    def sequences(self, batch: Batch) -> Sequences:
+        return Sequences.from_batch(batch)
+
     def count(self, batch: Batch) -> int:
-        return int(learned_mask(batch, Sequences.from_batch(batch)).sum())
+        return int(learned_mask(batch, self.sequences(batch)).sum())
 
     def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-        sequences = Sequences.from_batch(batch)
+        sequences = self.sequences(batch)
         output = self.engine.logprobs(sequences)
         return supervised_loss(output.logprobs, learned_mask(batch, sequences), denominator), {}
 
@@ -182,6 +192,9 @@ class Ranking:
     label_smoothing: float = 0.0
     centring: float = 0.0
     headline: str = "accuracy"
+
+    def sequences(self, batch: Batch) -> Sequences:
+        return paired(batch)
 
     def count(self, batch: Batch) -> int:
         return len(batch["prompt_lengths"])
@@ -211,6 +224,9 @@ class DirectPreference:
     alpha: float = 0.0
     headline: str = "accuracy"
 
+    def sequences(self, batch: Batch) -> Sequences:
+        return paired(batch)
+
     def count(self, batch: Batch) -> int:
         return len(batch["prompt_lengths"])
 
@@ -238,7 +254,7 @@ class DirectPreference:
 
     def answers(self, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(chosen, rejected) log-probs of whole answers under the policy, under the reference, and their lengths."""
-        both = paired(batch)
+        both = self.sequences(batch)
         policy = answer_logprob(self.engine.logprobs(both).logprobs, both.answer_mask)  # (2B,)
         reference = answer_logprob(self.reference.logprobs(both), both.answer_mask)
         return policy.chunk(2), reference.chunk(2), both.answer_lengths.chunk(2)

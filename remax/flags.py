@@ -146,6 +146,9 @@ class FinetuneFlags:
     disable_dropout: bool = flag(False, "no dropout in training")
     per_device_train_batch_size: Count = flag(16, "rows per device and micro-batch")
     max_seq_len: Count = flag(512, "longest prompt + answer in tokens")
+    packing: bool = flag(
+        False, "join a micro-batch's rows before the model reads them: no padding, the same loss and gradient"
+    )
     learning_rate: Positive = flag(1e-5, "peak learning rate")
     weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms")
     num_warmup_steps: CountOrZero = flag(0, "optimizer steps until the learning rate is at its peak")

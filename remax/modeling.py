@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from remax.logprobs import Head, Sampling, token_stats
+from remax.packing import last_hidden, prepare_packing
 from remax.sequences import Sequences
 from utils.run import UserError
 
@@ -108,9 +109,13 @@ def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos
 class PolicyModel(nn.Module):
     """A causal language model that answers one question: how probable is each token of these answers?"""
 
-    def __init__(self, hf: PreTrainedModel, own_generation_config: GenerationConfig | None = None):
+    def __init__(
+        self, hf: PreTrainedModel, own_generation_config: GenerationConfig | None = None, *, packing: bool = False
+    ):
         super().__init__()
-        self.hf = hf
+        self.hf, self.packing = hf, packing
+        if packing:
+            prepare_packing(hf)
         self.own_generation_config = own_generation_config or hf.generation_config
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -129,11 +134,8 @@ class PolicyModel(nn.Module):
         return logits
 
     def hidden(self, sequences: Sequences) -> Tensor:
-        """(B, A, H) last hidden states at the positions that predict the answer tokens. No attention mask: see
-        `sequences`.
-        """
-        states = self.hf.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
-        return sequences.predictors(states)
+        """(B, A, H) last hidden states at the positions that predict the answer tokens."""
+        return last_hidden(self.hf, sequences, sequences.predictor_columns, self.packing)
 
     def forward(
         self,
@@ -176,8 +178,12 @@ def load_policy(
     disable_dropout: bool = True,
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
+    packing: bool = False,
 ) -> PolicyModel:
-    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds."""
+    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds.
+
+    packing: see `remax.packing`.
+    """
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, config=config, dtype=dtype, **extra)
@@ -188,7 +194,7 @@ def load_policy(
         )
     own = read_generation_config(name_or_path, hf, tokenizer.eos_token_id)
     prepare_training(hf, gradient_checkpointing)
-    return PolicyModel(hf, own)
+    return PolicyModel(hf, own, packing=packing)
 
 
 def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:

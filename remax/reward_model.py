@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from remax.modeling import from_pretrained, load_config, prepare_training
+from remax.packing import last_hidden, prepare_packing
 from remax.sequences import Sequences
 from utils.run import UserError
 from utils.tokenizer import distinct_pad
@@ -32,20 +33,20 @@ PAD_TOKEN = "<|pad|>"
 class RewardModel(nn.Module):
     """Scores of whole sequences, or of every token of the answers (as a critic)."""
 
-    def __init__(self, hf: PreTrainedModel):
+    def __init__(self, hf: PreTrainedModel, *, packing: bool = False):
         super().__init__()
-        self.hf = hf
+        self.hf, self.packing = hf, packing
+        if packing:
+            prepare_packing(hf)
         hf.score.forward = MethodType(_score_in_float32, hf.score)
 
     def forward(self, sequences: Sequences, every_token: bool = False) -> Tensor:
         """(B,) float32 score at each row's last token; with `every_token` (B, A) values at the positions before each
         answer token.
         """
-        states = self.hf.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
-        if every_token:
-            return self.hf.score(sequences.predictors(states)).squeeze(-1) * sequences.answer_mask
-        rows = torch.arange(len(sequences), device=states.device)
-        return self.hf.score(states[rows, sequences.end_index]).squeeze(-1)
+        columns = sequences.predictor_columns if every_token else sequences.end_index
+        scores = self.hf.score(last_hidden(self.hf, sequences, columns, self.packing)).squeeze(-1)
+        return scores * sequences.answer_mask if every_token else scores
 
 
 def _score_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -88,12 +89,13 @@ def load_reward_model(
     disable_dropout: bool = True,
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
+    packing: bool = False,
 ) -> RewardModel:
     """A sequence classifier with one label. `new_head`: the head may be missing (a language model as backbone) and
     starts fresh.
 
     Raises UserError when the architecture has no `score` head, when a finished reward model lacks its head's weights,
-    or when it has more labels than one.
+    or when it has more labels than one.   packing: see `remax.packing`.
     """
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     if new_head:
@@ -118,7 +120,7 @@ def load_reward_model(
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     hf.config.pad_token_id = tokenizer.pad_token_id  # an added one has no row to be loaded into before the resizing
     prepare_training(hf, gradient_checkpointing)
-    return RewardModel(hf)
+    return RewardModel(hf, packing=packing)
 
 
 def store_score_statistics(model: RewardModel, figures: dict[str, float]) -> None:

@@ -103,18 +103,23 @@ class Sequences:
         token.
         """
         columns = self.prompt_lengths[:, None] + torch.arange(self.answer_width, device=values.device)  # (B, A)
-        return self._gather(values, columns)
+        return self.at(values, columns)
 
     def predictors(self, values: Tensor) -> Tensor:
         """(B, T, ...) -> (B, A, ...): the values at the position that predicts answer token j, one before it."""
-        columns = self.prompt_lengths[:, None] - 1 + torch.arange(self.answer_width, device=values.device)  # (B, A)
-        return self._gather(values, columns)
+        return self.at(values, self.predictor_columns)
 
     @staticmethod
-    def _gather(values: Tensor, columns: Tensor) -> Tensor:
+    def at(values: Tensor, columns: Tensor) -> Tensor:
+        """(B, T, ...) values at some columns of each row: (B, ...) for columns (B,), (B, A, ...) for (B, A)."""
         columns = columns.clamp(max=values.shape[1] - 1)
-        rows = torch.arange(len(values), device=values.device)[:, None]
-        return values[rows, columns]
+        rows = torch.arange(len(values), device=values.device)
+        return values[rows[:, None] if columns.dim() > 1 else rows, columns]
+
+    @property
+    def predictor_columns(self) -> Tensor:
+        """(B, A) columns of the positions that predict the answer tokens; behind an answer they run on."""
+        return self.prompt_lengths[:, None] - 1 + torch.arange(self.answer_width, device=self.prompt_lengths.device)
 
     @property
     def answer_ids(self) -> Tensor:
@@ -158,7 +163,7 @@ class Sequences:
         joined = torch.cat([prompts.input_ids, answers], 1)  # (B, P + A)
         start = prompts.input_ids.shape[1] - prompts.lengths  # (B,) columns of left padding
         columns = start[:, None] + torch.arange(joined.shape[1], device=joined.device)
-        shifted = cls._gather(joined, columns)
+        shifted = cls.at(joined, columns)
         keep = length_mask(prompts.lengths + answer_lengths, joined.shape[1])
         return cls(shifted.masked_fill(~keep, pad_id), prompts.lengths, answer_lengths).trim()
 

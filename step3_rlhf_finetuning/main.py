@@ -25,9 +25,7 @@ from remax.trainer import Trainer
 from remax.variance import VarianceMeter
 from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
 from utils.metrics import MetricsLogger
-from utils.run import run_main, start_run
-
-STOPPED = 3  # exit status: the sentinel saw no point in going on
+from utils.run import STOPPED, run_main, start_run
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 USER_ERROR = 2
+STOPPED = 3  # exit status: there was no point in going on
 INTERRUPTED = 130
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "tokenizers", "peft", "numpy")
 
