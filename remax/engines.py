@@ -402,8 +402,10 @@ def check_packing(engine: TrainedEngine, max_len: int, **read: bool) -> None:
     """
     model, hf = engine.model, engine.model.hf
     window = getattr(hf.config.get_text_config(), "sliding_window", None) or max_len
-    lengths = torch.tensor([window + 2 if window < max_len else 7, 3, 5, 2], device=device()).clamp(max=max_len)
-    ids = 7919 * torch.arange(4 * int(lengths.max()), device=device()) % hf.get_input_embeddings().num_embeddings
+    # The last token of a row predicts nothing, and the one before it must lie beyond its window's first.
+    longest = window + 2 if window < max_len else min(7, max_len)
+    lengths = torch.tensor([longest, 3, 5, 2], device=device()).clamp(max=longest)
+    ids = 7919 * torch.arange(4 * longest, device=device()) % hf.get_input_embeddings().num_embeddings
     rows = Sequences(ids.view(4, -1), torch.ones_like(lengths), lengths - 1)
     with evaluating(model):
         packed = engine.engine(rows, **read)[rows.answer_mask].float()  # (tokens, ...)

@@ -80,13 +80,13 @@ def prepare_packing(hf: PreTrainedModel) -> None:
     """
     config, forward = hf.config, inspect.signature(hf.base_model.forward).parameters
     refusal = f"--packing: cannot be used with models of the type {config.model_type!r}"
-    if config._attn_implementation == "eager":
-        raise UserError(f"{refusal} and eager attention; leave the flag out, or set --attn_implementation sdpa")
+    if (attention := config._attn_implementation) not in ("sdpa", "flash_attention_2"):
+        raise UserError(f"{refusal} and {attention} attention; leave the flag out, or set --attn_implementation sdpa")
     if "position_ids" not in forward or not any(p.kind is p.VAR_KEYWORD for p in forward.values()):
         raise UserError(f"{refusal}, which take no positions; leave the flag out")
     if not set(getattr(config.get_text_config(), "layer_types", None) or ()) <= LAYERS:
         raise UserError(f"{refusal}, which have layers without attention over all of a row; leave the flag out")
-    if config._attn_implementation == "sdpa":
+    if attention == "sdpa":
         hf.set_attn_implementation(IN_PIECES)
         if config._attn_implementation != IN_PIECES:
             raise UserError(f"{refusal}, whose attention cannot be exchanged; leave the flag out")

@@ -19,6 +19,7 @@ STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3
 SCRIPTS = sorted(ROOT.glob("step*/training_scripts/**/*.sh"))
 EVALUATION_SCRIPTS = sorted(ROOT.glob("step*/evaluation_scripts/*.sh"))
 ARCHITECTURE = {"demo": "llama", "gpt2": "gpt2", "opt": "opt", "llama2": "llama", "mistral": "mistral"}
+PACKED = ("opt", "mistral")  # families whose scripts of steps 1 and 2 are run with --packing
 # What makes a paper's setting small; the rest of each script is run as it stands.
 SMALLER = {
     1: "--max_seq_len 64 --per_device_train_batch_size 4 --per_device_eval_batch_size 4",
@@ -95,6 +96,8 @@ def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_rewar
     flags = shlex.split(SMALLER[stage]) + ["--max_steps", "2", "--max_eval_batches", "1"]
     if not can_compile:
         flags += ["--offload", "false"]
+    packed = stage < 3 and architecture in PACKED
+    flags += ["--packing"] * packed
     reward, rewards = tiny_reward_model(architecture), short(script) if stage == 3 else ""
     if "gpt2" in rewards:
         flags += several_rewards(tmp_path, reward)
@@ -115,8 +118,11 @@ def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_rewar
     assert (output / "training.log").read_text() == done.stdout  # the console and the log file both
     run = json.loads((output / "run.json").read_text())
     assert run["world_size"] == 2 and run["arguments"]["max_steps"] == 2
-    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert max(steps) == 2
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) == 2
+    if stage < 3:
+        padding = [line["train/padding_share"] for line in lines if "train/loss" in line]
+        assert len(padding) == 2 and all(share == 0 if packed else 0 < share < 1 for share in padding)
     if "gpt2" in rewards:
         assert_several_rewards(output)
     assert ("functions score" in done.stdout) == ("demo" in rewards)
@@ -137,6 +143,20 @@ def test_script_keeps_the_exit_status_and_the_last_flag_wins(tmp_path, corpus, t
     assert done.returncode == 2
     assert done.stdout == (tmp_path / "training.log").read_text()
     assert done.stdout.count("error:") == 1 and "--learning_rate -1" in done.stdout
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model, run_command):
+    flags = f"--model_name_or_path {tiny_model('llama')} --data_path {corpus} --output_dir result --max_seq_len 64"
+    flags += " --learning_rate 1e30 --max_steps 5 --max_eval_batches 1 --per_device_train_batch_size 4"
+    done = run_command(["python", ROOT / stage / "main.py", *shlex.split(flags)], cwd=tmp_path)
+    assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout
+    assert "training stopped. step " in done.stdout.splitlines()[-1]
+    assert "learning rate" in done.stdout.splitlines()[-1] and "result/last" in done.stdout.splitlines()[-1]
+    assert (tmp_path / "result/last/model.safetensors").is_file()
+    lines = [json.loads(line) for line in (tmp_path / "result/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train/loss"] is None and lines[-1]["step"] >= 2  # the step that was lost is there too
 
 
 @pytest.mark.ranks

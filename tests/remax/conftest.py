@@ -99,17 +99,17 @@ def make_policy(tmp_path_factory, tokenizers):
 
 @pytest.fixture(scope="session")
 def make_scorer(tmp_path_factory, make_policy):
-    """make_scorer("opt", pad="own", seed=5) -> folder of a reward model on the same tokenizer."""
+    """make_scorer("opt", pad="own", seed=5, ...) -> folder of a reward model on the same tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     base = tmp_path_factory.mktemp("scorers")
 
     @functools.cache
-    def make(architecture: str, pad: str = "own", seed: int = 5) -> Path:
-        source = make_policy(architecture, pad)
+    def make(architecture: str, pad: str = "own", seed: int = 5, **fields) -> Path:
+        source = make_policy(architecture, pad, **fields)
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
         randomise(model, seed)
-        folder = base / f"{architecture}-{pad}-{seed}"
+        folder = base / "-".join([architecture, pad, str(seed), *map(str, fields.values())])
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
         return folder

@@ -308,6 +308,7 @@ def test_refused_in_every_step(parse, line, message):
         ("--zero_stage 2 --offload_parameters", r"--offload_parameters with --zero_stage 2: needs --zero_stage 3"),
         ("--dtype fp16", r"--dtype fp16: DeepSpeed has no fp16 on a CPU; use fp32 or bf16"),
         ("--dtype fp32 --bf16", r"--dtype fp32 with --bf16: contradict"),
+        ("--packing --attn_implementation eager", r"--packing with --attn_implementation eager: only sdpa and flash"),
     ],
 )
 def test_refused_in_steps_1_and_2(parse, line, message):

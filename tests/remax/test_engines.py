@@ -105,8 +105,9 @@ def stage_checks(models: dict) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def two_ranks(plain, run_ranks):
-    """fp32 and bf16 at every stage, in one launch."""
+    """fp32 and bf16 at every stage, and packed rows at stages 2 and 3, in one launch."""
     models = plain[1]
+    packed = [{"zero_stage": stage, "packing": True} for stage in (2, 3)]
     half = [{"zero_stage": stage, "dtype": "bf16"} for stage in (1, 2, 3)]
     checks = grid({kind: models[kind] for kind in ("llama", "reward")}, half, micro_batch=2)
     common = {"check": "not_finite", "model": models["llama"]["model"], "rows": models["llama"]["rows"][0]}
@@ -115,7 +116,7 @@ def two_ranks(plain, run_ranks):
         common | spread | {"name": "-".join(["broken", *map(str, spread.values())]), "micro_batch": 2}
         for spread in broken
     ]
-    return run_ranks(stage_checks(models) + checks, 2)
+    return run_ranks(stage_checks(models) + grid(models, packed, micro_batch=4) + checks, 2)
 
 
 def test_every_stage_equals_plain_torch_on_one_rank(plain, run_ranks):
@@ -128,7 +129,7 @@ def test_every_stage_equals_plain_torch_on_one_rank(plain, run_ranks):
 def test_every_stage_equals_plain_torch_on_two_ranks(plain, two_ranks):
     results, folder = two_ranks
     exact = {name: result for name, result in results.items() if "bf16" not in name and "broken" not in name}
-    assert len(exact) == 16
+    assert len(exact) == 16 + 6  # padded, packed
     compare(exact, folder, plain[0], losses=1e-5, norms=1e-5, weights=1e-5)
 
 

@@ -22,6 +22,7 @@ from remax.finetune import (
     total_steps,
 )
 from remax.logprobs import PolicyOutput
+from remax.sentinel import TrainingStopped
 from remax.sequences import Sequences
 from utils.metrics import MetricsLogger
 
@@ -35,6 +36,9 @@ class Engine:
 
     def train(self, mode: bool = True) -> None:
         self.training = mode
+
+    def slots(self, sequences: Sequences) -> int:
+        return sequences.input_ids.numel()
 
     def logprobs(self, sequences: Sequences) -> PolicyOutput:
         return PolicyOutput(self.w * sequences.answer_ids)
@@ -113,9 +117,15 @@ def test_a_step_of_direct_preference():
     assert (held_out["accuracy"], held_out["margin"], held_out["longer_wins"]) == pytest.approx((0.0, -1.5, 1.0))
 
 
-def test_tokens_of_a_batch():
-    assert count_tokens(BATCHES[0]) == 6
-    assert count_tokens({"chosen_lengths": torch.tensor([3, 4]), "rejected_lengths": torch.tensor([2, 2])}) == 11
+def test_tokens_and_slots():
+    # Rows of 3 and 3 in 2 * 3 slots, one of 2 in 1 * 3.
+    assert count_tokens(Supervised(Engine(), []), list(BATCHES)) == {"tokens": 8, "slots": 9}
+    # Chosen 3 and 4, rejected 2 and 1 tokens; the rejected rows are padded to the chosen ones' four columns.
+    lengths = {"chosen_lengths": [3, 4], "rejected_lengths": [2, 1], "prompt_lengths": [1, 0]}
+    ids = {"chosen_ids": torch.zeros(2, 4), "rejected_ids": torch.zeros(2, 2)}
+    pairs = ids | {name: torch.tensor(values) for name, values in lengths.items()}
+    for task in (Ranking(Engine(), []), DirectPreference(Engine(), Fixed(), [])):
+        assert count_tokens(task, [pairs]) == {"tokens": 10, "slots": 16}
 
 
 def test_steps():
@@ -176,11 +186,15 @@ def test_evaluation_every_n_steps_and_max_steps(tmp_path):
     task, _, seen, _, lines = run(tmp_path, epochs=5, max_steps=7, evaluate_every=3)
     assert seen == [3, 6, 7]
     assert max(line["step"] for line in lines) == 7
+    # The two batches in turn: 6 tokens in 6 slots, 2 in 3.
+    shares = {line["step"]: line["train/padding_share"] for line in lines if "train/loss" in line}
+    assert [shares[step] for step in (1, 2)] == pytest.approx([0.0, 1 / 3])
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     task = Noting(Engine(weight=float("nan")), [])
     metrics = MetricsLogger(tmp_path)
-    with pytest.raises(RuntimeError, match="step 1: loss is nan .*learning rate"):
+    with pytest.raises(TrainingStopped, match="step 1: loss is nan .*learning rate"):
         finetune(task, Loader(BATCHES), FinetuneSettings(epochs=1), metrics)
     metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["train/loss"] is None

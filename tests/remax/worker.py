@@ -57,6 +57,7 @@ class Spread:
     lora: str | None = None  # name of the layers with adapters
     new_pad: bool = False  # a pad token is added to the tokenizer, as in step 2
     new_head: bool = False
+    packing: bool = False
 
     @property
     def config(self) -> EngineConfig:
@@ -73,6 +74,7 @@ class Spread:
 
     def policy(self):
         options = {"gradient_checkpointing": self.gradient_checkpointing, "tokenizer": self.tokenizer}
+        options |= {"packing": self.packing}
         with loading(self.config):
             model = load_policy(self.model, "--model", dtype=self.config.torch_dtype, **options)
         if self.lora:
@@ -80,7 +82,7 @@ class Spread:
         return model
 
     def scorer(self):
-        options = {"tokenizer": self.tokenizer, "new_head": self.new_head}
+        options = {"tokenizer": self.tokenizer, "new_head": self.new_head, "packing": self.packing}
         with loading(self.config):
             return load_reward_model(self.model, "--model", dtype=self.config.torch_dtype, **options)
 
