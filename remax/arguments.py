@@ -189,13 +189,20 @@ def _check_finetune(args: Any) -> None:
 def _check_preference_loss(args: Step2Arguments) -> None:
     """Flags that --loss does not read must be at their defaults."""
     direct = ("dpo", "r-dpo")
-    readers = dict.fromkeys(("use_margin", "label_smoothing", "center_rewards_coefficient"), ("ranking",))
+    readers = dict.fromkeys(
+        ("use_margin", "label_smoothing", "center_rewards_coefficient", "ranked_loss"), ("ranking",)
+    )
     readers |= dict.fromkeys(("dpo_beta", "reference_zero_stage", "offload_reference_model"), direct)
     readers["length_alpha"] = ("r-dpo",)
     defaults = {f.name: f.default for f in dataclasses.fields(PreferenceFlags)}
     for name, losses in readers.items():
         if getattr(args, name) != defaults[name] and args.loss not in losses:
             raise UserError(f"--{name} with --loss {args.loss}: only --loss {' and '.join(losses)} read it")
+    if args.ranked_loss == "plackett-luce" and args.label_smoothing:
+        raise UserError(
+            "--label_smoothing with --ranked_loss plackett-luce: it is a share of wrong pairs, and a whole ranking has "
+            "no opposite; use --ranked_loss pairs"
+        )
     _resolve_frozen(args, "reference_zero_stage", "offload_reference_model")
 
 

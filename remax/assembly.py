@@ -66,6 +66,7 @@ def build_preference_task(
             use_margin=args.use_margin,
             label_smoothing=args.label_smoothing,
             centring=args.center_rewards_coefficient,
+            ranked_loss=args.ranked_loss,
         )
     config = reference_engine(args)
     reference = Reference(_load(load_policy, args, config, tokenizer), config)
@@ -124,7 +125,7 @@ def finetune_loaders(
     if isinstance(args, Step1Arguments):
         of_this_stage = {"sft_only_data_path": args.sft_only_data_path, "train_on": args.train_on}
     else:
-        of_this_stage = {"need_margin": args.use_margin, "best_and_worst": True}
+        of_this_stage = {"need_margin": args.use_margin, "best_and_worst": args.loss != "ranking"}
     train, evaluation = build_loaders(
         stage=stage,
         tokenizer=tokenizer,

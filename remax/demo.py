@@ -27,9 +27,10 @@ from transformers import PreTrainedTokenizerBase
 
 from remax.deepspeed_config import EngineConfig
 from remax.engines import Reference, Reward
-from remax.evaluation import evaluate_policy, ranking_accuracy
+from remax.evaluation import evaluate_policy
 from remax.inference import FrozenActor, answer_prompts
 from remax.modeling import load_policy, quiet_libraries
+from remax.ranking import ranking_accuracy
 from remax.reward_model import load_reward_model
 from remax.rollout import GenerationSettings
 from utils.data.encoding import Names, encode_rows

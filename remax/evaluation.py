@@ -1,5 +1,4 @@
-"""Figures on held-out data, reduced over ranks: perplexity, ranking accuracy, and the policy's reward, KL, entropy and
-length.
+"""Figures on held-out data, reduced over ranks: perplexity, and the policy's reward, KL, entropy and length.
 
 Every function returns the same numbers on every rank, whatever their number: sums and counts are reduced, never means
 of means, and the rows that fill up a rank's last batch carry weight 0.
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from remax.engines import Actor, Reference, Reward, TrainedEngine, TrainedReward
+from remax.engines import Actor, Reference, Reward, TrainedReward
 from remax.logprobs import Sampling
 from remax.modeling import evaluating
 from remax.rewards import CompositeReward
@@ -72,44 +71,6 @@ def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-@torch.no_grad()
-def ranking_accuracy(
-    engine: TrainedEngine,
-    loader: Iterable[Batch],
-    scores: Callable[[TrainedEngine, Batch], tuple[Tensor, Tensor]] | None = None,
-) -> dict[str, float]:
-    """Share of pairs with the chosen answer's score above the rejected one's (a tie counts half), mean scores and
-    margin.
-
-    `longer_wins` is what "the longer answer is the better one" would reach on the same pairs: an accuracy near it may
-    be length alone.
-    """
-    sums = dict.fromkeys(("pairs", "accuracy", "chosen", "rejected", "squares", "longer"), 0.0)
-    with evaluating(engine.model):
-        for batch in map(to_device, loader):
-            chosen, rejected = (scores or pair_scores)(engine, batch)  # (B,)
-            weight = batch["weight"]
-            longer = (batch["chosen_lengths"] - batch["rejected_lengths"]).sign()
-            sums["pairs"] += float(weight.sum())
-            sums["accuracy"] += float((weight * (0.5 + 0.5 * (chosen - rejected).sign())).sum())
-            sums["longer"] += float((weight * (0.5 + 0.5 * longer)).sum())
-            sums["chosen"] += float((weight * chosen).sum())
-            sums["rejected"] += float((weight * rejected).sum())
-            sums["squares"] += float((weight * (chosen**2 + rejected**2)).sum())
-    total = sum_across_ranks(sums)
-    n = max(total["pairs"], 1.0)
-    mean = (total["chosen"] + total["rejected"]) / (2 * n)
-    return {
-        "accuracy": total["accuracy"] / n,
-        "longer_wins": total["longer"] / n,
-        "chosen_score": total["chosen"] / n,
-        "rejected_score": total["rejected"] / n,
-        "margin": (total["chosen"] - total["rejected"]) / n,
-        "score_mean": mean,
-        "score_std": math.sqrt(max(total["squares"] / (2 * n) - mean**2, 0.0)),
-    }
-
-
 @dataclass
 class PolicyEvaluation:
     """Reduced figures, and this evaluation's answers of all ranks: dicts {prompt, answer, length, reward}
@@ -122,6 +83,27 @@ class PolicyEvaluation:
         """One prompt with its answer, to read."""
         row = self.answers[0]
         return f"--- prompt: {row['prompt'].strip()}\n--- answer (reward {row['reward']}): {row['answer'].strip()}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as text; its length counts EOS, and it has `ended` when it reached EOS within the limit."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def read_answers(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Answer]:
+    """The answers of B sequences."""
+    found = []
+    for ids, start, length in zip(
+        sequences.input_ids.tolist(), sequences.prompt_lengths.tolist(), sequences.answer_lengths.tolist(), strict=True
+    ):
+        answer = ids[start : start + length]
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        found.append(Answer(text, length, answer[-1] in eos_ids))
+    return found
 
 
 def write_answers(path: Path, answers: list[dict]) -> None:
@@ -191,7 +173,12 @@ def evaluate_policy(
             additions |= {f"reward/{name}": weight * scores for name, scores in parts.items()}
             for name, value in additions.items():
                 sums[name] += value.double().sum()
-            readable += _readable(batch, sequences, score, parts, tokenizer)
+            scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
+            found = read_answers(sequences, tokenizer, eos_ids.reshape(-1).tolist())
+            for i in weight.nonzero().flatten().tolist():
+                rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}
+                answer = {"answer": found[i].text, "length": found[i].tokens}
+                readable.append({"prompt": batch["prompt"][i]} | answer | rounded)
     total = sum_across_ranks(sums)
     n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
     mean = total["reward"] / n
@@ -210,18 +197,3 @@ def evaluate_policy(
     if answers is not None:
         figures["perplexity"] = perplexity(actor, answers)["perplexity"]
     return PolicyEvaluation(figures, [row for rows in gather_objects(readable) for row in rows])
-
-
-def _readable(
-    batch: Batch, sequences: Sequences, score: Tensor, parts: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
-) -> list[dict]:
-    """The answers as text; rows of weight 0 are left out."""
-    rows = []
-    for i in batch["weight"].nonzero().flatten().tolist():
-        start, length = int(sequences.prompt_lengths[i]), int(sequences.answer_lengths[i])
-        ids = sequences.input_ids[i, start : start + length]
-        answer = tokenizer.decode(ids, skip_special_tokens=True)
-        scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
-        rounded = {name: round(float(value[i]), 4) for name, value in scores.items()}
-        rows.append({"prompt": batch["prompt"][i], "answer": answer, "length": length} | rounded)
-    return rows

@@ -9,13 +9,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from remax.engines import Actor, Reference, TrainedEngine, TrainedReward
-from remax.evaluation import Batch, pair_scores, paired, perplexity, ranking_accuracy, to_device
-from remax.losses import answer_logprob, dpo_losses, ranking_loss, supervised_loss
+from remax.evaluation import Batch, pair_scores, paired, perplexity, to_device
+from remax.losses import (
+    answer_logprob,
+    dpo_losses,
+    mean_over_pairs,
+    ordered_pairs,
+    pairwise_losses,
+    plackett_luce_losses,
+    ranking_loss,
+    supervised_loss,
+)
+from remax.ranking import ranking_accuracy
 from remax.sentinel import TrainingStopped
 from remax.sequences import Sequences, learned_mask
 from utils.distributed import print0, sum_across_ranks
@@ -34,7 +44,7 @@ class Task(Protocol):
         """The rows that the model reads: both answers of a pair."""
 
     def count(self, batch: Batch) -> int:
-        """What the loss is a mean of, in this batch: answer tokens or pairs."""
+        """What the loss is a mean of, in this batch: answer tokens, pairs, or prompts with their answers."""
 
     def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's summed loss over `denominator`, and sums of other figures over what `count` counts."""
@@ -184,27 +194,47 @@ class Supervised:
 
 @dataclass
 class Ranking:
-    """Step 2: the chosen answer's score above the rejected one's (Bradley-Terry)."""
+    """Step 2: the chosen answer's score above the rejected one's (Bradley-Terry); of several ranked answers each one's
+    above those of the answers ranked below it.
+    """
 
     engine: TrainedReward
     eval_loader: Iterable[Batch]
     use_margin: bool = False  # the data's `margin` column
     label_smoothing: float = 0.0
     centring: float = 0.0
+    ranked_loss: Literal["pairs", "plackett-luce"] = "pairs"  # of batches with several ranked answers
     headline: str = "accuracy"
 
     def sequences(self, batch: Batch) -> Sequences:
         return paired(batch)
 
     def count(self, batch: Batch) -> int:
-        return len(batch["prompt_lengths"])
+        return len(batch["weight"] if "ranks" in batch else batch["prompt_lengths"])
 
     def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        if "ranks" in batch:
+            return self.loss_of_rankings(batch, denominator)
         chosen, rejected = pair_scores(self.engine, batch)
         figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).detach().sum()}
         margin = batch["margin"] if self.use_margin else None
         options = {"label_smoothing": self.label_smoothing, "centring": self.centring}
         return ranking_loss(chosen, rejected, denominator, margin, **options), figures
+
+    def loss_of_rankings(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """A prompt with its answers counts once, however many they are; the figures are means over its pairs."""
+        scores = self.engine.score(Sequences.from_batch(batch))  # (N,)
+        row, ranks, rows = batch["row"], batch["ranks"], self.count(batch)
+        if self.ranked_loss == "plackett-luce":
+            losses = plackett_luce_losses(scores, row, ranks, rows, centring=self.centring)
+        else:
+            options = {"label_smoothing": self.label_smoothing, "centring": self.centring}
+            losses = pairwise_losses(scores, row, ranks, rows, **options)
+        better, worse = ordered_pairs(row, ranks)
+        difference = (scores[better] - scores[worse]).detach()
+        figures = {"accuracy": (difference > 0).float(), "margin": difference}
+        means = {name: mean_over_pairs(values, row[better], rows).sum() for name, values in figures.items()}
+        return losses.sum() / denominator, means
 
     def evaluate(self) -> dict[str, float]:
         return ranking_accuracy(self.engine, self.eval_loader)

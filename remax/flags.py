@@ -175,6 +175,11 @@ class PreferenceFlags:
     use_margin: bool = flag(False, "ranking: the data's column `margin` is how much more the chosen answer must score")
     label_smoothing: BelowOne = flag(0.0, "ranking: share of the preferences taken to be wrong")
     center_rewards_coefficient: NonNegative = flag(0.0, "ranking: weight of (chosen + rejected score)^2")
+    ranked_loss: Literal["pairs", "plackett-luce"] = flag(
+        "pairs",
+        "ranking, data with several ranked answers to a prompt: the mean loss of all their pairs, or the likelihood of "
+        "the whole ranking; the same for two answers",
+    )
     dpo_beta: Positive = flag(0.1, "dpo, r-dpo: reward per nat of log-ratio (the paper compares with .05)")
     length_alpha: NonNegative = flag(0.01, "r-dpo: weight of the difference of lengths, per token")
     reference_zero_stage: ZeroStage = flag(0, "dpo, r-dpo: 3 shares the reference's parameters out")

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from remax.deepspeed_config import EngineConfig
 from remax.engines import FrozenEngine, Reward
+from remax.evaluation import Answer, read_answers
 from remax.finetune import groups
 from remax.logprobs import PolicyOutput, Sampling
 from remax.modeling import PolicyModel
@@ -69,27 +70,6 @@ class FrozenActor(FrozenEngine):
         out = hf.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, generation_config=config)
         answers = out[:, prompts.input_ids.shape[1] :]  # (B * best, A)
         return Sequences.from_generation(prompts.repeat(best), answers, config.eos_token_id, settings.pad_id)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer as text; its length counts EOS, and it has `ended` when it reached EOS within the limit."""
-
-    text: str
-    tokens: int
-    ended: bool
-
-
-def read_answers(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Answer]:
-    """The answers of B sequences."""
-    found = []
-    for ids, start, length in zip(
-        sequences.input_ids.tolist(), sequences.prompt_lengths.tolist(), sequences.answer_lengths.tolist(), strict=True
-    ):
-        answer = ids[start : start + length]
-        text = tokenizer.decode(answer, skip_special_tokens=True)
-        found.append(Answer(text, length, answer[-1] in eos_ids))
-    return found
 
 
 def answer_prompts(
@@ -166,24 +146,3 @@ def score_texts(reward: Reward, texts: Sequence[EncodedText], *, batch_size: int
     for share, part in enumerate(gather_objects(scores)):
         result[order[share :: world_size()]] = torch.tensor(part)
     return result
-
-
-def pair_figures(
-    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
-) -> dict[str, float]:
-    """Figures of n >= 1 pairs from their scores and lengths in tokens, each (n,).
-
-    accuracy: share of pairs whose chosen answer scores higher, a tie counting half.   margin: mean difference.
-    longer_wins: what "the longer answer is the better one" would reach on the same pairs.
-    """
-
-    def wins(difference: Tensor) -> float:
-        return float((0.5 + 0.5 * difference.sign()).double().mean())
-
-    return {
-        "accuracy": wins(chosen - rejected),
-        "longer_wins": wins((chosen_lengths - rejected_lengths).float()),
-        "chosen_score": float(chosen.double().mean()),
-        "rejected_score": float(rejected.double().mean()),
-        "margin": float((chosen - rejected).double().mean()),
-    }

@@ -1,4 +1,4 @@
-"""Losses on given texts: supervised, pairwise ranking, and the direct preference losses.
+"""Losses on given texts: supervised, ranking of pairs and of several answers, and the direct preference losses.
 
 Sums over the micro-batch divided by a denominator that the caller takes over the whole optimizer step, so cutting
 changes nothing.
@@ -6,6 +6,7 @@ changes nothing.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,6 +50,52 @@ def ranking_loss(
     """(B,) scores -> sum of `ranking_losses` / denominator (pairs; by default those given)."""
     losses = ranking_losses(chosen, rejected, margin, **options)
     return losses.sum() / (len(chosen) if denominator is None else denominator)
+
+
+def ordered_pairs(row: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of answers of one row and unequal rank, as numbers of the answers: (P,) the better, (P,) the worse.
+
+    row: (N,) the row of each answer.   ranks: (N,) its rank within the row, 1 for the best, equal for ties.
+    """
+    return ((row[:, None] == row) & (ranks[:, None] < ranks)).nonzero(as_tuple=True)
+
+
+def mean_over_pairs(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """(P,) values of pairs, (P,) the row of each -> (rows,) means; 0 for a row without pairs."""
+    sums = values.new_zeros(rows).index_add(0, row, values)
+    return sums / torch.bincount(row, minlength=rows).clamp(min=1)
+
+
+def pairwise_losses(
+    scores: Tensor, row: Tensor, ranks: Tensor, rows: int, *, label_smoothing: float = 0.0, centring: float = 0.0
+) -> Tensor:
+    """(N,) scores of all answers of the rows -> (rows,) mean of `ranking_losses` over a row's ordered pairs.
+
+    InstructGPT (Ouyang et al., arXiv 2203.02155, eq. 1), which has K (K - 1) / 2 pairs; here ties are none. With two
+    answers it is the loss of a pair. row, ranks: see `ordered_pairs`.
+    """
+    better, worse = ordered_pairs(row, ranks)
+    losses = ranking_losses(scores[better], scores[worse], label_smoothing=label_smoothing, centring=centring)
+    return mean_over_pairs(losses, row[better], rows)
+
+
+def plackett_luce_losses(scores: Tensor, row: Tensor, ranks: Tensor, rows: int, *, centring: float = 0.0) -> Tensor:
+    """(N,) scores -> (rows,) -log probability of the whole ranking after Plackett and Luce: the best is chosen among
+    all answers, the next among those that are left, and so on.
+
+    -sum_k log( exp r_k / (exp r_k + sum of exp r_j over all j ranked below k) ): MLE_K of Zhu et al. (arXiv 2301.11270,
+    section 3.2), a sum over the places and not their mean. Tied answers are not asked to beat one another: each is
+    chosen among itself and those ranked below. With two answers it is the loss of a pair. centring: as
+    `pairwise_losses`.
+    """
+    beaten = (row[:, None] == row) & (ranks[:, None] < ranks)  # (N, N)
+    rivals = beaten | torch.eye(len(row), dtype=torch.bool, device=row.device)
+    losses = scores.expand_as(rivals).masked_fill(~rivals, -torch.inf).logsumexp(1) - scores  # (N,)
+    result = losses.new_zeros(rows).index_add(0, row, losses)
+    if not centring:
+        return result
+    better, worse = ordered_pairs(row, ranks)
+    return result + centring * mean_over_pairs((scores[better] + scores[worse]).square(), row[better], rows)
 
 
 def dpo_losses(

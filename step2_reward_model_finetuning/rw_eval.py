@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from remax.deepspeed_config import DTYPES, EngineConfig
 from remax.engines import Reward
 from remax.evaluation_arguments import parse_reward_eval
-from remax.inference import EncodedText, encode_texts, pair_figures, score_texts
+from remax.inference import EncodedText, encode_texts, score_texts
 from remax.modeling import check_length, load_config, quiet_libraries
+from remax.ranking import pair_figures, pair_sums
 from remax.reward_model import load_reward_model
 from utils.data.chat import template_of
 from utils.data.loaders import local_rank_zero_first
@@ -174,7 +175,7 @@ def report(texts: Texts, scores: torch.Tensor, config: PreTrainedConfig) -> str:
         return table(lines, known)
     chosen, rejected = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (n,) numbers of texts
     lengths = torch.tensor([len(text.ids) for text in texts.encoded])
-    figures = pair_figures(scores[chosen], scores[rejected], lengths[chosen], lengths[rejected])
+    figures = pair_figures(pair_sums(scores[chosen], scores[rejected], lengths[chosen], lengths[rejected]))
     error = (figures["accuracy"] * (1 - figures["accuracy"]) / len(pairs)) ** 0.5
     lines = [
         ("accuracy", f"{figures['accuracy']:.3f} +- {error:.3f}  ({len(pairs)} pairs; a tie counts half)"),

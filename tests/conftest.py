@@ -1,6 +1,7 @@
 """Shared by all tests: no network, one thread a process, tiny models and rows made from the built-in corpus."""
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -60,6 +61,24 @@ def corpus(tmp_path_factory) -> Path:
     from utils.demo import make_corpus
 
     return make_corpus(tmp_path_factory.mktemp("corpus"), seed=0, train_rows=200, test_rows=24)
+
+
+@pytest.fixture(scope="session")
+def rank_answers():
+    """rank_answers(corpus, folder) -> the corpus with two to four answers to each prompt, the second and third tied."""
+
+    def rank(corpus: Path, folder: Path) -> Path:
+        for split in ("train", "test"):
+            lines = []
+            for i, line in enumerate((corpus / f"{split}.jsonl").read_text().splitlines()):
+                row = json.loads(line)
+                answers = [row["chosen"], row["rejected"], row["rejected"] + " Bye.", row["chosen"] + " Never."]
+                order = {"answers": answers[: 2 + i % 3], "ranks": [1, 2, 2, 3][: 2 + i % 3]}
+                lines.append(json.dumps({"prompt": row["prompt"], **order}) + "\n")
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+        return folder
+
+    return rank
 
 
 @pytest.fixture(scope="session")

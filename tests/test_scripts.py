@@ -91,7 +91,9 @@ def assert_several_rewards(output: Path) -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("script", SCRIPTS, ids=short)
-def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_reward_model, run_command, can_compile):
+def test_script_runs_to_the_end(
+    script, tmp_path, corpus, rank_answers, tiny_model, tiny_reward_model, run_command, can_compile
+):
     stage, architecture = stage_of(script), ARCHITECTURE[script.parent.name]
     flags = shlex.split(SMALLER[stage]) + ["--max_steps", "2", "--max_eval_batches", "1"]
     if not can_compile:
@@ -104,6 +106,11 @@ def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_rewar
     if "demo" in rewards:  # a function alone
         flags, reward = [*flags, "--reward_fn", f"{ROOT / STAGES[2] / 'example_rewards.py'}:words"], ""
     # From a folder that is neither the repository nor the stage's, into a relative one.
+    ranked = stage == 2 and architecture == "gpt2"
+    if ranked:
+        (tmp_path / "ranked").mkdir()
+        corpus = rank_answers(corpus, tmp_path / "ranked")
+        flags += ["--ranked_loss", "plackett-luce", "--center_rewards_coefficient", "0.01"]
     done = run_command(
         ["bash", script, *flags],
         cwd=tmp_path,
@@ -126,6 +133,9 @@ def test_script_runs_to_the_end(script, tmp_path, corpus, tiny_model, tiny_rewar
     if "gpt2" in rewards:
         assert_several_rewards(output)
     assert ("functions score" in done.stdout) == ("demo" in rewards)
+    if stage == 2:
+        results = json.loads((output / "results.json").read_text())
+        assert ("best_of_k_accuracy" in results["after"]) == ranked
     if stage == 3:
         assert_exported(output / "actor", stage)  # the best one, here perhaps that before the first step
         output = output / "actor_final"

@@ -253,6 +253,11 @@ def test_no_flag_has_two_owners():
     [
         ("--dpo_beta .2", r"--dpo_beta with --loss ranking: only --loss dpo and r-dpo read it"),
         ("--loss dpo --length_alpha .2", r"--length_alpha with --loss dpo: only --loss r-dpo"),
+        ("--loss dpo --ranked_loss plackett-luce", r"--ranked_loss with --loss dpo: only --loss ranking"),
+        (
+            "--ranked_loss plackett-luce --label_smoothing .1",
+            r"--label_smoothing with --ranked_loss plackett-luce: .* use --ranked_loss pairs",
+        ),
         ("--loss dpo --use_margin", r"--use_margin with --loss dpo: only --loss ranking"),
         ("--label_smoothing 1", r"--label_smoothing 1.0: must be at least 0 and below 1"),
     ],

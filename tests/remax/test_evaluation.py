@@ -16,7 +16,6 @@ from remax.evaluation import (
     evaluate_policy,
     pair_scores,
     perplexity,
-    ranking_accuracy,
     write_answers,
 )
 from remax.logprobs import PolicyOutput, Sampling
@@ -39,18 +38,6 @@ class PlainActor:
 
     def rollout(self, prompts, *, samples: int = 1, greedy: bool = True):
         return rollout(self.model.hf, prompts, self.settings, samples=samples, greedy=greedy)
-
-
-class FixedScores:
-    """A reward engine that gives the rows of each call the next of the given scores."""
-
-    model = torch.nn.Module()
-
-    def __init__(self, *calls: list[float]):
-        self.calls = iter(calls)
-
-    def score(self, sequences: Sequences) -> torch.Tensor:
-        return torch.tensor(next(self.calls))
 
 
 def load(folder, loader=load_policy):
@@ -85,38 +72,6 @@ def test_perplexity_by_hand(make_policy, sequences_of):
         figures = perplexity(PlainActor(model, sampling=sampling), loader)
         assert figures["loss"] == pytest.approx(total / tokens, rel=1e-5)
         assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
-
-
-def pairs(weight: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> dict[str, torch.Tensor]:
-    n = len(weight)
-    return {
-        "chosen_ids": torch.ones(n, max(chosen_lengths), dtype=torch.long),
-        "chosen_lengths": torch.tensor(chosen_lengths),
-        "rejected_ids": torch.ones(n, max(rejected_lengths), dtype=torch.long),
-        "rejected_lengths": torch.tensor(rejected_lengths),
-        "prompt_lengths": torch.ones(n, dtype=torch.long),
-        "weight": torch.tensor(weight),
-    }
-
-
-def test_ranking_accuracy_by_hand():
-    # Scores chosen / rejected: 2 / 1 right, 0 / 1 wrong, 3 / 3 a tie; 9 / -9 is a filler.
-    # The longer answer: chosen, neither, rejected -> (1 + 0.5 + 0) / 3.
-    loader = [pairs([1.0, 1.0], [5, 3], [4, 3]), pairs([1.0, 0.0], [3, 9], [6, 2])]
-    figures = ranking_accuracy(FixedScores([2.0, 0.0, 1.0, 1.0], [3.0, 9.0, 3.0, -9.0]), loader)
-    scores = torch.tensor([2.0, 0.0, 3.0, 1.0, 1.0, 3.0])
-    assert figures == pytest.approx(
-        {
-            "accuracy": 1.5 / 3,
-            "longer_wins": 1.5 / 3,
-            "chosen_score": 5 / 3,
-            "rejected_score": 5 / 3,
-            "margin": 0.0,
-            "score_mean": scores.mean().item(),
-            "score_std": scores.std(correction=0).item(),
-        },
-        abs=1e-6,
-    )
 
 
 @torch.no_grad()
@@ -203,12 +158,13 @@ def test_answers_are_written_a_line_each(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def on_ranks(make_policy, make_scorer, run_ranks, tmp_path_factory):
+def on_ranks(make_policy, make_scorer, rank_answers, run_ranks, tmp_path_factory):
     """The same evaluations and fine-tunings on one rank and on two."""
     from utils.demo import make_corpus
 
     data = make_corpus(tmp_path_factory.mktemp("data"), seed=0, train_rows=36, test_rows=7)
     common = {"data": str(data), "cache": str(tmp_path_factory.mktemp("cache")), "zero_stage": 2}
+    ranked = str(rank_answers(data, tmp_path_factory.mktemp("ranked")))
     policy, scorer = str(make_policy("llama")), str(make_scorer("llama"))
     found = {}
     for ranks in (1, 2):
@@ -219,6 +175,7 @@ def on_ranks(make_policy, make_scorer, run_ranks, tmp_path_factory):
             {"check": "function_fails", "name": "function"},
             tune | {"name": "supervised", "task": "supervised", "model": policy, "max_steps": 0},
             tune | {"name": "ranking", "task": "ranking", "model": scorer, "max_steps": 3},
+            tune | {"name": "rankings", "task": "ranking", "data": ranked, "model": scorer, "max_steps": 3},
             tune | {"name": "preference", "task": "preference", "model": policy, "max_steps": 3},
         ]
         found[ranks] = run_ranks([common | check for check in checks], ranks)
@@ -246,7 +203,7 @@ def test_a_reward_function_that_fails_on_one_rank_stops_all_with_its_error(on_ra
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("task", ["supervised", "ranking", "preference"])
+@pytest.mark.parametrize("task", ["supervised", "ranking", "rankings", "preference"])
 def test_fine_tuning_does_not_depend_on_the_number_of_ranks(task, on_ranks):
     lines = {}
     for ranks, (results, folder) in on_ranks.items():
@@ -261,3 +218,4 @@ def test_fine_tuning_does_not_depend_on_the_number_of_ranks(task, on_ranks):
                 assert two[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
     before, after = (on_ranks[2][0][task]["results"][when] for when in ("before", "after"))
     assert all(after[name] != before[name] for name in {"supervised": ["loss"]}.get(task, ["margin"]))
+    assert ("best_of_k_accuracy" in after) == (task == "rankings")

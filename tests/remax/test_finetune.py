@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -22,9 +23,12 @@ from remax.finetune import (
     total_steps,
 )
 from remax.logprobs import PolicyOutput
+from remax.reward_model import load_reward_model
 from remax.sentinel import TrainingStopped
 from remax.sequences import Sequences
+from utils.data.loaders import build_loaders
 from utils.metrics import MetricsLogger
+from utils.tokenizer import load_tokenizer
 
 
 class Engine:
@@ -90,6 +94,89 @@ def test_a_ranking_step_is_a_mean_over_pairs():
     assert figures["loss"] == pytest.approx(sum(losses) / 3)
     assert figures["margin"] == pytest.approx(0.5 * (2 + 0 - 4) / 3)
     assert figures["accuracy"] == pytest.approx(1 / 3)  # a tie is no success
+
+
+def rankings(ids: list[list[int]], ranks: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Answers of one token each behind a prompt of one."""
+    flat = torch.tensor([i for row in ids for i in row])
+    return {
+        "input_ids": torch.stack([torch.full_like(flat, 9), flat], 1),
+        "prompt_lengths": torch.ones_like(flat),
+        "lengths": torch.full_like(flat, 2),
+        "row": torch.tensor([k for k, row in enumerate(ids) for _ in row]),
+        "ranks": torch.tensor([rank for row in ranks for rank in row]),
+        "weight": torch.ones(len(ids)),
+    }
+
+
+@pytest.mark.parametrize("loss", ["pairs", "plackett-luce"])
+def test_a_ranked_step_is_a_mean_over_prompts(loss):
+    # Scores w * id, w = 0.5. Three prompts: last tokens 4 > 2 > 1, 3 > 5 = 1, 2 > 6.
+    batches = [rankings([[4, 2, 1], [3, 5, 1]], [[1, 2, 3], [1, 2, 2]]), rankings([[6, 2]], [[2, 1]])]
+    figures = optimizer_step(Ranking(Engine(), [], ranked_loss=loss), batches)
+
+    def lose(d: float) -> float:
+        return math.log1p(math.exp(-0.5 * d))
+
+    e = [math.exp(0.5 * i) for i in range(6)]
+    expected = {
+        "pairs": ((lose(2) + lose(3) + lose(1)) / 3 + (lose(-2) + lose(2)) / 2 + lose(-4)) / 3,
+        "plackett-luce": (
+            math.log((e[4] + e[2] + e[1]) / e[4]) + lose(1) + math.log((e[3] + e[5] + e[1]) / e[3]) + lose(-4)
+        )
+        / 3,
+    }
+    assert figures["loss"] == pytest.approx(expected[loss])
+    assert figures["accuracy"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert figures["margin"] == pytest.approx(0.5 * ((2 + 3 + 1) / 3 + (-2 + 2) / 2 - 4) / 3)
+
+
+class Trained:
+    """A reward model in this process, trained by Adam."""
+
+    def __init__(self, model: torch.nn.Module, rate: float):
+        self.model, self.optimizer = model, torch.optim.Adam(model.parameters(), rate)
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
+
+    def score(self, sequences: Sequences) -> torch.Tensor:
+        return self.model(sequences)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> StepResult:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(0.0, 0.0, False)
+
+
+@pytest.mark.parametrize("loss", ["pairs", "plackett-luce"])
+def test_rankings_are_learned_from_a_file(loss, tmp_path, make_scorer):
+    # The order is that of one word; the length of an answer is drawn and says nothing.
+    draw, words = random.Random(0), ["superb", "good", "poor", "awful"]
+    for split, count in (("train", 96), ("test", 48)):
+        rows = []
+        for i in range(count):
+            answers = [f"It is {word}" + " indeed" * draw.randint(0, 3) for word in words]
+            order = draw.sample(range(4), 4)
+            row = {"answers": [answers[k] for k in order], "scores": [-k for k in order]}
+            rows.append(json.dumps({"prompt": f"How is {split} number {i}?", **row}) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    folder = str(make_scorer("llama"))
+    tokenizer = load_tokenizer(folder)
+    model = load_reward_model(folder, "--model", dtype=torch.float32, tokenizer=tokenizer)
+    options = {"data_path": [str(tmp_path)], "data_output_path": str(tmp_path), "data_split": "0,1,0", "max_len": 96}
+    train, held_out = build_loaders(stage=1, tokenizer=tokenizer, train_batch_size=4, eval_batch_size=16, **options)
+    task, metrics = Ranking(Trained(model, 2e-3), held_out, ranked_loss=loss), MetricsLogger(tmp_path)
+    results = finetune(task, train, FinetuneSettings(epochs=3), metrics)
+    metrics.close()
+    before, after = results["before"], results["after"]
+    assert before["best_of_k_chance"] == after["best_of_k_chance"] == 0.25
+    assert abs(after["longer_wins"] - 0.5) < 0.1
+    assert before["best_of_k_accuracy"] < 0.5 and after["best_of_k_accuracy"] > 0.9
+    assert before["accuracy"] < 0.7 and after["accuracy"] > 0.9
 
 
 class Fixed:

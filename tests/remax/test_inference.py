@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from remax import inference
 from remax.deepspeed_config import EngineConfig
 from remax.engines import Reward
-from remax.inference import FrozenActor, answer_prompts, encode_texts, pair_figures, score_texts
+from remax.inference import FrozenActor, answer_prompts, encode_texts, score_texts
 from remax.logprobs import Sampling
 from remax.modeling import load_policy
 from remax.reward_model import load_reward_model
@@ -145,18 +145,6 @@ def test_ranks_share_the_texts(ranks, monkeypatch, tiny_reward_model):
         together = score_texts(reward, texts, batch_size=2, pad_id=tokenizer.pad_token_id)
     assert [len(share) for share in shares] == sizes
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
-
-
-def test_pair_figures():
-    chosen, rejected = torch.tensor([1.0, 2.0, 0.0, 5.0]), torch.tensor([0.0, 2.0, 1.5, 1.5])
-    figures = pair_figures(chosen, rejected, torch.tensor([3, 3, 9, 4]), torch.tensor([4, 3, 2, 2]))
-    assert figures == {
-        "accuracy": (1 + 0.5 + 0 + 1) / 4,
-        "longer_wins": (0 + 0.5 + 1 + 1) / 4,
-        "chosen_score": 2.0,
-        "rejected_score": 1.25,
-        "margin": 0.75,
-    }
 
 
 def test_prompts_of_a_batch_are_padded_on_the_left(tiny_model, monkeypatch):

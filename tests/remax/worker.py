@@ -22,11 +22,12 @@ from remax.checkpoint import export, full_state_dict
 from remax.deepspeed_config import EngineConfig
 from remax.ema import WeightAverage
 from remax.engines import Actor, OptimizerConfig, Reference, Reward, TrainedReward, loading
-from remax.evaluation import First, evaluate_policy, perplexity, ranking_accuracy
+from remax.evaluation import First, evaluate_policy, perplexity
 from remax.finetune import DirectPreference, FinetuneSettings, Ranking, Supervised, finetune, total_steps
 from remax.logprobs import Sampling
 from remax.losses import ranking_losses, supervised_loss
 from remax.modeling import add_lora, evaluating, load_policy, quiet_libraries
+from remax.ranking import ranking_accuracy
 from remax.reward_functions import RewardFunction
 from remax.reward_model import load_reward_model, prepare_pad_token
 from remax.rewards import CompositeReward, FunctionReward, Part

@@ -227,10 +227,11 @@ def ranked_batch(
         used = [kept[k] for k in distinct([ids[k] for k in kept], [ranks[k] for k in kept])]
         if not dropped and len({ranks[k] for k in used}) < 2:
             dropped = "whose answers are equal after the cut"
+        levels = sorted({ranks[k] for k in used})  # 1 for the best that is used
         rows.append(
             {
                 "answers_ids": [] if dropped else [ids[k] for k in used],
-                "ranks": [] if dropped else [ranks[k] for k in used],
+                "ranks": [] if dropped else [levels.index(ranks[k]) + 1 for k in used],
                 "prompt_length": len(head),
                 "left_out": 0 if dropped else len(ranks) - len(used),
                 "dropped": dropped,

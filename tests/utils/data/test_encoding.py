@@ -78,7 +78,7 @@ def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, 
         for _, _, reason, used in cases
         if reason is None
     ]
-    assert texts == kept
+    assert texts == kept and encoded["ranks"][:] == [[1, 2], [1, 2, 3], [1, 2], [1, 2, 3]]
     out = capsys.readouterr().out
     for reason in ("with fewer than two distinct answers", "whose answers are all tied"):
         where = ", ".join(f"line {k}" for k, case in enumerate(cases) if case[2] == reason)
