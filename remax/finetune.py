@@ -207,7 +207,7 @@ class Ranking:
     headline: str = "accuracy"
 
     def sequences(self, batch: Batch) -> Sequences:
-        return paired(batch)
+        return Sequences.from_batch(batch) if "ranks" in batch else paired(batch)
 
     def count(self, batch: Batch) -> int:
         return len(batch["weight"] if "ranks" in batch else batch["prompt_lengths"])
@@ -223,7 +223,7 @@ class Ranking:
 
     def loss_of_rankings(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         """A prompt with its answers counts once, however many they are; the figures are means over its pairs."""
-        scores = self.engine.score(Sequences.from_batch(batch))  # (N,)
+        scores = self.engine.score(self.sequences(batch))  # (N,)
         row, ranks, rows = batch["row"], batch["ranks"], self.count(batch)
         if self.ranked_loss == "plackett-luce":
             losses = plackett_luce_losses(scores, row, ranks, rows, centring=self.centring)

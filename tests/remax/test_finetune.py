@@ -143,6 +143,9 @@ class Trained:
     def score(self, sequences: Sequences) -> torch.Tensor:
         return self.model(sequences)
 
+    def slots(self, sequences: Sequences) -> int:
+        return sequences.input_ids.numel()
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
 
@@ -213,6 +216,8 @@ def test_tokens_and_slots():
     pairs = ids | {name: torch.tensor(values) for name, values in lengths.items()}
     for task in (Ranking(Engine(), []), DirectPreference(Engine(), Fixed(), [])):
         assert count_tokens(task, [pairs]) == {"tokens": 10, "slots": 16}
+    five = rankings([[4, 2, 1], [3, 5]], [[1, 2, 3], [1, 2]])  # answers of one token behind prompts of one
+    assert count_tokens(Ranking(Engine(), []), [five]) == {"tokens": 10, "slots": 10}
 
 
 def test_steps():
