@@ -105,12 +105,12 @@ def test_script_runs_to_the_end(
         flags += several_rewards(tmp_path, reward)
     if "demo" in rewards:  # a function alone
         flags, reward = [*flags, "--reward_fn", f"{ROOT / STAGES[2] / 'example_rewards.py'}:words"], ""
-    # From a folder that is neither the repository nor the stage's, into a relative one.
     ranked = stage == 2 and architecture == "gpt2"
     if ranked:
         (tmp_path / "ranked").mkdir()
         corpus = rank_answers(corpus, tmp_path / "ranked")
         flags += ["--ranked_loss", "plackett-luce", "--center_rewards_coefficient", "0.01"]
+    # From a folder that is neither the repository nor the stage's, into a relative one.
     done = run_command(
         ["bash", script, *flags],
         cwd=tmp_path,
