@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from remax.flags import (
     WHY_RETIRED,
     Arguments,
+    DataFlags,
     PpoFlags,
     PreferenceFlags,
     Step1Arguments,
@@ -174,6 +175,22 @@ def _check_data(args: Any, stage: int) -> None:
             source = parse_name(path, f"--{name}").name
             if looks_local(source) and not exists(source):
                 raise UserError(f"--{name} {path}: no such file or folder (looked from {Path.cwd()})")
+    _check_streaming(args)
+
+
+def _check_streaming(args: Any) -> None:
+    default = next(f.default for f in dataclasses.fields(DataFlags) if f.name == "shuffle_buffer")
+    if not args.streaming:
+        if args.shuffle_buffer != default:
+            raise UserError("--shuffle_buffer: has no effect without --streaming")
+        return
+    if not args.max_steps:
+        raise UserError(
+            "--streaming: needs --max_steps, since nobody knows how many rows will come, and the course of the "
+            "learning rate depends on the number of steps"
+        )
+    if args.preprocessing_num_workers is not None:
+        raise UserError("--preprocessing_num_workers with --streaming: nothing is prepared beforehand; leave one out")
 
 
 def _check_finetune(args: Any) -> None:

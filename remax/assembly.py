@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datasets import concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -37,6 +38,8 @@ from remax.settings import (
     reward_engine,
 )
 from utils.data.loaders import build_answers_loader, build_loaders
+from utils.data.streamed_set import StreamedSet
+from utils.data.streaming import build_streaming_loaders, open_streams
 from utils.data.text import plain_text_batches
 from utils.distributed import rank, world_size
 from utils.run import UserError
@@ -122,30 +125,56 @@ def finetune_loaders(
     """Training rows and held-out rows of stage 0 (step 1) or 1 (step 2); what was read is recorded in the run's
     folder.
     """
-    if isinstance(args, Step1Arguments):
-        of_this_stage = {"sft_only_data_path": args.sft_only_data_path, "train_on": args.train_on}
-    else:
-        of_this_stage = {"need_margin": args.use_margin, "best_and_worst": args.loss != "ranking"}
-    train, evaluation = build_loaders(
-        stage=stage,
-        tokenizer=tokenizer,
-        data_path=args.data_path,
-        data_split=args.data_split,
-        data_output_path=args.data_output_path,
-        max_len=args.max_seq_len,
-        train_batch_size=args.per_device_train_batch_size,
-        eval_batch_size=args.per_device_eval_batch_size,
-        seed=args.seed,
-        data_seed=args.data_seed,
-        rank=rank(),
-        world_size=world_size(),
-        num_proc=args.preprocessing_num_workers,
-        columns=args.columns,
-        overlong=args.overlong,
-        record_in=args.output_dir,
-        **of_this_stage,
+    first_step = isinstance(args, Step1Arguments)
+    more_data = args.sft_only_data_path if first_step else ()
+    options = (
+        {"train_on": args.train_on}
+        if first_step
+        else {"need_margin": args.use_margin, "best_and_worst": args.loss != "ranking"}
     )
+    options |= {
+        "stage": stage,
+        "tokenizer": tokenizer,
+        "data_split": args.data_split,
+        "max_len": args.max_seq_len,
+        "train_batch_size": args.per_device_train_batch_size,
+        "eval_batch_size": args.per_device_eval_batch_size,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "rank": rank(),
+        "world_size": world_size(),
+        "overlong": args.overlong,
+        "record_in": args.output_dir,
+    }
+    if args.streaming:
+        streams = _streams(args, stage, tokenizer, more_data)
+        batches = args.max_steps * args.gradient_accumulation_steps
+        train, evaluation = build_streaming_loaders(
+            streams, **options, shuffle_buffer=args.shuffle_buffer, batches=batches
+        )
+    else:
+        train, evaluation = build_loaders(
+            **options,
+            data_path=args.data_path,
+            sft_only_data_path=more_data,
+            data_output_path=args.data_output_path,
+            num_proc=args.preprocessing_num_workers,
+            columns=args.columns,
+        )
     return train, First(evaluation, args.max_eval_batches)
+
+
+def _streams(
+    args: FinetuneArguments | Step3Arguments, stage: int, tokenizer: Tokenizer, more_data: Sequence[str] = ()
+) -> list[StreamedSet]:
+    return open_streams(
+        stage,
+        tokenizer,
+        data_path=args.data_path,
+        sft_only_data_path=more_data,
+        data_output_path=args.data_output_path,
+        columns=args.columns,
+    )
 
 
 @dataclass(frozen=True)
@@ -153,43 +182,57 @@ class PromptData:
     """What step 3 reads.
 
     train: prompts.   evaluation: held-out prompts.   answers: those with their chosen answers, where the data has some.
-    plain_text: endless batches for the language-modelling mix, where asked for.
+    plain_text: endless batches for the language-modelling mix, where asked for.   streams: the data sets, with
+    --streaming.
     """
 
     train: DataLoader
     evaluation: First
     answers: First | None
     plain_text: Iterator[Batch] | None
+    streams: list[StreamedSet] | None = None
 
 
 def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> PromptData:
     """The data of step 3; what was read is recorded in `output`."""
     longest = args.max_prompt_seq_len + args.max_answer_seq_len
-    ranks = {"rank": rank(), "world_size": world_size(), "data_output_path": args.data_output_path}
-    train, evaluation = build_loaders(
-        stage=2,
-        tokenizer=tokenizer,
-        data_path=args.data_path,
-        data_split=args.data_split,
-        max_len=args.max_prompt_seq_len,
-        train_batch_size=args.per_device_generation_batch_size,
-        eval_batch_size=args.per_device_eval_batch_size,
-        seed=args.seed,
-        data_seed=args.data_seed,
-        num_proc=args.preprocessing_num_workers,
-        columns=args.columns,
-        overlong=args.overlong,
-        record_in=output,
-        **ranks,
-    )
+    options = {
+        "stage": 2,
+        "tokenizer": tokenizer,
+        "data_split": args.data_split,
+        "max_len": args.max_prompt_seq_len,
+        "train_batch_size": args.per_device_generation_batch_size,
+        "eval_batch_size": args.per_device_eval_batch_size,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "overlong": args.overlong,
+        "record_in": output,
+        "rank": rank(),
+        "world_size": world_size(),
+    }
+    reading = {
+        "data_path": args.data_path,
+        "data_output_path": args.data_output_path,
+        "num_proc": args.preprocessing_num_workers,
+        "columns": args.columns,
+    }
+    streams = None
+    if args.streaming:
+        streams = _streams(args, 2, tokenizer)
+        batches = args.max_steps * args.rollout_batches
+        train, evaluation = build_streaming_loaders(
+            streams, **options, shuffle_buffer=args.shuffle_buffer, batches=batches
+        )
+    else:
+        train, evaluation = build_loaders(**options, **reading)
     answers = build_answers_loader(
         tokenizer=tokenizer,
-        data_path=args.data_path,
         max_len=longest,
         batch_size=args.per_device_eval_batch_size,
-        num_proc=args.preprocessing_num_workers,
-        columns=args.columns,
-        **ranks,
+        held_out=[stream.held_out for stream in streams] if streams else None,
+        rank=rank(),
+        world_size=world_size(),
+        **reading,
     )
     plain_text = None
     if args.unsupervised_dataset_name:
@@ -200,10 +243,13 @@ def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> Promp
             block=longest,
             batch_size=args.per_device_training_batch_size,
             seed=args.seed,
-            **ranks,
+            data_output_path=args.data_output_path,
+            rank=rank(),
+            world_size=world_size(),
         )
     limit = args.max_eval_batches
-    return PromptData(train, First(evaluation, limit), First(answers, limit) if answers else None, plain_text)
+    answers = First(answers, limit) if answers else None
+    return PromptData(train, First(evaluation, limit), answers, plain_text, streams)
 
 
 @dataclass(frozen=True)
@@ -363,10 +409,10 @@ def examine_engines(
     reward: CompositeReward,
     reference: Reference,
     tokenizer: Tokenizer,
-    held_out: Iterable[Batch],
+    data: PromptData,
 ) -> Report:
     """The doctor's report on the models as they are about to be trained with."""
-    prompts = next(iter(held_out))
+    prompts = next(iter(data.evaluation))
     pairs = None
     if reward.models:
         pairs = held_out_pairs(
@@ -376,6 +422,7 @@ def examine_engines(
             cache_dir=args.data_output_path,
             columns=args.columns,
             announce=False,
+            rows=concatenate_datasets([stream.held_out for stream in data.streams]) if data.streams else None,
         )
     return examine(
         actor,

@@ -130,7 +130,7 @@ def finetune(
         return figures
 
     before = after = evaluate(0)
-    step, started = 0, time.perf_counter()
+    step, evaluated, started = 0, 0, time.perf_counter()
     with progress(total, desc="training", unit="steps") as bar:
         for epoch in range(settings.epochs):
             loader.sampler.set_epoch(epoch)
@@ -148,15 +148,30 @@ def finetune(
                 at_epoch_end = step % epoch_steps == 0
                 due = step % settings.evaluate_every == 0 if settings.evaluate_every else at_epoch_end
                 if due or step == total:
-                    after = evaluate(step)
+                    after, evaluated = evaluate(step), step
                     after_evaluation(step, after)
                 if step == total:
-                    print0(
-                        f"{total} steps in {time.perf_counter() - started:.0f} s; "
-                        f"{task.headline} {before[task.headline]:.4g} -> {after[task.headline]:.4g}"
-                    )
-                    return {"before": before, "after": after}
-    raise AssertionError("the loop ends at its last step")
+                    break
+            if step == total:
+                break
+    if evaluated < step:  # of a stream nobody knew that it would end here
+        after = evaluate(step)
+        after_evaluation(step, after)
+    print0(
+        f"{step} steps in {time.perf_counter() - started:.0f} s{ended_early(step, total, settings.epochs)}; "
+        f"{task.headline} {before[task.headline]:.4g} -> {after[task.headline]:.4g}"
+    )
+    return {"before": before, "after": after}
+
+
+def ended_early(step: int, total: int, epochs: int) -> str:
+    """What to say of data that were streamed and ended before --max_steps; else nothing."""
+    if step == total:
+        return ""
+    return (
+        f" (of --max_steps {total}: the data ended with --num_train_epochs {epochs}, before the learning rate had run "
+        "its course)"
+    )
 
 
 def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:

@@ -73,8 +73,12 @@ class DataFlags:
     overlong: Literal["cut", "drop"] | None = flag(
         None, "prompts longer than the limit: keep their end, or go; default: drop (steps 1, 2), cut (step 3)"
     )
-    data_split: str = flag("2,4,4", "shares of the data for the three stages; no row serves two of them")
+    data_split: str = flag("2,4,4", "shares of the data for the three stages; no prompt serves two of them")
     data_seed: int = flag(1234, "seed of that split; the same in all stages, or they share rows")
+    streaming: bool = flag(
+        False, "read the data as it comes, again in every epoch, without a copy on the disk; needs --max_steps"
+    )
+    shuffle_buffer: Count = flag(10_000, "--streaming: rows among which the next one is drawn")
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
     preprocessing_num_workers: Count | None = flag(None, "processes for reading and tokenizing; without it one")
 

@@ -138,13 +138,16 @@ def held_out_pairs(
     cache_dir: str | None = None,
     columns: Mapping[str, str] | None = None,
     announce: bool = True,
+    rows: Dataset | None = None,
 ) -> DataLoader | None:
     """Up to `limit` held-out pairs, shared out over the ranks; None where the data has none.
 
     max_len: tokens of prompt and answer together.   columns: see `Form`.   announce: print what was read.
+    rows: the held-out rows, where they are at hand; nothing is read then.
     """
-    form = Form(columns=columns or {}, template=template_of(tokenizer))
-    _, rows = load_preferences(data_path, cache_dir=cache_dir, form=form, announce=announce)
+    if rows is None:
+        form = Form(columns=columns or {}, template=template_of(tokenizer))
+        _, rows = load_preferences(data_path, cache_dir=cache_dir, form=form, announce=announce)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     batch = rows.select(sorted(order[: 2 * limit]))[:]
     encoded = ranking_batch(batch, tokenizer, max_len)

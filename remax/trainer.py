@@ -18,7 +18,7 @@ from remax.algorithms import Algorithm, mean_metrics
 from remax.ema import WeightAverage
 from remax.engines import Actor, Reference, Reward, StepResult, TrainedReward
 from remax.evaluation import Batch, PolicyEvaluation, to_device
-from remax.finetune import groups, steps_per_epoch
+from remax.finetune import ended_early, groups, steps_per_epoch
 from remax.logprobs import Sampling
 from remax.losses import supervised_loss
 from remax.rewards import CompositeReward
@@ -266,6 +266,15 @@ class Trainer:
         print0(f"{total} steps; answers come from {self.actor.backend}")
         before = self.measure(0, epoch_steps, best_so_far=math.inf)  # the untrained policy is no candidate for the best
         results = {"before": before, "after": before, "best": {settings.best_by: -math.inf}}
+        step = evaluated = 0
+
+        def evaluate(step: int) -> None:
+            nonlocal evaluated
+            after = self.measure(step, epoch_steps, best_so_far=results["best"][settings.best_by])
+            results["after"], evaluated = after, step
+            if after[settings.best_by] > results["best"][settings.best_by]:
+                results["best"] = after
+
         with progress(total, desc=type(self.algorithm).__name__, unit="steps") as bar:
             for step, batches in enumerate(self.epochs(loader), start=1):
                 with naming(f"step {step}"):
@@ -278,15 +287,16 @@ class Trainer:
                     self.sentinel.stop_if_fatal()
                 if step % (settings.evaluate_every or epoch_steps) and step != total:
                     continue
-                results["after"] = self.measure(step, epoch_steps, best_so_far=results["best"][settings.best_by])
-                if results["after"][settings.best_by] > results["best"][settings.best_by]:
-                    results["best"] = results["after"]
+                evaluate(step)
                 kl = results["after"]["kl_per_token"]  # reduced: every rank stops at the same step
                 if settings.target_kl and kl >= settings.target_kl:
                     print0(f"stopped at step {step}: evaluation KL {kl:.3g} nats per token >= --target_kl")
                     break
                 if step == total:
                     break
+        if evaluated < step:  # of a stream nobody knew that it would end here
+            print0(f"{step} steps{ended_early(step, total, settings.epochs)}")
+            evaluate(step)
         return results
 
     def epochs(self, loader: DataLoader) -> Iterator[list[Batch]]:

@@ -46,7 +46,7 @@ def main() -> None:
     steps = settings.total_steps(len(data.train))
     actor, reference, reward, critic = build_engines(args, tokenizers, steps * settings.optimizer_steps(algorithm))
     if not args.skip_doctor:
-        report = examine_engines(args, actor, reward, reference, tokenizer, data.evaluation)
+        report = examine_engines(args, actor, reward, reference, tokenizer, data)
         print0(report.table())
         report.refuse_failures()
     metrics = MetricsLogger(

@@ -20,6 +20,7 @@ SCRIPTS = sorted(ROOT.glob("step*/training_scripts/**/*.sh"))
 EVALUATION_SCRIPTS = sorted(ROOT.glob("step*/evaluation_scripts/*.sh"))
 ARCHITECTURE = {"demo": "llama", "gpt2": "gpt2", "opt": "opt", "llama2": "llama", "mistral": "mistral"}
 PACKED = ("opt", "mistral")  # families whose scripts of steps 1 and 2 are run with --packing
+STREAMED = "gpt2"  # its scripts run with --streaming
 # What makes a paper's setting small; the rest of each script is run as it stands.
 SMALLER = {
     1: "--max_seq_len 64 --per_device_train_batch_size 4 --per_device_eval_batch_size 4",
@@ -96,6 +97,8 @@ def test_script_runs_to_the_end(
 ):
     stage, architecture = stage_of(script), ARCHITECTURE[script.parent.name]
     flags = shlex.split(SMALLER[stage]) + ["--max_steps", "2", "--max_eval_batches", "1"]
+    if architecture == STREAMED:
+        flags += ["--streaming", "--shuffle_buffer", "20"]
     if not can_compile:
         flags += ["--offload", "false"]
     packed = stage < 3 and architecture in PACKED
@@ -136,6 +139,8 @@ def test_script_runs_to_the_end(
     if stage == 2:
         results = json.loads((output / "results.json").read_text())
         assert ("best_of_k_accuracy" in results["after"]) == ranked
+    record = json.loads((output / "data.json").read_text())
+    assert record.get("streaming", False) == (architecture == STREAMED)
     if stage == 3:
         assert_exported(output / "actor", stage)  # the best one, here perhaps that before the first step
         output = output / "actor_final"

@@ -283,6 +283,30 @@ def test_evaluation_every_n_steps_and_max_steps(tmp_path):
     assert [shares[step] for step in (1, 2)] == pytest.approx([0.0, 1 / 3])
 
 
+class Stream(Loader):
+    """As long as the whole training, as far as anybody knows."""
+
+    def __len__(self) -> int:
+        return 9
+
+
+def test_data_that_end_before_max_steps_end_the_training(tmp_path, capsys):
+    # Two epochs of four batches; nobody knew it, so that the loop counts on 9 steps.
+    task, seen = Noting(Engine(), []), []
+    metrics = MetricsLogger(tmp_path)
+    loader = Stream(BATCHES * 2)
+    batches = sum(1 for _ in loader)
+    settings = FinetuneSettings(epochs=2, max_steps=9, evaluate_every=5)
+    results = finetune(task, loader, settings, metrics, lambda step, _: seen.append(step))
+    metrics.close()
+    assert batches == 4 and loader.epochs == [0, 1] and seen == [5, 8] and results["after"]["perplexity"] == 7.0
+    assert "8 steps in" in (said := capsys.readouterr().out)
+    assert "(of --max_steps 9: the data ended with --num_train_epochs 2, before" in said
+    loader.epochs.clear()
+    finetune(Noting(Engine(), []), loader, FinetuneSettings(epochs=3, max_steps=9), MetricsLogger(tmp_path))
+    assert loader.epochs == [0, 1, 2] and "the data ended" not in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     task = Noting(Engine(weight=float("nan")), [])
     metrics = MetricsLogger(tmp_path)

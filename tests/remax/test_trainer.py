@@ -169,8 +169,8 @@ class Recorder:
 class Epochs(torch.utils.data.Sampler):
     """A loader's sampler that notes the epochs that it is told."""
 
-    def __init__(self, rows: int):
-        self.rows, self.epochs = rows, []
+    def __init__(self, rows: int, length: int | None = None):
+        self.rows, self.length, self.epochs = rows, length or rows, []
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
@@ -179,10 +179,12 @@ class Epochs(torch.utils.data.Sampler):
         return iter(range(self.rows))
 
     def __len__(self) -> int:
-        return self.rows
+        return self.length
 
 
-def run_loop(recorder: Recorder, batches: int, sentinel=None, watchers=(), **settings) -> tuple[dict, list[int]]:
+def run_loop(
+    recorder: Recorder, batches: int, length: int | None = None, sentinel=None, watchers=(), **settings
+) -> tuple[dict, list[int]]:
     """Trainer.train on a loader of so many batches, its `step` replaced by a note of the batches."""
 
     class Loop(Trainer):
@@ -193,7 +195,7 @@ def run_loop(recorder: Recorder, batches: int, sentinel=None, watchers=(), **set
             recorder.steps.append([int(x) for x in torch.cat(batches)])
             return None, {"loss": 0.5, "reward": 1.0, "grad_norm": 1.0}
 
-    sampler = Epochs(batches)
+    sampler = Epochs(batches, length)
     loader = torch.utils.data.DataLoader(torch.arange(batches), sampler=sampler)
     loop = Loop(
         actor=type("NoActor", (), {"backend": "nothing"}),
@@ -230,6 +232,16 @@ def test_once_per_epoch_by_default_and_several_batches_a_step():
     assert recorder.steps == [[0, 1], [2, 3], [4]] * 2  # the last step of an epoch may have fewer
     assert [step for step, *_ in recorder.evaluated] == [0, 3, 6]
     assert TrainerSettings(epochs=2, rollouts_per_step=2).total_steps(5) == 6
+
+
+def test_data_that_end_before_max_steps_end_the_loop(capsys):
+    # A stream of four batches, which says that it has the nine of --max_steps.
+    recorder = Recorder([0.0, 1.0, 2.0])
+    results, epochs = run_loop(recorder, batches=4, length=9, epochs=2, max_steps=9, evaluate_every=5)
+    assert recorder.steps == [[0], [1], [2], [3]] * 2 and epochs == [0, 1]
+    assert recorder.evaluated == [(0, 0.0, False), (5, 1.0, True), (8, 2.0, True)]
+    assert results["after"]["reward"] == results["best"]["reward"] == 2.0
+    assert "8 steps (of --max_steps 9: the data ended with --num_train_epochs 2" in capsys.readouterr().out
 
 
 def test_max_steps_ends_the_loop_with_an_evaluation():

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import cache_file, code_of, fingerprint_of
-from utils.data.report import SHOWN_ROWS, as_record, as_words, listing, report_dropped, tally
+from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
 from utils.data.shapes import distinct
 from utils.data.tokens import (
     beginning,
@@ -26,7 +26,6 @@ from utils.data.tokens import (
     tokenizer_fingerprint,
     with_beginning,
 )
-from utils.distributed import print0
 from utils.run import UserError
 
 IDS = List(Value("int32"))
@@ -295,6 +294,12 @@ ENCODERS = {
 }
 
 
+def encoder_options(kind: str, overlong: Overlong | None, train_on: str) -> dict[str, str]:
+    """What the encoder of this kind takes beside the length, the defaults filled in; see `encode_rows`."""
+    options = {"overlong": overlong or ("cut" if kind == "prompts" else "drop")}
+    return options | ({"train_on": train_on} if kind == "supervised" else {})
+
+
 def columns(rows: list[dict[str, Any]]) -> dict[str, list]:
     """Rows -> columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
@@ -325,6 +330,7 @@ def encode_rows(
     overlong: Overlong | None = None,
     train_on: str = "last",
     record: list[dict] | None = None,
+    in_memory: bool = False,
 ) -> Dataset:
     """Text rows -> the token ids of one stage; through the cache, with what was dropped and cut reported in one line.
 
@@ -338,14 +344,13 @@ def encode_rows(
             "drop" for the others.
         train_on: the "last" answer of a dialogue or "all"; for "supervised".
         record: gets an entry: how many rows were dropped and cut.
+        in_memory: write nothing to the cache.
 
     Raises:
         UserError: the rows lack what this stage needs, or no row is left.
     """
     check_serves(rows, kind, names)
-    options = {"overlong": overlong or ("cut" if kind == "prompts" else "drop")}
-    if kind == "supervised":
-        options["train_on"] = train_on
+    options = encoder_options(kind, overlong, train_on)
     made_by = (code_of("encoding", "shapes", "tokens"), tokenizer_fingerprint(tokenizer))
     fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(options.items()))
     encoded = rows.map(
@@ -355,7 +360,8 @@ def encode_rows(
         features=Features({**FEATURES[kind], **FATE}),
         num_proc=num_proc if num_proc and len(rows) > 10_000 else None,
         new_fingerprint=fingerprint,
-        cache_file_name=cache_file(cache_dir, kind, fingerprint),
+        keep_in_memory=in_memory,
+        cache_file_name=None if in_memory else cache_file(cache_dir, kind, fingerprint),
         desc=f"Encoding {names.data}",
     )
     table = encoded.with_format("arrow")
@@ -363,7 +369,7 @@ def encode_rows(
     kept = np.asarray(fate["dropped"].is_null())
     cut, prompt_cut = (np.asarray(fate[name]) & kept for name in ("cut", "prompt_cut"))
     longest = int(np.asarray(fate["full_length"]).max())
-    if kind == "prompts" and np.asarray(fate["prompt_cut"]).all() and names.data == "train":
+    if kind == "prompts" and np.asarray(fate["prompt_cut"]).all() and names.data.startswith("train"):
         raise UserError(
             f"{names.length_flag} {max_len}: every prompt of {names.data_flag} is longer (up to {longest} tokens); "
             "raise it, or shorten the prompts"
@@ -377,10 +383,11 @@ def encode_rows(
             )
         raise UserError(f"{names.data_flag}: no usable row is left for {names.data}: {as_words(dropped)}")
     report_dropped(f"{names.data_flag} ({names.data})", dropped, len(encoded))
-    report_cut(f"longer prompts, up to {longest} tokens, keep their end", prompt_cut, rows, max_len, names)
-    report_cut("longer answers are cut, and without an end token", cut, rows, max_len, names)
+    what = f"{names.data_flag} ({names.data})"
+    cuts = (first_rows(mask, rows) for mask in (prompt_cut, cut))
+    report_cut(f"{names.length_flag} {max_len}", what, *cuts, longest, len(rows))
     left_out = np.asarray(table["left_out"][:]) if kind == "ranked" else np.zeros(len(encoded), dtype=int)
-    report_left_out(left_out, rows, names)
+    report_left_out(what, int(left_out.sum()), first_rows(left_out, rows))
     if record is not None:
         used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **options}
         counts = {"rows": len(encoded), "kept": int(kept.sum()), "dropped": as_record(dropped)}
@@ -392,31 +399,11 @@ def encode_rows(
     return encoded if kept.all() else encoded.select(np.flatnonzero(kept))
 
 
-def report_left_out(counts: np.ndarray, rows: Dataset, names: Names) -> None:
-    """One line for the answers that rows with several lack; none where no row lacks one.
-
-    Args:
-        counts: (rows,) how many each row lacks.
-    """
-    where = np.flatnonzero(counts)
-    if len(where):
-        first = rows[where[:SHOWN_ROWS]]["origin"] if "origin" in rows.column_names else []
-        print0(
-            f"{names.data_flag} ({names.data}): {counts.sum()} answers of {len(where)} rows left out: empty, or equal "
-            f"to another answer of the row{listing(len(where), first)}"
-        )
-
-
-def report_cut(how: str, cut: np.ndarray, rows: Dataset, max_len: int, names: Names) -> None:
-    """One line for all rows that were cut; none where nothing was."""
-    where = np.flatnonzero(cut)
-    if not len(where):
-        return
-    first = rows[where[:SHOWN_ROWS]]["origin"] if "origin" in rows.column_names else []
-    print0(
-        f"{names.length_flag} {max_len}: {len(where)} of {len(rows)} rows of {names.data_flag} ({names.data}) are too "
-        f"long: {how}{listing(len(where), first)}"
-    )
+def first_rows(chosen: np.ndarray, rows: Dataset) -> tuple[int, list[str]]:
+    """How many rows are chosen, and the names of the first of them."""
+    where = np.flatnonzero(chosen)
+    named = "origin" in rows.column_names and len(where)
+    return len(where), rows[where[:SHOWN_ROWS]]["origin"] if named else []
 
 
 def check_serves(rows: Dataset, kind: str, names: Names) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ COLLATORS = {
 }
 MODULES = (
     *("adapters", "cache", "chat", "collate", "encoding", "loaders", "names", "preferences", "shapes", "sources"),
-    *("splits", "tokens"),
+    *("raw", "splits", "streamed_set", "streaming", "tokens"),
 )
 REMIND_AFTER = 300.0  # seconds
 BATCH_FLAGS = ("--per_device_train_batch_size", "--per_device_train_batch_size", "--per_device_generation_batch_size")
@@ -154,29 +155,25 @@ def build_answers_loader(
     world_size: int = 1,
     num_proc: int | None = None,
     columns: Mapping[str, str] | None = None,
+    held_out: Sequence[Dataset] | None = None,
 ) -> DataLoader | None:
     """Held-out prompts with their chosen answers, for the perplexity in stage 2; None where the data have prompts only.
 
     max_len: tokens of prompt and answer. Batches as the supervised ones of `build_loaders`.
+    held_out: the rows to evaluate of each data set, where they are at hand; nothing is read then.
     """
     encoded = []
     form = Form(columns or {}, template_of(tokenizer))
     with local_rank_zero_first():
-        for name in data_path:
-            _, held_out = load_data_set(name, cache_dir=data_output_path, num_proc=num_proc, announce=False, form=form)
-            if held_out.with_format("arrow")["chosen"][:].null_count == len(held_out):
+        options = {"cache_dir": data_output_path, "num_proc": num_proc}
+        for k, name in enumerate(data_path):
+            rows = held_out[k] if held_out else load_data_set(name, announce=False, form=form, **options)[1]
+            if rows.with_format("arrow")["chosen"][:].null_count == len(rows):
                 continue
             names = Names("eval", f"--data_path {name}", "--max_prompt_seq_len + --max_answer_seq_len")
+            in_memory = held_out is not None
             encoded.append(
-                encode_rows(
-                    held_out,
-                    "supervised",
-                    tokenizer,
-                    max_len,
-                    cache_dir=data_output_path,
-                    names=names,
-                    num_proc=num_proc,
-                )
+                encode_rows(rows, "supervised", tokenizer, max_len, names=names, in_memory=in_memory, **options)
             )
     if not encoded:
         return None
@@ -203,12 +200,7 @@ def encode_data_sets(
     record: list[dict] | None = None,
 ) -> tuple[str, Dataset, Dataset]:
     """All data sets of one stage, encoded and blended: (kind of the rows, train, eval)."""
-    sources = [("--data_path", name) for name in data_path]
-    if stage == 0:
-        sources += [("--sft_only_data_path", name) for name in sft_only_data_path]
-    weights = [parse_name(name, flag).weight for flag, name in sources]
-    if None in weights and any(weights):
-        raise UserError(f"{sources[weights.index(None)][0]}: give each data set a weight (name:0.3), or none")
+    sources, weights = data_sources(stage, data_path, sft_only_data_path)
     form = Form(columns or {}, template_of(tokenizer))
     loaded = [
         load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, form=form, record=record)
@@ -241,6 +233,23 @@ def encode_data_sets(
 def has_rankings(rows: Dataset) -> bool:
     """Whether some row has several ranked answers."""
     return rows.with_format("arrow")["answers"][:].null_count < len(rows)
+
+
+def data_sources(
+    stage: int, data_path: Sequence[str], sft_only_data_path: Sequence[str]
+) -> tuple[list[tuple[str, str]], list[float | None]]:
+    """(flag, name) of the data sets of a stage, and their weights: of all, or of none.
+
+    Raises:
+        UserError: some have a weight and some have none.
+    """
+    sources = [("--data_path", name) for name in data_path]
+    if stage == 0:
+        sources += [("--sft_only_data_path", name) for name in sft_only_data_path]
+    weights = [parse_name(name, flag).weight for flag, name in sources]
+    if None in weights and any(weights):
+        raise UserError(f"{sources[weights.index(None)][0]}: give each data set a weight (name:0.3), or none")
+    return sources, weights
 
 
 def write_record(folder: Path, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -314,17 +323,16 @@ def reminding() -> Iterator[None]:
 # Order
 
 
-class EpochSampler(Sampler[int]):
-    """Shuffled training rows of one rank: step s takes rows s * G .. (s + 1) * G of the epoch's order, G the global
-    batch; the ranks share them in turn. The incomplete last step is left out.
+class ResumableSampler(Sampler):
+    """The training rows of one rank, in an order that the epoch decides: step s takes rows s * G .. (s + 1) * G of it,
+    G the global batch; the ranks share them in turn. The incomplete last step is left out.
 
     State: the epoch, and how many rows all ranks together have handed out in it: the same on every rank, and right
     on another number of ranks too.
     """
 
-    def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0):
-        self.n_rows, self.rank, self.world_size, self.seed = n_rows, rank, world_size, seed
-        self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
+    def __init__(self, *, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.handed_out = 0
         self.resume_at = 0
@@ -334,17 +342,15 @@ class EpochSampler(Sampler[int]):
         if epoch != self.epoch:
             self.epoch, self.handed_out, self.resume_at = epoch, 0, 0
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed % 2**40 << 20) + self.epoch)
-        order = torch.randperm(self.n_rows, generator=generator).tolist()
-        mine = order[self.rank :: self.world_size]
-        start, self.resume_at = self.resume_at, 0
-        for k in range(start, self.rows_per_rank):
-            self.handed_out = k + 1
-            yield mine[k]
+    def rows(self) -> Iterator[Any]:
+        """This rank's rows of the whole epoch."""
+        raise NotImplementedError
 
-    def __len__(self) -> int:
-        return self.rows_per_rank
+    def __iter__(self) -> Iterator[Any]:
+        start, self.resume_at = self.resume_at, 0
+        for k, row in enumerate(islice(self.rows(), start, None), start):
+            self.handed_out = k + 1
+            yield row
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.handed_out * self.world_size}
@@ -353,6 +359,23 @@ class EpochSampler(Sampler[int]):
         """The next iteration goes on at this state; later ones start at the epoch's first row."""
         self.epoch = state["epoch"]
         self.handed_out = self.resume_at = state["position"] // self.world_size
+
+
+class EpochSampler(ResumableSampler):
+    """The numbers of rows that are all at hand, shuffled with `seed`."""
+
+    def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0):
+        super().__init__(rank=rank, world_size=world_size)
+        self.n_rows, self.seed = n_rows, seed
+        self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
+
+    def rows(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed % 2**40 << 20) + self.epoch)
+        order = torch.randperm(self.n_rows, generator=generator).tolist()
+        return iter(order[self.rank :: self.world_size][: self.rows_per_rank])
+
+    def __len__(self) -> int:
+        return self.rows_per_rank
 
 
 class EvalSampler(Sampler[int]):

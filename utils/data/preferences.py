@@ -5,7 +5,7 @@ The shape is found from the columns (`shapes`); data sets known by name have a f
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +24,7 @@ from utils.distributed import print0
 from utils.run import UserError
 
 HOLD_OUT = 0.05
+REPEATS = "that repeat an earlier row"  # why such a row is dropped
 HOLD_OUT_SEED = 1234
 # answers, ranks: of rows with several ranked answers, see `Example`.
 TEXT = Features(
@@ -214,27 +215,51 @@ def normalise_batch(
     Args:
         part: where the rows are from; its own rows are not read.
     """
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    names = [row_name(part.file, i) for i in indices]
+
+    def on_reading(k: int, column: str) -> str | None:
+        return converted_on_reading(part.file, indices[k], column)
+
+    return normalise_rows(rows, names, convert=convert, part=part, flag=flag, form=form, other_cause=on_reading)
+
+
+def normalise_rows(
+    rows: Iterable[Row],
+    names: Sequence[str],
+    *,
+    convert: Callable[[Row], Example | Conversation],
+    part: Part,
+    flag: str,
+    form: Form = PLAIN,
+    other_cause: Callable[[int, str], str | None] = lambda k, column: None,
+) -> dict[str, list]:
+    """See `normalise_batch`.
+
+    Args:
+        names: of the rows in their file.
+        other_cause: (number of a refused row, column) -> where the fault really lies, if elsewhere.
+    """
     columns: dict[str, list] = {name: [] for name in NORMALISED}
-    for i, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+    for k, row in enumerate(rows):
         reason = None
         try:
-            example = finish(convert(dict(zip(batch.keys(), values, strict=True))), form.template)
+            example = finish(convert(row), form.template)
         except RowSkipped as skipped:
             example, reason = Example("", None, None), str(skipped)
         except RowRefused as refused:
             column, problem = refused.args
-            where = converted_on_reading(part.file, i, column)
-            where = where or f"{row_name(part.file, i)}, column {column!r}: {problem}"
+            where = other_cause(k, column) or f"{names[k]}, column {column!r}: {problem}"
             raise UserError(f"{flag}: {part.place}, {where}") from None
         except KeyError as missing:
-            found = ", ".join(batch)
+            found = ", ".join(row)
             raise UserError(f"{flag}: {part.place} has no column {missing}; it has {found}") from None
         for name in TEXT:
             columns[name].append(getattr(example, name))
         columns["earlier"].append(None if example.earlier is None else [list(span) for span in example.earlier])
         columns["key"].append(row_key(example))
         columns["skipped"].append(reason)
-    columns["origin"] = [part.label + row_name(part.file, i) for i in indices]
+    columns["origin"] = [part.label + name for name in names]
     return columns
 
 
@@ -257,7 +282,7 @@ def drop_skipped(
     repeated = np.ones(len(rows), dtype=bool)
     repeated[first] = False
     for i in np.flatnonzero(repeated):
-        reasons[i] = reasons[i] or "that repeat an earlier row"
+        reasons[i] = reasons[i] or REPEATS
     kept = np.flatnonzero([reason is None for reason in reasons])
     dropped = tally(reasons, rows)
     if announce:

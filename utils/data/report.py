@@ -23,6 +23,12 @@ def tally(reasons: Iterable[str | None], rows: Dataset) -> Dropped:
     }
 
 
+def count_dropped(dropped: Dropped, reason: str, name: str) -> None:
+    """Adds one row."""
+    count, names = dropped.get(reason, (0, []))
+    dropped[reason] = (count + 1, [*names, name][:SHOWN_ROWS])
+
+
 def as_record(dropped: Dropped) -> dict[str, dict]:
     """For data.json."""
     return {reason: {"rows": count, "first": names} for reason, (count, names) in dropped.items()}
@@ -42,3 +48,35 @@ def report_dropped(what: str, dropped: Dropped, total: int) -> None:
     """One line for all dropped rows; none where nothing was dropped."""
     if dropped:
         print0(f"{what}: {sum(count for count, _ in dropped.values())} of {total} rows dropped: {as_words(dropped)}")
+
+
+def report_cut(
+    limit: str, what: str, prompts: tuple[int, list[str]], answers: tuple[int, list[str]], longest: int, total: int
+) -> None:
+    """A line for the rows whose prompts were cut, and one for those whose answers were; none where none was.
+
+    Args:
+        limit: the flag and its value.
+        prompts, answers: how many were cut, and the names of the first rows.
+        longest: tokens of the longest prompt.
+    """
+    for (count, names), how in (
+        (prompts, f"longer prompts, up to {longest} tokens, keep their end"),
+        (answers, "longer answers are cut, and without an end token"),
+    ):
+        if count:
+            print0(f"{limit}: {count} of {total} rows of {what} are too long: {how}{listing(count, names)}")
+
+
+def report_left_out(what: str, answers: int, rows: tuple[int, list[str]]) -> None:
+    """One line for the answers that rows with several lack; none where no row lacks one.
+
+    Args:
+        rows: how many lack some, and the names of the first.
+    """
+    count, names = rows
+    if count:
+        print0(
+            f"{what}: {answers} answers of {count} rows left out: empty, or equal to another answer of the "
+            f"row{listing(count, names)}"
+        )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from utils.data.names import DataName, parse_name
 from utils.hub import hub_is_reachable
@@ -41,25 +41,29 @@ READ_ERRORS = (OSError, EOFError, ValueError, TypeError, StopIteration, datasets
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one file or of one split of a data set, as they were read."""
+    """The rows of one file or of one split of a data set, as they were read.
 
-    rows: Dataset | None
+    rows: None, or for the hub an iterable data set, where they are streamed.
+    """
+
+    rows: Dataset | IterableDataset | None
     place: str  # for messages
     file: Path | None = None
     label: str = ""  # what tells the file's rows from those of the other files of its split
 
 
-def read_splits(entry: str, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Part]]:
     """{"train": parts} and, where the data set has its own, {"test": parts}.
 
     Args:
         entry: see `utils.data.names.parse_name`; a weight is left aside.
+        streaming: say where the rows are, but read none of them and write nothing: `utils.data.raw` reads them.
     """
     chosen = parse_name(entry, flag)
     name = chosen.name
     path = Path(name).expanduser()
     if name == "local/jsonfile" and not path.exists():
-        return read_folder(jsonfile_folder(flag), chosen, cache_dir, flag)
+        return read_folder(jsonfile_folder(flag), chosen, cache_dir, flag, streaming)
     if path.is_dir():
         if chosen.configuration:
             path = path / chosen.configuration
@@ -67,15 +71,15 @@ def read_splits(entry: str, cache_dir: str | None, flag: str) -> dict[str, list[
                 raise UserError(f"{flag} {entry}: no such folder: {path}")
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return read_saved(path, chosen, flag)
-        return read_folder(path, chosen, cache_dir, flag)
+        return read_folder(path, chosen, cache_dir, flag, streaming)
     if path.is_file():
         if chosen.configuration or chosen.split:
             raise UserError(f"{flag} {entry}: a file has no configurations or splits; leave out what follows the #")
-        return {"train": [read_file(path, cache_dir, flag)]}
+        return {"train": [read_file(path, cache_dir, flag, streaming)]}
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or file_format(path)
     if looks_local:
         raise UserError(f"{flag}: no such file or folder: {name}")
-    return read_hub(chosen, cache_dir, flag)
+    return read_hub(chosen, cache_dir, flag, streaming)
 
 
 def jsonfile_folder(flag: str) -> Path:
@@ -114,7 +118,9 @@ def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Part]]
     return {split: [not_empty(Part(rows, f"{path} ({split})"), flag)] for split, rows in splits.items()}
 
 
-def read_folder(path: Path, chosen: DataName, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+def read_folder(
+    path: Path, chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False
+) -> dict[str, list[Part]]:
     """A folder with files named after their split: its own, those in `data/`, or, as in a hub snapshot, deeper ones."""
     for files in (sorted(path.iterdir()), sorted((path / "data").glob("*")), sorted(path.rglob("*"))):
         usable = [file for file in files if file.is_file() and file_format(file) and not file.name.startswith(".")]
@@ -133,7 +139,7 @@ def read_folder(path: Path, chosen: DataName, cache_dir: str | None, flag: str) 
         kinds = ", ".join(FORMATS)
         raise UserError(f"{flag}: {path} holds no data files; expected train and test files ({kinds}, also .gz)")
     splits = pick_splits(found, chosen, str(path), flag)
-    return {split: [read_file(file, cache_dir, flag) for file in files] for split, files in splits.items()}
+    return {split: [read_file(file, cache_dir, flag, streaming) for file in files] for split, files in splits.items()}
 
 
 def split_of(name: str, chosen: str | None = None) -> str | None:
@@ -164,8 +170,8 @@ def file_format(path: Path) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def read_file(path: Path, cache_dir: str | None, flag: str) -> Part:
-    """The rows of one file.
+def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = False) -> Part:
+    """The rows of one file; streaming: the file alone.
 
     Raises:
         UserError: an unknown suffix, an empty file, or content that is not what the suffix says.
@@ -175,6 +181,8 @@ def read_file(path: Path, cache_dir: str | None, flag: str) -> Part:
         raise UserError(f"{flag}: {path} is of no known kind; expected {', '.join(FORMATS)}, also with .gz")
     if path.stat().st_size == 0:
         raise UserError(f"{flag}: {path} is empty; expected rows of {SHAPES}")
+    if streaming:
+        return Part(None, str(path), path)
     options: dict[str, Any] = {}
     try:
         if reader == "csv":  # csv knows no types: "4" is an answer, and so is "NA"
@@ -256,11 +264,16 @@ def first_bad_row(path: Path) -> str | None:
                 before, where = kinds.setdefault(column, (kind, place)) if value is not None else (kind, place)
                 if kind != before:
                     return f"{place}, column {column!r}: found {kind} {str(value)[:40]!r}, but {before} in {where}"
-    except json.JSONDecodeError as error:
-        return f"{error.place}: not valid JSON ({error.msg}, column {error.colno})"
-    except UnicodeDecodeError as error:
-        return f"{error.place}: not UTF-8 ({error.reason})"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return not_json(error)
     return None
+
+
+def not_json(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
+    """Place and problem of what `json_rows` could not read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error.place}: not UTF-8 ({error.reason})"
+    return f"{error.place}: not valid JSON ({error.msg}, column {error.colno})"
 
 
 def converted_on_reading(file: Path | None, index: int, column: str) -> str | None:
@@ -331,12 +344,12 @@ def filled_lines(file: Path, modified: int) -> Sequence[int] | None:
         return array("q", (number for number, line in enumerate(lines, 1) if line.strip()))
 
 
-def read_hub(chosen: DataName, cache_dir: str | None, flag: str) -> dict[str, list[Part]]:
+def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Part]]:
     """A data set of the Hugging Face hub, or its copy in the cache when the hub is out of reach."""
     name = chosen.name
     repository, usual = HUB_REPOSITORIES.get(name, (name, None))
     configuration = chosen.configuration or usual
-    load = partial(datasets.load_dataset, repository, configuration, cache_dir=cache_dir)
+    load = partial(datasets.load_dataset, repository, configuration, cache_dir=cache_dir, streaming=streaming)
     online = hub_is_reachable()
     try:
         try:
@@ -353,7 +366,8 @@ def read_hub(chosen: DataName, cache_dir: str | None, flag: str) -> dict[str, li
             "reached; download it on a machine with access and give its folder"
         ) from error
     splits = pick_splits(dict(loaded), chosen, name, flag)
-    return {split: [not_empty(Part(rows, f"{name} ({split})"), flag)] for split, rows in splits.items()}
+    parts = {split: Part(rows, f"{name} ({split})") for split, rows in splits.items()}
+    return {split: [part if streaming else not_empty(part, flag)] for split, part in parts.items()}
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,295 @@
+import json
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+import torch
+
+from utils.data.loaders import build_loaders
+from utils.data.streaming import blended, build_streaming_loaders, open_streams, shuffled
+from utils.run import UserError
+
+ROWS = [
+    {"prompt": f"\n\nHuman: What is {i}?\n\nAssistant:", "chosen": f" It is {i}.", "rejected": f" No {i}."}
+    for i in range(250)
+]
+MANY = [{**ROWS[0], "prompt": f"\n\nHuman: Who is {i}?\n\nAssistant:"} for i in range(8000)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """240 rows to train and 10 to evaluate."""
+    for name, rows in (("train", ROWS[:240]), ("test", ROWS[240:])):
+        write(tmp_path / f"{name}.jsonl", rows)
+    return tmp_path
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def build(tokenizer, stage, data_path, sft_only_data_path=(), columns=None, **changes):
+    paths = {"data_path": data_path, "sft_only_data_path": sft_only_data_path, "columns": columns}
+    streams = open_streams(stage, tokenizer, **paths)
+    arguments = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 4, "shuffle_buffer": 20, "batches": 100}
+    return build_streaming_loaders(streams, stage=stage, tokenizer=tokenizer, **{**arguments, **changes})
+
+
+def rows_of(loader, pad: int) -> list[tuple]:
+    """What each row of the batches holds, without its padding."""
+    rows = []
+    for batch in loader:
+        for k in range(len(batch["weight"])):
+            row = {name: values[k].tolist() for name, values in batch.items() if torch.is_tensor(values)}
+            row = {k: [i for i in v if i != pad] if isinstance(v, list) else v for k, v in row.items()}
+            rows.append(tuple(sorted((name, str(value)) for name, value in row.items())))
+    return rows
+
+
+def texts(tokenizer, loader) -> list[list[str]]:
+    """The first answer, or the prompt, of each row of each batch."""
+    found = []
+    for batch in loader:
+        ids, lengths = ("input_ids", "lengths") if "input_ids" in batch else ("chosen_ids", "chosen_lengths")
+        answers = (tokenizer.decode(row[:n]) for row, n in zip(batch[ids], batch[lengths].tolist(), strict=True))
+        found.append(batch["prompt"] if "prompt" in batch else list(answers))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_the_batches_hold_the_same_rows_as_without_streaming(folder, gpt2, stage, capsys):
+    # Also rows that are dropped, in the text and in tokens, and cut.
+    odd = [ROWS[5], {**ROWS[6], "chosen": " "}, {**ROWS[7], "prompt": "\n\nHuman: " + "long " * 60 + "\n\nAssistant:"}]
+    odd += [{**ROWS[8], "chosen": " long" * 60}, {**ROWS[9], "rejected": ROWS[9]["chosen"]}]
+    write(folder / "train.jsonl", ROWS[:240] + odd)
+    split = ",".join("1" if k == stage else "0" for k in range(3))
+    options = {"train_batch_size": 1, "data_split": split, "record_in": folder / "run"}
+    options |= {"eval_batch_size": 4, "max_len": 96}
+    streamed = build(gpt2, stage, [str(folder)], **options)
+    rows = [rows_of(loader, gpt2.pad_token_id) for loader in streamed]
+    reported = capsys.readouterr().out
+    record = json.loads((folder / "run" / "data.json").read_text())
+    stored = build_loaders(
+        stage=stage, tokenizer=gpt2, data_path=[str(folder)], data_output_path=str(folder / "cache"), **options
+    )
+    expected = [rows_of(loader, gpt2.pad_token_id) for loader in stored]
+    assert sorted(rows[0]) == sorted(expected[0]) and rows[1] == expected[1]
+    # What was dropped and cut is told in the same words, and stands in the record.
+    for line in capsys.readouterr().out.splitlines():
+        if "dropped" in line or "too long" in line:
+            assert line.split(": ", 1)[1].split(" rows of ")[0] in reported
+    entry, without = record["data"][0], json.loads((folder / "run" / "data.json").read_text())["data"]
+    encoded = next(found for found in without if found.get("part") == "train")
+    assert record["streaming"] and record["first_epoch_complete"] and record["code"] and record["tokenizer"]
+    assert (entry["rows"], entry["dropped"]) == (245, without[0]["dropped"])
+    assert entry["unusable"] == encoded["dropped"] and entry["kept"] == encoded["kept"] == len(rows[0])
+    assert all(entry[name] == encoded[name] for name in ("cut_prompts", "cut_answers"))
+
+
+def test_learned_turns_and_margins_reach_the_batches(tmp_path, gpt2):
+    def message(i, role):
+        return {"role": role, "content": f"{role} {i}"}
+
+    turns = [{"messages": [message(i, r) for r in ("user", "assistant") * 2]} for i in range(100)]
+    train, _ = build(gpt2, 0, [write(tmp_path / "x.jsonl", turns)], train_on="all", data_split="1,0,0")
+    assert all(batch["loss_mask"].any(1).all() for batch in train)
+    rows = [{**row, "margin": i / 4} for i, row in enumerate(ROWS)]
+    train, _ = build(gpt2, 1, [write(tmp_path / "y.jsonl", rows)], need_margin=True, train_batch_size=1)
+    for batch, (text,) in zip(train, texts(gpt2, train), strict=True):
+        number = text.split("It is ")[1].split(".")[0]
+        assert batch["margin"].tolist() == [int(number) / 4]
+    with pytest.raises(UserError, match="--use_margin: none of the first rows has a number in a column `margin`"):
+        build(gpt2, 1, [write(tmp_path / "z.jsonl", ROWS)], need_margin=True)
+    assert "margin" not in next(iter(build(gpt2, 1, [str(tmp_path / "y.jsonl")])[0]))
+
+
+def test_more_data_for_step_1_serves_it_wholly(tmp_path, folder, gpt2):
+    more = [{"prompt": f"\n\nHuman: More {i}?\n\nAssistant:", "completion": " yes"} for i in range(60)]
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more/train.jsonl", more)
+    write(tmp_path / "more/test.jsonl", more[:1])
+    train, held_out = build(gpt2, 0, [str(folder)], [str(tmp_path / "more")], train_batch_size=1)
+    found = [text for (text,) in texts(gpt2, train)]
+    assert sum("More" in text for text in found) == 60 and 20 < len(found) - 60 < 80  # a fifth of 240: 48 +- 6
+    assert sum(batch["weight"].sum() for batch in held_out) == 11
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_steps_rows_are_the_same_on_one_and_two_ranks(folder, gpt2, stage):
+    alone = texts(gpt2, build(gpt2, stage, [str(folder)])[0])
+    ranks = [
+        texts(gpt2, build(gpt2, stage, [str(folder)], train_batch_size=2, rank=rank, world_size=2)[0])
+        for rank in range(2)
+    ]
+    assert len(alone) == len(ranks[0]) == len(ranks[1]) > 5  # also where the last step has too few rows
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(step) for step in alone]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loader_goes_on_where_another_stopped(folder, gpt2, world_size):
+    def loader(rank=0, world_size=1):
+        size = 4 // world_size
+        return build(gpt2, 2, [str(folder)], train_batch_size=size, rank=rank, world_size=world_size)[0]
+
+    first = loader()
+    first.sampler.set_epoch(1)
+    expected = texts(gpt2, first)
+    other = loader()
+    other.sampler.set_epoch(1)
+    batches = iter(other)
+    for _ in range(3):
+        next(batches)
+    state = json.loads(json.dumps(other.sampler.state_dict()))
+    assert state == {"epoch": 1, "position": 12}
+    rests = []
+    for rank in range(world_size):
+        resumed = loader(rank, world_size)
+        resumed.sampler.load_state_dict(state)
+        resumed.sampler.set_epoch(1)
+        rests.append([batch["prompt"] for batch in resumed])
+        resumed.sampler.set_epoch(2)
+        assert len(list(resumed)) == len(expected)  # the next epoch is whole again
+    steps = [sorted(sum(step, [])) for step in zip(*rests, strict=True)]
+    assert steps == [sorted(step) for step in expected[3:]]
+
+
+# ------------------------------------------------------------------------------------------------------------ order
+
+
+def test_epochs_are_shuffled_anew_and_repeatable(folder, gpt2):
+    def order(epoch, **changes):
+        train, _ = build(gpt2, 2, [str(folder)], train_batch_size=1, data_split="0,0,1", **changes)
+        train.sampler.set_epoch(epoch)
+        return [text for (text,) in texts(gpt2, train)]
+
+    first = order(0)
+    assert len(first) == 240 and order(0) == first != order(1) and sorted(order(1)) == sorted(first)
+    assert order(0, seed=7) != first
+    in_file = [row["prompt"] for row in ROWS[:240]]
+    assert order(0, shuffle_buffer=1) == in_file
+    early = [in_file.index(text) for text in first]
+    assert all(place <= k + 20 for k, place in enumerate(early))  # no row comes before the buffer could hold it
+
+
+def test_the_buffer_hands_out_every_row_once():
+    rows = list(range(1000))
+    for size in (1, 10, 999, 1000, 5000):
+        assert sorted(shuffled(iter(rows), size, 1, 2)) == rows
+    assert list(shuffled(iter([]), 10, 1)) == []
+    # A row waits 100 draws on average, geometrically.
+    waits = [k - row for k, row in enumerate(shuffled(iter(range(20_000)), 100, 3, 0)) if row < 15_000]
+    assert abs(sum(waits) / len(waits)) < 5 and max(waits) > 300
+
+
+def test_a_blend_keeps_its_proportions_at_every_moment():
+    rows = list(blended([iter("a" * 100), iter("b" * 100), iter("c" * 100)], [3.0, 1.5, 0.5]))
+    for n in range(1, len(rows) + 1):
+        for name, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
+            assert abs(rows[:n].count(name) - n * share) <= 1
+    assert rows.count("a") == 100 and 166 <= len(rows) <= 168  # it ends with the first data set
+    assert "".join(blended([iter("aaaaa"), iter("bb")], [None, None])) == "ababaaa"  # all rows without weights
+
+
+def test_data_sets_are_blended_by_weight(tmp_path, folder, gpt2):
+    other = write(tmp_path / "other.jsonl", [{**row, "prompt": row["prompt"].replace("What", "Who")} for row in ROWS])
+    train, _ = build(gpt2, 2, [f"{folder}:0.75", f"{other}:0.25"], train_batch_size=1, data_split="0,0,1")
+    found = [text for (text,) in texts(gpt2, train)]
+    assert sum("What" in text for text in found) == 240 and sum("Who" in text for text in found) == 80
+    with pytest.raises(UserError, match="give each data set a weight"):
+        build(gpt2, 2, [f"{folder}:0.75", other])
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "expected"),
+    [
+        (
+            0,
+            {"train_batch_size": 100},
+            r"--per_device_train_batch_size 100: \d\d training rows are too few for one bat",
+        ),
+        (2, {"train_batch_size": 99, "world_size": 2}, "--per_device_generation_batch_size 99: .* of 198 on 2 ranks"),
+        (0, {"data_split": "0,5,5"}, "--data_split 0,5,5: .* has no row for step 1 among 240"),
+        (1, {"max_len": 5}, r"--max_seq_len 5: every prompt of --data_path .* \(up to \d+ tokens\)"),
+        (2, {"max_len": 5}, "--max_prompt_seq_len 5: every prompt of --data_path"),
+    ],
+)
+def test_bad_input_names_its_flag_before_training(folder, gpt2, stage, changes, expected):
+    with pytest.raises(UserError, match=expected):
+        build(gpt2, stage, [str(folder)], **changes)
+
+
+def test_a_bad_row_stops_the_training_when_it_comes(folder, gpt2, capsys):
+    write(folder / "train.jsonl", [*MANY[:5000], {**ROWS[0], "rejected": 5}])
+    train, _ = build(gpt2, 1, [str(folder)], record_in=folder)
+    batches = iter(train)
+    with pytest.raises(UserError, match=r"train.jsonl, line 5001, column 'rejected': found int '5', expected text"):
+        next(batches)
+        list(batches)
+    assert "(train, so far): 5000 rows read" in capsys.readouterr().out
+
+
+def test_a_training_that_ends_early_has_its_report_too(folder, gpt2, capsys):
+    write(folder / "train.jsonl", [*ROWS[:10], *ROWS[:5], *MANY])
+    train, _ = build(gpt2, 1, [str(folder)], record_in=folder)
+    assert len(list(islice(train, 3))) == 3
+    read = int(capsys.readouterr().out.split("(train, so far): ")[1].split(" rows read")[0])
+    assert 2000 < read < 3500  # about 2500, of which two fifths make the 1000 that are encoded together
+    record = json.loads((folder / "data.json").read_text())
+    assert not record["first_epoch_complete"] and record["data"][0]["rows"] == read
+    assert record["data"][0]["dropped"] == {
+        "that repeat an earlier row": {"rows": 5, "first": ["line 11", "line 12", "line 13"]}
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import resource, sys
+from utils.data.streaming import build_streaming_loaders, open_streams
+from utils.tokenizer import load_tokenizer
+
+tokenizer = load_tokenizer(sys.argv[1])
+for file in sys.argv[2:]:
+    streams = open_streams(2, tokenizer, data_path=[file])
+    options = dict(max_len=64, train_batch_size=50, eval_batch_size=50, shuffle_buffer=500, batches=9)
+    train, _ = build_streaming_loaders(streams, stage=2, tokenizer=tokenizer, **options)
+    rows = sum(len(batch["prompt"]) for batch in train)
+    print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_and_disk_do_not_grow_with_the_data(tmp_path, tokenizer_folders, root):
+    """Peak memory over 30,000 rows (150 MB) is that over 3,000, but for 25 MB; and nothing is written anywhere."""
+    row = {"chosen": " because" * 300, "rejected": " never" * 400}
+    files = []
+    for n in (3000, 30_000):
+        files.append(tmp_path / f"{n}.jsonl")
+        with files[-1].open("w") as file:
+            for i in range(n):
+                file.write(json.dumps({"prompt": f"\n\nHuman: Why {i}?\n\nAssistant:", **row}) + "\n")
+    assert files[1].stat().st_size > 140e6
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {"HF_HOME": str(home), "TMPDIR": str(home), "HOME": str(home), "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tokenizer_folders["gpt2"]), *map(str, files)],
+        env={**environment, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (few, before), (many, after) = (map(int, line.split()) for line in done.stdout.splitlines() if line[0].isdigit())
+    assert many > 9 * few > 9 * 800
+    assert after - before < 25_000  # KiB
+    assert sum(file.stat().st_size for file in home.rglob("*") if file.is_file()) < 100_000

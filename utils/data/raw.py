@@ -1,0 +1,150 @@
+"""The rows of a file or data set as they stand, one after the other: for data that is neither converted nor held.
+
+Each kind of file has a reader that goes through it once with a bounded part of it in memory. JSON is read as it is
+written, line by line or, in a list, row by row; csv, parquet and Arrow files by the libraries that the datasets library
+reads them with.
+"""
+
+import codecs
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset
+
+from utils.data.shapes import Row
+from utils.data.sources import READ_ERRORS, SHAPES, Part, file_format, first_line, is_json_list, json_rows, not_json
+from utils.data.sources import open_text as open_file
+from utils.run import UserError
+
+AT_ONCE = 1000  # rows that a library decodes together
+BLOCK = 2**20  # bytes of a JSON list
+LONGEST_ROW = 2**26  # characters
+
+
+def raw_rows(part: Part, flag: str) -> Iterator[tuple[str, Row]]:
+    """(name, row) of each row; "line 7" of a JSON-lines file, "row 7" elsewhere.
+
+    Raises:
+        UserError: no rows, or content that is not what the file's suffix says; where a row is to blame, its place.
+    """
+    empty = True
+    try:
+        for name, row in READERS[file_format(part.file)](part.file) if part.file else numbered(iterate(part.rows)):
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{flag}: {part.place}, {name}: found {type(row).__name__}, expected an object of columns"
+                )
+            empty = False
+            yield name, row
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if hasattr(error, "place"):
+            raise UserError(f"{flag}: {part.place}, {not_json(error)}") from error
+        raise UserError(f"{flag}: {part.place} holds text that is not UTF-8 ({error.reason})") from error
+    except (*READ_ERRORS, zlib.error) as error:
+        raise UserError(f"{flag}: {part.place} cannot be read: {first_line(error)}") from error
+    if empty:
+        raise UserError(f"{flag}: {part.place} has no rows; expected {SHAPES}")
+
+
+def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
+    """("row 1", the first row), ..."""
+    return ((f"row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def iterate(rows: Any) -> Iterator[Row]:
+    """The rows of a data set on the disk, several at a time, or of an iterable one."""
+    if not isinstance(rows, Dataset):
+        yield from rows
+        return
+    for start in range(0, len(rows), AT_ONCE):
+        batch = rows[start : start + AT_ONCE]
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a list, or of a file with one object a line."""
+    with open_file(path) as file:
+        if not is_json_list(file):
+            yield from json_rows(path)
+            return
+        yield from numbered(json_items(file))
+
+
+def json_items(file: Any) -> Iterator[Any]:
+    """The items of a JSON list, decoded one by one.
+
+    Raises:
+        json.JSONDecodeError, UnicodeDecodeError: with the attribute `place`.
+    """
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    parser, text, at, count = json.JSONDecoder(), "", 0, 0
+    before = re.compile(r"\s*\[\s*")  # what stands before an item: the bracket, then commas
+    while True:
+        try:
+            found = before.match(text, at)
+            if not found:
+                raise json.JSONDecodeError("expected a list of rows, with commas between them", text, at)
+            if text.startswith("]", found.end()):
+                return
+            item, at = parser.raw_decode(text, found.end())
+        except json.JSONDecodeError as error:  # wrong, or not yet read to its end
+            text, at = text[at:], 0
+            block = file.read(BLOCK) if len(text) < LONGEST_ROW else b""
+            if not block:
+                error.place = f"row {count + 1}"
+                raise
+            try:
+                text += decode(block)
+            except UnicodeDecodeError as undecodable:
+                undecodable.place = f"row {count + 1} or a later one"
+                raise
+            continue
+        count += 1
+        yield item
+        before = re.compile(r"\s*(?:,\s*|(?=\]))")
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    """csv knows no types: "4" is an answer, and so is "NA"."""
+    tables = pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=AT_ONCE, encoding="utf-8-sig")
+    with tables:
+        yield from numbered(row for table in tables for row in table.to_dict("records"))
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    """A part of a row group at a time. The file is read from its end, so it must lie uncompressed."""
+    if path.suffix.lower() == ".gz":
+        raise ValueError("parquet cannot be streamed out of .gz; unpack it (its columns are compressed as they are)")
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from numbered(row for batch in file.iter_batches(AT_ONCE) for row in batch.to_pylist())
+
+
+def read_arrow(path: Path) -> Iterator[tuple[str, Row]]:
+    """Arrow's file format, or its stream format, which the datasets library writes."""
+    with open_file(path) as file:
+        if file.peek(6)[:6] == b"ARROW1":
+            table = pyarrow.ipc.open_file(file)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        else:
+            batches = pyarrow.ipc.open_stream(file)
+        yield from numbered(row for batch in batches for row in in_slices(batch))
+
+
+def in_slices(batch: pyarrow.RecordBatch) -> Iterator[Row]:
+    """The rows, several at a time."""
+    for start in range(0, batch.num_rows, AT_ONCE):
+        yield from batch.slice(start, AT_ONCE).to_pylist()
+
+
+READERS = {"json": read_json, "csv": read_csv, "parquet": read_parquet, "arrow": read_arrow}

@@ -1,0 +1,354 @@
+"""Training rows straight from their files or from the hub (--streaming), for data that is larger than the disk.
+
+Nothing is written, and what is held does not grow with the data: each data set is read from its beginning in every
+epoch, converted and encoded in chunks by the functions of the other way, blended, and shuffled in a buffer. The loaders
+are like those of `loaders`, but for the length: nobody knows that of an epoch.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from utils.data.chat import template_of
+from utils.data.encoding import ENCODERS, FEATURES, Names, Overlong, encode_rows, encoder_options
+from utils.data.loaders import (
+    BATCH_FLAGS,
+    COLLATORS,
+    KINDS,
+    LENGTH_FLAGS,
+    EvalSampler,
+    ResumableSampler,
+    data_sources,
+    has_rankings,
+    make_loader,
+    write_record,
+)
+from utils.data.report import as_record, count_dropped, report_cut, report_dropped, report_left_out
+from utils.data.shapes import Form, Row
+from utils.data.splits import stage_shares
+from utils.data.streamed_set import TOGETHER, Counts, StreamedSet, as_data_set, open_stream
+from utils.distributed import print0
+from utils.distributed import rank as this_rank
+from utils.run import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one stage makes its rows of texts.
+
+    kind: see `encode_rows`.   need_margin: the rows have the column `margin`.
+    """
+
+    stage: int
+    kind: str
+    tokenizer: PreTrainedTokenizerBase
+    max_len: int
+    data_split: str
+    data_seed: int
+    overlong: Overlong | None
+    train_on: str
+    need_margin: bool
+
+    @property
+    def options(self) -> dict[str, str]:
+        return encoder_options(self.kind, self.overlong, self.train_on)
+
+    def encode(self, rows: Dataset, names: Names, record: list[dict] | None = None) -> Dataset:
+        """A few rows in memory; see `encode_rows`."""
+        options = {"overlong": self.overlong, "train_on": self.train_on, "record": record}
+        sizes = (self.kind, self.tokenizer, self.max_len)
+        return encode_rows(rows, *sizes, cache_dir=None, in_memory=True, names=names, **options)
+
+    def rows(self, stream: StreamedSet, counts: Counts) -> Iterator[Row]:
+        """The encoded training rows of a data set, in the order of its texts."""
+        texts = stream.training_texts(self.stage, stage_shares(self.data_split), self.data_seed, counts)
+        wanted = set(
+            FEATURES[self.kind]
+        )  # in every row alike, whatever the data: a batch may hold rows of two data sets
+        wanted -= {"loss_mask"} if self.train_on != "all" else set()
+        wanted -= {"margin", "left_out"} if not self.need_margin else {"left_out"}
+        while chunk := list(islice(texts, TOGETHER)):
+            batch = {name: [row[name] for row in chunk] for name in chunk[0]}
+            encoded = ENCODERS[self.kind](batch, tokenizer=self.tokenizer, max_len=self.max_len, **self.options)
+            for k, text in enumerate(chunk):
+                counts.encoded += 1
+                counts.longest = max(counts.longest, encoded["full_length"][k])
+                if encoded["dropped"][k]:
+                    count_dropped(counts.unusable, encoded["dropped"][k], text["origin"])
+                    continue
+                for fate in ("cut", "prompt_cut"):
+                    if encoded[fate][k]:
+                        count_dropped(counts.cut, fate, text["origin"])
+                if left_out := encoded.get("left_out", {k: 0})[k]:
+                    counts.left_out += left_out
+                    count_dropped(counts.cut, "left_out", text["origin"])
+                counts.kept += 1
+                yield {name: compact(name, values[k]) for name, values in encoded.items() if name in wanted}
+
+
+def compact(name: str, value: Any) -> Any:
+    """Token ids in four bytes each, masks in one: the shuffle buffer holds many."""
+    if name == "answers_ids":
+        return [np.asarray(ids, dtype=np.int32) for ids in value]
+    if name.endswith("_ids"):
+        return np.asarray(value, dtype=np.int32)
+    return np.asarray(value, dtype=bool) if name == "loss_mask" and value is not None else value
+
+
+def blended(streams: Sequence[Iterator[Row]], weights: Sequence[float | None]) -> Iterator[Row]:
+    """Rows of several data sets in turn, at every moment in the proportions of the weights.
+
+    It ends with the data set that ends first, as otherwise the proportions would. Without weights all take the same
+    turns as long as they have rows, and it ends with the last.
+    """
+    weighted = None not in weights
+    shares = [weight / sum(weights) if weighted else 1 / len(weights) for weight in weights]
+    taken = [0] * len(streams)
+    going_on = list(range(len(streams)))
+    while going_on:
+        k = max(going_on, key=lambda k: shares[k] * (sum(taken) + 1) - taken[k])
+        row = next(streams[k], None)
+        if row is not None:
+            taken[k] += 1
+            yield row
+        elif weighted:
+            return
+        else:
+            going_on.remove(k)
+
+
+def shuffled(rows: Iterator[Row], size: int, *seed: int) -> Iterator[Row]:
+    """Draws each row from a buffer of `size` rows, which is filled up from the stream."""
+    random = np.random.RandomState([part % 2**32 for part in seed])  # its stream is the same in every numpy version
+    buffer = list(islice(rows, size))
+    for row in rows:
+        k = random.randint(len(buffer))
+        yield buffer[k]
+        buffer[k] = row
+    for k in random.permutation(len(buffer)):
+        yield buffer[k]
+
+
+class StreamSampler(ResumableSampler):
+    """One rank's rows themselves, not their numbers. Every rank goes through the whole stream.
+
+    To go on from a state reads the epoch again from its beginning, and hands out what follows.
+
+    Args:
+        open_epoch: the rows of an epoch by its number, the same on every rank.
+        batches: how many a whole training takes: all that `len` of the loader can tell.
+    """
+
+    def __init__(
+        self, open_epoch: Callable[[int], Iterator[Row]], batch_size: int, batches: int, *, rank: int, world_size: int
+    ):
+        super().__init__(rank=rank, world_size=world_size)
+        self.open_epoch, self.batch_size, self.batches = open_epoch, batch_size, batches
+
+    def rows(self) -> Iterator[Row]:
+        rows = self.open_epoch(self.epoch)
+        global_batch = self.batch_size * self.world_size
+        while len(step := list(islice(rows, global_batch))) == global_batch:
+            yield from step[self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+
+class RowsThemselves(torch.utils.data.Dataset):
+    """Where a sampler draws rows and not their numbers: hands them on, with weight 1."""
+
+    def __getitems__(self, rows: list[Row]) -> list[Row]:
+        return [{**row, "weight": 1.0} for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+@dataclass(frozen=True)
+class Report:
+    """Says what has become of the rows, when the first epoch or the training ends, and keeps data.json up to date.
+
+    settings, evaluation: what stands in data.json beside the counts.   folder: of data.json, or None.
+    """
+
+    streams: Sequence[StreamedSet]
+    recipe: Recipe
+    settings: dict[str, Any]
+    evaluation: list[dict]
+    folder: Path | None
+
+    def watch(self, rows: Iterator[Row], counts: Sequence[Counts]) -> Iterator[Row]:
+        """The rows; data.json is written whenever twice as many have been read, and once nobody asks for more."""
+        complete, due = False, 1
+        try:
+            for row in rows:
+                if sum(c.read for c in counts) >= due:
+                    self.write(counts, complete)
+                    due = 2 * sum(c.read for c in counts)
+                yield row
+            complete = True
+        finally:
+            self.print(counts, complete)
+            self.write(counts, complete)
+
+    def print(self, counts: Sequence[Counts], complete: bool) -> None:
+        for stream, c in zip(self.streams, counts, strict=True):
+            name, part = f"{stream.flag} {stream.name}", "train" if complete else "train, so far"
+            print0(f"{name} ({part}): {c.read} rows read, {c.kept} of them for step {self.recipe.stage + 1}")
+            report_dropped(f"{name} ({part})", c.dropped, c.read)
+            report_dropped(f"{name} ({part}, step {self.recipe.stage + 1})", c.unusable, c.encoded)
+            limit = f"{LENGTH_FLAGS[self.recipe.stage]} {self.recipe.max_len}"
+            cuts = (c.cut.get(fate, (0, [])) for fate in ("prompt_cut", "cut"))
+            report_cut(limit, f"{name} ({part})", *cuts, c.longest, c.encoded)
+            report_left_out(f"{name} ({part})", c.left_out, c.cut.get("left_out", (0, [])))
+
+    def write(self, counts: Sequence[Counts], complete: bool) -> None:
+        """data.json; on rank 0."""
+        if self.folder is None or this_rank() != 0:
+            return
+        data = [self.entry(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
+        state = {"first_epoch_complete": complete, "data": data + self.evaluation}
+        write_record(self.folder, {**self.settings, **state}, self.recipe.tokenizer)
+
+    def entry(self, stream: StreamedSet, c: Counts) -> dict[str, Any]:
+        """Of data.json, for one data set; fingerprint: of the usable rows that were read."""
+        used = {"kind": self.recipe.kind, "max_len": self.recipe.max_len, **self.recipe.options}
+        cut = {name: c.cut.get(fate, (0, []))[0] for name, fate in (("prompts", "prompt_cut"), ("answers", "cut"))}
+        return {
+            **{"data": f"{stream.flag} {stream.name}", "split": "train", "shape": stream.shape, **used},
+            **{"fingerprint": c.digest.hexdigest(), "rows": c.read, "dropped": as_record(c.dropped)},
+            **{"held_out": c.held_out, "of_other_stages": c.other_stages, "of_this_stage": c.encoded},
+            **{"unusable": as_record(c.unusable), "kept": c.kept},
+            **{f"cut_{name}": count for name, count in cut.items()},
+            **({"answers_left_out": c.left_out} if self.recipe.kind == "ranked" else {}),
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+def open_streams(
+    stage: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_path: Sequence[str],
+    sft_only_data_path: Sequence[str] = (),
+    data_output_path: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[StreamedSet]:
+    """The data sets of one stage. Args, raises: as `loaders.build_loaders` and `open_stream`."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    form = Form(columns or {}, template_of(tokenizer))
+    sources, weights = data_sources(stage, data_path, sft_only_data_path)
+    return [
+        open_stream(name, weight, cache_dir=data_output_path, flag=flag, form=form)
+        for (flag, name), weight in zip(sources, weights, strict=True)
+    ]
+
+
+def build_streaming_loaders(
+    streams: Sequence[StreamedSet],
+    *,
+    stage: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_len: int,
+    train_batch_size: int,
+    eval_batch_size: int,
+    shuffle_buffer: int,
+    batches: int,
+    data_split: str = "2,4,4",
+    seed: int = 2023,
+    data_seed: int = 1234,
+    rank: int = 0,
+    world_size: int = 1,
+    overlong: Overlong | None = None,
+    train_on: str = "last",
+    need_margin: bool = False,
+    best_and_worst: bool = False,
+    record_in: str | Path | None = None,
+) -> tuple[DataLoader, DataLoader]:
+    """As `loaders.build_loaders`, of data sets that are streamed.
+
+    Args:
+        shuffle_buffer: rows among which the next one is drawn.
+        batches: the length of the train loader: of the whole training, as nobody knows that of an epoch. An epoch ends
+            where the data does.
+
+    Raises:
+        UserError: the first rows are of no use to this stage, or fewer rows than one step takes; a faulty row only when
+            it is reached.
+    """
+    first = [first_texts(stream, stage, data_split, data_seed) for stream in streams]
+    ranked = any(has_rankings(rows) for rows in (*first, *(stream.held_out for stream in streams)))
+    kind = "ranked" if stage == 1 and ranked and not best_and_worst else KINDS[stage]
+    if need_margin and kind == "ranked":
+        raise UserError("--use_margin: the data ranks several answers to a prompt, without margins; leave the flag out")
+    recipe = Recipe(stage, kind, tokenizer, max_len, data_split, data_seed, overlong, train_on, need_margin)
+    held_out, record, columns = [], [], set()
+    for stream, rows in zip(streams, first, strict=True):
+        name = f"{stream.flag} {stream.name}"
+        names = Names(f"train, the first {len(rows)} rows", name, LENGTH_FLAGS[stage])
+        columns |= set(recipe.encode(rows, names).column_names)
+        held_out.append(recipe.encode(stream.held_out, Names("eval", name, LENGTH_FLAGS[stage]), record))
+    if need_margin and "margin" not in columns:
+        raise UserError("--use_margin: none of the first rows has a number in a column `margin`; leave the flag out")
+    evaluation = datasets.concatenate_datasets(held_out)
+
+    def epoch_rows(counts: Sequence[Counts]) -> Iterator[Row]:
+        rows = [recipe.rows(stream, c) for stream, c in zip(streams, counts, strict=True)]
+        return blended(rows, [stream.weight for stream in streams])
+
+    def nothing_yet() -> list[Counts]:
+        return [Counts() for _ in streams]
+
+    settings = {"stage": stage, "data_split": data_split, "data_seed": data_seed, "order_seed": seed}
+    settings |= {"streaming": True, "shuffle_buffer": shuffle_buffer, "eval_rows": len(evaluation)}
+    report = Report(streams, recipe, settings, record, None if record_in is None else Path(record_in))
+
+    def open_epoch(epoch: int) -> Iterator[Row]:
+        counts = nothing_yet()
+        rows = epoch_rows(counts)
+        return shuffled(rows if epoch else report.watch(rows, counts), shuffle_buffer, seed, epoch)
+
+    global_batch = train_batch_size * world_size
+    n = sum(1 for _ in islice(epoch_rows(nothing_yet()), global_batch))
+    if n < global_batch:
+        raise UserError(
+            f"{BATCH_FLAGS[stage]} {train_batch_size}: {n} training rows are too few for one batch of {global_batch} "
+            f"on {world_size} rank{'s' * (world_size > 1)}; lower it, or give more data"
+        )
+    report.write(nothing_yet(), complete=False)
+    collate = partial(COLLATORS[kind], pad_id=tokenizer.pad_token_id)
+    order = StreamSampler(open_epoch, train_batch_size, batches, rank=rank, world_size=world_size)
+    train = DataLoader(
+        RowsThemselves(), train_batch_size, sampler=order, collate_fn=collate, generator=torch.Generator()
+    )
+    in_turn = EvalSampler(len(evaluation), rank, world_size)
+    return train, make_loader(evaluation, in_turn, eval_batch_size, collate)
+
+
+def first_texts(stream: StreamedSet, stage: int, data_split: str, data_seed: int) -> Dataset:
+    """The first rows of a stage: what they show is refused, and reported, before anything else happens."""
+    counts = Counts()
+    texts = list(islice(stream.training_texts(stage, stage_shares(data_split), data_seed, counts), TOGETHER))
+    if not texts:
+        raise UserError(
+            f"--data_split {data_split}: {stream.name} has no row for step {stage + 1} among {counts.read}; give it a "
+            "larger share, or more data"
+        )
+    return as_data_set(texts)
