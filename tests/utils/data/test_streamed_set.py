@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from utils.data.encoding import ENCODERS
-from utils.data.preferences import load_data_set
+from utils.data.preferences import ABOUT, TEXT, load_data_set
 from utils.data.shapes import PLAIN, Form
 from utils.data.splits import prompt_key
 from utils.data.streamed_set import Counts, Repeats, is_held_out, open_stream, stage_of
@@ -75,8 +75,7 @@ def test_the_rows_are_converted_and_dropped_as_without_streaming(tmp_path, capsy
     train, held_out = load_data_set(str(folder), cache_dir=str(tmp_path / "cache"))
     report = [line for line in capsys.readouterr().out.splitlines() if "dropped" in line]
     opened, counts = stream(str(folder)), Counts()
-    columns = ("prompt", "chosen", "rejected", "margin", "earlier", "origin")
-    found = [{name: row[name] for name in columns} for row in opened.texts("train", counts)]
+    found = [{name: row[name] for name in (*TEXT, *ABOUT)} for row in opened.texts("train", counts)]
     assert found == list(train) and list(opened.held_out) == list(held_out)
     assert (
         found[0]["prompt"] == "\n\nHuman: Q0?\n\nAssistant:" and found[-1]["margin"] == 2

@@ -91,6 +91,31 @@ def test_the_batches_hold_the_same_rows_as_without_streaming(folder, gpt2, stage
     assert all(entry[name] == encoded[name] for name in ("cut_prompts", "cut_answers"))
 
 
+def test_ranked_answers_reach_the_batches(tmp_path, gpt2, capsys):
+    rows = [
+        {"prompt": row["prompt"], "answers": [f" {i}", " b", " b", " c"], "scores": [1, 3, 3, i % 3]}
+        for i, row in enumerate(ROWS)
+    ]
+    write(tmp_path / "train.jsonl", rows[:240])
+    write(tmp_path / "test.jsonl", rows[240:])
+    options = {"stage": 1, "tokenizer": gpt2, "train_batch_size": 1, "eval_batch_size": 1, "data_split": "0,1,0"}
+    options |= {"max_len": 96, "record_in": tmp_path}
+    expected = build_loaders(data_path=[str(tmp_path)], data_output_path=str(tmp_path / "cache"), **options)[0]
+    said = capsys.readouterr().out
+    stored = json.loads((tmp_path / "data.json").read_text())["data"]
+    del options["stage"], options["tokenizer"]
+    train = build(gpt2, 1, [str(tmp_path)], **options)[0]
+    as_lists = [sorted([batch[name].tolist() for name in batch] for batch in loader) for loader in (train, expected)]
+    assert as_lists[0] == as_lists[1] and len(as_lists[0]) == 240
+    assert "(train): 240 answers of 240 rows left out" in said and "(train): 240 answers of" in capsys.readouterr().out
+    entry = json.loads((tmp_path / "data.json").read_text())["data"][0]
+    assert entry["kind"] == "ranked" and entry["answers_left_out"] == 240 in [e.get("answers_left_out") for e in stored]
+    pairs = build(gpt2, 1, [str(tmp_path)], best_and_worst=True, data_split="0,1,0")[0]
+    assert "chosen_ids" in next(iter(pairs))
+    with pytest.raises(UserError, match="--use_margin: the data ranks several answers to a prompt"):
+        build(gpt2, 1, [str(tmp_path)], need_margin=True)
+
+
 def test_learned_turns_and_margins_reach_the_batches(tmp_path, gpt2):
     def message(i, role):
         return {"role": role, "content": f"{role} {i}"}
