@@ -1,7 +1,10 @@
-"""The comparison of the estimators: its arithmetic by formula, and one run of each part on tiny models."""
+"""The comparison of the estimators: its arithmetic by formula, and one run of each part on tiny models. The throughput of
+packed steps: what its tables say of tiny ones.
+"""
 
 import json
 import math
+import runpy
 
 import pytest
 import torch
@@ -118,3 +121,16 @@ def test_the_report_keeps_the_prose(modules, tmp_path):
     text = document.read_text()
     assert "old" not in text and "\nnew \\1\n" in text and "What it means.\n" in text
     assert text.index("What it means.") < text.index("added")
+
+
+def test_packing_prints_its_tables(root, corpus, monkeypatch, capsys):
+    arguments = f"--data_path {corpus} --max_seq_len 96 --rows 4 --batches 2 --runs 1 --hidden 16 --layers 1 --heads 2"
+    monkeypatch.setattr("sys.argv", ["packing.py", *arguments.split(), "--vocabulary", "300"])
+    runpy.run_path(str(root / "benchmarks/packing.py"), run_name="__main__")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| pa")]
+    assert [row[0] for row in rows] == ["padded to --max_seq_len", "padded to the longest row", "packed"] * 2
+    for start in (0, 3):  # supervised steps, then reward
+        shares = [float(row[2]) for row in rows[start : start + 3]]
+        assert 1 > shares[0] > shares[1] > shares[2] == 0
+        rates = [float(row[1]) for row in rows[start : start + 3]]  # one run: its ratios are those of its rates
+        assert float(rows[start + 2][3].split()[0]) == pytest.approx(rates[2] / rates[0], abs=0.02)

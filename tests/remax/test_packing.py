@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from remax.engines import check_packing
 from remax.finetune import DirectPreference, Ranking, Supervised
 from remax.logprobs import PolicyOutput
-from remax.modeling import PolicyModel, load_policy, prepare_training
+from remax.modeling import PolicyModel, add_lora, load_policy, prepare_training
 from remax.packing import IN_PIECES, Packed, attend_in_pieces, band, prepare_packing, token_slots, unpacked
 from remax.reward_model import RewardModel
 from remax.sequences import Sequences
@@ -117,6 +117,9 @@ def build(kind: str, folder, packing: bool, checkpointing: bool):
         return (RewardModel if kind == "ranking" else PolicyModel)(hf, packing=packing).train()
 
     model = load()
+    if kind == "lora":
+        torch.manual_seed(0)  # the adapters' start
+        add_lora(model.hf, 3, "self_attn", True, "--lora_module_name")
     if kind == "ranking":
         return Ranking(Whole(model), []), model
     if kind == "dpo":
@@ -137,7 +140,7 @@ def loss_and_gradient(kind: str, folder, batch, *, packing: bool, checkpointing:
 
 
 CASES = [(kind, family) for kind in ("supervised", "loss_mask", "ranking", "dpo") for family in FAMILIES[:4]]
-CASES += [("supervised", family) for family in FAMILIES[4:]]
+CASES += [("supervised", family) for family in FAMILIES[4:]] + [("lora", "llama")]
 
 
 @pytest.mark.parametrize(("kind", "family"), CASES)
