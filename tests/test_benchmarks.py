@@ -1,5 +1,6 @@
-"""The comparison of the estimators: its arithmetic by formula, and one run of each part on tiny models. The throughput of
-packed steps: what its tables say of tiny ones.
+"""The comparison of the estimators: its arithmetic by formula, and one run of each part on tiny models.
+
+Of packing: the tables, on a tiny model too.
 """
 
 import json
