@@ -28,11 +28,9 @@ def ranking_accuracy(
     loader: Iterable[Batch],
     scores: Callable[[TrainedEngine, Batch], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, float]:
-    """`pair_figures`, mean and spread of all scores, and for batches of several ranked answers the best-of-K figures.
+    """`pair_figures`, mean and spread of all scores, and for batches of several ranked answers `ranked_figures`.
 
-    A ranking counts as all its pairs of answers of unequal rank.   best_of_k_accuracy: share of prompts whose best
-    answer has the highest score; among n answers of the same highest score each counts 1 / n.   best_of_k_chance: what
-    blind choice reaches: the share of each prompt's answers that are its best.
+    A ranking counts as all its pairs of answers of unequal rank.
 
     Args:
         scores: (engine, batch of pairs) -> (B,) of the chosen and of the rejected answers; by default the engine's.
@@ -54,11 +52,7 @@ def ranking_accuracy(
     answers = max(total["answers"], 1.0)
     mean = total["scores"] / answers
     spread = math.sqrt(max(total["squares"] / answers - mean**2, 0.0))
-    figures = pair_figures(total) | {"score_mean": mean, "score_std": spread}
-    if "rankings" in total:
-        names = ("best_of_k_accuracy", "best_of_k_chance")
-        figures |= {name: total[name] / max(total["rankings"], 1.0) for name in names}
-    return figures
+    return pair_figures(total) | ranked_figures(total) | {"score_mean": mean, "score_std": spread}
 
 
 def pair_sums(
@@ -127,3 +121,15 @@ def ranked_sums(scores: Tensor, batch: Batch) -> dict[str, float]:
         "best_of_k_chance": weight * count(best) / count(torch.ones_like(best)),
     }
     return pairs | score_sums(scores, weight[row]) | {name: float(v.double().sum()) for name, v in terms.items()}
+
+
+def ranked_figures(sums: dict[str, float]) -> dict[str, float]:
+    """The best-of-K figures from `ranked_sums`; none from sums of pairs.
+
+    best_of_k_accuracy: share of prompts whose best answer has the highest score; among n answers of the same highest
+    score each counts 1 / n.   best_of_k_chance: what blind choice reaches: the share of each prompt's answers that are
+    its best.
+    """
+    if "rankings" not in sums:
+        return {}
+    return {name: sums[name] / max(sums["rankings"], 1.0) for name in ("best_of_k_accuracy", "best_of_k_chance")}

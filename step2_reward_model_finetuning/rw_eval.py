@@ -16,12 +16,12 @@ from remax.engines import Reward
 from remax.evaluation_arguments import parse_reward_eval
 from remax.inference import EncodedText, encode_texts, score_texts
 from remax.modeling import check_length, load_config, quiet_libraries
-from remax.ranking import pair_figures, pair_sums
+from remax.ranking import SIDES, pair_figures, pair_sums, ranked_figures, ranked_sums
 from remax.reward_model import load_reward_model
 from utils.data.chat import template_of
 from utils.data.loaders import local_rank_zero_first
 from utils.data.rows import TextRow, read_rows
-from utils.data.shapes import Example, Form, as_dialogue
+from utils.data.shapes import Example, Form, as_dialogue, dense, distinct
 from utils.distributed import init_distributed, is_main, print0, shutdown, world_size
 from utils.run import UserError, run_main
 from utils.tokenizer import load_tokenizer
@@ -72,7 +72,7 @@ def main() -> None:
         count = int((~scores.isfinite()).sum())
         raise UserError(f"--dtype {args.dtype}: {count} of {len(scores)} scores are not finite numbers; try fp32")
     if args.data_path:
-        print0(report(texts, scores, config))
+        print0(report(rows, texts, scores, config))
     else:
         print0(show(rows, texts, scores))
     if args.output and is_main():
@@ -85,31 +85,37 @@ def main() -> None:
 class Texts:
     """The texts of all rows, one after the other, and where they belong.
 
-    place: for each text the row, and "chosen" or "rejected".   reasons: for each row why it is not scored, or None.
-    pairs: some row has two answers.
+    place: for each text the row, and "chosen" or "rejected", or which of the row's several ranked answers it is.
+    reasons: for each row why it is not scored, or None.   pairs: some row has two answers.
     """
 
     encoded: list[EncodedText]
-    place: list[tuple[int, str]]
+    place: list[tuple[int, str | int]]
     reasons: list[str | None]
     pairs: bool
 
-    def index(self) -> dict[tuple[int, str], int]:
+    def index(self) -> dict[tuple[int, str | int], int]:
         """Place -> number of the text."""
         return {place: i for i, place in enumerate(self.place)}
 
 
+def answers_of(example: Example) -> dict[str | int, str]:
+    """The answers of a row by their place in it, see `Texts`."""
+    if example.answers is not None:
+        return dict(enumerate(example.answers))
+    pair = {"chosen": example.chosen, "rejected": example.rejected}
+    return {column: answer for column, answer in pair.items() if answer is not None}
+
+
 def encode(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase, max_len: int) -> Texts:
     """Every answer of every row, except where the prompt alone fills `max_len`."""
-    reasons = [row.skipped or ("without an answer" if row.example.chosen is None else None) for row in rows]
+    reasons = [row.skipped or (None if answers_of(row.example) else "without an answer") for row in rows]
     place, prompts, answers = [], [], []
     for i, row in enumerate(rows):
-        for column in ("chosen", "rejected"):
-            answer = getattr(row.example, column)
-            if reasons[i] is None and answer is not None:
-                place.append((i, column))
-                prompts.append(row.example.prompt)
-                answers.append(answer)
+        for column, answer in answers_of(row.example).items() if reasons[i] is None else ():
+            place.append((i, column))
+            prompts.append(row.example.prompt)
+            answers.append(answer)
     encoded = encode_texts(tokenizer, prompts, answers, max_len)
     for (i, _), text in zip(place, encoded, strict=True):
         if text.prompt_length >= max_len:
@@ -134,7 +140,8 @@ def describe_rows(name: str, rows: Sequence[TextRow], texts: Texts, max_len: int
 
 
 def scored_rows(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> list[dict]:
-    """The rows as they were read with chosen_score and rejected_score, or score where there are only single answers.
+    """The rows as they were read with chosen_score and rejected_score, or score where there are only single answers, or
+    answer_scores, a list in the order of the row's answers.
 
     A row that is not scored has null there, and the reason in the column `not_scored`.
     """
@@ -142,9 +149,13 @@ def scored_rows(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
     values = scores.tolist()
     index = texts.index()
     result = []
+    ranked = any(row.example.answers is not None for row in rows)
     for i, row in enumerate(rows):
         found = {name: index.get((i, column)) for column, name in names.items()}
         scored = row.original | {name: None if k is None else values[k] for name, k in found.items()}
+        if ranked:
+            several = [values[index[i, k]] for k in answers_of(row.example)] if texts.reasons[i] is None else None
+            scored = row.original | {"answer_scores": several}
         if texts.reasons[i] is not None:
             scored["not_scored"] = texts.reasons[i]
         result.append(scored)
@@ -160,31 +171,66 @@ def write(path: Path, rows: list[dict]) -> None:
     partial.replace(path)
 
 
-def report(texts: Texts, scores: torch.Tensor, config: PreTrainedConfig) -> str:
-    """The figures of all pairs, or of all single answers."""
-    index = texts.index()
-    pairs = [(index[i, "chosen"], index[i, column]) for i, column in texts.place if column == "rejected"]
+def report(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor, config: PreTrainedConfig) -> str:
+    """The figures of all pairs, of all rankings, or of all single answers."""
     known = ""
     if hasattr(config, "score_mean"):
         known = f"held-out scores in training: mean {config.score_mean:.3f}, spread {config.score_std:.3f}"
-    if not pairs:
+    sums = figure_sums(rows, texts, scores)
+    if not sums or not sums["pairs"]:
         lines = [
             ("mean score", f"{scores.mean():.3f}  (spread {scores.std(correction=0):.3f}, {len(scores)} answers)"),
             ("range", f"{scores.min():.3f} to {scores.max():.3f}"),
         ]
         return table(lines, known)
-    chosen, rejected = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (n,) numbers of texts
-    lengths = torch.tensor([len(text.ids) for text in texts.encoded])
-    figures = pair_figures(pair_sums(scores[chosen], scores[rejected], lengths[chosen], lengths[rejected]))
-    error = (figures["accuracy"] * (1 - figures["accuracy"]) / len(pairs)) ** 0.5
-    lines = [
-        ("accuracy", f"{figures['accuracy']:.3f} +- {error:.3f}  ({len(pairs)} pairs; a tie counts half)"),
+    figures, n = pair_figures(sums) | ranked_figures(sums), int(sums["pairs"])
+    if "rankings" in sums:  # without an error: the pairs of one prompt are no independent draws
+        counted = f"({n} pairs of {sums['rankings']:.0f} prompts; a tie counts half)"
+        chance = f"(blind choice: {figures['best_of_k_chance']:.3f})"
+        lines = [("accuracy", f"{figures['accuracy']:.3f}  {counted}")]
+        lines.append(("best of K", f"{figures['best_of_k_accuracy']:.3f}  {chance}"))
+    else:
+        error = (figures["accuracy"] * (1 - figures["accuracy"]) / n) ** 0.5
+        lines = [("accuracy", f"{figures['accuracy']:.3f} +- {error:.3f}  ({n} pairs; a tie counts half)")]
+    for side in SIDES:
+        if f"accuracy_{side}" in figures:
+            share, count = figures[f"accuracy_{side}"], figures[f"pairs_{side}"]
+            lines.append((f"  {side.replace('_', ' ')}", f"{share:.3f}  ({count:.0f} pairs)"))
+    lines += [
         ("longer wins", f"{figures['longer_wins']:.3f}  (what preferring the longer answer would reach)"),
         ("mean score, chosen", f"{figures['chosen_score']:.3f}"),
         ("mean score, rejected", f"{figures['rejected_score']:.3f}"),
         ("margin", f"{figures['margin']:.3f}"),
     ]
     return table(lines, known)
+
+
+def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> dict[str, float]:
+    """The sums that figures are made of; none where there are only single answers.
+
+    Of several ranked answers those count that training would use, as texts: see `utils.data.shapes.distinct`.
+    """
+    index, lengths = texts.index(), torch.tensor([len(text.ids) for text in texts.encoded])
+    if texts.pairs:
+        pairs = [(index[i, "chosen"], index[i, column]) for i, column in texts.place if column == "rejected"]
+        if not pairs:
+            return {}
+        chosen, rejected = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (n,) numbers of texts
+        return pair_sums(scores[chosen], scores[rejected], lengths[chosen], lengths[rejected])
+    numbers, of_row, ranks = [], [], []
+    for i, row in enumerate(rows):
+        if row.example.answers is None or texts.reasons[i] is not None:
+            continue
+        kept = distinct([answer.strip() or None for answer in row.example.answers], row.example.ranks)
+        levels = dense([row.example.ranks[k] for k in kept])
+        if len(set(levels)) > 1:
+            numbers += [index[i, k] for k in kept]
+            of_row += [of_row[-1] + 1 if of_row else 0] * len(kept)
+            ranks += levels
+    if not numbers:
+        return {}
+    batch = {"row": torch.tensor(of_row), "ranks": torch.tensor(ranks), "lengths": lengths[numbers]}
+    return ranked_sums(scores[numbers], batch | {"weight": torch.ones(of_row[-1] + 1)})
 
 
 def table(lines: list[tuple[str, str]], note: str) -> str:

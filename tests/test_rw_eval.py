@@ -68,6 +68,10 @@ def test_every_row_gets_the_score_of_its_text(run, corpus, tiny_reward_model, ar
     accuracy = sum(row["chosen_score"] > row["rejected_score"] for row in scored) / len(scored)
     margin = sum(row["chosen_score"] - row["rejected_score"] for row in scored) / len(scored)
     assert f"accuracy              {accuracy:.3f}" in printed and f"margin                {margin:.3f}" in printed
+    tokens = load_tokenizer(str(tiny_reward_model(architecture))).tokenize
+    longer = [row for row in scored if len(tokens(row["chosen"])) > len(tokens(row["rejected"]))]
+    share = sum(row["chosen_score"] > row["rejected_score"] for row in longer) / len(longer)
+    assert f"longer chosen       {share:.3f}  ({len(longer)} pairs)" in printed
 
 
 PROMPT = "\n\nHuman: Name a bird.\n\nAssistant:"
@@ -89,6 +93,29 @@ def test_shapes_of_pairs(run, tiny_reward_model, shape):
     assert {k: row[k] for k in PAIRS[shape]} == PAIRS[shape]
     assert row["chosen_score"] == pytest.approx(plain_score(tiny_reward_model("llama"), PROMPT, " An owl."), abs=1e-5)
     assert row["rejected_score"] == pytest.approx(plain_score(tiny_reward_model("llama"), PROMPT, " No."), abs=1e-5)
+
+
+def test_several_ranked_answers(run, tiny_reward_model):
+    answers = [" An owl.", " No.", " A robin, which sings.", "", " No."]
+    rows = [
+        {"prompt": PROMPT, "answers": answers[:4], "scores": [5, 1, 9, 3]},
+        {"prompt": PROMPT, "answers": answers, "ranks": [1, 2, 3, 4, 5]},  # "No." contradicts itself
+        {"prompt": PROMPT, "answers": [" A."], "ranks": [1]},
+        {"prompt": PROMPT, "answers": answers[:2], "ranks": [1]},
+    ]
+    with pytest.raises(UserError, match="line 3, column 'ranks': found 1 numbers for 2 answers"):
+        run(rows[1:])
+    for part, order in (([rows[0]], [2, 0, 1]), (rows[1:3], [0, 2])):
+        scored, printed = run(part)
+        assert [{k: v for k, v in row.items() if k != "answer_scores"} for row in scored] == part
+        scores = scored[0]["answer_scores"]
+        for answer, score in zip(part[0]["answers"], scores, strict=True):
+            assert score == pytest.approx(plain_score(tiny_reward_model("llama"), PROMPT, answer), abs=1e-5)
+        pairs = [(scores[a], scores[b]) for k, a in enumerate(order) for b in order[k + 1 :]]
+        accuracy = sum(better > worse for better, worse in pairs) / len(pairs)
+        assert f"accuracy              {accuracy:.3f}  ({len(pairs)} pairs of 1 prompts" in printed
+        best = float(max(order, key=lambda k: scores[k]) == order[0])
+        assert f"best of K             {best:.3f}  (blind choice: {1 / len(order):.3f})" in printed
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,18 @@ def test_pairs_of_a_data_set(corpus, tokenizer):
     assert ranks.numbers["accuracy"] == pytest.approx(length.numbers["longer_wins"])
 
 
+def test_the_best_and_the_worst_of_ranked_answers_are_a_pair(tmp_path, tokenizer):
+    answers = [" middle", " worst answer", " best", ""]
+    rows = [{"prompt": f"Human: {i} Assistant:", "answers": answers, "scores": [2, 1, 3, 9]} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (batch,) = held_out_pairs([str(tmp_path / "rows.jsonl")], tokenizer, max_len=100, cache_dir=str(tmp_path))
+    texts = [
+        tokenizer.decode(batch[f"{name}_ids"][0][: batch[f"{name}_lengths"][0]], skip_special_tokens=True)
+        for name in ("chosen", "rejected")
+    ]
+    assert [text.split("Assistant:")[1] for text in texts] == [" best", " worst answer"]
+
+
 def test_data_without_pairs_is_skipped(tmp_path, tokenizer):
     rows = [{"prompt": "Human: a Assistant:", "chosen": f" {i}"} for i in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import cache_file, code_of, fingerprint_of
 from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
-from utils.data.shapes import distinct
+from utils.data.shapes import dense, distinct
 from utils.data.tokens import (
     beginning,
     encode_answers,
@@ -226,11 +226,10 @@ def ranked_batch(
         used = [kept[k] for k in distinct([ids[k] for k in kept], [ranks[k] for k in kept])]
         if not dropped and len({ranks[k] for k in used}) < 2:
             dropped = "whose answers are equal after the cut"
-        levels = sorted({ranks[k] for k in used})  # 1 for the best that is used
         rows.append(
             {
                 "answers_ids": [] if dropped else [ids[k] for k in used],
-                "ranks": [] if dropped else [levels.index(ranks[k]) + 1 for k in used],
+                "ranks": [] if dropped else dense([ranks[k] for k in used]),
                 "prompt_length": len(head),
                 "left_out": 0 if dropped else len(ranks) - len(used),
                 "dropped": dropped,

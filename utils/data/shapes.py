@@ -24,8 +24,8 @@ class Example:
 
     prompt: None for plain text, which stands in `chosen`.   margin: by how much the chosen answer is better, where the
     data set knows it.   earlier: where the assistant's earlier answers stand in the prompt; None when it is not known.
-    answers, ranks: of a row with several ranked answers all of them, the best first, and their ranks, 1 for the best
-    and equal for ties; None elsewhere. Such a row's `chosen` is the best answer, and `rejected` the worst.
+    answers, ranks: of a row with several ranked answers all of them, and their ranks, 1 for the best and equal for
+    ties; None elsewhere. Such a row's `chosen` is the best answer, and `rejected` the worst.
     """
 
     prompt: str | None
@@ -98,21 +98,28 @@ def pair(prompt: str, chosen: str | None, rejected: str | None = None, margin: f
 
 def ranked(prompt: str, answers: Sequence[str], ranks: Sequence[float]) -> Example:
     """An Example of a finished prompt and several answers; the lower an answer's rank, the better it is."""
-    return best_first(prompt, [as_answer(prompt, answer) for answer in answers], ranks, earlier_answers(prompt))
+    return best_and_worst(prompt, [as_answer(prompt, answer) for answer in answers], ranks, earlier_answers(prompt))
 
 
-def best_first(prompt: str, answers: Sequence[str], ranks: Sequence[float], earlier: Spans | None) -> Example:
+def best_and_worst(prompt: str, answers: Sequence[str], ranks: Sequence[float], earlier: Spans | None) -> Example:
     """The Example of several answers as they follow the prompt.
 
-    The best and the worst are looked for among the `distinct` ones; where all of them are tied, there is no worst.
+    The best and the worst are looked for among the `distinct` ones: of several best the first, of several worst the
+    last; where all of them are tied, there is no worst.
     """
-    order = sorted(range(len(answers)), key=lambda i: ranks[i])
-    level = {rank: number for number, rank in enumerate(sorted(set(ranks)), 1)}
-    answers, ranks = tuple(answers[i] for i in order), tuple(level[ranks[i]] for i in order)
+    ranks = dense(ranks)
     kept = distinct([answer.strip() or None for answer in answers], ranks)
-    best = answers[kept[0]] if kept else None
-    worst = answers[kept[-1]] if kept and ranks[kept[-1]] > ranks[kept[0]] else None
-    return Example(prompt, best, worst, None, earlier, answers, ranks)
+    best = min(kept, key=lambda i: ranks[i], default=None)
+    worst = max(reversed(kept), key=lambda i: ranks[i], default=None)
+    chosen = None if best is None else answers[best]
+    rejected = None if worst is None or ranks[worst] == ranks[best] else answers[worst]
+    return Example(prompt, chosen, rejected, None, earlier, tuple(answers), tuple(ranks))
+
+
+def dense(ranks: Sequence[float]) -> list[int]:
+    """Ranks from 1 without gaps, equal for equal ones."""
+    number = {rank: k for k, rank in enumerate(sorted(set(ranks)), 1)}
+    return [number[rank] for rank in ranks]
 
 
 def distinct(answers: Sequence[Hashable | None], ranks: Sequence[int]) -> list[int]:
@@ -189,7 +196,7 @@ def finish(converted: Example | Conversation, template: ChatTemplate | None = No
             return template.answer(messages, prompt, answer)
 
         if converted.answers is not None:
-            return best_first(prompt, [write(answer) for answer in converted.answers], converted.ranks, earlier)
+            return best_and_worst(prompt, [write(answer) for answer in converted.answers], converted.ranks, earlier)
         return Example(prompt, write(converted.chosen), write(converted.rejected), converted.margin, earlier)
     except TemplateRefuses as error:
         raise RowSkipped(f"that the chat template refuses ({str(error)[:100]})") from error

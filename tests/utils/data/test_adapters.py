@@ -63,7 +63,7 @@ KNOWN = [
 ]
 
 
-RANKED = (ASK, " A", " C", None, (), (" A", " B", " C"), (1, 2, 3))
+RANKED = (ASK, " A", " C", None, (), (" B", " A", " C"), (2, 1, 3))
 SCORED = (("B", 7), ("A", 8.5), ("C", 2))
 KNOWN += [
     (

@@ -30,9 +30,6 @@ def test_several_turns():
     assert [found.prompt[slice(*span)] for span in found.earlier] == [" Hello!"]
 
 
-THREE = (" A", " B", " C")
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -47,12 +44,14 @@ THREE = (" A", " B", " C")
 def test_every_shape_of_ranked_answers_becomes_the_same_text(row, prompt):
     if isinstance(row["answers"][0], list):
         prompt = messages("Q")
-    assert example({"prompt": prompt, **row}) == Example(ASK, " A", " C", None, (), THREE, (1, 2, 3))
+    found = example({"prompt": prompt, **row})
+    assert (found.prompt, found.chosen, found.rejected, found.earlier) == (ASK, " A", " C", ())
+    assert dict(zip(found.answers, found.ranks, strict=True)) == {" A": 1, " B": 2, " C": 3}
 
 
 def test_ties_keep_their_order_and_share_a_rank():
     found = example({"prompt": ASK, "answers": ["D", "B", "A", "C"], "scores": [1, 3, 3, 1]})
-    assert (found.answers, found.ranks) == ((" B", " A", " D", " C"), (1, 1, 2, 2))
+    assert (found.answers, found.ranks) == ((" D", " B", " A", " C"), (2, 1, 1, 2))
     assert (found.chosen, found.rejected) == (" B", " C")
     tied = example({"prompt": ASK, "answers": ["A", "B"], "ranks": [1, 1]})
     assert (tied.chosen, tied.rejected, tied.ranks) == (" A", None, (1, 1))
