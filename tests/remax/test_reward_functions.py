@@ -177,9 +177,15 @@ def slow(prompt, answer):
 
 def busy(prompt, answer):
     while not answer:
+        pass
+    return 1.0
+
+
+def patient(prompt, answer):
+    while not answer:
         try:
-            answer = answer or ""
-        except Exception:  # a time-out is no Exception
+            time.sleep(5.0)
+        except Exception:  # a time-out is none
             pass
     return 1.0
 
@@ -203,7 +209,15 @@ async def blocking_remote(prompt, answer):
 
 @pytest.mark.parametrize(
     ("function", "index"),
-    [(slow, 1), (busy, 1), (runaway_expression, 1), (slow_batch, None), (slow_remote, 1), (blocking_remote, 1)],
+    [
+        (slow, 1),
+        (busy, 1),
+        (patient, 1),
+        (runaway_expression, 1),
+        (slow_batch, None),
+        (slow_remote, 1),
+        (blocking_remote, 1),
+    ],
 )
 def test_a_time_out_names_the_sample(function, index):
     began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,7 +104,9 @@ def test_functions_read_prompt_and_answer_without_special_tokens(pad, tokenizers
         ("\n\nHuman: é\n\nAssistant:", " A longer answer that does not", False),
     ]
     reward = by_rule(lambda prompt, answer: 0.0, tokenizer)
-    prompts, answers = reward.texts(rows_of(tokenizer, texts))
+    rows = rows_of(tokenizer, texts)
+    junk = rows.input_ids.masked_fill(~rows.mask, 50)  # what stands behind a row's end means nothing
+    prompts, answers = reward.texts(replace(rows, input_ids=junk))
     assert prompts == [prompt for prompt, *_ in texts]
     assert answers == [answer for _, answer, _ in texts]
 
@@ -237,6 +240,8 @@ def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, jud
         counted = [Counting(engine) for engine in (first, second, trainer.reference)]
         torch.manual_seed(0)
         tallies.append({})
+        original, answered = trainer.actor.rollout, []
+        trainer.actor.rollout = lambda *args, of=original, to=answered, **kw: to.append(of(*args, **kw)) or to[-1]
         rollouts.append(trainer.collect(prompts_of(7), Timer(), tallies[-1]))
         for counter, engine in zip(counted, (first, second, trainer.reference), strict=True):
             engine.engine = counter.engine
@@ -248,7 +253,11 @@ def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, jud
         if (expected := getattr(whole, name)) is not None:
             torch.testing.assert_close(getattr(cut, name), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(cut.sequences.input_ids, whole.sequences.input_ids)
-    assert (whole.baseline is not None) == (algo == "remax")
+    (sampled, greedy), *_ = answered
+    torch.testing.assert_close(whole.rewards, reward.score(sampled), rtol=1e-4, atol=1e-4)
+    assert (whole.baseline is not None) == (algo == "remax") == (greedy is not None)
+    if greedy is not None:
+        torch.testing.assert_close(whole.baseline, reward.score(greedy), rtol=1e-4, atol=1e-4)
     assert {k: float(v) for k, v in tallies[0].items()} == pytest.approx({k: float(v) for k, v in tallies[1].items()})
 
 
