@@ -56,7 +56,7 @@ def four_manners(write) -> str:
             return torch.tensor(lists(prompts, answers)).double()
 
         async def remote(prompt, answer):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.3)
             return single(answer, prompt)
 
         async def remote_lists(prompts, answers):
@@ -77,7 +77,7 @@ def test_each_manner_gives_a_number_for_each_sample(name, four_manners):
     function, began = load_function(f"{four_manners}:{name}"), time.monotonic()
     for timeout in (0.0, 30.0):
         assert function(PROMPTS, ANSWERS, timeout) == [11.0, 20.0, 33.0]
-    assert time.monotonic() - began < 0.9  # 3 remote samples of .2 s together, twice
+    assert time.monotonic() - began < 1.7  # 3 remote samples of .3 s together, twice: one after the other they take 1.8
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
@@ -222,7 +222,7 @@ async def blocking_remote(prompt, answer):
 def test_a_time_out_names_the_sample(function, index):
     began = time.monotonic()
     error = failure(function, batched=function is slow_batch, timeout=0.2)
-    assert 0.2 <= time.monotonic() - began < 2.0
+    assert 0.2 <= time.monotonic() - began < 4.0
     assert (error.index, str(error)) == (index, "no answer within 0.2 s (--reward_fn_timeout)")
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
