@@ -125,56 +125,60 @@ def finetune_loaders(
     """Training rows and held-out rows of stage 0 (step 1) or 1 (step 2); what was read is recorded in the run's
     folder.
     """
-    first_step = isinstance(args, Step1Arguments)
-    more_data = args.sft_only_data_path if first_step else ()
-    options = (
-        {"train_on": args.train_on}
-        if first_step
-        else {"need_margin": args.use_margin, "best_and_worst": args.loss != "ranking"}
+    if isinstance(args, Step1Arguments):
+        of_this_stage = {"sft_only_data_path": args.sft_only_data_path, "train_on": args.train_on}
+    else:
+        of_this_stage = {"need_margin": args.use_margin, "best_and_worst": args.loss != "ranking"}
+    _, train, evaluation = _open_data(
+        args,
+        stage,
+        tokenizer,
+        args.output_dir,
+        batches=args.max_steps * args.gradient_accumulation_steps,
+        max_len=args.max_seq_len,
+        train_batch_size=args.per_device_train_batch_size,
+        **of_this_stage,
     )
-    options |= {
+    return train, First(evaluation, args.max_eval_batches)
+
+
+def _open_data(
+    args: FinetuneArguments | Step3Arguments,
+    stage: int,
+    tokenizer: Tokenizer,
+    output: str | Path,
+    *,
+    batches: int,
+    sft_only_data_path: Sequence[str] = (),
+    **of_this_stage,
+) -> tuple[list[StreamedSet] | None, DataLoader, DataLoader]:
+    """The data sets where they are streamed, else None; the loaders of training and evaluation.
+
+    batches: micro-batches of a training whose data are streamed.   of_this_stage: see `build_loaders`.
+    """
+    options = of_this_stage | {
         "stage": stage,
         "tokenizer": tokenizer,
         "data_split": args.data_split,
-        "max_len": args.max_seq_len,
-        "train_batch_size": args.per_device_train_batch_size,
         "eval_batch_size": args.per_device_eval_batch_size,
         "seed": args.seed,
         "data_seed": args.data_seed,
         "rank": rank(),
         "world_size": world_size(),
         "overlong": args.overlong,
-        "record_in": args.output_dir,
+        "record_in": output,
     }
-    if args.streaming:
-        streams = _streams(args, stage, tokenizer, more_data)
-        batches = args.max_steps * args.gradient_accumulation_steps
-        train, evaluation = build_streaming_loaders(
-            streams, **options, shuffle_buffer=args.shuffle_buffer, batches=batches
-        )
-    else:
-        train, evaluation = build_loaders(
-            **options,
-            data_path=args.data_path,
-            sft_only_data_path=more_data,
-            data_output_path=args.data_output_path,
-            num_proc=args.preprocessing_num_workers,
-            columns=args.columns,
-        )
-    return train, First(evaluation, args.max_eval_batches)
-
-
-def _streams(
-    args: FinetuneArguments | Step3Arguments, stage: int, tokenizer: Tokenizer, more_data: Sequence[str] = ()
-) -> list[StreamedSet]:
-    return open_streams(
-        stage,
-        tokenizer,
-        data_path=args.data_path,
-        sft_only_data_path=more_data,
-        data_output_path=args.data_output_path,
-        columns=args.columns,
-    )
+    reading = {
+        "data_path": args.data_path,
+        "sft_only_data_path": sft_only_data_path,
+        "data_output_path": args.data_output_path,
+        "columns": args.columns,
+    }
+    if not args.streaming:
+        return None, *build_loaders(**options, **reading, num_proc=args.preprocessing_num_workers)
+    streams = open_streams(stage, tokenizer, **reading)
+    options |= {"shuffle_buffer": args.shuffle_buffer, "batches": batches}
+    return streams, *build_streaming_loaders(streams, **options)
 
 
 @dataclass(frozen=True)
@@ -196,43 +200,25 @@ class PromptData:
 def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> PromptData:
     """The data of step 3; what was read is recorded in `output`."""
     longest = args.max_prompt_seq_len + args.max_answer_seq_len
-    options = {
-        "stage": 2,
-        "tokenizer": tokenizer,
-        "data_split": args.data_split,
-        "max_len": args.max_prompt_seq_len,
-        "train_batch_size": args.per_device_generation_batch_size,
-        "eval_batch_size": args.per_device_eval_batch_size,
-        "seed": args.seed,
-        "data_seed": args.data_seed,
-        "overlong": args.overlong,
-        "record_in": output,
-        "rank": rank(),
-        "world_size": world_size(),
-    }
-    reading = {
-        "data_path": args.data_path,
-        "data_output_path": args.data_output_path,
-        "num_proc": args.preprocessing_num_workers,
-        "columns": args.columns,
-    }
-    streams = None
-    if args.streaming:
-        streams = _streams(args, 2, tokenizer)
-        batches = args.max_steps * args.rollout_batches
-        train, evaluation = build_streaming_loaders(
-            streams, **options, shuffle_buffer=args.shuffle_buffer, batches=batches
-        )
-    else:
-        train, evaluation = build_loaders(**options, **reading)
+    streams, train, evaluation = _open_data(
+        args,
+        2,
+        tokenizer,
+        output,
+        batches=args.max_steps * args.rollout_batches,
+        max_len=args.max_prompt_seq_len,
+        train_batch_size=args.per_device_generation_batch_size,
+    )
+    ranks = {"rank": rank(), "world_size": world_size(), "data_output_path": args.data_output_path}
     answers = build_answers_loader(
         tokenizer=tokenizer,
+        data_path=args.data_path,
         max_len=longest,
         batch_size=args.per_device_eval_batch_size,
+        num_proc=args.preprocessing_num_workers,
+        columns=args.columns,
         held_out=[stream.held_out for stream in streams] if streams else None,
-        rank=rank(),
-        world_size=world_size(),
-        **reading,
+        **ranks,
     )
     plain_text = None
     if args.unsupervised_dataset_name:
@@ -243,9 +229,7 @@ def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> Promp
             block=longest,
             batch_size=args.per_device_training_batch_size,
             seed=args.seed,
-            data_output_path=args.data_output_path,
-            rank=rank(),
-            world_size=world_size(),
+            **ranks,
         )
     limit = args.max_eval_batches
     answers = First(answers, limit) if answers else None
