@@ -58,7 +58,7 @@ class Counts:
 
 
 class Repeats:
-    """Remembers the keys of at least the last `size` rows, and of twice as many at most: about 75 bytes each."""
+    """Remembers the keys of at least the last `size` rows, and of twice as many at most: about 100 bytes each."""
 
     def __init__(self, size: int):
         self.size = size

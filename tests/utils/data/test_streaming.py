@@ -209,6 +209,9 @@ def test_the_buffer_hands_out_every_row_once():
     for size in (1, 10, 999, 1000, 5000):
         assert sorted(shuffled(iter(rows), size, 1, 2)) == rows
     assert list(shuffled(iter([]), 10, 1)) == []
+    source = iter(rows)
+    next(shuffled(source, 10, 1))
+    assert next(source) == 11  # it holds ten rows, and has taken one for the row that it gave
     # A row waits 100 draws on average, geometrically.
     waits = [k - row for k, row in enumerate(shuffled(iter(range(20_000)), 100, 3, 0)) if row < 15_000]
     assert abs(sum(waits) / len(waits)) < 5 and max(waits) > 300
@@ -285,8 +288,8 @@ from utils.data.streaming import build_streaming_loaders, open_streams
 from utils.tokenizer import load_tokenizer
 
 tokenizer = load_tokenizer(sys.argv[1])
-for file in sys.argv[2:]:
-    streams = open_streams(2, tokenizer, data_path=[file])
+for folder in sys.argv[2:]:
+    streams = open_streams(2, tokenizer, data_path=[folder])
     options = dict(max_len=64, train_batch_size=50, eval_batch_size=50, shuffle_buffer=500, batches=9)
     train, _ = build_streaming_loaders(streams, stage=2, tokenizer=tokenizer, **options)
     rows = sum(len(batch["prompt"]) for batch in train)
@@ -295,26 +298,27 @@ for file in sys.argv[2:]:
 
 
 def test_memory_and_disk_do_not_grow_with_the_data(tmp_path, tokenizer_folders, root):
-    """Peak memory over 30,000 rows (150 MB) is that over 3,000, but for 25 MB; and nothing is written anywhere."""
+    """Peak memory over 30,000 rows (150 MB) is that over 8,000, but for 14 MB; and nothing is written anywhere."""
     row = {"chosen": " because" * 300, "rejected": " never" * 400}
-    files = []
-    for n in (3000, 30_000):
-        files.append(tmp_path / f"{n}.jsonl")
-        with files[-1].open("w") as file:
-            for i in range(n):
-                file.write(json.dumps({"prompt": f"\n\nHuman: Why {i}?\n\nAssistant:", **row}) + "\n")
-    assert files[1].stat().st_size > 140e6
+    folders = [tmp_path / "few", tmp_path / "many"]
+    for folder, n in zip(folders, (8000, 30_000), strict=True):
+        folder.mkdir()
+        for split, first, last in (("train", 0, n), ("test", n, n + 20)):
+            with (folder / f"{split}.jsonl").open("w") as file:
+                for i in range(first, last):
+                    file.write(json.dumps({"prompt": f"\n\nHuman: Why {i}?\n\nAssistant:", **row}) + "\n")
+    assert (folders[1] / "train.jsonl").stat().st_size > 140e6
     home = tmp_path / "home"
     home.mkdir()
     environment = {"HF_HOME": str(home), "TMPDIR": str(home), "HOME": str(home), "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tokenizer_folders["gpt2"]), *map(str, files)],
+        [sys.executable, "-c", MEASURE, str(tokenizer_folders["gpt2"]), *map(str, folders)],
         env={**environment, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     (few, before), (many, after) = (map(int, line.split()) for line in done.stdout.splitlines() if line[0].isdigit())
-    assert many > 9 * few > 9 * 800
-    assert after - before < 25_000  # KiB
+    assert many > 3 * few > 3 * 3000
+    assert after - before < 14_000  # KiB; the keys of 22,000 rows are 2 MB, the rows 107 MB
     assert sum(file.stat().st_size for file in home.rglob("*") if file.is_file()) < 100_000
