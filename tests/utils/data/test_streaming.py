@@ -299,7 +299,7 @@ for folder in sys.argv[2:]:
 
 
 def test_memory_and_disk_do_not_grow_with_the_data(tmp_path, tokenizer_folders, root):
-    """Peak memory over 30,000 rows (150 MB) is that over 8,000 (40 MB), but for 35 MB; and nothing is written anywhere."""
+    """Peak memory over 30,000 rows (150 MB) is that over 8,000 (40 MB), but for 35 MB; and nothing is written."""
     row = {"chosen": " because" * 300, "rejected": " never" * 400}
     folders = [tmp_path / "few", tmp_path / "many"]
     for folder, n in zip(folders, (8000, 30_000), strict=True):
