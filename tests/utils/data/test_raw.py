@@ -83,3 +83,10 @@ def test_a_csv_is_text_and_short_lines_end_in_nothing(tmp_path):
     (tmp_path / "x.csv").write_text("\ufeffa,b\nNA,4\n5\n", encoding="utf-8")
     assert read(tmp_path / "x.csv") == [("row 1", {"a": "NA", "b": "4"}), ("row 2", {"a": "5", "b": ""})]
     assert [row for _, row in read(tmp_path / "x.csv")] == list(read_file(tmp_path / "x.csv", None, "--data_path").rows)
+
+
+@pytest.mark.parametrize("name", ["completions.csv", "pairs.arrow", "messages.json"])
+def test_compressed_files_are_read_as_they_come(tmp_path, name):
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress((DATA / name).read_bytes()))
+    assert read(packed) == read(DATA / name)
