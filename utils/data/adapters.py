@@ -43,7 +43,8 @@ def rlhf_reward_datasets(row: Row) -> Example:
 
 
 def webgpt(row: Row) -> Example:
-    scored = [(float(row["score_0"]), row["answer_0"]), (float(row["score_1"]), row["answer_1"])]
+    scores = numbers({"scores": [row["score_0"], row["score_1"]]}, "scores", 2)
+    scored = zip(scores, (row["answer_0"], row["answer_1"]), strict=True)
     # Without the passages they cite, marks such as " [1, 2]" mean nothing.
     (worse, rejected), (better, chosen) = sorted(
         ((score, re.sub(r" ?\[[^\]]*\]", "", answer)) for score, answer in scored), key=lambda pair: pair[0]
@@ -89,7 +90,8 @@ def qag_jaquad(row: Row) -> Example:
 
 
 def ultrafeedback(row: Row) -> Conversation:
-    return replace(conversation(row, ["chosen", "rejected"]), margin=row["score_chosen"] - row["score_rejected"])
+    better, worse = numbers({"scores": [row["score_chosen"], row["score_rejected"]]}, "scores", 2)
+    return replace(conversation(row, ["chosen", "rejected"]), margin=better - worse)
 
 
 def nectar(row: Row) -> Example:
@@ -130,12 +132,12 @@ ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
 
 
 def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
-    """Whether a folder that is called like a known data set has its columns too."""
+    """Whether a folder that is called like a known data set has its columns too, and in them what it has there."""
     try:
         adapter(row)
     except RowSkipped:
         return True
-    except (KeyError, RowRefused):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RowRefused):
         return False
     return True
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import cache_file, code_of, fingerprint_of
 from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
-from utils.data.shapes import dense, distinct
+from utils.data.shapes import dense, distinct, distinct_texts, unranked
 from utils.data.tokens import (
     beginning,
     encode_answers,
@@ -165,12 +165,13 @@ def ranking_batch(
         encode_answers(tokenizer, prompts, plain, [answer or "" for answer in batch[name]])
         for name in ("chosen", "rejected")
     ]
-    margins = batch.get("margin") or [None] * len(prompts)
-    for prompt, chosen, rejected, margin, head, *ends in zip(
-        prompts, batch["chosen"], batch["rejected"], margins, heads, *tails, strict=True
+    margins, several, ranks = (batch.get(name) or [None] * len(prompts) for name in ("margin", "answers", "ranks"))
+    for i, (prompt, chosen, rejected, margin, head, *ends) in enumerate(
+        zip(prompts, batch["chosen"], batch["rejected"], margins, heads, *tails, strict=True)
     ):
         full_length = len(head)
-        dropped = unusable(prompt, [chosen, rejected]) or no_token(head)
+        dropped = unusable(prompt, []) or (None if several[i] is None else unranked(several[i], ranks[i]))
+        dropped = dropped or unusable(prompt, [chosen, rejected]) or no_token(head)
         dropped = dropped or (too_long(head, max_len) if overlong == "drop" else None)
         head = make_room(head, ends, max_len, first)
         ids = [join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
@@ -214,13 +215,11 @@ def ranked_batch(
     for i, head in enumerate(with_beginning(first, plain)):
         full_length, is_pair = len(head), batch["answers"][i] is None
         ranks = [1, 2] if is_pair else batch["ranks"][i]
-        kept = distinct([(answer or "").strip() or None for answer in answers[i]], ranks)
+        kept = distinct_texts(answers[i], ranks)
         dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head)
         dropped = dropped or (too_long(head, max_len) if overlong == "drop" else None)
-        if not dropped and len(kept) < 2:
-            dropped = "with equal answers" if is_pair else "with fewer than two distinct answers"
-        if not dropped and len({ranks[k] for k in kept}) < 2:
-            dropped = "whose answers are all tied"
+        if not dropped and (reason := unranked(answers[i], ranks)):
+            dropped = "with equal answers" if is_pair else reason
         head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
         ids = [tuple(join(head, tail, max_len, eos)) for tail in tails[i]]
         used = [kept[k] for k in distinct([ids[k] for k in kept], [ranks[k] for k in kept])]
@@ -405,9 +404,16 @@ def first_rows(chosen: np.ndarray, rows: Dataset) -> tuple[int, list[str]]:
     return len(where), rows[where[:SHOWN_ROWS]]["origin"] if named else []
 
 
+def has_rankings(rows: Dataset) -> bool:
+    """Whether some row has several ranked answers."""
+    return "answers" in rows.column_names and rows.with_format("arrow")["answers"][:].null_count < len(rows)
+
+
 def check_serves(rows: Dataset, kind: str, names: Names) -> None:
     """Refuses a data set without the column that the stage learns from."""
     column, need = NEEDS[kind]
+    if column == "rejected" and has_rankings(rows):
+        column = "answers"  # where all of them are tied, there is no worst one
     if len(rows) and rows.with_format("arrow")[column][:].null_count == len(rows):
         what = "a prompt" if column == "prompt" else f"an answer `{column}`"
         raise UserError(f"{names.data_flag}: no row has {what}; {need}")

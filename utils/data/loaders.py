@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.data.cache import code_of, fingerprint_of
 from utils.data.chat import template_of
 from utils.data.collate import collate_prompts, collate_ranked, collate_ranking, collate_supervised
-from utils.data.encoding import Names, Overlong, encode_rows
+from utils.data.encoding import Names, Overlong, encode_rows, has_rankings
 from utils.data.names import parse_name
 from utils.data.preferences import load_data_set
 from utils.data.shapes import Form
@@ -228,11 +228,6 @@ def encode_data_sets(
             encoded["train"][k] = encoded["train"][k].select(rows)
     train, evaluation = (datasets.concatenate_datasets(encoded[data]) for data in ("train", "eval"))
     return kind, train, evaluation
-
-
-def has_rankings(rows: Dataset) -> bool:
-    """Whether some row has several ranked answers."""
-    return rows.with_format("arrow")["answers"][:].null_count < len(rows)
 
 
 def data_sources(

@@ -108,7 +108,7 @@ def best_and_worst(prompt: str, answers: Sequence[str], ranks: Sequence[float], 
     last; where all of them are tied, there is no worst.
     """
     ranks = dense(ranks)
-    kept = distinct([answer.strip() or None for answer in answers], ranks)
+    kept = distinct_texts(answers, ranks)
     best = min(kept, key=lambda i: ranks[i], default=None)
     worst = max(reversed(kept), key=lambda i: ranks[i], default=None)
     chosen = None if best is None else answers[best]
@@ -132,6 +132,19 @@ def distinct(answers: Sequence[Hashable | None], ranks: Sequence[int]) -> list[i
         ranks_of.setdefault(answer, set()).add(rank)
     sound = (i for i, answer in enumerate(answers) if answer is not None and len(ranks_of[answer]) == 1)
     return list({answers[i]: i for i in reversed(list(sound))}.values())[::-1]
+
+
+def distinct_texts(answers: Sequence[str | None], ranks: Sequence[int]) -> list[int]:
+    """`distinct` of answers as texts: white space around them does not count."""
+    return distinct([(answer or "").strip() or None for answer in answers], ranks)
+
+
+def unranked(answers: Sequence[str | None], ranks: Sequence[int]) -> str | None:
+    """Why no answer of a row is better than another one, or None."""
+    kept = distinct_texts(answers, ranks)
+    if len(kept) < 2:
+        return "with fewer than two distinct answers"
+    return "whose answers are all tied" if len({ranks[k] for k in kept}) < 2 else None
 
 
 def ask(question: str | None, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.chat import template_of
-from utils.data.encoding import ENCODERS, FEATURES, Names, Overlong, encode_rows, encoder_options
+from utils.data.encoding import ENCODERS, FEATURES, Names, Overlong, encode_rows, encoder_options, has_rankings
 from utils.data.loaders import (
     BATCH_FLAGS,
     COLLATORS,
@@ -30,7 +30,6 @@ from utils.data.loaders import (
     EvalSampler,
     ResumableSampler,
     data_sources,
-    has_rankings,
     make_loader,
     write_record,
 )

@@ -100,3 +100,18 @@ def test_every_known_name_is_tested():
 def test_public_rows_without_an_answer_are_skipped(name, row):
     with pytest.raises(RowSkipped, match="no question or no answer"):
         ADAPTERS[name](row)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("openai/webgpt_comparisons", {"score_1": None}),
+        ("HuggingFaceH4/ultrafeedback_binarized", {"score_rejected": None}),
+        ("berkeley-nest/Nectar", {"answers": [{"answer": "A", "rank": None}]}),
+        ("openbmb/UltraFeedback", {"completions": [{"response": "A", "overall_score": float("nan")}]}),
+    ],
+)
+def test_public_rows_without_a_score_are_skipped(name, columns):
+    row = next(row for known, row, _ in KNOWN if known == name)
+    with pytest.raises(RowSkipped, match="that are missing or not finite"):
+        ADAPTERS[name](row | columns)

@@ -67,8 +67,6 @@ def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, 
     ]
     data = ranked_rows(*((PROMPT, None, None, answers, ranks) for answers, ranks, *_ in cases))
     data = data.add_column("origin", [f"line {k}" for k in range(len(cases))])
-    # `rejected` decides whether the data serves step 2; the answers themselves are not read from there.
-    data = data.remove_columns("rejected").add_column("rejected", ["x"] * len(cases))
     record = []
     names = Names("train")
     encoded = encode_rows(data, "ranked", gpt2, length + 12, cache_dir=str(tmp_path), names=names, record=record)
@@ -213,6 +211,17 @@ def test_long_eval_prompts_are_only_cut(tmp_path, gpt2):
     names = Names("eval", length_flag="--max_prompt_seq_len")
     encoded = encode_rows(rows((PROMPT,)), "prompts", gpt2, 4, cache_dir=str(tmp_path), names=names)
     assert encoded[0]["input_ids"] == encode_prompts(gpt2, [PROMPT])[0][-4:]
+
+
+@pytest.mark.parametrize("kind", ["ranking", "ranked"])
+def test_a_ranked_row_without_a_better_and_a_worse_answer_says_so(tmp_path, gpt2, kind, capsys):
+    tied = (PROMPT, " A", None, [" A", " B"], [1, 1])
+    alone = (PROMPT, " A", None, [" A", " "], [1, 2])
+    encoded = encode(tmp_path, ranked_rows(tied, (PROMPT, " A", " B", [" A", " B"], [1, 2]), alone), kind, gpt2)
+    assert len(encoded) == 1
+    assert "1 whose answers are all tied; 1 with fewer than two distinct answers" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no usable row is left for train: 2 whose answers are all tied"):
+        encode(tmp_path, ranked_rows(tied, tied), kind, gpt2)
 
 
 @pytest.mark.parametrize(

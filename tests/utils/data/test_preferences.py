@@ -467,6 +467,10 @@ def test_a_folder_called_like_a_known_set_may_hold_another_shape(tmp_path):
     write(tmp_path / "SHP" / "train.jsonl", [as_shape(row, "messages") for row in PAIRS])
     write(tmp_path / "SHP" / "test.jsonl", [as_shape(row, "messages") for row in PAIRS])
     assert load(tmp_path / "SHP", tmp_path)[0] == PAIRS
+    ranked = [{"prompt": f"Q{i}\n\nAssistant:", "answers": ["A", "B"]} for i in range(4)]  # texts; there: objects
+    write(tmp_path / "Nectar" / "train.jsonl", ranked)
+    write(tmp_path / "Nectar" / "test.jsonl", ranked)
+    assert load(tmp_path / "Nectar", tmp_path)[0][0]["chosen"] == " A"
 
 
 # -------------------------------------------------------------------------------------------------------- real text
