@@ -135,3 +135,52 @@ def test_packing_prints_its_tables(root, corpus, monkeypatch, capsys):
         assert 1 > shares[0] > shares[1] > shares[2] == 0
         rates = [float(row[1]) for row in rows[start : start + 3]]  # one run: its ratios are those of its rates
         assert float(rows[start + 2][3].split()[0]) == pytest.approx(rates[2] / rates[0], abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def comparison(root):
+    """benchmarks/trl/compare.py."""
+    import importlib
+
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(root / "benchmarks/trl")
+    yield importlib.import_module("compare")
+    patch.undo()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "rl"])
+def test_the_stages_take_the_flags_of_the_comparison(
+    comparison, corpus, tiny_model, tiny_reward_model, tmp_path, stage
+):
+    from remax.arguments import parse_step1, parse_step2, parse_step3
+
+    (tmp_path / "data").symlink_to(corpus)
+    (tmp_path / "policy").symlink_to(tiny_model("llama"))
+    (tmp_path / "reward").symlink_to(tiny_reward_model("llama"))
+    args = comparison.parser().parse_args(["--data_path", "rows.jsonl.gz"])
+    parse = {"sft": parse_step1, "rl": parse_step3}.get(stage, parse_step2)
+    generated = set()
+    for side, extra in comparison.sides(stage).items():
+        command = comparison.command_of(stage, side, args, tmp_path, tmp_path / "out")
+        if extra is None:
+            assert json.loads(command[-1])["stage"] == stage
+            continue
+        assert command[1].endswith("main.py")
+        flags = parse(command[2:])
+        assert flags.max_steps == args.steps
+        if stage == "rl":
+            answers = flags.per_device_generation_batch_size * (flags.samples_per_prompt + (flags.algo == "remax"))
+            generated.add(answers)
+    assert generated == ({args.prompts * comparison.SAMPLES} if stage == "rl" else set())
+
+
+def test_the_comparison_counts_what_follows_the_warm_up(comparison, tmp_path):
+    # Steps end at 10, 13, 14, 15, 17: behind the second one 3 steps of 8 rows in 4 seconds.
+    ends = [10.0, 13.0, 14.0, 15.0, 17.0]
+    (tmp_path / "ours").mkdir()
+    records = [{"step": 0, "time": 1.0, "eval/loss": 3.0}]
+    records += [{"step": i, "time": end, "train/loss": 2.0} for i, end in enumerate(ends, start=1)]
+    records.append({"step": 5, "time": 30.0, "eval/loss": 1.0})
+    (tmp_path / "ours" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert comparison.step_times(tmp_path / "ours") == ends
+    assert comparison.rate(ends, rows=8) == pytest.approx(8 * 3 / 4)
