@@ -131,6 +131,22 @@ def test_a_ranked_step_is_a_mean_over_prompts(loss):
     assert figures["margin"] == pytest.approx(0.5 * ((2 + 3 + 1) / 3 + (-2 + 2) / 2 - 4) / 3)
 
 
+def test_a_ranked_step_takes_the_options_of_pairs():
+    # Scores 0.5 * id: tokens 4 > 2 > 1, so 2 > 1 > 0.5; differences 1, 1.5, 0.5 and sums 3, 2.5, 1.5.
+    batches = [rankings([[4, 2, 1]], [[1, 2, 3]])]
+    centre = 0.2 * (3**2 + 2.5**2 + 1.5**2) / 3
+
+    def lose(d: float) -> float:
+        return math.log1p(math.exp(-d))
+
+    smooth = optimizer_step(Ranking(Engine(), [], label_smoothing=0.1, centring=0.2), batches)
+    expected = sum(0.9 * lose(d) + 0.1 * lose(-d) for d in (1, 1.5, 0.5)) / 3
+    assert smooth["loss"] == pytest.approx(expected + centre)
+    listwise = optimizer_step(Ranking(Engine(), [], ranked_loss="plackett-luce", centring=0.2), batches)
+    expected = math.log(1 + math.exp(-1) + math.exp(-1.5)) + lose(0.5)
+    assert listwise["loss"] == pytest.approx(expected + centre)
+
+
 class Trained:
     """A reward model in this process, trained by Adam."""
 
