@@ -65,8 +65,8 @@ def attend_in_pieces(
 def band(length: int, window: int, device: torch.device) -> Tensor:
     """(1, 1, length, length) bool: True where token i sees token j, i - window < j <= i."""
     column = torch.arange(length, device=device)
-    distance = column[:, None] - column
-    return ((distance >= 0) & (distance < window))[None, None]
+    row = column[:, None]
+    return ((column <= row) & (column > row - window))[None, None]  # no (length, length) of wider numbers
 
 
 AttentionInterface.register(IN_PIECES, attend_in_pieces)
