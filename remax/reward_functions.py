@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import signal
 import sys
 import traceback
@@ -64,22 +65,27 @@ class RewardFunction:
         Raises:
             SampleError: the function raised, took too long, or gave something else than finite numbers.
         """
-        prompts, answers = list(prompts), list(answers)
+        prompts, answers, count = list(prompts), list(answers), len(prompts)  # lists of its own, that it may change
+        with _staying_here():
+            values = self._values(prompts, answers, timeout)
+        if self.batched:
+            values = _as_list(values, count)
+        return [_number(value, i) for i, value in enumerate(values)]
+
+    def _values(self, prompts: list[str], answers: list[str], timeout: float) -> Any:
+        """What the function returns: of a batched one that, of another a list."""
         if self.asynchronous:
             # One that calls something blocking stops the loop and its clock with it.
             with _locating(None), _time_limit(timeout + GRACE if timeout else 0.0, timeout):
-                values = _event_loop().run_until_complete(self._awaited(prompts, answers, timeout))
-        elif self.batched:
-            with _locating(None), _time_limit(timeout):
-                values = self.function(prompts=prompts, answers=answers)
-        else:
-            values = []
-            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-                with _locating(i), _time_limit(timeout):
-                    values.append(self.function(prompt=prompt, answer=answer))
+                return _event_loop().run_until_complete(self._awaited(prompts, answers, timeout))
         if self.batched:
-            values = _as_list(values, len(prompts))
-        return [_number(value, i) for i, value in enumerate(values)]
+            with _locating(None), _time_limit(timeout):
+                return self.function(prompts=prompts, answers=answers)
+        values = []
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            with _locating(i), _time_limit(timeout):
+                values.append(self.function(prompt=prompt, answer=answer))
+        return values
 
     async def _awaited(self, prompts: list[str], answers: list[str], timeout: float) -> Any:
         if self.batched:
@@ -98,9 +104,15 @@ class RewardFunction:
 
 
 async def _in_time(value: Awaitable[Any], index: int | None, timeout: float) -> Any:
+    async def contained() -> Any:
+        try:
+            return await value
+        except SystemExit as error:  # out of a task it would stop the loop
+            raise SampleError(index, _in_words(error)) from error
+
     with _locating(index):
         try:
-            return await asyncio.wait_for(value, timeout or None)
+            return await asyncio.wait_for(contained(), timeout or None)
         except asyncio.TimeoutError:
             raise TimeOut(timeout) from None
 
@@ -120,8 +132,20 @@ def _locating(index: int | None) -> Iterator[None]:
         raise
     except TimeOut as error:
         raise SampleError(index, f"no answer within {error.args[0]:g} s (--reward_fn_timeout)") from None
-    except Exception as error:
+    # sys.exit would end this rank alone, without a word and with status 0.
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
         raise SampleError(index, _in_words(error)) from error
+
+
+@contextlib.contextmanager
+def _staying_here() -> Iterator[None]:
+    """The working folder afterwards is that of before: --output_dir may be relative to it."""
+    here = os.open(".", os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 @contextlib.contextmanager
@@ -231,8 +255,9 @@ def _import(source: str, is_file: bool, given: str) -> ModuleType:
         if _is_importable(source) or not path.is_file():
             path = None
     try:
-        return importlib.import_module(source) if path is None else _import_file(path.resolve())
-    except Exception as error:
+        with _staying_here():
+            return importlib.import_module(source) if path is None else _import_file(path.resolve())
+    except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) and path is None else None
         if missing and f"{source}.".startswith(f"{missing}."):
             raise UserError(

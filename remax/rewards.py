@@ -58,11 +58,12 @@ class FunctionReward:
 
     def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """As `score`, of B texts. Every rank calls it; where one fails all raise its error, so that none waits for it
-        in vain.
+        in vain. The random state is put back: a function that seeds would have every step draw the same answers.
         """
         values, failure = [], None
         try:
-            values = self.function(prompts, answers, self.timeout)
+            with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
+                values = self.function(prompts, answers, self.timeout)
         except SampleError as error:
             i = error.index or 0
             which = "sample" if error.index is not None else f"a batch of {len(prompts)} whose first sample is"

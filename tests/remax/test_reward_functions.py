@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +167,57 @@ def test_what_is_no_list_of_as_many_numbers(value, words):
 def test_an_exception_in_a_batched_call_belongs_to_no_sample():
     error = failure(lambda prompts, answers: prompts[7], batched=True)
     assert error.index is None and str(error).startswith("IndexError: list index out of range (test_reward_functions")
+
+
+def leave(prompt, answer):
+    sys.exit(0)
+
+
+async def leave_remote(prompt, answer):
+    sys.exit(0)
+
+
+async def give_up(prompt, answer):
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("timeout", [0.0, 5.0])
+@pytest.mark.parametrize(
+    ("function", "words"), [(leave, "SystemExit: 0"), (leave_remote, "SystemExit: 0"), (give_up, "CancelledError")]
+)
+def test_a_function_cannot_end_its_rank_silently(function, words, timeout):
+    assert str(failure(function, timeout=timeout)).startswith(words)
+
+
+def test_a_function_may_change_its_lists():
+    def use_up(prompts, answers):
+        return [float(len(prompts.pop()) + len(answers.pop())) for _ in range(2)]
+
+    assert str(failure(use_up, batched=True)).startswith("returned 2 values; expected 3 numbers")
+    prompts = list(PROMPTS)
+    assert (
+        RewardFunction("f", lambda prompts, answers: [prompts.clear()] and [1.0] * 3, True, False)(prompts, ANSWERS)
+        == [1.0] * 3
+    )
+    assert prompts == PROMPTS
+
+
+def test_the_working_folder_stays(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    function = load_function(
+        write("""
+            import os
+            os.chdir("data")
+            def f(prompt, answer):
+                os.chdir("data")  # a relative one: twice would fail
+                return answer != ""
+        """)
+        + ":f"
+    )
+    assert Path.cwd() == tmp_path
+    assert [function(["p"], [answer]) for answer in ("", "a")] == [[0.0], [1.0]] and Path.cwd() == tmp_path
+    assert failure(lambda prompt, answer: os.chdir("data")) and Path.cwd() == tmp_path
 
 
 # ----------------------------------------------------------------------------------------------------------- time-outs

@@ -146,6 +146,18 @@ def test_functions_are_tried_with_an_empty_answer(tokenizers):
         try_functions([by_rule(lambda prompt, answer: answer[0] == "A", tokenizer)], ["a", "b"])
 
 
+def test_a_function_touches_neither_the_random_state_nor_gradients(tokenizers):
+    def seeds(prompt, answer):
+        torch.manual_seed(0)
+        torch.set_grad_enabled(False)
+        return 1.0
+
+    reward = by_rule(seeds, load_tokenizer(str(tokenizers["own"])))
+    state = torch.get_rng_state()
+    assert reward.score_texts(["a"], ["b"]) == [1.0]
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+
+
 # ------------------------------------------------------------------------------------------------- training, evaluation
 
 
