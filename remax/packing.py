@@ -14,6 +14,7 @@ over the whole row, and not every family's masks keep the pieces of one apart (O
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,14 +55,16 @@ def attend_in_pieces(
     query: (1, heads, N, D).   key, value: (1, key heads, N, D).   piece_lengths: add up to N.
     sliding_window: a token sees so many, itself included.   -> (1, N, heads, D).
     """
-    parts = []
+    parts, longest = [], max(piece_lengths)
     for q, k, v in zip(*(x.split(piece_lengths, dim=2) for x in (query, key, value)), strict=True):
-        length = q.shape[2]
-        mask = None if sliding_window is None or length <= sliding_window else band(length, sliding_window, q.device)
+        mask, length = None, q.shape[2]
+        if sliding_window is not None and length > sliding_window:
+            mask = band(longest, sliding_window, q.device)[..., :length, :length]
         parts.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(parts, 1), None
 
 
+@functools.lru_cache(maxsize=1)  # one mask for all pieces and layers of a batch: each would keep its own for backward
 def band(length: int, window: int, device: torch.device) -> Tensor:
     """(1, 1, length, length) bool: True where token i sees token j, i - window < j <= i."""
     column = torch.arange(length, device=device)

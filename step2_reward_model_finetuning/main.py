@@ -3,20 +3,15 @@
 `deepspeed main.py --help` lists the flags.
 """
 
-import sys
-from pathlib import Path
-
 from remax.arguments import parse_step2
 from remax.assembly import build_preference_task, finetune_loaders
-from remax.checkpoint import export, note
-from remax.finetune import finetune, total_steps
+from remax.finetune import total_steps
+from remax.finetune_stage import train_and_export
 from remax.modeling import check_length, load_config, quiet_libraries
-from remax.reward_model import prepare_pad_token, store_score_statistics
-from remax.sentinel import TrainingStopped
+from remax.reward_model import prepare_pad_token
 from remax.settings import finetune_settings
-from utils.distributed import init_distributed, print0, set_seed, shutdown
-from utils.metrics import MetricsLogger
-from utils.run import STOPPED, run_main, start_run
+from utils.distributed import init_distributed, print0, set_seed
+from utils.run import run_main, start_run
 from utils.tokenizer import load_tokenizer
 
 
@@ -37,29 +32,7 @@ def main() -> None:
     settings = finetune_settings(args)
     steps = total_steps(settings, len(train_loader))
     task = build_preference_task(args, tokenizer, held_out, steps)
-    metrics = MetricsLogger(
-        args.output_dir,
-        tensorboard_dir=args.tensorboard_dir,
-        console_every=args.console_every,
-        total_steps=steps,
-        drop_after=-1,
-    )
-    try:
-        results = finetune(task, train_loader, settings, metrics)
-    except TrainingStopped as stopped:
-        metrics.close()
-        last = Path(args.output_dir) / "last"
-        export(task.engine.model, tokenizer, last, zero3=task.engine.zero3)
-        print0(f"training stopped. {stopped}. The model as it is now: {last}")
-        shutdown()
-        sys.exit(STOPPED)
-    metrics.close()
-    if args.loss == "ranking":
-        store_score_statistics(task.engine.model, results["after"])
-    export(task.engine.model, tokenizer, args.output_dir, zero3=task.engine.zero3)
-    note(args.output_dir, "results.json", results)
-    print0(f"model written to {args.output_dir}")
-    shutdown()
+    train_and_export(args, task, train_loader, settings, tokenizer)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class MetricsLogger:
         console_every: a line for every n-th step; values named "eval/..." are always shown.
         total_steps: shown after the step, as in "step 20/300".
         console: names (without "train/") to show, in this order; None: all.
+        quiet: names (without their group) that the console leaves out.
         drop_after: continue an existing `metrics.jsonl` but drop its records of later steps, which this run repeats
             (resuming at step n: n; starting afresh: -1). None: keep everything.
     """
@@ -45,12 +46,13 @@ class MetricsLogger:
         console_every: int = 1,
         total_steps: int | None = None,
         console: Sequence[str] | None = None,
+        quiet: Sequence[str] = (),
         drop_after: int | None = None,
     ):
         self.active = is_main()
         self.console_every = max(1, console_every)
         self.total_steps = total_steps
-        self.console = console
+        self.console, self.quiet = console, quiet
         self.tensorboard = None
         if not self.active:
             return
@@ -83,7 +85,7 @@ class MetricsLogger:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
         if step % self.console_every == 0 or step == self.total_steps or any(n.startswith("eval/") for n in numbers):
-            tqdm.write(console_line(step, numbers, epoch, self.total_steps, self.console))
+            tqdm.write(console_line(step, numbers, epoch, self.total_steps, self.console, self.quiet))
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -109,6 +111,7 @@ def console_line(
     epoch: float | None = None,
     total_steps: int | None = None,
     names: Sequence[str] | None = None,
+    quiet: Sequence[str] = (),
 ) -> str:
     """One line for people: `step 20/300  reward 1.23  kl 0.04  lr 1.0e-06  2.10 s/step`.
 
@@ -128,7 +131,7 @@ def console_line(
         shown[short] = UNITS.get(short, short.replace("_", " ") + " {:.4g}").format(value)
     if names is not None and group in ("", "train"):
         shown = {name: shown[name] for name in names if name in shown}
-    return "  ".join([*parts, *shown.values()])
+    return "  ".join([*parts, *(text for name, text in shown.items() if name not in quiet)])
 
 
 class ProgressLines:

@@ -189,6 +189,17 @@ def test_a_window_counts_within_the_piece(make_policy, sequences_of):
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
 
 
+def test_the_pieces_and_layers_of_a_batch_share_one_mask(make_policy, sequences_of):
+    model = PolicyModel(AutoModelForCausalLM.from_pretrained(folder_of(make_policy, "mistral")), packing=True)
+    rows = sequences_of(5, 3, 300)
+    window, layers = model.hf.config.sliding_window, model.hf.config.num_hidden_layers
+    long = int((rows.lengths > window).sum())
+    band.cache_clear()
+    model.hidden(rows)
+    assert long > 1 and layers > 1
+    assert band.cache_info().misses == 1 and band.cache_info().hits == long * layers - 1
+
+
 # --- the check on the live model
 
 

@@ -35,6 +35,7 @@ def test_console_line_shows_the_chosen_values_in_order_but_all_of_an_evaluation(
     values = {"train/a": 1.0, "train/b": 2.0, "train/c": 3.0}
     assert console_line(1, values, names=["c", "missing", "a"]) == "step 1  c 3  a 1"
     assert console_line(1, {"eval/b": 2.0}, names=["a"]) == "eval  step 1  b 2"
+    assert console_line(1, {"eval/a": 1.0, "eval/b": 2.0}, quiet=["a"]) == "eval  step 1  b 2"
 
 
 def test_console_line_keeps_the_groups_of_a_mixed_record():

@@ -254,6 +254,11 @@ def normalise_rows(
         except KeyError as missing:
             found = ", ".join(row)
             raise UserError(f"{flag}: {part.place} has no column {missing}; it has {found}") from None
+        except (TypeError, ValueError, AttributeError, IndexError) as error:  # of an adapter, which trusts its data set
+            kind = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{flag}: {part.place}, {names[k]} is not like the rows of this data set ({kind})"
+            ) from error
         for name in TEXT:
             columns[name].append(getattr(example, name))
         columns["earlier"].append(None if example.earlier is None else [list(span) for span in example.earlier])

@@ -487,3 +487,14 @@ def test_real_rows_in_all_shapes_agree(tmp_path):
             assert len(found) == len(set(lines))
         width = 2 if shape == "prompt_completion" else 3
         assert {tuple(row[name] for name in TEXTS[:width]) for row in evaluation} <= {row[:width] for row in known}
+
+
+def test_a_wrong_row_of_a_known_set_is_named(tmp_path):
+    # In the first rows all is well: nothing tells that the folder holds something else.
+    folder = tmp_path / "stanfordnlp" / "SHP"
+    folder.mkdir(parents=True)
+    rows = [{"history": f"Q{i}?", "human_ref_A": "A", "human_ref_B": "B", "labels": "1"} for i in range(4)]
+    rows[2]["labels"] = "first"
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"train\.jsonl.* line 3 is not like the rows of this data set \(ValueError"):
+        load_data_set(str(folder), cache_dir=str(tmp_path / "cache"))
