@@ -1,25 +1,20 @@
-"""From the command line to flags that fit together: parsing, checks, and defaults that depend on other flags.
+"""From the command line to flags that fit together: checks, and defaults that depend on other flags.
 
 `parse_step1`, `parse_step2` and `parse_step3` return one flat, typed object whose attributes are named as the flags. By
 then everything that can be known without loading a model has been checked, "auto" values and defaults that depend on
 other flags are filled in, and retired flags have been noted; a bad flag is a UserError naming it. torch is imported
-only after the other checks, so a refusal takes about a second. The flags themselves stand in `flags`.
+only after the other checks, so a refusal takes about a second. The flags themselves stand in `flags`,
+their reading in `command_line`.
 """
 
-import argparse
 import dataclasses
-import difflib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from transformers import HfArgumentParser
-
+from remax.command_line import read_flags
 from remax.flags import (
-    WHY_RETIRED,
-    Arguments,
     DataFlags,
     PpoFlags,
     PreferenceFlags,
@@ -36,19 +31,19 @@ from utils.run import UserError
 if TYPE_CHECKING:
     from remax.algorithms import Algorithm
 
-AnyArguments = TypeVar("AnyArguments", bound=Arguments)
-
 
 def parse_step1(argv: Sequence[str] | None = None) -> Step1Arguments:
     """The flags of step 1 (default: of the command line), checked and completed; UserError when something is wrong."""
-    args = _parse(Step1Arguments, argv, "Step 1: supervised fine-tuning", stage=0)
+    args = read_flags(Step1Arguments, argv, "Step 1: supervised fine-tuning")
+    _check_data(args, stage=0)
     _check_finetune(args)
     return args
 
 
 def parse_step2(argv: Sequence[str] | None = None) -> Step2Arguments:
     """The flags of step 2, as `parse_step1`."""
-    args = _parse(Step2Arguments, argv, "Step 2: reward model", stage=1)
+    args = read_flags(Step2Arguments, argv, "Step 2: reward model")
+    _check_data(args, stage=1)
     _check_finetune(args)
     _check_preference_loss(args)
     return args
@@ -56,106 +51,13 @@ def parse_step2(argv: Sequence[str] | None = None) -> Step2Arguments:
 
 def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     """The flags of step 3, as `parse_step1`."""
-    args = _parse(Step3Arguments, argv, "Step 3: reinforcement learning from human feedback", stage=2)
+    args = read_flags(Step3Arguments, argv, "Step 3: reinforcement learning from human feedback")
+    _check_data(args, stage=2)
     _check_step3(args)
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------- parsing
-
-# Flags of older DeepSpeed-Chat scripts that have another name here.
-RENAMED = {
-    "--per_device_train_batch_size": "--per_device_generation_batch_size",
-    "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
-    "--generation_batch_numbers": "--generation_batches",
-    "--deepspeed_config": "--zero_stage or --actor_zero_stage, --offload, --dtype or --actor_dtype",
-}
-
-
-class _Parser(HfArgumentParser):
-    """Raises UserError instead of printing the usage on every rank; only rank 0 prints the help."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (all flags: --help)")
-
-    def print_help(self, file: Any = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            super().print_help(file)
-
-
-def build_parser(arguments: type[Arguments], description: str) -> _Parser:
-    """The parser of one stage: a group of flags for each dataclass that `arguments` is made of."""
-    # A dataclass keeps its fields last base first, so the groups are listed that way round too.
-    groups = [base for base in reversed(arguments.__bases__) if hasattr(base, "_argument_group_name")]
-    parser = _Parser(
-        groups,
-        description=description,
-        usage="deepspeed main.py [flags]",
-        allow_abbrev=False,
-        formatter_class=argparse.HelpFormatter,
-    )
-    for action in parser._actions:
-        if action.dest == "help":
-            continue
-        action.option_strings = action.option_strings[:1]  # --some-flag works as --some_flag does, but is not listed
-        if action.required:
-            action.help += " (required)"
-        elif action.default is not None and action.default is not False and action.default != []:
-            action.help += (
-                f" (default: {' '.join(action.default) if isinstance(action.default, list) else '%(default)s'})"
-            )
-        if action.choices is None:
-            action.metavar = {int: "N", float: "X", str: "TEXT"}.get(action.type, "true|false")
-    return parser
-
-
-def _parse(arguments: type[AnyArguments], argv: Sequence[str] | None, description: str, stage: int) -> AnyArguments:
-    """Reads the flags and checks each for itself."""
-    parser = build_parser(arguments, description)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(unknown_flags(unknown, [f"--{name}" for name in vars(namespace)]))
-    args = arguments(**vars(namespace))
-    check_ranges(args)
-    _check_data(args, stage)
-    note_retired(args)
-    return args
-
-
-def unknown_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
-    name = unknown[0].split("=")[0]
-    if not name.startswith("-"):
-        return f"{' '.join(unknown)}: belongs to no flag; write --flag value, and quote values with spaces"
-    if name in RENAMED:
-        return f"{name}: unknown flag; use {RENAMED[name]}"
-    close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=1)
-    return f"{name}: unknown flag" + (f"; did you mean {close[0]}?" if close else "") + " (all flags: --help)"
-
-
-def note_retired(args: Arguments) -> None:
-    """One line for each reason, naming the retired flags that were given."""
-    given: dict[str, list[str]] = {}
-    for name, reason in WHY_RETIRED.items():
-        value = getattr(args, name, None)
-        if value is not None and value is not False:  # 0 was given too
-            given.setdefault(reason, []).append(f"--{name}")
-    for reason, names in given.items():
-        args.notices.append(f"{', '.join(names)}: without effect; {reason}")
-
-
 # -------------------------------------------------------------------------------------------------------------- checks
-
-
-def check_ranges(args: Arguments) -> None:
-    """Each number against the Range of its annotation (also inside `X | None`)."""
-    for name, annotation in get_type_hints(type(args), include_extras=True).items():
-        candidates = [annotation] if get_origin(annotation) is Annotated else get_args(annotation)
-        for candidate in candidates:
-            if get_origin(candidate) is not Annotated:
-                continue
-            allowed, value = candidate.__metadata__[0], getattr(args, name)
-            if value is not None and not allowed.holds(value):
-                raise UserError(f"--{name} {value}: must be {allowed.words}")
 
 
 def _check_data(args: Any, stage: int) -> None:

@@ -11,15 +11,9 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
-from remax.arguments import (
-    build_parser,
-    check_ranges,
-    check_reward,
-    import_functions,
-    resolve_dtype,
-    unknown_flags,
-)
+from remax.arguments import check_reward, import_functions, resolve_dtype
 from remax.assembly import build_reward, reward_functions
+from remax.command_line import read_flags
 from remax.deepspeed_config import EngineConfig
 from remax.examination import PROBE_TEXTS, built_in_prompts, examine
 from remax.findings import Report
@@ -33,7 +27,7 @@ from remax.reward_sources import reward_sources
 from remax.rewards import try_functions
 from remax.rollout import GenerationSettings
 from utils.distributed import print0
-from utils.run import UserError, run_main
+from utils.run import run_main
 from utils.tokenizer import load_tokenizer
 
 
@@ -67,13 +61,9 @@ class DoctorArguments(DoctorFlags):
 
 
 def parse_doctor(argv: list[str] | None = None) -> DoctorArguments:
-    parser = build_parser(DoctorArguments, "Checks the models of step 3 before training")
-    parser.usage = "python -m remax.doctor [flags]"
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(unknown_flags(unknown, [f"--{name}" for name in vars(namespace)]))
-    args = DoctorArguments(**vars(namespace))
-    check_ranges(args)
+    args = read_flags(
+        DoctorArguments, argv, "Checks the models of step 3 before training", "python -m remax.doctor [flags]"
+    )
     check_model("actor_model_name_or_path", args.actor_model_name_or_path)
     check_reward(args)
     import_functions(args)

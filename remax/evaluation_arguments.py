@@ -4,15 +4,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from remax.arguments import (
-    build_parser,
-    check_ranges,
-    note_retired,
-    resolve_dtype,
-    unknown_flags,
-)
+from remax.arguments import resolve_dtype
+from remax.command_line import read_flags
 from remax.flags import Count, CountOrZero, Dtype, Fraction, NonNegative, Positive, flag
 from remax.model_names import check_model
 from utils.run import UserError
@@ -88,28 +83,13 @@ class PromptEvalArguments(DecodingFlags, AskFlags):
     """All flags of prompt_eval.py."""
 
 
-AnyArguments = TypeVar("AnyArguments")
-
-
-def _parse(arguments: type[AnyArguments], argv: Sequence[str] | None, description: str, usage: str) -> AnyArguments:
-    parser = build_parser(arguments, description)
-    parser.usage = usage
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(unknown_flags(unknown, [f"--{name}" for name in vars(namespace)]))
-    args = arguments(**vars(namespace))
-    check_ranges(args)
-    return args
-
-
 def parse_reward_eval(argv: Sequence[str] | None = None) -> RewardEvalArguments:
     """The flags of rw_eval.py (default: of the command line), checked; UserError when something is wrong."""
-    args = _parse(RewardEvalArguments, argv, "Scores texts with a reward model", "python rw_eval.py [flags]")
+    args = read_flags(RewardEvalArguments, argv, "Scores texts with a reward model", "python rw_eval.py [flags]")
     check_model("model_name_or_path", args.model_name_or_path)
     if args.output and not args.data_path:
         raise UserError("--output: is for the scores of --data_path; give that too")
     _check_output(args)
-    note_retired(args)
     args.dtype = resolve_dtype("dtype", args.dtype, None)
     return args
 
@@ -117,7 +97,7 @@ def parse_reward_eval(argv: Sequence[str] | None = None) -> RewardEvalArguments:
 def parse_prompt_eval(argv: Sequence[str] | None = None) -> PromptEvalArguments:
     """The flags of prompt_eval.py, as `parse_reward_eval`."""
     description = "Answers of two models to the same prompts, before and after training"
-    args = _parse(PromptEvalArguments, argv, description, "python prompt_eval.py [flags]")
+    args = read_flags(PromptEvalArguments, argv, description, "python prompt_eval.py [flags]")
     moved = (
         "has left transformers: since version 5 it is code that `generate` fetches from the hub and runs; leave the "
         "flag out, and use --num_beams for a beam search or --temperature, --top_p and --top_k for sampled answers"

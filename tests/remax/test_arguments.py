@@ -14,7 +14,7 @@ import torch
 
 from remax.algorithms import ALGORITHMS
 from remax.algorithms.kl import PENALTIES
-from remax.arguments import build_parser, make_algorithm, parse_step1, parse_step2, parse_step3
+from remax.arguments import make_algorithm, parse_step1, parse_step2, parse_step3
 from remax.flags import (
     Arguments,
     FinetuneArguments,
@@ -202,22 +202,6 @@ def test_column_names_are_those_that_were_given():
     assert step1().columns == {}
     assert step2("--prompt_column question --rejected_column bad").columns == {"prompt": "question", "rejected": "bad"}
     assert step3("--data_path me/set#main/train:0.3").data_path == ["me/set#main/train:0.3"]
-
-
-@pytest.mark.parametrize("arguments", [Step1Arguments, Step2Arguments, Step3Arguments])
-def test_help_is_grouped_and_complete(arguments):
-    text = build_parser(arguments, "Step").format_help()
-    for field in dataclasses.fields(arguments):
-        if field.init:
-            assert f"--{field.name} " in text
-            assert field.metadata["help"]
-    assert text.count("(required)") == 1
-    for group in ("data:", "run:", "optimizer (AdamW):", "memory:", "LoRA:", "retired (accepted, do nothing):"):
-        assert f"\n{group}\n" in text
-    assert "--data-path" not in text
-    assert "(default: Dahoas/rm-static)" in text
-    assert "(default: None)" not in text
-    assert "optimizer steps until the learning rate is at its peak" in text
 
 
 @pytest.mark.parametrize(
