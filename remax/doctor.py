@@ -66,7 +66,8 @@ def parse_doctor(argv: list[str] | None = None) -> DoctorArguments:
     )
     check_model("actor_model_name_or_path", args.actor_model_name_or_path)
     check_reward(args)
-    import_functions(args)
+    with aside(args):
+        import_functions(args)
     args.dtype = resolve_dtype("dtype", args.dtype, None)
     return args
 
@@ -106,10 +107,15 @@ def examine_folders(args: DoctorArguments) -> Report:
     )
 
 
+def aside(args: DoctorArguments) -> redirect_stdout:
+    """With --json, what is printed inside goes to stderr: what reading the data and functions say is no JSON."""
+    return redirect_stdout(sys.stderr if args.json else sys.stdout)
+
+
 def main() -> None:
     args = parse_doctor()
     quiet_libraries()
-    with redirect_stdout(sys.stderr if args.json else sys.stdout):  # what reading the data says is no JSON
+    with aside(args):
         report = examine_folders(args)
     print0(report.json() if args.json else report.table())
     if report.failures:

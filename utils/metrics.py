@@ -168,7 +168,8 @@ class ProgressLines:
         times = f"{tqdm.format_interval(seconds)} so far"
         if 0 < self.n < self.total:
             times += f", {tqdm.format_interval(left)} to go"
-        line = f"{self.desc}: {self.n}/{self.total} {self.unit}, {times}, {rate:.3g} {self.unit}/s"
+        shown = f"{rate:.3g}" if rate < 999.5 else f"{rate:.0f}"
+        line = f"{self.desc}: {self.n}/{self.total} {self.unit}, {times}, {shown} {self.unit}/s"
         print(line + (f", {self.postfix}" if self.postfix else ""), file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressLines":

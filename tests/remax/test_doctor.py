@@ -22,6 +22,16 @@ def run_doctor(monkeypatch, *flags) -> int:
     return 0
 
 
+def test_what_functions_print_is_no_json(monkeypatch, capsys, make_policy, tmp_path):
+    rules = tmp_path / "rules.py"
+    rules.write_text("print('imported')\ndef f(prompt, answer):\n    print('asked')\n    return len(answer)\n")
+    models = ["--actor_model_name_or_path", make_policy("llama"), "--reward_fn", f"{rules}:f", "--dtype", "fp32"]
+    sizes = ["--max_prompt_seq_len", 64, "--max_answer_seq_len", 8, "--skip_reload", "--json"]
+    run_doctor(monkeypatch, *models, *sizes)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["findings"] and "imported" in printed.err and "asked" in printed.err
+
+
 def test_command_line(monkeypatch, capsys, make_policy, make_scorer, corpus):
     sizes = ["--max_prompt_seq_len", 64, "--max_answer_seq_len", 32, "--dtype", "fp32", "--data_path", corpus]
     models = ["--actor_model_name_or_path", make_policy("llama"), "--reward_model_name_or_path", make_scorer("llama")]

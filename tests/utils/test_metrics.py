@@ -122,6 +122,15 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys)
     ]
 
 
+def test_a_high_rate_is_written_out(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    with ProgressLines(4000, "answering", "prompts", every=30) as bar:
+        now[0] += 2
+        bar.update(4000)
+    assert capsys.readouterr().err == "answering: 4000/4000 prompts, 00:02 so far, 2000 prompts/s\n"
+
+
 def test_progress_of_nothing_is_quiet_about_the_rest(capsys):
     with progress(0, "SFT", "steps"):
         pass

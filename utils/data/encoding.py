@@ -380,6 +380,7 @@ def encode_rows(
                 "tokens), so that no answer fits; raise it, or shorten the prompts"
             )
         raise UserError(f"{names.data_flag}: no usable row is left for {names.data}: {as_words(dropped)}")
+    dropped = {reason.replace("--max_seq_len", names.length_flag): found for reason, found in dropped.items()}
     report_dropped(f"{names.data_flag} ({names.data})", dropped, len(encoded))
     what = f"{names.data_flag} ({names.data})"
     cuts = (first_rows(mask, rows) for mask in (prompt_cut, cut))

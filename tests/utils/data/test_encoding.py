@@ -131,6 +131,14 @@ def test_dropped_rows_are_counted_by_reason(tmp_path, gpt2, capsys):
     )
 
 
+def test_a_prompt_that_leaves_no_room_is_told_of_the_stage_s_own_flag(tmp_path, gpt2, capsys):
+    data, flag = rows((PROMPT, " one"), ("What is it? " * 40, " one")), "--max_prompt_seq_len + --max_answer_seq_len"
+    encode(tmp_path, data, "supervised", gpt2, length_flag=flag)
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"--data_path (train): 1 of 2 rows dropped: 1 whose prompt alone fills {flag}"
+    )
+
+
 def test_cut_answers_are_reported(tmp_path, gpt2, capsys):
     encoded = encode(tmp_path, rows((PROMPT, " yes" * 60), (PROMPT, " no")), "supervised", gpt2, 50)
     assert len(encoded[0]["input_ids"]) == 50 and gpt2.eos_token_id not in encoded[0]["input_ids"]
