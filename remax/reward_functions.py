@@ -32,7 +32,7 @@ from utils.run import UserError
 
 LARGEST = 3.4e38  # of float32, in which rewards are kept
 GRACE = 1.0  # seconds after which an async function that blocks its loop is interrupted from outside
-MANNERS = "(prompt, answer) for one sample, or (prompts, answers) for lists of them"
+MANNERS = "(prompt, answer) for one sample, or (prompts, answers) for lists of them, passed by name"
 
 
 class SampleError(Exception):
@@ -166,8 +166,11 @@ def _time_limit(seconds: float, told: float | None = None) -> Iterator[None]:
     # Once more every second, in case the function swallows the first.
     before = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
-        yield
-    finally:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # again, should the alarm have come between the function's return and that line
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, *before)

@@ -27,6 +27,8 @@ from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_
 from utils.metrics import MetricsLogger
 from utils.run import STOPPED, run_main, start_run
 
+CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
+
 
 def main() -> None:
     args = parse_step3()
@@ -54,7 +56,7 @@ def main() -> None:
         tensorboard_dir=args.tensorboard_dir,
         console_every=args.logging_steps,
         total_steps=steps,
-        console=("reward", "baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step"),
+        console=("reward", *(f"reward/{name}" for name in reward.part_names), *CONSOLE),
         drop_after=-1,
     )
 

@@ -344,7 +344,7 @@ def test_a_module_that_cannot_be_imported_says_where(text, words, write):
 )
 def test_other_parameters_are_refused(parameters, write):
     path = write(f"def f({parameters}): return 1.0")
-    expected = "(prompt, answer) for one sample, or (prompts, answers) for lists of them"
+    expected = "(prompt, answer) for one sample, or (prompts, answers) for lists of them, passed by name"
     assert refused(f"{path}:f") == f"takes ({parameters}); expected {expected}"
 
 
