@@ -72,9 +72,7 @@ class Recipe:
     def rows(self, stream: StreamedSet, counts: Counts) -> Iterator[Row]:
         """The encoded training rows of a data set, in the order of its texts."""
         texts = stream.training_texts(self.stage, stage_shares(self.data_split), self.data_seed, counts)
-        wanted = set(
-            FEATURES[self.kind]
-        )  # in every row alike, whatever the data: a batch may hold rows of two data sets
+        wanted = set(FEATURES[self.kind])  # the same of every data set: a batch may hold rows of two
         wanted -= {"loss_mask"} if self.train_on != "all" else set()
         wanted -= {"margin", "left_out"} if not self.need_margin else {"left_out"}
         while chunk := list(islice(texts, TOGETHER)):
