@@ -30,6 +30,7 @@ from remax.sentinel import TrainingStopped
 from remax.sequences import Sequences, learned_mask
 from utils.distributed import print0, sum_across_ranks
 from utils.metrics import MetricsLogger, progress
+from utils.run import UserError
 
 T = TypeVar("T")
 
@@ -79,6 +80,18 @@ def groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group
+
+
+def batches_of_steps(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """`groups` of the micro-batches of one epoch.
+
+    Raises:
+        TrainingStopped: a faulty row of streamed data, on every rank at the same step, as each reads all rows.
+    """
+    try:
+        yield from groups(loader, size)
+    except UserError as error:
+        raise TrainingStopped(f"The training data cannot be read any further: {error}") from error
 
 
 def count_tokens(task: Task, batches: list[Batch]) -> dict[str, float]:
@@ -134,7 +147,7 @@ def finetune(
     with progress(total, desc="training", unit="steps") as bar:
         for epoch in range(settings.epochs):
             loader.sampler.set_epoch(epoch)
-            for batches in groups(loader, settings.accumulation):
+            for batches in batches_of_steps(loader, settings.accumulation):
                 begin = time.perf_counter()
                 figures = optimizer_step(task, batches)
                 step += 1

@@ -26,7 +26,7 @@ COMPARED = ("entropy", "length", "ended", "distinct_trigrams")  # with the run's
 
 
 class TrainingStopped(Exception):
-    """Going on would be pointless. The message is one line: step, figure, likely cause and remedy."""
+    """Going on would be pointless, or impossible. The message is one line: step, figure, likely cause and remedy."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from remax.algorithms import Algorithm, mean_metrics
 from remax.ema import WeightAverage
 from remax.engines import Actor, Reference, Reward, StepResult, TrainedReward
 from remax.evaluation import Batch, PolicyEvaluation, to_device
-from remax.finetune import ended_early, groups, steps_per_epoch
+from remax.finetune import batches_of_steps, ended_early, steps_per_epoch
 from remax.logprobs import Sampling
 from remax.losses import supervised_loss
 from remax.rewards import CompositeReward
@@ -303,7 +303,7 @@ class Trainer:
         """The prompt batches of one step after the other, epoch by epoch."""
         for epoch in range(self.settings.epochs):
             loader.sampler.set_epoch(epoch)
-            yield from groups(loader, self.settings.rollouts_per_step)
+            yield from batches_of_steps(loader, self.settings.rollouts_per_step)
 
     def measure(self, step: int, epoch_steps: int, best_so_far: float) -> dict[str, float]:
         """Evaluates, logs, and hands the answers on; the figures."""

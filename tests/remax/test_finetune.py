@@ -28,6 +28,7 @@ from remax.sentinel import TrainingStopped
 from remax.sequences import Sequences
 from utils.data.loaders import build_loaders
 from utils.metrics import MetricsLogger
+from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
 
@@ -321,6 +322,21 @@ def test_data_that_end_before_max_steps_end_the_training(tmp_path, capsys):
     loader.epochs.clear()
     finetune(Noting(Engine(), []), loader, FinetuneSettings(epochs=3, max_steps=9), MetricsLogger(tmp_path))
     assert loader.epochs == [0, 1, 2] and "the data ended" not in capsys.readouterr().out
+
+
+def test_a_faulty_row_of_a_stream_stops(tmp_path):
+    # The stages write the model as it is on TrainingStopped; a UserError would lose it.
+    class Faulty(Stream):
+        def __iter__(self):
+            yield from BATCHES
+            raise UserError("--data_path x.jsonl, line 7: not valid JSON")
+
+    metrics = MetricsLogger(tmp_path)
+    with pytest.raises(TrainingStopped, match="cannot be read any further: --data_path x.jsonl, line 7"):
+        finetune(Noting(Engine(), []), Faulty([]), FinetuneSettings(epochs=1, max_steps=9), metrics)
+    metrics.close()
+    seen = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert seen == [0, 1, 2]
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):

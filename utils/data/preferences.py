@@ -15,11 +15,12 @@ from datasets import Dataset, Features, List, Value
 
 from utils.data.adapters import ADAPTERS, fits, known_name
 from utils.data.cache import cache_file, cache_folder, code_of, content_key, fingerprint_of
+from utils.data.chat import write_plain
 from utils.data.names import parse_name
 from utils.data.report import as_record, as_words, report_dropped, tally
 from utils.data.shapes import PLAIN, Conversation, Example, Form, Row, RowRefused, RowSkipped, find_shape, finish
 from utils.data.sources import SHAPES, Part, converted_on_reading, read_splits, row_name, undecodable
-from utils.data.splits import prompt_keys
+from utils.data.splits import prompt_key, prompt_keys
 from utils.distributed import print0
 from utils.run import UserError
 
@@ -221,7 +222,8 @@ def normalise_batch(
     def on_reading(k: int, column: str) -> str | None:
         return converted_on_reading(part.file, indices[k], column)
 
-    return normalise_rows(rows, names, convert=convert, part=part, flag=flag, form=form, other_cause=on_reading)
+    columns = normalise_rows(rows, names, convert=convert, part=part, flag=flag, form=form, other_cause=on_reading)
+    return {name: columns[name] for name in NORMALISED}
 
 
 def normalise_rows(
@@ -234,19 +236,20 @@ def normalise_rows(
     form: Form = PLAIN,
     other_cause: Callable[[int, str], str | None] = lambda k, column: None,
 ) -> dict[str, list]:
-    """See `normalise_batch`.
+    """Columns of NORMALISED, and `asked`: a number that rows of the same prompt share, whatever the chat template.
 
     Args:
         names: of the rows in their file.
         other_cause: (number of a refused row, column) -> where the fault really lies, if elsewhere.
     """
-    columns: dict[str, list] = {name: [] for name in NORMALISED}
+    columns: dict[str, list] = {name: [] for name in (*NORMALISED, "asked")}
     for k, row in enumerate(rows):
         reason = None
         try:
-            example = finish(convert(row), form.template)
+            converted = convert(row)
+            example, asked = finish(converted, form.template), asked_key(converted)
         except RowSkipped as skipped:
-            example, reason = Example("", None, None), str(skipped)
+            example, asked, reason = Example("", None, None), 0, str(skipped)
         except RowRefused as refused:
             column, problem = refused.args
             where = other_cause(k, column) or f"{names[k]}, column {column!r}: {problem}"
@@ -263,9 +266,16 @@ def normalise_rows(
             columns[name].append(getattr(example, name))
         columns["earlier"].append(None if example.earlier is None else [list(span) for span in example.earlier])
         columns["key"].append(row_key(example))
+        columns["asked"].append(asked)
         columns["skipped"].append(reason)
     columns["origin"] = [part.label + name for name in names]
     return columns
+
+
+def asked_key(row: Example | Conversation) -> int:
+    """`prompt_key` of the prompt before any template: steps 1 and 2 may train models with different ones."""
+    prompt = write_plain(row.messages)[0] if isinstance(row, Conversation) else row.prompt
+    return prompt_key(prompt, row.chosen)
 
 
 def row_key(example: Example) -> int:

@@ -19,7 +19,17 @@ import pyarrow.parquet
 from datasets import Dataset
 
 from utils.data.shapes import Row
-from utils.data.sources import READ_ERRORS, SHAPES, Part, file_format, first_line, is_json_list, json_rows, not_json
+from utils.data.sources import (
+    READ_ERRORS,
+    SHAPES,
+    Part,
+    csv_header,
+    file_format,
+    first_line,
+    is_json_list,
+    json_rows,
+    not_json,
+)
 from utils.data.sources import open_text as open_file
 from utils.run import UserError
 
@@ -117,6 +127,7 @@ def json_items(file: Any) -> Iterator[Any]:
 
 def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
     """csv knows no types: "4" is an answer, and so is "NA"."""
+    csv_header(path)  # refuses rows that pandas would shift
     tables = pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=AT_ONCE, encoding="utf-8-sig")
     with tables:
         yield from numbered(row for table in tables for row in table.to_dict("records"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from utils.data.names import DataName, parse_name
@@ -230,7 +231,15 @@ def open_text(path: Path) -> Any:
 
 
 def csv_header(path: Path) -> list[str]:
-    """The column names in the first line."""
+    """The column names in the first line.
+
+    Raises:
+        ValueError: the first row has more fields than that: pandas would take the surplus for an index, and give each
+            column the values of its neighbour.
+    """
+    first = pandas.read_csv(path, dtype=str, nrows=1, encoding="utf-8-sig")
+    if len(first) and not isinstance(first.index, pandas.RangeIndex):
+        raise ValueError(f"row 1 has more fields than the header names columns ({len(first.columns)})")
     with open_text(path) as file:
         lines = (line.decode("utf-8-sig") for line in file)
         return next(csv.reader(lines))

@@ -28,7 +28,6 @@ from utils.data.raw import raw_rows
 from utils.data.report import Dropped, count_dropped, report_dropped
 from utils.data.shapes import Conversation, Example, Form, Row
 from utils.data.sources import READ_ERRORS, Part, first_bad_row, first_line, read_splits
-from utils.data.splits import prompt_key
 from utils.distributed import print0
 from utils.run import UserError
 
@@ -95,7 +94,7 @@ class StreamedSet:
     held_out: Dataset | None = None
 
     def texts(self, split: str, counts: Counts) -> Iterator[Row]:
-        """The usable rows of a split in their order, with the columns of NORMALISED; the others are counted."""
+        """The usable rows of a split in their order, with the columns of `normalise_rows`; the others are counted."""
         repeats = Repeats(REMEMBERED)
         for part in self.parts[split]:
             rows = raw_rows(part, self.flag)
@@ -123,10 +122,9 @@ class StreamedSet:
     def training_texts(self, stage: int, shares: Sequence[float], seed: int, counts: Counts) -> Iterator[Row]:
         """The usable training rows of one stage."""
         for row in self.texts("train", counts):
-            key = prompt_key(row["prompt"], row["chosen"])
-            if "test" not in self.parts and is_held_out(key):
+            if "test" not in self.parts and is_held_out(row["asked"]):
                 counts.held_out += 1
-            elif not self.whole and stage_of(key, shares, seed) != stage:
+            elif not self.whole and stage_of(row["asked"], shares, seed) != stage:
                 counts.other_stages += 1
             else:
                 yield row
@@ -193,7 +191,7 @@ def held_out_rows(stream: StreamedSet) -> Dataset:
     own = "test" in stream.parts
     rows = stream.texts("test" if own else "train", counts)
     if not own:
-        rows = (row for row in rows if is_held_out(prompt_key(row["prompt"], row["chosen"])))
+        rows = (row for row in rows if is_held_out(row["asked"]))
     chosen = list(islice(rows, HELD_OUT_ROWS))
     where = "its test split has no usable row" if own else f"none of its {counts.read} rows falls to it by chance"
     if not chosen:

@@ -364,6 +364,7 @@ def good(n: int) -> str:
         ("a.jsonl.gz", "", "a.jsonl.gz is empty"),
         ("a.txt", "text", "a.txt is of no known kind; expected .jsonl, .json, .csv, .parquet, .arrow, also with .gz"),
         ("a.parquet", "no parquet", "a.parquet cannot be read as parquet: "),
+        ("a.csv", "prompt,chosen\na,b,\nc,d,\n", "a.csv cannot be read as csv: row 1 has more fields than the header"),
         ("a.csv", "prompt,chosen\na,b\na,b,c\n", "a.csv cannot be read as csv: "),
         (
             "a.jsonl",

@@ -64,6 +64,7 @@ def test_a_json_list_is_read_item_by_item():
         ("x.json", b'[{"a": 1}, {"a": 1', "row 2: not valid JSON"),
         ("x.json", b"[]", "has no rows"),
         ("x.csv", b"a,b\n1,2\n1,2,3\n", "cannot be read: .*line 3"),
+        ("x.csv", b"a,b\n1,2,\n3,4,\n", "cannot be read: row 1 has more fields than the header names columns .2."),
         ("x.csv", b"a,b\n1,\xff\n", "holds text that is not UTF-8"),
         ("x.csv", b"a,b\n", "has no rows"),
         ("x.parquet", b"something else", "cannot be read: Parquet"),

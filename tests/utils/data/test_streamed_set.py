@@ -1,8 +1,10 @@
+import copy
 import json
 
 import datasets
 import pytest
 
+from utils.data.chat import template_of
 from utils.data.encoding import ENCODERS
 from utils.data.preferences import ABOUT, TEXT, load_data_set
 from utils.data.shapes import PLAIN, Form
@@ -48,6 +50,26 @@ def test_what_a_row_serves_does_not_depend_on_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.data.streamed_set.TOGETHER", 7)  # in other chunks
     assert training(stream(str(tmp_path / "x.jsonl")), 1) == expected
     assert training(stream(str(tmp_path / "x.jsonl")), 1, seed=1) != expected
+
+
+def test_a_prompt_serves_the_same_stage_under_every_chat_template(tmp_path, gpt2):
+    # Step 2 may train a model whose template is another one than that of step 1, or none.
+    def said(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {"prompt": said("user", f"q {i}"), "chosen": said("assistant", "a"), "rejected": said("assistant", "b")}
+        for i in range(300)
+    ]
+    name = write(tmp_path / "x.jsonl", rows)
+    tokenizer = copy.deepcopy(gpt2)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    plain, templated = stream(name), stream(name, Form(template=template_of(tokenizer)))
+    assert "[assistant]" in templated.held_out[0]["prompt"] != plain.held_out[0]["prompt"]
+    assert plain.held_out["origin"] == templated.held_out["origin"]
+    for stage in range(3):
+        of_stage = [[row["origin"] for row in training(opened, stage)] for opened in (plain, templated)]
+        assert of_stage[0] == of_stage[1] != []
 
 
 def test_the_hash_keeps_to_the_shares():
