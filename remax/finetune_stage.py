@@ -29,8 +29,8 @@ def train_and_export(
 ) -> None:
     """Trains and writes model, tokenizer and results to --output_dir.
 
-    A loss that is not finite, or a faulty row of streamed data, ends the process with status STOPPED, and the model as it
-    then is lies in `last`.
+    A loss that is not finite, or a faulty row of streamed data, ends the process with status STOPPED, and the model as
+    it then is lies in `last`.
     """
     output, engine = Path(args.output_dir), task.engine
     metrics = MetricsLogger(

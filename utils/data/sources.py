@@ -186,6 +186,8 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
         return Part(None, str(path), path)
     options: dict[str, Any] = {}
     try:
+        if reader == "json" and starts_with_null(path):
+            raise ValueError("the first row is null")
         if reader == "csv":  # csv knows no types: "4" is an answer, and so is "NA"
             options = {"features": Features({c: Value("string") for c in csv_header(path)}), "keep_default_na": False}
         with quiet_library():
@@ -228,6 +230,12 @@ def not_empty(part: Part, flag: str) -> Part:
 def open_text(path: Path) -> Any:
     """The file's bytes, decompressed."""
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def starts_with_null(path: Path) -> bool:
+    """Whether the first row of a JSON file is null, at which the library's reader crashes, and Python with it."""
+    with open_text(path) as file:
+        return re.match(rb"\s*(\[\s*)?null\b", file.read(4096).removeprefix(codecs.BOM_UTF8)) is not None
 
 
 def csv_header(path: Path) -> list[str]:

@@ -78,20 +78,25 @@ class Recipe:
         while chunk := list(islice(texts, TOGETHER)):
             batch = {name: [row[name] for row in chunk] for name in chunk[0]}
             encoded = ENCODERS[self.kind](batch, tokenizer=self.tokenizer, max_len=self.max_len, **self.options)
-            for k, text in enumerate(chunk):
-                counts.encoded += 1
-                counts.longest = max(counts.longest, encoded["full_length"][k])
-                if encoded["dropped"][k]:
-                    count_dropped(counts.unusable, encoded["dropped"][k], text["origin"])
-                    continue
-                for fate in ("cut", "prompt_cut"):
-                    if encoded[fate][k]:
-                        count_dropped(counts.cut, fate, text["origin"])
-                if left_out := encoded.get("left_out", {k: 0})[k]:
-                    counts.left_out += left_out
-                    count_dropped(counts.cut, "left_out", text["origin"])
-                counts.kept += 1
+            usable = [k for k, text in enumerate(chunk) if self.counted(k, text, encoded, counts)]
+            for k in usable:
                 yield {name: compact(name, values[k]) for name, values in encoded.items() if name in wanted}
+
+    def counted(self, k: int, text: Row, encoded: dict[str, list], counts: Counts) -> bool:
+        """Counts row k, of this text, of an encoded chunk; whether it is kept."""
+        counts.encoded += 1
+        counts.longest = max(counts.longest, encoded["full_length"][k])
+        if encoded["dropped"][k]:
+            count_dropped(counts.unusable, encoded["dropped"][k], text["origin"])
+            return False
+        for fate in ("cut", "prompt_cut"):
+            if encoded[fate][k]:
+                count_dropped(counts.cut, fate, text["origin"])
+        if left_out := encoded.get("left_out", {k: 0})[k]:
+            counts.left_out += left_out
+            count_dropped(counts.cut, "left_out", text["origin"])
+        counts.kept += 1
+        return True
 
 
 def compact(name: str, value: Any) -> Any:

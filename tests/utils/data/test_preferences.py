@@ -364,6 +364,8 @@ def good(n: int) -> str:
         ("a.jsonl.gz", "", "a.jsonl.gz is empty"),
         ("a.txt", "text", "a.txt is of no known kind; expected .jsonl, .json, .csv, .parquet, .arrow, also with .gz"),
         ("a.parquet", "no parquet", "a.parquet cannot be read as parquet: "),
+        ("a.json", '[null, {"prompt": "a"}]', "a.json, row 1: found NoneType, expected an object of columns"),
+        ("a.jsonl", '\nnull\n{"prompt": "a"}\n', "a.jsonl, line 2: found NoneType, expected an object of columns"),
         ("a.csv", "prompt,chosen\na,b,\nc,d,\n", "a.csv cannot be read as csv: row 1 has more fields than the header"),
         ("a.csv", "prompt,chosen\na,b\na,b,c\n", "a.csv cannot be read as csv: "),
         (

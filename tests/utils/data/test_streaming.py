@@ -276,6 +276,9 @@ def test_a_training_that_ends_early_has_its_report_too(folder, gpt2, capsys):
     assert 2000 < read < 3500  # about 2500, of which two fifths make the 1000 that are encoded together
     record = json.loads((folder / "data.json").read_text())
     assert not record["first_epoch_complete"] and record["data"][0]["rows"] == read
+    entry = record["data"][0]  # every row that was read is accounted for
+    assert entry["of_this_stage"] == entry["kept"] == 1000
+    assert read == 5 + entry["held_out"] + entry["of_other_stages"] + entry["of_this_stage"]
     assert record["data"][0]["dropped"] == {
         "that repeat an earlier row": {"rows": 5, "first": ["line 11", "line 12", "line 13"]}
     }
