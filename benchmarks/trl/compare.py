@@ -47,16 +47,23 @@ def sides(stage: str) -> dict[str, list[str] | None]:
     return {"padded": [], "packed": ["--packing"], "TRL": None}
 
 
+def longest(row: dict, tokenizer) -> int:
+    """Tokens of the prompt with its longer answer, end token included."""
+    return max(len(tokenizer(row["prompt"] + row[name])["input_ids"]) for name in ("chosen", "rejected")) + 1
+
+
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Rows, tokenizer, policy and reward model with random weights."""
     with gzip.open(args.data_path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in islice(file, args.rows)]
+    texts = sorted({row[name] for row in rows for name in ("prompt", "chosen", "rejected")})
+    tokenizer = train_tokenizer(texts, args.vocab_size)
+    # Rows that need no cut: what is too long, TRL drops in one trainer and cuts in another.
+    rows = [row for row in rows if longest(row, tokenizer) <= args.max_seq_len]
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, part in (("train", rows[:-8]), ("test", rows[-8:])):
         lines = (json.dumps({k: row[k] for k in ("prompt", "chosen", "rejected")}) + "\n" for row in part)
         (folder / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    texts = sorted({row[name] for row in rows for name in ("prompt", "chosen", "rejected")})
-    tokenizer = train_tokenizer(texts, args.vocab_size)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     sizes = {"hidden_size": args.hidden_size, "layers": args.layers, "heads": args.heads, "max_positions": 1024}
     config = tiny_config("llama", len(tokenizer), **sizes, **ids, tie_word_embeddings=True)
