@@ -98,15 +98,24 @@ def _trained_reward(args: Step2Arguments, tokenizer: Tokenizer, steps: int) -> T
 
 
 def _load(load_model: Callable, args: FinetuneArguments, config: EngineConfig, tokenizer: Tokenizer, **options):
+    name, flag = args.model_name_or_path, "--model_name_or_path"
+    return _load_from(load_model, name, flag, args, config, tokenizer, packing=args.packing, **options)
+
+
+def _load_from(
+    load_model: Callable,
+    name: str,
+    flag: str,
+    args: FinetuneArguments | Step3Arguments | DoctorArguments,
+    config: EngineConfig,
+    tokenizer: Tokenizer,
+    **options,
+):
+    """The model `name` of `flag`, partitioned as its engine wants it."""
+    attention = args.attn_implementation
     with loading(config):
         return load_model(
-            args.model_name_or_path,
-            "--model_name_or_path",
-            dtype=config.torch_dtype,
-            tokenizer=tokenizer,
-            attn_implementation=args.attn_implementation,
-            packing=args.packing,
-            **options,
+            name, flag, dtype=config.torch_dtype, tokenizer=tokenizer, attn_implementation=attention, **options
         )
 
 
@@ -308,14 +317,7 @@ def build_reward(
     if args.normalize_reward:
         statistics = [score_statistics(load_config(model.name, flag), model.name, flag) for model in models]
     for source, (mean, std), its in zip(models, statistics, own, strict=True):
-        with loading(config):
-            model = load_reward_model(
-                source.name,
-                flag,
-                dtype=config.torch_dtype,
-                tokenizer=its,
-                attn_implementation=args.attn_implementation,
-            )
+        model = _load_from(load_reward_model, source.name, flag, args, config, its)
         parts.append(Part(source.label, Reward(model, config), source.weight, mean, std, its))
     return CompositeReward([*parts, *reward_functions(args, tokenizer)])
 
@@ -327,15 +329,8 @@ def build_engines(
     tokenizer = tokenizers.actor
 
     def policy(config: EngineConfig, **options) -> PolicyModel:
-        with loading(config):
-            return load_policy(
-                args.actor_model_name_or_path,
-                "--actor_model_name_or_path",
-                dtype=config.torch_dtype,
-                tokenizer=tokenizer,
-                attn_implementation=args.attn_implementation,
-                **options,
-            )
+        name, flag = args.actor_model_name_or_path, "--actor_model_name_or_path"
+        return _load_from(load_policy, name, flag, args, config, tokenizer, **options)
 
     model = policy(
         actor_engine(args),
@@ -367,16 +362,11 @@ def _critic(args: Step3Arguments, tokenizer: Tokenizer, steps: int) -> TrainedRe
     if not name:
         models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
         name, flag = models[0].name, "--reward_model_name_or_path"
-    with loading(config):
-        model = load_reward_model(
-            name,
-            flag,
-            dtype=config.torch_dtype,
-            tokenizer=tokenizer,
-            disable_dropout=args.disable_reward_dropout,
-            gradient_checkpointing=args.critic_gradient_checkpointing,
-            attn_implementation=args.attn_implementation,
-        )
+    options = {
+        "disable_dropout": args.disable_reward_dropout,
+        "gradient_checkpointing": args.critic_gradient_checkpointing,
+    }
+    model = _load_from(load_reward_model, name, flag, args, config, tokenizer, **options)
     return TrainedReward(model, config, critic_optimizer(args, steps))
 
 

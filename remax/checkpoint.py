@@ -7,7 +7,9 @@ and adapters are merged in that copy: the training model keeps its adapters apar
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remax.engines import gathered
 from remax.modeling import PolicyModel
 from remax.reward_model import RewardModel
-from utils.distributed import barrier, is_main
+from utils.distributed import barrier, is_main, print0, shutdown
+from utils.run import STOPPED
 
 
 def full_state_dict(hf: PreTrainedModel, zero3: bool) -> dict[str, Tensor]:
@@ -102,6 +105,21 @@ def _move_files(source: Path, target: Path) -> None:
         for path in target.glob(pattern):
             if path.name not in new:
                 path.unlink()
+
+
+def export_and_exit(
+    stopped: Exception,
+    model: PolicyModel | RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    zero3: bool,
+) -> NoReturn:
+    """The end of a training that stopped: writes the model as it now is, says why, and exits with status STOPPED."""
+    export(model, tokenizer, folder, zero3=zero3)
+    print0(f"training stopped. {stopped}. The model as it is now: {folder}")
+    shutdown()
+    sys.exit(STOPPED)
 
 
 def note(folder: str | Path, name: str, values: dict) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from remax.checkpoint import export, note
+from remax.checkpoint import export, export_and_exit, note
 from remax.engines import TrainedReward
 from remax.finetune import FinetuneSettings, Task, finetune, total_steps
 from remax.flags import FinetuneArguments
@@ -17,7 +16,6 @@ from remax.reward_model import store_score_statistics
 from remax.sentinel import TrainingStopped
 from utils.distributed import print0, shutdown
 from utils.metrics import MetricsLogger
-from utils.run import STOPPED
 
 
 def train_and_export(
@@ -45,10 +43,7 @@ def train_and_export(
         results = finetune(task, loader, settings, metrics)
     except TrainingStopped as stopped:
         metrics.close()
-        export(engine.model, tokenizer, output / "last", zero3=engine.zero3)
-        print0(f"training stopped. {stopped}. The model as it is now: {output / 'last'}")
-        shutdown()
-        sys.exit(STOPPED)
+        export_and_exit(stopped, engine.model, tokenizer, output / "last", zero3=engine.zero3)
     metrics.close()
     if isinstance(engine, TrainedReward):
         store_score_statistics(engine.model, results["after"])

@@ -2,7 +2,6 @@
 the flags.
 """
 
-import sys
 from pathlib import Path
 
 from remax.arguments import make_algorithm, parse_step3
@@ -14,7 +13,7 @@ from remax.assembly import (
     load_data,
     try_reward_functions,
 )
-from remax.checkpoint import export, note
+from remax.checkpoint import export, export_and_exit, note
 from remax.ema import WeightAverage
 from remax.evaluation import PolicyEvaluation, evaluate_policy, write_answers
 from remax.flags import Step3Arguments
@@ -25,7 +24,7 @@ from remax.trainer import Trainer
 from remax.variance import VarianceMeter
 from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
 from utils.metrics import MetricsLogger
-from utils.run import STOPPED, run_main, start_run
+from utils.run import run_main, start_run
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
 
@@ -93,10 +92,7 @@ def main() -> None:
         results = trainer.train(data.train)
     except TrainingStopped as stopped:
         metrics.close()
-        export(actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
-        print0(f"training stopped. {stopped}. The model as it is now: {output / 'actor_last'}")
-        shutdown()
-        sys.exit(STOPPED)
+        export_and_exit(stopped, actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
     metrics.close()
     save_final(args, output, trainer, tokenizers)
     note(output, "results.json", results)

@@ -8,6 +8,7 @@ one stopped.
 import json
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -318,7 +319,7 @@ def reminding() -> Iterator[None]:
 # Order
 
 
-class ResumableSampler(Sampler):
+class ResumableSampler(Sampler, ABC):
     """The training rows of one rank, in an order that the epoch decides: step s takes rows s * G .. (s + 1) * G of it,
     G the global batch; the ranks share them in turn. The incomplete last step is left out.
 
@@ -337,9 +338,9 @@ class ResumableSampler(Sampler):
         if epoch != self.epoch:
             self.epoch, self.handed_out, self.resume_at = epoch, 0, 0
 
+    @abstractmethod
     def rows(self) -> Iterator[Any]:
         """This rank's rows of the whole epoch."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
         start, self.resume_at = self.resume_at, 0
