@@ -1,0 +1,84 @@
+"""One rank of the pinned trainings: `python tests/references/run.py FOLDER`, with a launcher's variables set.
+
+All cases of this number of ranks run one after the other in the same process; rank 0 writes FOLDER/outcomes.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from cases import CASES, STAGES, command  # noqa: E402
+
+TIMES = ("time", "seconds", "tokens_per_second")
+
+
+def weights_of(folder: Path) -> dict[str, str | float]:
+    """Exact (a digest) and approximate (norm, and a sum in which every weight has its own factor) fingerprints."""
+    digest, norm, probe = hashlib.sha256(), 0.0, 0.0
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in sorted(load_file(file).items()):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            flat = tensor.double().flatten()
+            norm += float(flat.square().sum())
+            probe += float((flat * torch.sin(torch.arange(len(flat), dtype=torch.float64))).sum())
+    return {"digest": digest.hexdigest()[:16], "norm": norm**0.5, "probe": probe}
+
+
+def outcome(output: Path) -> dict:
+    """What a run left behind, without its times."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in record.items() if not k.rpartition("/")[2].startswith(TIMES)} for record in records]
+    folders = sorted({file.parent for file in output.rglob("*.safetensors")})
+    results = json.loads((output / "results.json").read_text())
+    notes = {str(file.relative_to(output)): json.loads(file.read_text()) for file in output.rglob("evaluation.json")}
+    answers = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(output.glob("answers/*")))).hexdigest()[:16]
+    scores = {}
+    if (output / "config.json").is_file():
+        config = json.loads((output / "config.json").read_text())
+        scores = {name: config[name] for name in ("score_mean", "score_std") if name in config}
+    weights = {str(folder.relative_to(output)): weights_of(folder) for folder in folders}
+    return {
+        "metrics": metrics,
+        "results": results,
+        "weights": weights,
+        "notes": notes,
+        "answers": {"digest": answers},
+        "scores": scores,
+    }
+
+
+def main() -> None:
+    folder, only = Path(sys.argv[1]), sys.argv[2:]
+    ranks, outcomes = int(os.environ["WORLD_SIZE"]), {}
+    dist.destroy_process_group = lambda *args: None  # a stage leaves its group at its end; here the next one needs it
+    for name, (stage, flags) in CASES[ranks].items():
+        if only and name not in only:
+            continue
+        output = folder / f"{ranks}" / name.replace(",", "").replace(" ", "_")
+        program = HERE.parents[1] / STAGES[stage] / "main.py"
+        sys.argv = [str(program), *command(stage, flags, folder, output)]
+        main = runpy.run_path(str(program), run_name="stage")["main"]
+        with contextlib.redirect_stdout(sys.stderr):
+            main()
+        gc.collect()
+        if os.environ["RANK"] == "0":
+            outcomes[name] = outcome(output)
+            (folder / f"outcomes{ranks}.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()
