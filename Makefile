@@ -31,9 +31,9 @@ help: ## this list
 
 demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU; results in output/demo
 	rm -rf output/demo
-	python -m utils.demo --output_dir output/demo --seed $(SEED)
+	python -m remax.demo.prepare --output_dir output/demo --seed $(SEED)
 	for step in step*/; do bash $${step}training_scripts/demo/run_demo.sh --seed $(SEED); done
-	python -m remax.demo --output_dir output/demo --seed $(SEED)
+	python -m remax.demo.report --output_dir output/demo --seed $(SEED)
 
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from remax.logprobs import token_stats
+from remax.core.logprobs import token_stats
 
 MEGABYTE = 2**20
 

@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from remax.evaluation import paired
-from remax.losses import ranking_loss, supervised_loss
-from remax.modeling import PolicyModel
-from remax.packing import token_slots
-from remax.reward_model import RewardModel
-from remax.sequences import Sequences
+from remax.core.batches import paired
+from remax.core.losses import ranking_loss, supervised_loss
+from remax.core.sequences import Sequences
+from remax.demo.tiny_models import tiny_config, train_tokenizer
+from remax.models.packing import token_slots
+from remax.models.policy import PolicyModel
+from remax.models.reward_model import RewardModel
 from utils.data.loaders import build_loaders
 from utils.data.preferences import load_data_set
-from utils.demo import tiny_config, train_tokenizer
 
 WAYS = ("padded to --max_seq_len", "padded to the longest row", "packed")
 Batch = dict[str, Tensor]

@@ -2,12 +2,12 @@
 flags.
 """
 
-from remax.arguments import parse_step1
-from remax.assembly import build_supervised_task, finetune_loaders
-from remax.finetune import total_steps
-from remax.finetune_stage import train_and_export
-from remax.modeling import check_length, load_config, quiet_libraries
-from remax.settings import finetune_settings
+from remax.cli.validate import parse_step1
+from remax.models.loading import check_length, load_config, quiet_libraries
+from remax.stages.data import finetune_loaders
+from remax.stages.finetune import build_supervised_task, train_and_export
+from remax.stages.settings import finetune_settings
+from remax.training.finetune import total_steps
 from utils.distributed import init_distributed, print0, set_seed
 from utils.run import run_main, start_run
 from utils.tokenizer import load_tokenizer

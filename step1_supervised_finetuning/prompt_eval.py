@@ -8,12 +8,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from remax.deepspeed_config import DTYPES, EngineConfig
-from remax.evaluation_arguments import PromptEvalArguments, parse_prompt_eval
-from remax.inference import Answer, FrozenActor, answer_prompts
-from remax.logprobs import Sampling
-from remax.modeling import check_length, load_config, load_policy, quiet_libraries
-from remax.rollout import GenerationSettings
+from remax.cli.evaluation import PromptEvalArguments, parse_prompt_eval
+from remax.core.sampling import Sampling
+from remax.engines.deepspeed_config import DTYPES, EngineConfig
+from remax.engines.policy import FrozenActor
+from remax.evaluation.answers import Answer, answer_prompts
+from remax.generation.decode import GenerationSettings
+from remax.models.loading import check_length, load_config, quiet_libraries
+from remax.models.policy import load_policy
 from utils.data.chat import template_of
 from utils.data.rows import read_rows
 from utils.data.shapes import Form, as_dialogue

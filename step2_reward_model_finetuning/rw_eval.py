@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from remax.deepspeed_config import DTYPES, EngineConfig
-from remax.engines import Reward
-from remax.evaluation_arguments import parse_reward_eval
-from remax.inference import EncodedText, encode_texts, score_texts
-from remax.modeling import check_length, load_config, quiet_libraries
-from remax.ranking import SIDES, pair_figures, pair_sums, ranked_figures, ranked_sums
-from remax.reward_model import load_reward_model
+from remax.cli.evaluation import parse_reward_eval
+from remax.engines.deepspeed_config import DTYPES, EngineConfig
+from remax.engines.scorer import Reward
+from remax.evaluation.ranking import SIDES, pair_figures, pair_sums, ranked_figures, ranked_sums
+from remax.evaluation.texts import EncodedText, encode_texts, score_texts
+from remax.models.loading import check_length, load_config, quiet_libraries
+from remax.models.reward_model import load_reward_model
 from utils.data.chat import template_of
 from utils.data.loaders import local_rank_zero_first
 from utils.data.rows import TextRow, read_rows

@@ -4,27 +4,23 @@ the flags.
 
 from pathlib import Path
 
-from remax.arguments import make_algorithm, parse_step3
-from remax.assembly import (
-    Tokenizers,
-    build_engines,
-    check_models,
-    examine_engines,
-    load_data,
-    try_reward_functions,
-)
-from remax.checkpoint import export, export_and_exit, note
-from remax.ema import WeightAverage
-from remax.evaluation import PolicyEvaluation, evaluate_policy, write_answers
-from remax.flags import Step3Arguments
-from remax.modeling import quiet_libraries
-from remax.sentinel import Sentinel, TrainingStopped
-from remax.settings import trainer_settings
-from remax.trainer import Trainer
-from remax.variance import VarianceMeter
+from remax.checkpoint.ema import WeightAverage
+from remax.checkpoint.export import export, export_and_exit, note
+from remax.cli.flags import Step3Arguments
+from remax.cli.validate import make_algorithm, parse_step3
+from remax.evaluation.answers import write_answers
+from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
+from remax.models.loading import quiet_libraries
+from remax.stages.data import load_data
+from remax.stages.models import Tokenizers, build_engines, check_models
+from remax.stages.rlhf import examine_engines, try_reward_functions
+from remax.stages.settings import trainer_settings
+from remax.training.sentinel import Sentinel
+from remax.training.trainer import Trainer
+from remax.training.variance import VarianceMeter
 from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
 from utils.metrics import MetricsLogger
-from utils.run import run_main, start_run
+from utils.run import TrainingStopped, run_main, start_run
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
 

@@ -58,7 +58,7 @@ def can_compile() -> bool:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with train.jsonl (200 rows) and test.jsonl (24 rows) of {prompt, chosen, rejected}."""
-    from utils.demo import make_corpus
+    from remax.demo.corpus import make_corpus
 
     return make_corpus(tmp_path_factory.mktemp("corpus"), seed=0, train_rows=200, test_rows=24)
 
@@ -84,7 +84,8 @@ def rank_answers():
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE of 400 words with a pad token of its own, trained on the built-in corpus."""
-    from utils.demo import make_rows, train_tokenizer
+    from remax.demo.corpus import make_rows
+    from remax.demo.tiny_models import train_tokenizer
 
     train, _ = make_rows(seed=0, train_rows=200, test_rows=1)
     return train_tokenizer((row["prompt"] + row["chosen"] for row in train), vocab_size=400)
@@ -92,8 +93,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer):
-    """tiny_model("opt"): the folder of a random causal language model, one for each of utils.demo.ARCHITECTURES."""
-    from utils.demo import save_tiny_model
+    """tiny_model("opt"): the folder of a random causal language model, one for each of `ARCHITECTURES`."""
+    from remax.demo.tiny_models import save_tiny_model
 
     folder = tmp_path_factory.mktemp("models")
 

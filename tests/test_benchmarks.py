@@ -152,7 +152,7 @@ def comparison(root):
 def test_the_stages_take_the_flags_of_the_comparison(
     comparison, corpus, tiny_model, tiny_reward_model, tmp_path, stage
 ):
-    from remax.arguments import parse_step1, parse_step2, parse_step3
+    from remax.cli.validate import parse_step1, parse_step2, parse_step3
 
     (tmp_path / "data").symlink_to(corpus)
     (tmp_path / "policy").symlink_to(tiny_model("llama"))

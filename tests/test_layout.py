@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from remax.doctor import DoctorArguments
-from remax.evaluation_arguments import PromptEvalArguments, RewardEvalArguments
-from remax.flags import Step1Arguments, Step2Arguments, Step3Arguments
+from remax.cli.doctor import DoctorArguments
+from remax.cli.evaluation import PromptEvalArguments, RewardEvalArguments
+from remax.cli.flags import Step1Arguments, Step2Arguments, Step3Arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
 SOURCES = sorted(path for room in ("utils", "remax", *STAGES) for path in (ROOT / room).rglob("*.py"))
-MAY_IMPORT_DEEPSPEED = {"remax/engines.py", "remax/checkpoint.py", "utils/distributed.py"}
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "step*/**/*.md", "docs/**/*.md", "benchmarks/**/*.md")
@@ -25,35 +24,106 @@ DOCUMENTS = sorted(
     if ".venv" not in path.parts
 )
 
+# What the rooms of remax/ may import beside `utils` and themselves.
+TORCH_ONLY = ("core",)
+ENGINES = (*TORCH_ONLY, "models", "generation")
+ROOMS = {
+    "core": (),
+    "algorithms": TORCH_ONLY,
+    "models": TORCH_ONLY,
+    "generation": TORCH_ONLY,
+    "engines": ENGINES,
+    "rewards": ("core", "engines"),
+    "checkpoint": ("core", "models", "engines"),
+    "evaluation": (*ENGINES, "engines", "rewards"),
+    "checks": (*ENGINES, "engines", "rewards", "checkpoint", "evaluation"),
+    "training": ("core", "algorithms", "engines", "rewards", "checkpoint", "evaluation"),
+    "cli": ("algorithms", "rewards"),
+    "stages": (*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
+    "demo": (*ENGINES, "engines", "evaluation"),
+    "doctor.py": (*ENGINES, "engines", "rewards", "checks", "cli", "stages"),
+}
+OF_CLI = {"remax.rewards.functions", "remax.rewards.sources"}  # what the command line may see of the rewards
+MAY_IMPORT_DEEPSPEED = {f"remax/engines/{name}.py" for name in ("base", "optimizer", "policy", "zero")}
+MAY_IMPORT_DEEPSPEED |= {"utils/distributed.py"}
+
 
 def short(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def imported_packages(path: Path) -> set[str]:
-    """Top-level names of every import in the file, also of those inside functions."""
+def imported_modules(path: Path) -> set[str]:
+    """Names of the modules of every import in the file, also of those inside functions and for type checkers only."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0] if node.level == 0 else path.relative_to(ROOT).parts[0])
+            assert node.level == 0, f"{path}: an import relative to its own folder"
+            of_package = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if module_file(name) else node.module for name in of_package}
     return names
+
+
+def module_file(name: str) -> Path | None:
+    """The file of one of our modules."""
+    stem = ROOT.joinpath(*name.split("."))
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported_modules(path)}
 
 
 def test_imports_are_seen(tmp_path):
     # The walker itself: a lazy import counts, a mention in a string does not.
-    (tmp_path / "x.py").write_text("import os.path\ndef f():\n    from remax.losses import g\n'import deepspeed'\n")
-    assert imported_packages(tmp_path / "x.py") == {"os", "remax"}
+    (tmp_path / "x.py").write_text(
+        "import os.path\ndef f():\n    from remax.core.losses import g\n'import deepspeed'\n"
+    )
+    assert imported_modules(tmp_path / "x.py") == {"os.path", "remax.core.losses"}
+    (tmp_path / "x.py").write_text("from remax.core import losses\nfrom remax.core.losses import g\n")
+    assert imported_modules(tmp_path / "x.py") == {"remax.core.losses"}
     assert len(SOURCES) > 20
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=short)
 def test_imports_run_one_way(path):
-    # stepN -> remax -> utils: each room may import those after it. The stages' programs are imported by nobody.
-    room = path.relative_to(ROOT).parts[0]
-    forbidden = {"utils": {"remax", *STAGES}, "remax": set(STAGES)}.get(room, set(STAGES))
+    # stepN -> remax -> utils: each may import those after it. The stages' programs are imported by nobody.
+    top = path.relative_to(ROOT).parts[0]
+    forbidden = {"utils": {"remax", *STAGES}, "remax": set(STAGES)}.get(top, set(STAGES))
     assert not imported_packages(path) & (forbidden | {"tests"})
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if short(path).startswith("remax/")], ids=short)
+def test_imports_between_rooms_run_one_way(path):
+    room = path.relative_to(ROOT).parts[1]
+    modules = {name for name in imported_modules(path) if name.startswith("remax.")}
+    if room == "__init__.py":  # the face of the library: it imports lazily, whatever a notebook asks for
+        return
+    others = {name.split(".")[1] for name in modules} - {room}
+    assert others <= set(ROOMS[room])
+    if room == "cli":
+        assert {name for name in modules if name.startswith("remax.rewards")} <= OF_CLI
+
+
+def test_rooms_form_no_circle():
+    # The table itself: every room can be built after those that it imports.
+    built: set[str] = set()
+    while ready := {room for room, needs in ROOMS.items() if room not in built and built.issuperset(needs)}:
+        built |= ready
+    assert built == set(ROOMS)
+    assert built == {path.name for path in (ROOT / "remax").iterdir() if path.is_dir() and path.name[0] != "_"} | {
+        "doctor.py"
+    }
+
+
+def test_imports_form_no_circle():
+    # Module by module, imports for type checkers and inside functions included.
+    needs = {path: {f for n in imported_modules(path) if (f := module_file(n)) and f != path} for path in SOURCES}
+    left = set(needs)
+    while ready := {path for path in left if not needs[path] & left}:
+        left -= ready
+    assert not sorted(map(short, left))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=short)

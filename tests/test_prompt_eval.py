@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from remax.evaluation_arguments import parse_prompt_eval
+from remax.cli.evaluation import parse_prompt_eval
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from remax.arguments import parse_step1, parse_step2, parse_step3
+from remax.cli.validate import parse_step1, parse_step2, parse_step3
 from utils.run import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,7 +269,7 @@ def test_a_misspelt_flag_is_refused(tmp_path, corpus, tiny_model, tiny_reward_mo
 @pytest.fixture(scope="session")
 def few_rows(tmp_path_factory):
     """few_rows(n): a folder with n training rows and 4 to evaluate, so that whole epochs take seconds."""
-    from utils.demo import make_corpus
+    from remax.demo.corpus import make_corpus
 
     return lambda n: make_corpus(tmp_path_factory.mktemp("few_rows"), seed=1, train_rows=n, test_rows=4)
 

@@ -26,6 +26,10 @@ class UserError(Exception):
     """Bad input. The message is one line: what (flag, file, row), what was expected, and the remedy."""
 
 
+class TrainingStopped(Exception):
+    """Going on would be pointless, or impossible. The message is one line: step, figure, likely cause and remedy."""
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs `main` and turns a UserError into one line on stderr and exit status 2, Ctrl-C into 130.
 

@@ -19,18 +19,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from remax.algorithms import Algorithm, KLPenalty, build_algorithm
-from remax.checkpoint import export
-from remax.deepspeed_config import EngineConfig
-from remax.engines import Actor, OptimizerConfig, Reference, Reward, TrainedReward
-from remax.evaluation import evaluate_policy
-from remax.logprobs import PolicyOutput
-from remax.modeling import load_policy, quiet_libraries
-from remax.reward_model import RewardModel, load_reward_model
-from remax.rollout import GenerationSettings, rollout
-from remax.sequences import Prompts, Rollout, Sequences
-from remax.trainer import Trainer, TrainerSettings
+from remax.checkpoint.export import export
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
+from remax.core.sequences import Prompts, Sequences
+from remax.demo.corpus import mean_true_reward
+from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.optimizer import OptimizerConfig
+from remax.engines.policy import Actor, Reference
+from remax.engines.scorer import Reward, TrainedReward
+from remax.evaluation.policy import evaluate_policy
+from remax.generation.decode import GenerationSettings, rollout
+from remax.models.loading import quiet_libraries
+from remax.models.policy import load_policy
+from remax.models.reward_model import RewardModel, load_reward_model
+from remax.training.trainer import Trainer, TrainerSettings
 from utils.data.loaders import build_loaders
-from utils.demo import mean_true_reward
 from utils.distributed import init_distributed, set_seed
 from utils.metrics import MetricsLogger
 from utils.tokenizer import load_tokenizer

@@ -31,7 +31,7 @@ from pathlib import Path
 import report
 from experiment import ESTIMATORS, Run, Setting, measure_variance, train
 
-from utils.demo import make_demo
+from remax.demo.prepare import make_demo
 from utils.run import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from utils.demo import tiny_config, train_tokenizer
+from remax.demo.tiny_models import tiny_config, train_tokenizer
 from utils.run import UserError, run_main
 
 COLUMNS = ("prompt", "chosen", "rejected")

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from utils.demo import tiny_config, train_tokenizer
+from remax.demo.tiny_models import tiny_config, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = {

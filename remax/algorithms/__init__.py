@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from remax.algorithms.base import Algorithm, mean_metrics
 from remax.algorithms.grpo import GRPO
 from remax.algorithms.kl import KLPenalty, build_penalty
 from remax.algorithms.ppo import PPO
 from remax.algorithms.reinforce import Reinforce
 from remax.algorithms.remax import ReMax
 from remax.algorithms.rloo import RLOO
-from remax.algorithms.shared import Algorithm, mean_metrics
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "remax": ReMax,

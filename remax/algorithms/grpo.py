@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from remax.algorithms.base import Algorithm, with_advantages
 from remax.algorithms.kl import KLPenalty
-from remax.algorithms.shared import Algorithm, clip, grouped, with_advantages
-from remax.sequences import Rollout
+from remax.algorithms.terms import clip, grouped
+from remax.core.rollout import Rollout
 
 
 def grpo_advantages(reward: Tensor, samples_per_prompt: int, *, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:

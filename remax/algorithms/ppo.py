@@ -23,10 +23,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from remax.algorithms.base import Algorithm, common_metrics, regularisers
 from remax.algorithms.kl import token_kl
-from remax.algorithms.shared import Algorithm, aggregate, clip, common_metrics, masked_total, regularisers
-from remax.logprobs import PolicyOutput
-from remax.sequences import Rollout
+from remax.algorithms.terms import aggregate, clip, masked_total
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
 
 
 def token_rewards(reward: Tensor, mask: Tensor) -> Tensor:

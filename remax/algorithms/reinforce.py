@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from remax.algorithms.base import Algorithm, with_advantages
 from remax.algorithms.kl import KLPenalty
-from remax.algorithms.shared import Algorithm, clipped_difference, with_advantages
-from remax.sequences import Rollout
+from remax.algorithms.terms import clipped_difference
+from remax.core.rollout import Rollout
 
 
 @dataclass

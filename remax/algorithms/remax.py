@@ -21,9 +21,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from remax.algorithms.base import Algorithm, with_advantages
 from remax.algorithms.kl import KLPenalty
-from remax.algorithms.shared import Algorithm, clipped_difference, with_advantages
-from remax.sequences import Rollout
+from remax.algorithms.terms import clipped_difference
+from remax.core.rollout import Rollout
 
 
 def remax_advantages(reward: Tensor, greedy_reward: Tensor, clip_value: float, clip_on: str) -> Tensor:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from remax.algorithms.base import Algorithm, on_policy_loss, with_advantages
 from remax.algorithms.kl import token_kl
-from remax.algorithms.shared import Algorithm, clip, leave_one_out_mean, on_policy_loss, with_advantages
-from remax.logprobs import PolicyOutput
-from remax.sequences import Rollout
+from remax.algorithms.terms import clip, leave_one_out_mean
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
 
 
 def rloo_advantages(returns: Tensor, samples_per_prompt: int) -> Tensor:

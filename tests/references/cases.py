@@ -145,7 +145,8 @@ def prepare(folder: Path) -> None:
     """Models with weights that all matter, and data of every kind, in `folder`."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from utils.demo import make_corpus, make_rows, tiny_config, train_tokenizer
+    from remax.demo.corpus import make_corpus, make_rows
+    from remax.demo.tiny_models import tiny_config, train_tokenizer
 
     rows, _ = make_rows(seed=0, train_rows=100, test_rows=1)
     tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows], vocab_size=300)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from remax.sequences import Sequences
+from remax.core.sequences import Sequences
 from utils.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ def make_config(architecture: str, **fields):
     """
     from transformers import CohereConfig, Gemma2Config, GraniteConfig
 
-    from utils.demo import tiny_config
+    from remax.demo.tiny_models import tiny_config
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 128} | fields
@@ -57,7 +57,8 @@ def randomise(model: torch.nn.Module, seed: int, scale: float = 0.25) -> None:
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> dict[str, Path]:
     """Folders of three tokenizers with the same words: a pad token of its own, pad = EOS, and none at all."""
-    from utils.demo import make_rows, train_tokenizer
+    from remax.demo.corpus import make_rows
+    from remax.demo.tiny_models import train_tokenizer
 
     train, _ = make_rows(seed=0, train_rows=100, test_rows=1)
     folder = tmp_path_factory.mktemp("tokenizers")

@@ -8,8 +8,9 @@ import re
 
 import pytest
 
-from remax import doctor, examination, findings, reward_checks
-from remax.findings import FAILURE
+from remax import doctor
+from remax.checks import examination, findings, generation, models, rewards
+from remax.checks.findings import FAILURE
 from utils.run import UserError
 
 
@@ -69,10 +70,8 @@ def test_a_wrong_flag_is_refused(monkeypatch, make_policy, make_scorer):
 
 
 def test_remedies_name_flags_that_exist():
-    from remax.flags import Step3Arguments
+    from remax.cli.flags import Step3Arguments
 
     known = set(Step3Arguments.__dataclass_fields__) | set(doctor.DoctorArguments.__dataclass_fields__)
-    assert (
-        set(re.findall(r"--(\w+)", "".join(map(inspect.getsource, (doctor, examination, findings, reward_checks)))))
-        <= known
-    )
+    rooms = (doctor, examination, findings, generation, models, rewards)
+    assert set(re.findall(r"--(\w+)", "".join(map(inspect.getsource, rooms)))) <= known

@@ -18,22 +18,30 @@ import torch
 import torch.distributed as dist
 
 from remax.algorithms import build_algorithm, build_penalty
-from remax.checkpoint import export, full_state_dict
-from remax.deepspeed_config import EngineConfig
-from remax.ema import WeightAverage
-from remax.engines import Actor, OptimizerConfig, Reference, Reward, TrainedReward, loading
-from remax.evaluation import First, evaluate_policy, perplexity
-from remax.finetune import DirectPreference, FinetuneSettings, Ranking, Supervised, finetune, total_steps
-from remax.logprobs import Sampling
-from remax.losses import ranking_losses, supervised_loss
-from remax.modeling import add_lora, evaluating, load_policy, quiet_libraries
-from remax.ranking import ranking_accuracy
-from remax.reward_functions import RewardFunction
-from remax.reward_model import load_reward_model, prepare_pad_token
-from remax.rewards import CompositeReward, FunctionReward, Part
-from remax.rollout import GenerationSettings
-from remax.sequences import Prompts, Rollout, Sequences
-from remax.trainer import Timer, Trainer, TrainerSettings
+from remax.checkpoint.ema import WeightAverage
+from remax.checkpoint.export import export, full_state_dict
+from remax.core.batches import First
+from remax.core.losses import ranking_losses, supervised_loss
+from remax.core.rollout import Rollout
+from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts, Sequences
+from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.optimizer import OptimizerConfig
+from remax.engines.policy import Actor, Reference
+from remax.engines.scorer import Reward, TrainedReward
+from remax.engines.zero import loading
+from remax.evaluation.policy import evaluate_policy, perplexity
+from remax.evaluation.ranking import ranking_accuracy
+from remax.generation.decode import GenerationSettings
+from remax.models.loading import evaluating, quiet_libraries
+from remax.models.lora import add_lora
+from remax.models.policy import load_policy
+from remax.models.reward_model import load_reward_model, prepare_pad_token
+from remax.rewards.composite import CompositeReward, FunctionReward, Part
+from remax.rewards.functions import RewardFunction
+from remax.training.finetune import FinetuneSettings, finetune, total_steps
+from remax.training.tasks import DirectPreference, Ranking, Supervised
+from remax.training.trainer import Timer, Trainer, TrainerSettings
 from utils.data.loaders import build_loaders
 from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger

@@ -11,8 +11,9 @@ import torch
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.reinforce import Reinforce
 from remax.algorithms.remax import ReMax
-from remax.logprobs import PolicyOutput
-from remax.sequences import Rollout, Sequences
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
+from remax.core.sequences import Sequences
 
 SEQUENCES = Sequences(torch.tensor([[2, 0], [2, 1]]), torch.tensor([1, 1]), torch.tensor([1, 1]))
 

@@ -24,8 +24,10 @@ from remax.algorithms.ppo import PPO
 from remax.algorithms.reinforce import Reinforce
 from remax.algorithms.remax import ReMax
 from remax.algorithms.rloo import RLOO
-from remax.logprobs import PolicyOutput, Sampling, token_stats
-from remax.sequences import Prompts, Rollout, Sequences
+from remax.core.logprobs import PolicyOutput, token_stats
+from remax.core.rollout import Rollout
+from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts, Sequences
 
 EOS = 0  # also the padding
 BETA = 0.3

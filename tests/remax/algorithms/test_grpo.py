@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from remax.algorithms.grpo import GRPO, grpo_advantages
-from remax.logprobs import PolicyOutput
-from remax.sequences import Rollout, Sequences
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
+from remax.core.sequences import Sequences
 
 
 def test_advantages_by_hand():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from remax.algorithms import ALGORITHMS, KLPenalty, build_algorithm
-from remax.logprobs import PolicyOutput, token_stats
-from remax.sequences import Rollout, Sequences
+from remax.core.logprobs import PolicyOutput, token_stats
+from remax.core.rollout import Rollout
+from remax.core.sequences import Sequences
 
 VOCABULARY, WIDTH, PAD = 6, 5, 0
 PROMPTS, ANSWERS = [3, 1, 4, 2, 2, 5, 1, 3], [4, 1, 2, 6, 3, 1, 5, 2]

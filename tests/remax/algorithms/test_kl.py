@@ -9,7 +9,7 @@ import torch
 
 from remax.algorithms import ALGORITHMS
 from remax.algorithms.kl import PENALTIES, KLPenalty, build_penalty, reverse_cumsum, token_kl
-from remax.sequences import length_mask
+from remax.core.sequences import length_mask
 
 LENGTHS = torch.tensor([3, 1])
 MASK = length_mask(LENGTHS, 3)

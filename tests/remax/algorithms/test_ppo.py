@@ -9,8 +9,9 @@ import torch
 
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.ppo import PPO, clipped_policy_loss, clipped_value_loss, gae, token_rewards
-from remax.logprobs import PolicyOutput
-from remax.sequences import Rollout, Sequences, length_mask
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
+from remax.core.sequences import Sequences, length_mask
 
 LENGTHS = [4, 1, 3]
 MASK = length_mask(torch.tensor(LENGTHS), 4)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from remax.algorithms.reinforce import Reinforce
-from remax.sequences import Rollout, Sequences
+from remax.core.rollout import Rollout
+from remax.core.sequences import Sequences
 
 
 def rollout(*rewards: float) -> Rollout:

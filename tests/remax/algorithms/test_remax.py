@@ -7,8 +7,9 @@ import torch
 
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.remax import ReMax, remax_advantages
-from remax.logprobs import PolicyOutput
-from remax.sequences import Rollout, Sequences
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
+from remax.core.sequences import Sequences
 
 
 def rollout(lengths: list[int], prompt_length: int = 2, seed: int = 0) -> Rollout:

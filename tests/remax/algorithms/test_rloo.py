@@ -7,8 +7,9 @@ import torch
 
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.rloo import RLOO, rloo_advantages
-from remax.logprobs import PolicyOutput
-from remax.sequences import Rollout, Sequences
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
+from remax.core.sequences import Sequences
 
 OLD = torch.tensor([[-0.5, -1.0], [-2.0, 0.0]])
 REFERENCE = torch.tensor([[-1.0, -1.2], [-1.9, 0.0]])  # k1: 0.5, 0.2 and -0.1

@@ -1,0 +1,173 @@
+"""What the algorithms have in common: clipping, discount, groups, aggregation, and the loss of the on-policy ones.
+
+Every algorithm is a dataclass of its hyper-parameters that the trainer calls in one way:
+
+    rollout = algorithm.prepare(rollout)                  # once a rollout: numbers that need more than one row
+    denominator = sum over ranks of algorithm.count(rollout.sequences)
+    for batch in rollout.split(rows):                     # any cut
+        loss, metrics = algorithm.loss(batch, output, denominator)
+    algorithm.update(mean_metrics(sum of metrics over micro-batches and ranks))
+
+A loss is a sum over the micro-batch divided by the denominator of the WHOLE optimizer step (all micro-batches, all
+ranks), so that adding the gradients up gives the same update however the rows are cut.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from remax.algorithms.kl import KLPenalty, token_kl
+from remax.algorithms.terms import AGGREGATIONS, aggregate, masked_total, token_advantages
+from remax.core.logprobs import PolicyOutput
+from remax.core.rollout import Rollout
+from remax.core.sequences import Sequences
+
+Totals = dict[str, float]
+
+
+def on_one_rank(totals: dict[str, float | Tensor]) -> Totals:
+    """The sums over ranks, where there is one rank."""
+    return {name: float(value) for name, value in totals.items()}
+
+
+def mean_metrics(totals: Totals) -> Totals:
+    """Sums over micro-batches and ranks -> means.
+
+    `rows/x` is divided by the number of answers and `tokens/x` by that of answer tokens, both losing their prefix;
+    anything else is complete as a sum. A name may occur once.
+    """
+    means = {}
+    for name, total in totals.items():
+        kind, _, short = name.partition("/")
+        means[short or name] = total / max(totals[kind], 1.0) if short else total
+    return means
+
+
+@dataclass
+class Algorithm(ABC):
+    """The hyper-parameters that all algorithms know, and what the trainer reads.
+
+    kl: the penalty.   gamma: discount per token.   loss_aggregation: see `aggregate`.
+    clip_reward_value: limit in units of reward, 0 for none.   clip_on: what it acts on, the `reward` or the
+    `difference` from the baseline (for groups: the advantage of the answer).
+    entropy_coef: weight of the bonus sum_t H_t, reward per nat; its gradient holds the states fixed.
+    sum_across_ranks: adds named numbers up over all ranks; one rank by default.
+    """
+
+    kl: KLPenalty = field(default_factory=KLPenalty)
+    gamma: float = 1.0
+    clip_reward_value: float = 5.0
+    clip_on: str = "reward"
+    loss_aggregation: str = "sequence"
+    entropy_coef: float = 0.0
+    sum_across_ranks: Callable[[dict[str, float | Tensor]], Totals] = field(default=on_one_rank, repr=False)
+
+    greedy: ClassVar[bool] = False  # needs Rollout.baseline
+    critic: ClassVar[bool] = False  # needs Rollout.values, and has value_loss
+    samples_per_prompt: ClassVar[int] = 1
+    epochs: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.clip_on not in ("reward", "difference"):
+            raise ValueError(f"clip_on {self.clip_on!r} is unknown; choose reward or difference")
+        if self.loss_aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f"loss_aggregation {self.loss_aggregation!r} is unknown; choose from {', '.join(AGGREGATIONS)}"
+            )
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}; it must lie in (0, 1]")
+        if self.clip_reward_value < 0:
+            raise ValueError(f"clip_reward_value is {self.clip_reward_value}; it must be positive, or 0 for none")
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether `prepare` or `loss` reads Rollout.old_logprobs: a forward of the actor before the update."""
+        return False
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `loss` needs PolicyOutput.entropy, with gradient (it is reported whenever it is there)."""
+        return self.entropy_coef != 0
+
+    @abstractmethod
+    def prepare(self, rollout: Rollout) -> Rollout:
+        """Fills `advantages` for all answers that this rank collected for one optimizer step."""
+
+    def loss(
+        self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return on_policy_loss(self, batch, output, denominator)
+
+    def count(self, sequences: Sequences) -> Tensor:
+        """This batch's share of the loss's denominator: answers, or answer tokens."""
+        return sequences.answer_lengths.sum() if self.loss_aggregation == "token" else torch.tensor(len(sequences))
+
+    def update(self, metrics: Totals) -> None:
+        """After an optimizer step, with the means over all ranks."""
+        if self.kl.target is not None:
+            self.kl.update(metrics["kl"], metrics["rows"])
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {"kl_coefficient": self.kl.coefficient}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        if self.kl.target is not None:  # a fixed coefficient is the user's, also after a resume with another one
+            self.kl.coefficient = state["kl_coefficient"]
+
+
+def with_advantages(rollout: Rollout, advantages: Tensor) -> Rollout:
+    """Equal advantages (B,) for all tokens of an answer."""
+    return replace(rollout, advantages=advantages[:, None])
+
+
+def regularisers(
+    algorithm: Algorithm, batch: Rollout, output: PolicyOutput, *, penalised: bool = True
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """-> (B, A) to subtract from the advantages (detached), (B, A) to add to the loss (with gradient), metrics.
+
+    `penalised=False`: the KL is in `batch.advantages` already, and only measured here.
+    """
+    mask, kl = batch.sequences.answer_mask, algorithm.kl
+    zeros = torch.zeros_like(output.logprobs)
+    in_advantage, in_loss, metrics = zeros.detach(), zeros, {}
+    if batch.reference_logprobs is not None:
+        metrics["rows/kl"] = masked_total(output.logprobs - batch.reference_logprobs, mask)  # k1, whatever is penalised
+    if kl.active and penalised:
+        costs = token_kl(output.logprobs, batch.reference_logprobs, kl.estimator, output.full_kl)
+        if kl.where == "loss" and not costs.requires_grad:
+            raise ValueError("a KL in the loss needs its costs with gradient")
+        in_advantage, in_loss = kl.in_advantage(costs, mask), kl.in_loss(costs, mask)
+    if output.entropy is not None:
+        metrics["tokens/entropy"] = masked_total(output.entropy, mask)
+    if algorithm.needs_entropy:
+        if output.entropy is None or not output.entropy.requires_grad:
+            raise ValueError("an entropy bonus needs PolicyOutput.entropy, with gradient")
+        in_loss = in_loss - algorithm.entropy_coef * output.entropy
+    return in_advantage, in_loss, metrics
+
+
+def on_policy_loss(
+    algorithm: Algorithm, batch: Rollout, output: PolicyOutput, denominator: float | Tensor, *, penalised: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """For answers drawn from the present policy: -sum_t A_t log pi(y_t), with A_t detached, and the KL in the loss."""
+    mask = batch.sequences.answer_mask
+    in_advantage, in_loss, metrics = regularisers(algorithm, batch, output, penalised=penalised)
+    advantages = token_advantages(batch.advantages, mask, algorithm.gamma, in_advantage)  # (B, A)
+    loss = aggregate(-advantages * output.logprobs + in_loss, mask, algorithm.loss_aggregation, denominator)
+    return loss, {**metrics, **common_metrics(loss, advantages, mask)}
+
+
+def common_metrics(loss: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    return {
+        "loss": loss.detach(),
+        "rows": torch.tensor(len(mask)),
+        "tokens": mask.sum(),
+        "tokens/advantage": masked_total(advantages, mask),
+        "tokens/advantage_square": masked_total(advantages.square(), mask),
+    }

@@ -1,0 +1,65 @@
+"""The terms that the algorithms' formulas are made of: free functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remax.algorithms.kl import reverse_cumsum
+
+AGGREGATIONS = ("sequence", "token", "sequence_mean")
+
+
+def clip(x: Tensor, limit: float) -> Tensor:
+    """x in [-limit, limit]; 0 does not clip."""
+    return x.clamp(-limit, limit) if limit else x
+
+
+def clipped_difference(reward: Tensor, baseline: Tensor, limit: float, clip_on: str) -> Tensor:
+    """(B,) rewards and baselines -> (B,) clip(r - b) on the `difference`, clip(r) - clip(b) on the `reward`."""
+    return clip(reward - baseline, limit) if clip_on == "difference" else clip(reward, limit) - clip(baseline, limit)
+
+
+def discount(mask: Tensor, gamma: float, dtype: torch.dtype) -> Tensor:
+    """(B, A) mask -> (B, A) weights gamma^(T-t+1), t = 1..T: a factor for each token left, the present one included.
+
+    The last token has exponent 1, as in the ReMax authors' code. gamma = 1 is Algorithm 1 of the paper.
+    """
+    left = reverse_cumsum(mask.long())  # T, T-1, .., 1, 0, 0
+    return torch.full((), gamma, dtype=dtype, device=mask.device) ** left * mask
+
+
+def grouped(x: Tensor, samples_per_prompt: int) -> Tensor:
+    """(B,) -> (B/k, k): the k answers of one prompt stand in adjacent rows."""
+    if len(x) % samples_per_prompt:
+        raise ValueError(f"{len(x)} answers cannot be groups of {samples_per_prompt} answers to one prompt")
+    return x.view(-1, samples_per_prompt)
+
+
+def leave_one_out_mean(x: Tensor, samples_per_prompt: int) -> Tensor:
+    """(B,) -> (B,): mean of the other answers to the same prompt."""
+    groups = grouped(x, samples_per_prompt)  # (B/k, k)
+    return ((groups.sum(1, keepdim=True) - groups) / (samples_per_prompt - 1)).flatten()
+
+
+def aggregate(per_token: Tensor, mask: Tensor, aggregation: str, denominator: float | Tensor) -> Tensor:
+    """(B, A) -> scalar: sum over the answer tokens, over the step's denominator.
+
+    sequence: over answers; the sum over an answer's tokens, mean over answers. Unbiased for E[R].
+    token: over answer tokens. Their number is random too, so a step of few answers is a little biased (as 1 / answers).
+    sequence_mean: over answers; the mean over an answer's tokens, so that each token of a long answer counts less.
+    """
+    per_token = per_token.masked_fill(~mask, 0.0)
+    if aggregation == "sequence_mean":
+        per_token = per_token / mask.sum(1, keepdim=True).clamp(min=1)
+    return per_token.sum() / denominator
+
+
+def masked_total(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, A) -> scalar sum over answer tokens, detached: a metric."""
+    return x.detach().masked_fill(~mask, 0.0).sum()
+
+
+def token_advantages(advantage: Tensor, mask: Tensor, gamma: float, penalty: Tensor) -> Tensor:
+    """(B, 1) advantage of the answer, (B, A) penalty -> (B, A): A_t = gamma^(T-t+1) * advantage - penalty_t."""
+    return discount(mask, gamma, penalty.dtype) * advantage.to(penalty.dtype) - penalty

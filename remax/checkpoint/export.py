@@ -1,0 +1,109 @@
+"""Hugging Face export of a model at any ZeRO stage: a folder that plain transformers loads.
+
+The state dict is gathered parameter by parameter onto rank 0, so that no other rank holds more than one full parameter,
+and adapters are merged in that copy: the training model keeps its adapters apart and goes on learning.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remax.engines.zero import gathered
+from remax.models.lora import merge_adapters
+from remax.models.policy import PolicyModel
+from remax.models.reward_model import RewardModel
+from utils.distributed import barrier, is_main, print0, shutdown
+from utils.run import STOPPED
+
+
+def full_state_dict(hf: PreTrainedModel, zero3: bool) -> dict[str, Tensor]:
+    """Whole tensors in CPU memory on rank 0, an empty dict on the others. Every rank must call it. Tied tensors appear
+    once.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in hf.named_parameters():  # tied parameters are listed once
+        with gathered([parameter], zero3):
+            if is_main():
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if is_main():
+        persistent = hf.state_dict().keys()
+        state |= {name: b.detach().to("cpu", copy=True) for name, b in hf.named_buffers() if name in persistent}
+    return state
+
+
+def export(
+    model: PolicyModel | RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    zero3: bool,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes weights (safetensors), config, generation config and tokenizer. Every rank must call it; it returns when
+    all is written.
+
+    `state` replaces the model's own weights (an average of them). All files are written aside first and then moved into
+    `folder`, which may hold other files (the run's logs).
+    """
+    hf, folder = model.hf, Path(folder)
+    state = merge_adapters(full_state_dict(hf, zero3) if state is None else state, hf)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".partial"
+        _without_adapters(hf).save_pretrained(partial, state_dict=state)
+        if isinstance(model, PolicyModel):
+            model.own_generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _move_files(partial, folder)
+    barrier()
+
+
+def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
+    """An empty model of the same configuration, so that saving neither sees adapters nor moves any weight."""
+    with torch.device("meta"):
+        plain = type(hf)(hf.config).to(hf.dtype)  # the config will name this number format
+    if hf.can_generate():
+        plain.generation_config = hf.generation_config
+    return plain
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Moves every file of `source` into `target`; weight files of an earlier export that the new one does not have go
+    away.
+    """
+    new = {path.name for path in source.iterdir()}
+    for path in source.iterdir():
+        path.replace(target / path.name)
+    source.rmdir()
+    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+        for path in target.glob(pattern):
+            if path.name not in new:
+                path.unlink()
+
+
+def export_and_exit(
+    stopped: Exception,
+    model: PolicyModel | RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    zero3: bool,
+) -> NoReturn:
+    """The end of a training that stopped: writes the model as it now is, says why, and exits with status STOPPED."""
+    export(model, tokenizer, folder, zero3=zero3)
+    print0(f"training stopped. {stopped}. The model as it is now: {folder}")
+    shutdown()
+    sys.exit(STOPPED)
+
+
+def note(folder: str | Path, name: str, values: dict) -> None:
+    """A small json file beside an export, on rank 0: why it was saved and how good it is."""
+    if is_main():
+        (Path(folder) / name).write_text(json.dumps(values, indent=2) + "\n")

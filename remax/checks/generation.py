@@ -1,0 +1,216 @@
+"""The checks of generation: it agrees with the training forward, whatever the padding and the batch."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from remax.checks.findings import SKIPPED, TOLERANCE, WARNING, Finding, combine, finding, gap
+from remax.checks.rewards import called
+from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts, Sequences
+from remax.engines.base import FrozenEngine, TrainedEngine
+from remax.engines.policy import Actor, FrozenActor, Reference
+from remax.generation.decode import rollout
+from remax.models.loading import evaluating
+from remax.rewards.composite import CompositeReward
+
+PROBE_ROWS = 4  # prompts on each rank, besides one that is there to be padded
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Answers to a few prompts, generated as training generates them. The last row is the second half of the longest
+    prompt, so that padding always occurs.
+
+    drawn_from: (B, A) log-probs of the sampled tokens in the distributions that generation drew them from.
+    """
+
+    prompts: Prompts
+    sampled: Sequences
+    greedy: Sequences
+    drawn_from: Tensor
+
+
+def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
+    """The first `rows` prompts, and the second half of the longest of them: it has padding on the left."""
+    ids, lengths = prompts.input_ids[:rows], prompts.lengths[:rows]  # (B, P), (B,)
+    longest = int(lengths.argmax())
+    half = torch.clamp(lengths[longest] // 2, min=1)
+    return Prompts(torch.cat([ids, ids[longest : longest + 1]]), torch.cat([lengths, half[None]]))
+
+
+def generating(actor: Actor | FrozenActor) -> AbstractContextManager[bool]:
+    return actor.generating() if isinstance(actor, Actor) else nullcontext(False)
+
+
+def take_probe(actor: Actor | FrozenActor, prompts: Prompts) -> Probe:
+    prompts, scores = with_padded_row(prompts, PROBE_ROWS), []
+    settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
+    with generating(actor) as synced:
+        sampled, greedy = rollout(actor.model.hf, prompts, settings, synced_gpus=synced, scores=scores)
+    return Probe(prompts, sampled, greedy, score_logprobs(scores, sampled.answer_ids))
+
+
+def score_logprobs(scores: list[Tensor], ids: Tensor) -> Tensor:
+    """Logits of the decode's steps, (at least B, V) each, and (B, A) tokens -> (B, A) log-probs."""
+    steps = zip(scores, ids.T, strict=False)  # the decode may have gone on for other rows
+    return torch.stack([step[: len(y)].log_softmax(-1).gather(-1, y[:, None]).squeeze(-1) for step, y in steps], 1)
+
+
+@torch.no_grad()
+def logprobs_under(engine: TrainedEngine | FrozenEngine, sequences: Sequences, sampling: Sampling) -> Tensor:
+    """(B, A) log-probs by the training forward, without dropout."""
+    with evaluating(engine.model):
+        return engine.engine(sequences, sampling=sampling)[0]
+
+
+def check_greedy(actor: Actor | FrozenActor, probe: Probe) -> Finding:
+    """Every greedy token has the largest logit of the training forward.
+
+    With top_k = 1 the evaluated distribution keeps the largest logit z* and the given token's z, so its log-prob is
+    -log(1 + exp(z* - z)), and 0 when the token is the largest itself: the distance z* - z without any full logits.
+    """
+    logp = logprobs_under(actor, probe.greedy, Sampling(top_k=1)).double()[probe.greedy.answer_mask]
+    distance = torch.expm1(-logp).log().clamp(min=0.0)  # log(0) = -inf, clamped: the token is the argmax
+    tolerance = 10 * TOLERANCE[actor.config.dtype] if actor.config.dtype == "fp32" else 0.25  # 2 units of bf16 at 16
+    missed = combine((distance > tolerance).double())
+    size = combine(distance)
+    return finding(
+        "greedy tokens are the argmax",
+        missed.mean <= 0.01,
+        f"{missed.mean:.1%} of {missed.count} tokens are not, largest logit distance {size.largest:.2g}",
+        "the greedy baseline would be no greedy answer: look for logits processors, a patched generate, or dropout in "
+        "generation",
+        share=missed.mean,
+        largest=size.largest,
+    )
+
+
+def check_drawn(actor: Actor | FrozenActor, probe: Probe) -> Finding:
+    """The log-probs that generation drew its tokens with equal those of the training forward."""
+    logprobs = logprobs_under(actor, probe.sampled, actor.generation.sampling)
+    size = gap(probe.drawn_from, logprobs, probe.sampled.answer_mask)
+    return finding(
+        "generation agrees with the forward",
+        size.mean <= TOLERANCE[actor.config.dtype],
+        f"log-probs differ by {size} nats over {size.count} tokens",
+        "the update would learn from another distribution than the answers come from: look for a penalty or top_k in "
+        "generation_config.json, an attention kernel that mishandles padding (--attn_implementation sdpa), or use "
+        "--actor_dtype fp32 to see whether rounding is the cause",
+        mean=size.mean,
+        largest=size.largest,
+    )
+
+
+def check_padding(actor: Actor | FrozenActor, probe: Probe) -> Finding:
+    """A prompt decoded in a left-padded batch has the log-probs that it has alone."""
+    length = int(probe.prompts.lengths[-1])
+    alone = Prompts(probe.prompts.input_ids[-1:, -length:], probe.prompts.lengths[-1:])
+    settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
+    answers, steps = [], []
+    for prompts in (probe.prompts, alone):
+        scores: list[Tensor] = []
+        with generating(actor) as synced:
+            _, greedy = rollout(actor.model.hf, prompts, settings, samples=0, synced_gpus=synced, scores=scores)
+        answers.append(greedy.answer_ids[-1][: int(greedy.answer_lengths[-1])])
+        steps.append([step[-1:] for step in scores])
+    n = min(len(answer) for answer in answers)
+    same = (answers[0][:n] == answers[1][:n]).long().cumprod(0).sum()
+    n = min(n, int(same) + 1)  # up to the first token that differs, the contexts are equal
+    ids = answers[0][None, :n]
+    size = gap(score_logprobs(steps[0], ids), score_logprobs(steps[1], ids))
+    return finding(
+        "padding changes nothing",
+        size.mean <= TOLERANCE[actor.config.dtype],
+        f"log-probs of a padded and a single prompt differ by {size} nats over {size.count} tokens",
+        "the model does not derive positions from the attention mask: use another --attn_implementation, or "
+        "--per_device_generation_batch_size 1",
+        mean=size.mean,
+        largest=size.largest,
+    )
+
+
+def check_noise(actor: Actor | FrozenActor, probe: Probe, vocabulary: int) -> Finding:
+    """The policy knows something: its entropy is well below that of drawing words at random."""
+    with evaluating(actor.model):
+        entropy = actor.engine(probe.sampled, entropy=True)[1]
+    mean, top = combine(entropy.double()[probe.sampled.answer_mask]).mean, math.log(vocabulary)
+    return finding(
+        "answers are not noise",
+        mean <= 0.7 * top,
+        f"entropy {mean:.2f} nats per token, of {top:.2f} for random words",
+        "the actor looks untrained: start from a model fine-tuned in step 1",
+        bad=WARNING,
+        entropy=mean,
+    )
+
+
+def check_batching(actor: Actor | FrozenActor, reward: CompositeReward, probe: Probe) -> Finding:
+    """Log-probs, and every reward model's scores, of the shortest and the longest row are the same in the batch and
+    alone.
+    """
+    sequences = probe.sampled
+    rows = [int(sequences.lengths.argmin()), int(sequences.lengths.argmax())]
+    single = [sequences.select(slice(row, row + 1)) for row in rows]
+    logprobs = logprobs_under(actor, sequences, Sampling()).double()
+    alone = [logprobs_under(actor, row, Sampling())[0].double() for row in single]
+    policy = combine(torch.cat([(logprobs[i, : len(x)] - x).abs() for i, x in zip(rows, alone, strict=True)]))
+    figure, good, worst = f"log-probs differ by {policy} nats", policy.mean <= TOLERANCE[actor.config.dtype], 0.0
+    for part in reward.models:
+        scores = part.scorer.score(sequences).double()[rows]
+        alone = torch.cat([part.scorer.score(row) for row in single]).double()
+        judge = combine((scores - alone).abs() / (1 + scores.abs())).largest
+        figure += f", {called('scores', part, reward)} by {judge:.2g} of their size"
+        good, worst = good and judge <= TOLERANCE[part.scorer.config.dtype], max(worst, judge)
+    return finding(
+        "rows do not touch one another",
+        good,
+        f"alone and in a batch: {figure}",
+        "a model attends to later tokens or to padding: it must be a causal decoder; use another --attn_implementation",
+        logprobs=policy.mean,
+        scores=worst,
+    )
+
+
+def check_dropout(actor: Actor | FrozenActor, probe: Probe) -> Finding:
+    """Log-probs in training mode equal those in evaluation mode, in which answers are generated."""
+    name = "no dropout in the update"
+    if not isinstance(actor, TrainedEngine):
+        return Finding(name, SKIPPED, "step 3 looks at it: --disable_actor_dropout")
+    was_training = actor.model.training
+    actor.train()
+    size = gap(actor.logprobs(probe.sampled).logprobs, actor.old_logprobs(probe.sampled), probe.sampled.answer_mask)
+    actor.train(was_training)
+    return finding(
+        name,
+        size.mean <= TOLERANCE[actor.config.dtype],
+        f"log-probs in training and in evaluation mode differ by {size} nats",
+        "answers come from the model without dropout, the update learns with it: --disable_actor_dropout",
+        bad=WARNING,
+        mean=size.mean,
+    )
+
+
+def check_reference(actor: Actor | FrozenActor, reference: Reference | None, probe: Probe, resumed: bool) -> Finding:
+    """Before the first update the policy is the reference: their KL is 0."""
+    name = "KL to the reference is 0"
+    if reference is None:
+        return Finding(name, SKIPPED, "the reference is loaded from the actor's folder in step 3")
+    policy, frozen = (logprobs_under(engine, probe.sampled, Sampling()) for engine in (actor, reference))
+    size = gap(policy, frozen, probe.sampled.answer_mask)
+    if resumed:
+        return Finding(name, SKIPPED, f"resumed: log-probs differ by {size} nats", numbers={"mean": size.mean})
+    return finding(
+        name,
+        size.mean <= TOLERANCE[actor.config.dtype],
+        f"log-probs differ by {size} nats",
+        "actor and reference must start from the same weights, in the same number format: --actor_model_name_or_path, "
+        "--actor_dtype",
+        mean=size.mean,
+    )

@@ -1,0 +1,154 @@
+"""The checks of models and tokenizers that go together, and of an export that reads back."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from remax.checkpoint.export import export
+from remax.checks.findings import EXACT, FAILURE, SKIPPED, TOLERANCE, WARNING, Finding, finding
+from remax.checks.generation import Probe, logprobs_under
+from remax.checks.rewards import called
+from remax.core.sampling import Sampling
+from remax.engines.base import FrozenEngine, TrainedEngine
+from remax.engines.policy import Actor, FrozenActor, Reference
+from remax.models.loading import count_parameters
+from remax.models.policy import load_policy
+from remax.rewards.composite import CompositeReward
+from utils.distributed import device, gather_objects, is_main
+from utils.tokenizer import load_tokenizer, same_vocabulary
+
+
+def engines(
+    actor: Actor | FrozenActor, reward: CompositeReward, reference: Reference | None = None
+) -> dict[str, TrainedEngine | FrozenEngine]:
+    """Every model by its name in the report."""
+    scorers = {called("reward model", part, reward): part.scorer for part in reward.models}
+    return {"actor": actor} | scorers | ({"reference": reference} if reference is not None else {})
+
+
+def check_tokens(
+    actor: Actor | FrozenActor,
+    reward: CompositeReward,
+    reference: Reference | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Finding]:
+    """Vocabulary, end token and pad token of all models."""
+    models = engines(actor, reward, reference)
+    rows = {name: engine.model.hf.get_input_embeddings().num_embeddings for name, engine in models.items()}
+    too_small = [f"the {name} embeds {n}" for name, n in rows.items() if n < len(tokenizer)]
+    theirs = {called("reward model", part, reward): part.tokenizer for part in reward.models}
+    differences = {name: same_vocabulary(tokenizer, its) for name, its in theirs.items()}
+    different = [f"{name}: {difference}" for name, difference in differences.items() if difference]
+    vocabulary = finding(
+        "vocabulary",
+        not different and not too_small and rows.get("reference", rows["actor"]) == rows["actor"],
+        ", ".join(different) or f"{len(tokenizer)} tokens" + "".join(f", {text}" for text in too_small),
+        "use a reward model that was trained from a model with the actor's tokenizer, and one reference with both: the "
+        "reward model reads the actor's token ids as they are",
+        tokens=len(tokenizer),
+    )
+
+    ends = list(actor.model.hf.generation_config.eos_token_id)
+    expected = tokenizer.eos_token_id
+    rewards_ends = {name: its.eos_token_id for name, its in theirs.items()}
+    others = [i for i in ends if i != expected]
+    if expected not in ends or any(end != expected for end in rewards_ends.values()):
+        end = Finding(
+            "end token",
+            FAILURE,
+            f"the tokenizer ends answers by {expected}, generation by {ends}"
+            + "".join(f", the {name}'s by {end}" for name, end in rewards_ends.items()),
+            "set one eos_token in all tokenizer_config.json, and eos_token_id in generation_config.json",
+        )
+    else:
+        end = finding(
+            "end token",
+            not others or not theirs,
+            f"{tokenizer.eos_token!r} ({expected})"
+            + (f"; answers may also end by {tokenizer.convert_ids_to_tokens(others)}" if others else ""),
+            "the reward model was trained on answers that end by its own eos_token: keep only that one in the actor's "
+            "generation_config.json",
+            bad=WARNING,
+        )
+
+    pad_id = actor.generation.pad_id
+    pad_token = finding(
+        "pad token",
+        pad_id == tokenizer.pad_token_id and 0 <= pad_id < min(rows.values()),
+        f"generation fills with {pad_id}, the tokenizer's pad is {tokenizer.pad_token_id}, the smallest embedding has "
+        f"{min(rows.values())} rows",
+        "give generation the tokenizer's pad token, and one that every model embeds (the end token will do)",
+    )
+    return [vocabulary, end, pad_token]
+
+
+def check_fit(actor: Actor | FrozenActor, reward: CompositeReward, max_prompt_tokens: int) -> Finding:
+    """Room for the longest prompt with the longest answer in every model."""
+    longest = max_prompt_tokens + actor.generation.max_new_tokens
+    known = {
+        name: getattr(engine.model.hf.config, "max_position_embeddings", None)
+        for name, engine in engines(actor, reward).items()
+    }
+    positions = {name: n for name, n in known.items() if n is not None}
+    return finding(
+        "prompts fit",
+        all(longest <= n for n in positions.values()),
+        f"prompt {max_prompt_tokens} + answer {actor.generation.max_new_tokens} = {longest} tokens"
+        + "".join(f", {name} {n}" for name, n in positions.items()),
+        "lower --max_prompt_seq_len or --max_answer_seq_len",
+        tokens=longest,
+        **{name.replace(" ", "_"): n for name, n in positions.items()},
+    )
+
+
+def check_sampling(actor: Actor | FrozenActor) -> Finding:
+    """Whether the update differentiates the distribution that answers come from."""
+    drawn, learned = actor.generation.sampling, getattr(actor, "sampling", actor.generation.sampling)
+    return finding(
+        "sampling is what is learned",
+        drawn == learned,
+        f"drawn at {drawn}" + ("" if drawn == learned else f", learned as {learned}"),
+        "the gradient is biased, as in the published runs; --logprobs_of sampling makes it exact",
+        bad=WARNING,
+    )
+
+
+def check_ranks() -> Finding:
+    """Whether every rank draws noise of its own: equal random states would give equal answers to equal prompts."""
+    state = torch.cuda.get_rng_state() if device().type == "cuda" else torch.get_rng_state()
+    states = gather_objects(zlib.crc32(state.numpy().tobytes()))
+    return finding(
+        "ranks draw different noise",
+        len(set(states)) == len(states),
+        f"{len(set(states))} random states on {len(states)} rank{'s' * (len(states) > 1)}",
+        "seed every rank differently before training (utils.distributed.set_seed)",
+    )
+
+
+def check_reload(actor: Actor | FrozenActor, tokenizer: PreTrainedTokenizerBase, probe: Probe, limit: int) -> Finding:
+    """What is exported is what was trained: the actor, written to a temporary folder and read again by rank 0."""
+    name, size = "export reads back the same", count_parameters(actor.model)
+    if size > limit:
+        return Finding(name, SKIPPED, f"{size / 1e6:,.0f} million parameters: not written to disk before training")
+    logprobs, distance = logprobs_under(actor, probe.sampled, Sampling()), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        export(actor.model, tokenizer, folder, zero3=actor.zero3)
+        if is_main():
+            dtype = actor.config.torch_dtype
+            again = load_policy(folder, "the exported actor", dtype=dtype, tokenizer=load_tokenizer(folder))
+            read = again.eval().to(device())(probe.sampled)[0]
+            distance = float((read.double() - logprobs.double()).abs()[probe.sampled.answer_mask].mean())
+    distance = gather_objects(distance)[0]
+    # The same weights in the same format give the same numbers; only merged adapters are rounded anew.
+    merged = any("lora_" in parameter for parameter, _ in actor.model.named_parameters())
+    return finding(
+        name,
+        distance <= (TOLERANCE[actor.config.dtype] if merged else EXACT),
+        f"log-probs differ by mean {distance:.2g} nats",
+        "what is saved would not be what trains: compare the versions with constraints.txt, and report it as a bug",
+        mean=distance,
+    )

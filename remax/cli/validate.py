@@ -1,0 +1,371 @@
+"""From the command line to flags that fit together: checks, and defaults that depend on other flags.
+
+`parse_step1`, `parse_step2` and `parse_step3` return one flat, typed object whose attributes are named as the flags. By
+then everything that can be known without loading a model has been checked, "auto" values and defaults that depend on
+other flags are filled in, and retired flags have been noted; a bad flag is a UserError naming it. torch is imported
+only after the other checks, so a refusal takes about a second. The flags themselves stand in `flags`,
+their reading in `command_line`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remax.cli.flags import DataFlags, PpoFlags, PreferenceFlags, Step1Arguments, Step2Arguments, Step3Arguments
+from remax.cli.model_names import check_model, looks_local
+from remax.cli.parser import read_flags
+from remax.rewards.functions import load_function
+from remax.rewards.sources import reward_sources
+from utils.data.names import exists, parse_name
+from utils.run import UserError
+
+if TYPE_CHECKING:
+    from remax.algorithms import Algorithm
+
+
+def parse_step1(argv: Sequence[str] | None = None) -> Step1Arguments:
+    """The flags of step 1 (default: of the command line), checked and completed; UserError when something is wrong."""
+    args = read_flags(Step1Arguments, argv, "Step 1: supervised fine-tuning")
+    _check_data(args, stage=0)
+    _check_finetune(args)
+    return args
+
+
+def parse_step2(argv: Sequence[str] | None = None) -> Step2Arguments:
+    """The flags of step 2, as `parse_step1`."""
+    args = read_flags(Step2Arguments, argv, "Step 2: reward model")
+    _check_data(args, stage=1)
+    _check_finetune(args)
+    _check_preference_loss(args)
+    return args
+
+
+def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
+    """The flags of step 3, as `parse_step1`."""
+    args = read_flags(Step3Arguments, argv, "Step 3: reinforcement learning from human feedback")
+    _check_data(args, stage=2)
+    _check_step3(args)
+    return args
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_data(args: Any, stage: int) -> None:
+    """The split, and the data files that are named as paths."""
+    try:
+        shares = [float(share) for share in args.data_split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares):
+        raise UserError(f"--data_split {args.data_split}: expected three numbers, 0 or more, such as 2,4,4")
+    if shares[stage] == 0:
+        raise UserError(
+            f"--data_split {args.data_split}: leaves nothing for step {stage + 1}; its share must be above 0"
+        )
+    for name in ("data_path", "sft_only_data_path"):
+        for path in getattr(args, name, []):
+            source = parse_name(path, f"--{name}").name
+            if looks_local(source) and not exists(source):
+                raise UserError(f"--{name} {path}: no such file or folder (looked from {Path.cwd()})")
+    _check_streaming(args)
+
+
+def _check_streaming(args: Any) -> None:
+    default = next(f.default for f in dataclasses.fields(DataFlags) if f.name == "shuffle_buffer")
+    if not args.streaming:
+        if args.shuffle_buffer != default:
+            raise UserError("--shuffle_buffer: has no effect without --streaming")
+        return
+    if not args.max_steps:
+        raise UserError(
+            "--streaming: needs --max_steps, since nobody knows how many rows will come, and the course of the "
+            "learning rate depends on the number of steps"
+        )
+    if args.preprocessing_num_workers is not None:
+        raise UserError("--preprocessing_num_workers with --streaming: nothing is prepared beforehand; leave one out")
+
+
+def _check_finetune(args: Any) -> None:
+    check_model("model_name_or_path", args.model_name_or_path)
+    _check_lora(args.lora_dim, args.only_optimize_lora, "lora_dim")
+    _check_offload(args, "zero_stage", "offload", "offload_parameters")
+    if args.packing and args.attn_implementation == "eager":
+        raise UserError("--packing with --attn_implementation eager: only sdpa and flash_attention_2 keep rows apart")
+    args.dtype = resolve_dtype("dtype", args.dtype, "bf16" if args.bf16 else None)
+    _no_bf16_without_zero(args, "dtype", "zero_stage")
+
+
+def _check_preference_loss(args: Step2Arguments) -> None:
+    """Flags that --loss does not read must be at their defaults."""
+    direct = ("dpo", "r-dpo")
+    readers = dict.fromkeys(
+        ("use_margin", "label_smoothing", "center_rewards_coefficient", "ranked_loss"), ("ranking",)
+    )
+    readers |= dict.fromkeys(("dpo_beta", "reference_zero_stage", "offload_reference_model"), direct)
+    readers["length_alpha"] = ("r-dpo",)
+    defaults = {f.name: f.default for f in dataclasses.fields(PreferenceFlags)}
+    for name, losses in readers.items():
+        if getattr(args, name) != defaults[name] and args.loss not in losses:
+            raise UserError(f"--{name} with --loss {args.loss}: only --loss {' and '.join(losses)} read it")
+    if args.ranked_loss == "plackett-luce" and args.label_smoothing:
+        raise UserError(
+            "--label_smoothing with --ranked_loss plackett-luce: it is a share of wrong pairs, and a whole ranking has "
+            "no opposite; use --ranked_loss pairs"
+        )
+    _resolve_frozen(args, "reference_zero_stage", "offload_reference_model")
+
+
+def _check_lora(dim: int, only: bool, dim_flag: str) -> None:
+    if only and dim == 0:
+        raise UserError(
+            f"--only_optimize_lora: there is nothing to train without LoRA; set --{dim_flag}, for example 128"
+        )
+
+
+def _check_offload(args: Any, stage_flag: str, offload_flag: str, parameters_flag: str | None = None) -> None:
+    stage = getattr(args, stage_flag)
+    if getattr(args, offload_flag) and stage == 0:
+        raise UserError(
+            f"--{offload_flag} with --{stage_flag} 0: offloading is a part of ZeRO; set --{stage_flag} 1, 2 or 3"
+        )
+    if parameters_flag and getattr(args, parameters_flag) and stage != 3:
+        raise UserError(f"--{parameters_flag} with --{stage_flag} {stage}: needs --{stage_flag} 3")
+
+
+def resolve_dtype(flag_name: str, dtype: str, alias: str | None) -> str:
+    """fp32, bf16 or fp16 from the flag, its older alias and the device."""
+    if alias is not None and dtype not in ("auto", alias):
+        raise UserError(
+            f"--{flag_name} {dtype} with --{flag_name.replace('dtype', alias)}: contradict one another; give one"
+        )
+    dtype = alias or dtype
+    if dtype in ("fp32", "bf16"):
+        return dtype
+    import torch  # two seconds: after the checks that need no device
+
+    on_gpu = torch.cuda.is_available()
+    if dtype == "fp16" and not on_gpu:
+        raise UserError(f"--{flag_name} fp16: DeepSpeed has no fp16 on a CPU; use fp32 or bf16")
+    if dtype == "auto":
+        dtype = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return dtype
+
+
+def _no_bf16_without_zero(args: Any, dtype_flag: str, stage_flag: str) -> None:
+    """Raises stage 0 to 1 for a bf16 model that is trained: at stage 0 DeepSpeed keeps no fp32 master weights."""
+    if getattr(args, dtype_flag) == "bf16" and getattr(args, stage_flag) == 0:
+        setattr(args, stage_flag, 1)
+        args.notices.append(f"--{stage_flag} 0: ZeRO 1 is used, since bf16 training without fp32 master weights drifts")
+
+
+# ------------------------------------------------------------------------------------------------------ checks, step 3
+
+SEVERAL_ANSWERS = ("rloo", "grpo")
+
+
+def _check_step3(args: Step3Arguments) -> None:
+    for name in ("actor_model_name_or_path", "critic_model_name_or_path"):
+        check_model(name, getattr(args, name))
+    check_reward(args)
+    if args.algo == "ppo" and not (args.critic_model_name_or_path or args.reward_model_name_or_path):
+        raise UserError(
+            "--algo ppo with --reward_fn alone: there is no reward model to make the critic from; give "
+            "--critic_model_name_or_path"
+        )
+    _check_lora(args.actor_lora_dim, args.only_optimize_lora, "actor_lora_dim")
+    if args.inference_tp_size is not None and args.inference_tp_size != 1:
+        raise UserError(
+            f"--inference_tp_size {args.inference_tp_size}: generation is not split over devices; leave it out, and "
+            "use --actor_zero_stage 3 for a model that is too large for one"
+        )
+    if args.unsupervised_dataset_config_name and not args.unsupervised_dataset_name:
+        raise UserError("--unsupervised_dataset_config_name: has no effect without --unsupervised_dataset_name")
+    if args.test_stop_step and not args.enable_test_mode:
+        args.notices.append("--test_stop_step: without effect, as --enable_test_mode is not set")
+    if args.log_variance_gradient_steps and not args.log_variance:
+        raise UserError("--log_variance_gradient_steps: has no effect without --log_variance")
+    if args.max_greedy_seq_len > args.max_answer_seq_len:
+        raise UserError(
+            f"--max_greedy_seq_len {args.max_greedy_seq_len}: must not exceed --max_answer_seq_len "
+            f"({args.max_answer_seq_len})"
+        )
+    _check_other_algorithms(args)
+    _check_frozen_and_offload(args)
+    _resolve_algorithm(args)
+    _check_batches(args)
+    import_functions(args)
+    _resolve_dtypes(args)
+
+
+def check_reward(args: Any) -> None:
+    """Of step 3 and of the doctor: there is a reward; its models' folders; weights."""
+    if not args.reward_model_name_or_path and not args.reward_fn:
+        raise UserError("--reward_model_name_or_path or --reward_fn: one of them is required; it says what to learn")
+    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    for model in models:
+        check_model("reward_model_name_or_path", model.name)
+    if args.normalize_reward and not models:
+        raise UserError("--normalize_reward with --reward_fn alone: it is for reward models, which know their mean")
+    defaults = {f.name: f.default for f in dataclasses.fields(type(args))}
+    if args.reward_fn_timeout != defaults["reward_fn_timeout"] and not args.reward_fn:
+        raise UserError("--reward_fn_timeout: has no effect without --reward_fn")
+
+
+def import_functions(args: Any) -> None:
+    """Imports what --reward_fn names; may take seconds, as these modules import what they like."""
+    for function in reward_sources(args.reward_model_name_or_path, args.reward_fn)[1]:
+        load_function(function.name)
+
+
+def _check_other_algorithms(args: Step3Arguments) -> None:
+    """Flags that --algo does not read must be at their defaults."""
+    readers = {f.name: ("ppo",) for f in dataclasses.fields(PpoFlags)} | {
+        "max_greedy_seq_len": ("remax",),
+        "two_pass_rollout": ("remax",),
+        "baseline_decay": ("reinforce",),
+    }
+    defaults = {f.name: f.default for f in dataclasses.fields(Step3Arguments)}
+    for name, algorithms in readers.items():
+        if getattr(args, name) != defaults[name] and args.algo not in algorithms:
+            reason = f"only --algo {', '.join(algorithms)} reads it"
+            if name in ("ppo_epochs", "ppo_mini_batches"):
+                reason = (
+                    "a rollout gets one step, since the estimate holds for the policy that wrote it; only ppo has more"
+                )
+            raise UserError(f"--{name} {getattr(args, name)} with --algo {args.algo}: {reason}")
+
+
+def _resolve_algorithm(args: Step3Arguments) -> None:
+    """Refuses what the algorithm cannot do and fills in the flags whose default is the algorithm's."""
+    if args.gamma is None:
+        args.gamma = 0.95 if args.algo in ("remax", "reinforce") else 1.0
+    samples = args.samples_per_prompt
+    if samples == 1 and args.algo in SEVERAL_ANSWERS:
+        raise UserError(
+            f"--samples_per_prompt 1 with --algo {args.algo}: it compares the answers to a prompt; 2 or more"
+        )
+    if samples is not None and samples > 1 and args.algo not in SEVERAL_ANSWERS:
+        raise UserError(
+            f"--samples_per_prompt {samples} with --algo {args.algo}: it takes one answer per prompt; use "
+            f"--algo {' or '.join(SEVERAL_ANSWERS)}"
+        )
+    if args.penalty == "none":
+        for name in ("kl_in", "kl_estimator", "adaptive_kl", "normalize_kl"):
+            if getattr(args, name):
+                raise UserError(f"--{name} with --penalty none: there is no KL penalty; leave one of them out")
+    algorithm = make_algorithm(args)
+    args.samples_per_prompt = algorithm.samples_per_prompt
+    args.clip_on = algorithm.clip_on
+    args.loss_aggregation = algorithm.loss_aggregation
+    args.kl_ctl = algorithm.kl.coefficient
+    if args.penalty != "none":
+        args.penalty = ("full_kl_" if algorithm.kl.estimator == "full" else "") + algorithm.kl.reach
+        args.kl_in, args.kl_estimator = algorithm.kl.where, algorithm.kl.estimator
+
+
+def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
+    """The algorithm that the flags describe.
+
+    Args:
+        more: settings that are no flags, such as `sum_across_ranks`.
+
+    Raises:
+        UserError: flags that contradict one another, or that this algorithm cannot follow.
+    """
+    from remax.algorithms import ALGORITHMS, build_algorithm, build_penalty  # imports torch: after the cheaper checks
+
+    settings: dict[str, Any] = {
+        "gamma": args.gamma,
+        "clip_reward_value": args.clip_reward_value,
+        "clip_on": args.clip_on,
+        "loss_aggregation": args.loss_aggregation,
+        "entropy_coef": args.entropy_coef,
+        "samples_per_prompt": args.samples_per_prompt,
+    }
+    if args.algo == "reinforce":
+        settings["baseline_decay"] = args.baseline_decay
+    if args.algo == "ppo":
+        settings["epochs"] = args.ppo_epochs
+        settings |= {name: getattr(args, name) for name in ("lam", "cliprange", "cliprange_value")}
+    kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl", "adaptive_kl")
+    try:
+        penalty = build_penalty(
+            ALGORITHMS[args.algo]().kl,
+            penalty=args.penalty,
+            kl_ctl=args.kl_ctl,
+            kl_estimator=args.kl_estimator,
+            kl_in=args.kl_in,
+            normalize_kl=args.normalize_kl,
+            kl_target=args.adaptive_kl_target if args.adaptive_kl else None,
+            kl_horizon=args.adaptive_kl_horizon,
+        )
+        return build_algorithm(args.algo, kl=penalty, **settings, **more)
+    except ValueError as error:
+        values = {name: getattr(args, name) for name in ("algo", *kl_flags, "clip_on", "loss_aggregation")}
+        values = {name: value for name, value in values.items() if value is not None and value is not False}
+        given = " ".join(f"--{name} {value}".removesuffix(" True") for name, value in values.items())
+        raise UserError(f"{given}: {error}") from error
+
+
+def _check_batches(args: Step3Arguments) -> None:
+    """Micro-batches, and ppo's mini-batches, must cut the rollout evenly."""
+    answers, micro = args.answers_per_rollout, args.per_device_training_batch_size
+    terms = "--per_device_generation_batch_size x --generation_batches x --gradient_accumulation_steps"
+    terms += " x --samples_per_prompt" if args.samples_per_prompt > 1 else ""
+    if answers % args.ppo_mini_batches:
+        raise UserError(
+            f"--ppo_mini_batches {args.ppo_mini_batches}: must divide the {answers} answers of a rollout ({terms})"
+        )
+    mini = answers // args.ppo_mini_batches
+    if mini % micro:
+        what = (
+            f"the {answers} answers of a rollout ({terms})"
+            if mini == answers
+            else f"the {mini} answers of a mini-batch"
+        )
+        fitting = max(n for n in range(1, min(micro, mini) + 1) if mini % n == 0)
+        raise UserError(f"--per_device_training_batch_size {micro}: must divide {what}; for example {fitting}")
+
+
+def _check_frozen_and_offload(args: Step3Arguments) -> None:
+    """ZeRO stages and offloading, model by model."""
+    _check_offload(args, "actor_zero_stage", "offload", "offload_parameters")
+    if args.zero3_generation == "synced" and args.actor_zero_stage != 3:
+        raise UserError(
+            f"--zero3_generation synced with --actor_zero_stage {args.actor_zero_stage}: is for ZeRO 3 only"
+        )
+    if args.critic_zero_stage is None:
+        args.critic_zero_stage = args.actor_zero_stage
+    if args.algo == "ppo":
+        _check_offload(args, "critic_zero_stage", "offload_critic")
+        _check_offload(args, "critic_zero_stage", "offload")
+        args.offload_critic = args.offload_critic or args.offload
+    for model in ("reference", "reward"):
+        _resolve_frozen(args, f"{model}_zero_stage", f"offload_{model}_model")
+
+
+def _resolve_dtypes(args: Step3Arguments) -> None:
+    """Number formats of the models."""
+    args.actor_dtype = resolve_dtype("actor_dtype", args.actor_dtype, "bf16" if args.actor_bf16 else None)
+    args.reward_dtype = resolve_dtype("reward_dtype", args.reward_dtype, "bf16" if args.reward_bf16 else None)
+    args.critic_dtype = resolve_dtype("critic_dtype", args.critic_dtype or args.actor_dtype, None)
+    _no_bf16_without_zero(args, "actor_dtype", "actor_zero_stage")
+    if args.algo == "ppo":
+        _no_bf16_without_zero(args, "critic_dtype", "critic_zero_stage")
+
+
+def _resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offload_flag: str) -> None:
+    """A frozen model has only parameters to share out: ZeRO 3, or 0."""
+    stage = getattr(args, stage_flag)
+    if getattr(args, offload_flag):
+        if stage != 3:
+            args.notices.append(
+                f"--{offload_flag} with --{stage_flag} {stage}: ZeRO 3 is used, which can offload parameters"
+            )
+        setattr(args, stage_flag, 3)
+    elif stage in (1, 2):
+        args.notices.append(f"--{stage_flag} {stage}: acts as 0, since this model is not trained")
+        setattr(args, stage_flag, 0)

@@ -1,0 +1,103 @@
+"""Log-probs, entropy and KL of answer tokens, in chunks: the full-vocabulary tensor of a batch never exists.
+
+A batch of B answers of A tokens over V words would make logits of B*A*V numbers, six times over in a naive loss. Here
+the head is applied to `chunk` tokens at a time and each chunk is computed again in the backward pass, so the peak is
+chunk*V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from remax.core.sampling import Sampling
+
+Head = Callable[[Tensor], Tensor]  # (n, H) hidden states -> (n, V) logits
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """Per answer token, all (B, A), padding columns 0: log-probs of the given tokens (with grad), entropy of the
+    distribution they were evaluated in, and KL(policy || reference) over the whole vocabulary, where asked for.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    full_kl: Tensor | None = None
+
+
+def chunk_stats(
+    logits: Tensor,
+    targets: Tensor,
+    sampling: Sampling,
+    entropy: bool,
+    reference_logits: Tensor | None,
+    stats_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, V) logits, (n,) targets -> (n,) log-prob of the target, (n,) entropy, (n,) KL to the reference's
+    distribution.
+
+    logp = z_y - logsumexp(z);  H = -sum_v p_v log p_v;  KL = sum_v p_v (log p_v - log q_v). In float32 or wider.
+    `stats_grad`: entropy and KL carry a gradient too, which keeps (n, V) tensors for the backward pass.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    logits = sampling.apply(logits, targets)
+    normaliser = logits.logsumexp(-1)  # (n,)
+    logprob = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+    zero = torch.zeros_like(logprob)
+    if not entropy and reference_logits is None:
+        return logprob, zero, zero
+    with torch.set_grad_enabled(stats_grad and torch.is_grad_enabled()):
+        logp = logits - normaliser[:, None]
+        p = logp.exp()
+        logp = logp.masked_fill(p == 0, 0.0)  # 0 * log 0 = 0
+        h = -(p * logp).sum(-1) if entropy else zero
+        if reference_logits is None:
+            return logprob, h, zero
+        logq = sampling.without_truncation().apply(reference_logits.to(logits.dtype), targets).log_softmax(-1)
+        return logprob, h, (p * (logp - logq)).sum(-1)
+
+
+def token_stats(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    *,
+    chunks: int = 1,
+    sampling: Sampling = Sampling(),
+    entropy: bool = False,
+    stats_grad: bool = False,
+    reference_hidden: Tensor | None = None,
+    reference_head: Head | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, H) hidden states and (N,) target ids -> log-probs, entropy, KL, each (N,), computed in `chunks` pieces.
+
+    With more than one piece each is recomputed in the backward pass. The number of pieces is the caller's, because
+    under ZeRO-3 each call of the head gathers its weight over all ranks: every rank must call it equally often. Rows
+    are added where N < chunks.
+    """
+
+    def piece(h: Tensor, y: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            reference_logits = reference_head(ref) if ref is not None else None
+        return chunk_stats(head(h), y, sampling, entropy, reference_logits, stats_grad)
+
+    n = len(targets)
+    if chunks == 1:
+        return piece(hidden, targets, reference_hidden)
+    if n < chunks:
+        rows = torch.arange(chunks, device=targets.device).clamp(max=n - 1)
+        hidden, targets = hidden[rows], targets[rows]
+        reference_hidden = reference_hidden[rows] if reference_hidden is not None else None
+    references = reference_hidden.tensor_split(chunks) if reference_hidden is not None else [None] * chunks
+    parts = [
+        checkpoint(piece, h, y, ref, use_reentrant=False, preserve_rng_state=False)
+        for h, y, ref in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), references, strict=True)
+    ]
+    logprob, h, kl = (torch.cat(column)[:n] for column in zip(*parts, strict=True))
+    return logprob, h, kl

@@ -1,0 +1,77 @@
+"""Scored answers: what an algorithm learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from remax.core.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Scored answers: what an algorithm learns from. Rows of one prompt are adjacent.
+
+    rewards: (B,) reward model's score of the answer.   baseline: (B,) reward of the greedy answer to the same prompt.
+    reference_logprobs, old_logprobs: (B, A) log-probs under the frozen reference, and under the policy that sampled.
+    values: (B, A) the critic's estimates before each answer token.   advantages, returns: (B, A), or advantages (B, 1)
+    when equal for all tokens of an answer.
+    """
+
+    sequences: Sequences
+    rewards: Tensor
+    baseline: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    reference_hidden: Tensor | None = None  # (B, A, H) for the full-vocabulary KL only
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def select(self, rows: Tensor | slice) -> Rollout:
+        """Some of the rows; per-token tensors are cut to the width of the longest answer among them."""
+        sequences = self.sequences.select(rows)
+        width = sequences.answer_width
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x[rows]
+            return x[:, :width] if x.dim() > 1 and x.shape[1] > 1 else x
+
+        rest = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name != "sequences"}
+        return Rollout(sequences, **rest)
+
+    def split(self, size: int, *, by_length: bool = True) -> Iterator[Rollout]:
+        """Micro-batches of at most `size` rows; rows of similar length together, so that little of them is padding.
+
+        Every rank cuts the same number of micro-batches from the same number of rows.
+        """
+        order = self.sequences.lengths.argsort(stable=True) if by_length else torch.arange(len(self))
+        for start in range(0, len(self), size):
+            yield self.select(order[start : start + size])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+        """Rows of several rollouts as one; all must have the same fields set."""
+        if len(parts) == 1:
+            return parts[0]
+        sequences = Sequences.concatenate([part.sequences for part in parts], pad_id)
+        width = sequences.answer_width
+
+        def join(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                return None
+            if values[0].dim() > 1 and max(v.shape[1] for v in values) > 1:
+                tail = (0, 0) * (values[0].dim() - 2)
+                values = [torch.nn.functional.pad(v, (*tail, 0, width - v.shape[1])) for v in values]
+            return torch.cat(values)
+
+        return Rollout(sequences, **{f.name: join(f.name) for f in fields(Rollout) if f.name != "sequences"})

@@ -1,0 +1,181 @@
+"""Typed batches of token ids; every mask, alignment and off-by-one of the project lives here.
+
+Layout. A `Sequences` row holds its prompt and then its answer from column 0 on, and padding only behind them. So
+positions count from zero in every model family, a causal model needs no attention mask, and a batch can be cut to its
+longest row. Per-token tensors of an answer have shape (B, A), column j belonging to answer token j, and the padding
+behind a short answer. Left padding exists only in `Prompts`, because generation needs all prompts to end in the same
+column.
+
+All masks come from lengths, never from `ids != pad`: the pad token may be EOS, and EOS may stand inside a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """(B,) lengths -> (B, width) bool, True in the first `lengths[i]` columns of row i."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def learned_mask(batch: dict[str, Tensor], sequences: Sequences) -> Tensor:
+    """(B, A) bool: the answer tokens that supervised learning counts: all, or those of the batch's `loss_mask` (B, A).
+
+    The mask comes with dialogues: what stands behind the first prompt holds the user's later turns as well.
+    """
+    mask = sequences.answer_mask
+    return mask & batch["loss_mask"] if "loss_mask" in batch else mask
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as generation takes them.
+
+    input_ids: (B, P) left-padded.   lengths: (B,) tokens of each prompt, at least 1.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, P) int64, 1 on the prompt's tokens, which are the last `lengths[i]` columns."""
+        return length_mask(self.lengths, self.input_ids.shape[1]).flip(1).long()
+
+    def to(self, device: torch.device | str) -> Prompts:
+        return Prompts(self.input_ids.to(device), self.lengths.to(device))
+
+    def repeat(self, times: int) -> Prompts:
+        """Each prompt `times` times, copies adjacent: (B * times, P)."""
+        return Prompts(self.input_ids.repeat_interleave(times, 0), self.lengths.repeat_interleave(times, 0))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts with their answers.
+
+    input_ids: (B, T) right-padded, prompt then answer.   prompt_lengths: (B,), at least 1.
+    answer_lengths: (B,) tokens of each answer, its EOS included; an empty answer that ended is EOS alone, so 1.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    answer_lengths: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:  # (B,)
+        return self.prompt_lengths + self.answer_lengths
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool: True on every real token."""
+        return length_mask(self.lengths, self.input_ids.shape[1])
+
+    @property
+    def end_index(self) -> Tensor:
+        """(B,) column of each row's last token, where the reward is read."""
+        return self.lengths - 1
+
+    @cached_property
+    def answer_width(self) -> int:
+        """A, the longest answer of the batch, at least 1. Kept, since reading it waits for a GPU."""
+        return max(int(self.answer_lengths.max()), 1)
+
+    @property
+    def answer_mask(self) -> Tensor:
+        """(B, A) bool: True on answer tokens, EOS included."""
+        return length_mask(self.answer_lengths, self.answer_width)
+
+    def answer(self, values: Tensor) -> Tensor:
+        """(B, T, ...) per-token values -> (B, A, ...) of the answer tokens; columns behind an answer repeat some valid
+        token.
+        """
+        columns = self.prompt_lengths[:, None] + torch.arange(self.answer_width, device=values.device)  # (B, A)
+        return self.at(values, columns)
+
+    def predictors(self, values: Tensor) -> Tensor:
+        """(B, T, ...) -> (B, A, ...): the values at the position that predicts answer token j, one before it."""
+        return self.at(values, self.predictor_columns)
+
+    @staticmethod
+    def at(values: Tensor, columns: Tensor) -> Tensor:
+        """(B, T, ...) values at some columns of each row: (B, ...) for columns (B,), (B, A, ...) for (B, A)."""
+        columns = columns.clamp(max=values.shape[1] - 1)
+        rows = torch.arange(len(values), device=values.device)
+        return values[rows[:, None] if columns.dim() > 1 else rows, columns]
+
+    @property
+    def predictor_columns(self) -> Tensor:
+        """(B, A) columns of the positions that predict the answer tokens; behind an answer they run on."""
+        return self.prompt_lengths[:, None] - 1 + torch.arange(self.answer_width, device=self.prompt_lengths.device)
+
+    @property
+    def answer_ids(self) -> Tensor:
+        """(B, A) ids of the answer tokens; what stands behind an answer is meaningless and masked by `answer_mask`."""
+        return self.answer(self.input_ids)
+
+    def trim(self) -> Sequences:
+        """The same rows, cut to the longest of them."""
+        return replace(self, input_ids=self.input_ids[:, : int(self.lengths.max())])
+
+    def select(self, rows: Tensor | slice) -> Sequences:
+        """Some of the rows, trimmed."""
+        return Sequences(self.input_ids[rows], self.prompt_lengths[rows], self.answer_lengths[rows]).trim()
+
+    def in_parts(self, parts: int) -> list[Sequences]:
+        """The rows in order, in so many parts of nearly equal size, each trimmed."""
+        return [self.select(rows) for rows in torch.arange(len(self)).tensor_split(parts)]
+
+    def to(self, device: torch.device | str) -> Sequences:
+        return Sequences(self.input_ids.to(device), self.prompt_lengths.to(device), self.answer_lengths.to(device))
+
+    @classmethod
+    def from_batch(cls, batch: dict[str, Tensor], prefix: str = "") -> Sequences:
+        """From a loader's batch: `input_ids` and `lengths` (or `chosen_ids`, `chosen_lengths`), and
+        `prompt_lengths`.
+        """
+        ids, lengths = (f"{prefix}_ids", f"{prefix}_lengths") if prefix else ("input_ids", "lengths")
+        return cls(batch[ids], batch["prompt_lengths"], batch[lengths] - batch["prompt_lengths"])
+
+    @classmethod
+    def from_generation(cls, prompts: Prompts, answers: Tensor, eos_ids: Sequence[int], pad_id: int) -> Sequences:
+        """`answers`: (B, A) ids as generated. An answer ends with its first EOS, which belongs to it; without one it
+        takes all of A.
+
+        A row of the result is the prompt without its left padding, then the answer without what was generated behind
+        EOS.
+        """
+        is_eos = torch.isin(answers, torch.tensor(list(eos_ids), device=answers.device))
+        before_or_at_first_eos = (is_eos.cumsum(1) - is_eos.long()) == 0  # (B, A)
+        answer_lengths = before_or_at_first_eos.sum(1)
+        joined = torch.cat([prompts.input_ids, answers], 1)  # (B, P + A)
+        start = prompts.input_ids.shape[1] - prompts.lengths  # (B,) columns of left padding
+        columns = start[:, None] + torch.arange(joined.shape[1], device=joined.device)
+        shifted = cls.at(joined, columns)
+        keep = length_mask(prompts.lengths + answer_lengths, joined.shape[1])
+        return cls(shifted.masked_fill(~keep, pad_id), prompts.lengths, answer_lengths).trim()
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Sequences], pad_id: int) -> Sequences:
+        width = max(part.input_ids.shape[1] for part in parts)
+        ids = [
+            torch.nn.functional.pad(part.input_ids, (0, width - part.input_ids.shape[1]), value=pad_id)
+            for part in parts
+        ]
+        return cls(
+            torch.cat(ids),
+            torch.cat([part.prompt_lengths for part in parts]),
+            torch.cat([part.answer_lengths for part in parts]),
+        )

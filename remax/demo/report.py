@@ -1,0 +1,401 @@
+"""What the demo has learnt: base, fine-tuned and ReMax model on prompts that none of them was trained on.
+
+    python -m remax.demo --output_dir output/demo
+
+reads what `utils.demo` and the three stages' training_scripts/demo/run_demo.sh have written below that folder. It
+prints a table, and writes the same numbers to summary.json, reward, KL and length over the steps to training.png, and
+answers before and after to samples.md. The corpus knows the true reward of every answer, so that nobody has to believe
+the learned one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from remax.demo.corpus import (
+    Estimate,
+    accuracy_ceiling,
+    best_reachable,
+    estimate,
+    gap_closed,
+    mean_true_reward,
+    standard_errors_above,
+    true_reward,
+)
+from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.policy import FrozenActor, Reference
+from remax.engines.scorer import Reward
+from remax.evaluation.answers import answer_prompts
+from remax.evaluation.policy import evaluate_policy
+from remax.evaluation.ranking import ranking_accuracy
+from remax.generation.decode import GenerationSettings
+from remax.models.loading import quiet_libraries
+from remax.models.policy import load_policy
+from remax.models.reward_model import load_reward_model
+from utils.data.encoding import Names, encode_rows
+from utils.data.loaders import COLLATORS, KINDS, EvalSampler, make_loader
+from utils.data.preferences import load_data_set
+from utils.run import UserError, describe_run, run_main
+from utils.tokenizer import load_tokenizer
+
+POLICIES = ("base", "SFT", "ReMax")
+
+ENOUGH_STANDARD_ERRORS = 3.0
+
+ENOUGH_OF_THE_GAP = 0.5
+
+SAMPLES = 12  # prompts in samples.md
+
+BATCH_SIZE = 100
+
+
+def main() -> None:
+    args = parse()
+    quiet_libraries()
+    started = time.perf_counter()
+    output = Path(args.output_dir)
+    stages = {name: read_stage(output / name) for name in ("sft", "reward", "remax")}
+    folders = {
+        "base": output / "models" / "actor",
+        "SFT": output / "sft",
+        "reward": output / "reward",
+        "ReMax": output / "remax" / "actor",
+    }
+    for folder in folders.values():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--output_dir {output}: {folder} holds no model; run the stages again (make demo)")
+    summary, answers = measure(output / "data", folders, stages, args.seed)
+    files = {"plot": output / "training.png", "samples": output / "samples.md", "summary": output / "summary.json"}
+    plot(files["plot"], stages["remax"], summary)
+    files["samples"].write_text(samples(answers), encoding="utf-8")
+    summary["seconds"] = {name: stage.seconds for name, stage in stages.items()}
+    summary["seconds"]["report"] = round(time.perf_counter() - started, 1)
+    summary["verdict"] = dict(zip(("passed", "text"), verdict(summary), strict=True))
+    summary["paths"] = {name: str(path) for name, path in (folders | files).items()}
+    summary["run"] = describe_run(args, "demo")
+    summary["seeds"] = {"report": args.seed} | {name: stage.arguments["seed"] for name, stage in stages.items()}
+    files["summary"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(table(summary))
+    if args.check and not summary["verdict"]["passed"]:
+        sys.exit(1)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m remax.demo", description="Reports what the demo has learnt.")
+    parser.add_argument("--output_dir", default="output/demo", help="the demo's folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 when the goals are not reached")
+    return parser.parse_args(argv)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage has left in its folder.   seconds: from its start to its last record."""
+
+    folder: Path
+    arguments: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    seconds: float
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric."""
+        records = [record for record in self.metrics if record.get(name) is not None]
+        return [record["step"] for record in records], [record[name] for record in records]
+
+
+def read_stage(folder: Path) -> Stage:
+    """A stage's run.json and metrics.jsonl; UserError where they are missing."""
+    for name in ("run.json", "metrics.jsonl", "results.json"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"--output_dir {folder.parent}: {folder} has no {name}; expected the three stages of the demo, run to "
+                "their end (make demo)"
+            )
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    metrics = read_rows(folder / "metrics.jsonl")
+    seconds = metrics[-1]["time"] - datetime.fromisoformat(run["started"]).timestamp()
+    return Stage(folder, run["arguments"], metrics, round(seconds, 1))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A json object a line."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def measure(
+    data: Path, folders: dict[str, Path], stages: dict[str, Stage], seed: int
+) -> tuple[dict[str, Any], dict[str, list[dict]]]:
+    """The summary's figures, and each policy's sampled answers: rows {prompt, answer, reward, true_reward, length}.
+
+    Every policy gives each held-out prompt one answer at temperature 1, as in training, and a greedy one.
+    """
+    config = EngineConfig()
+    tokenizers = {name: load_tokenizer(str(folders[name])) for name in (*POLICIES, "reward")}
+    longest = {name: stage.arguments["max_seq_len"] for name, stage in stages.items() if name != "remax"}
+    longest_prompt = stages["remax"].arguments["max_prompt_seq_len"]
+    rows = load_data_set(str(data), cache_dir=None, announce=False)[1]
+
+    def loader(stage: int, tokenizer: PreTrainedTokenizerBase, max_len: int):
+        encoded = encode_rows(rows, KINDS[stage], tokenizer, max_len, cache_dir=None, names=Names("eval"))
+        collate = partial(COLLATORS[KINDS[stage]], pad_id=tokenizer.pad_token_id)
+        return make_loader(encoded, EvalSampler(len(encoded)), BATCH_SIZE, collate)
+
+    def actor(name: str) -> FrozenActor:
+        tokenizer = tokenizers[name]
+        policy = load_policy(str(folders[name]), "--output_dir", dtype=config.torch_dtype, tokenizer=tokenizer)
+        longest_answer = stages["remax"].arguments["max_answer_seq_len"]
+        return FrozenActor(policy, config, GenerationSettings(longest_answer, tokenizer.pad_token_id))
+
+    reward_model = load_reward_model(
+        str(folders["reward"]), "--output_dir", dtype=config.torch_dtype, tokenizer=tokenizers["reward"]
+    )
+    reward = Reward(reward_model, config)
+    actors = {name: actor(name) for name in POLICIES}
+    reference = Reference(actors["SFT"].model, config)
+    figures, answers = {}, {}
+    for name, policy in actors.items():
+        prompts = loader(2, tokenizers[name], longest_prompt)
+        demonstrations = loader(0, tokenizers[name], longest["sft"])
+        sampled = evaluate_policy(
+            policy, reference, reward, prompts, tokenizers[name], answers=demonstrations, seed=seed
+        )
+        answers[name] = with_true_rewards(sampled.answers)
+        asked = [row["prompt"] for row in answers[name]]
+        best_guesses = answer_prompts(policy, tokenizers[name], asked, batch_size=BATCH_SIZE, samples=0)
+        figures[name] = {
+            "true_reward": asdict(estimate([row["true_reward"] for row in answers[name]])),
+            "true_reward_greedy": asdict(mean_true_reward(asked, [found["greedy"][0].text for found in best_guesses])),
+            "learned_reward": asdict(estimate([row["reward"] for row in answers[name]])),
+        } | {key: sampled.figures[key] for key in ("perplexity", "length", "ended", "kl", "entropy")}
+    pairs = loader(1, tokenizers["reward"], longest["reward"])
+    best = estimate([best_reachable(row["prompt"]) for row in answers["SFT"]]).mean
+    before, after = (Estimate(**figures[name]["true_reward"]) for name in ("SFT", "ReMax"))
+    summary = {
+        "prompts": len(answers["SFT"]),
+        "policies": figures,
+        "best_reachable": best,
+        "standard_errors_above_sft": standard_errors_above(after, before),
+        "gap_closed": gap_closed(after, before, best),
+        "reward_model": judge_ranking(ranking_accuracy(reward, pairs), list(rows)),
+    }
+    return summary, answers
+
+
+def texts(rows: Sequence[dict]) -> tuple[list[str], list[str]]:
+    """Prompts and answers."""
+    return [row["prompt"] for row in rows], [row["answer"] for row in rows]
+
+
+def with_true_rewards(rows: Sequence[dict]) -> list[dict]:
+    """The rows of an evaluation and their true rewards."""
+    return [row | {"true_reward": true_reward(row["prompt"], row["answer"])} for row in rows]
+
+
+def judge_ranking(figures: dict[str, float], rows: list[dict]) -> dict[str, float]:
+    """Accuracy on held-out pairs, beside what can be reached: preferences are drawn, the better answer loses some."""
+    accuracy, n = figures["accuracy"], len(rows)
+    return {
+        "accuracy": accuracy,
+        "accuracy_standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
+        "accuracy_ceiling": accuracy_ceiling(rows),
+        "longer_wins": figures["longer_wins"],
+        "margin": figures["margin"],
+        "pairs": n,
+    }
+
+
+def verdict(summary: dict[str, Any]) -> tuple[bool, str]:
+    """Whether both goals are reached, and the sentence that says so."""
+    errors, gap = summary["standard_errors_above_sft"], summary["gap_closed"]
+    passed = errors >= ENOUGH_STANDARD_ERRORS and gap >= ENOUGH_OF_THE_GAP
+    text = (
+        f"ReMax's true reward is {errors:.1f} standard errors above SFT's (wanted: {ENOUGH_STANDARD_ERRORS:.0f}), "
+        f"and has gone {gap:.0%} of the way from there to the best reachable (wanted: {ENOUGH_OF_THE_GAP:.0%})"
+    )
+    return passed, ("GOALS REACHED: " if passed else "GOALS NOT REACHED: ") + text
+
+
+# ----------------------------------------------------------------------------------------------------------- for people
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary, aligned."""
+    policies = summary["policies"]
+
+    def with_error(key: str) -> list[str]:
+        return [f"{policies[name][key]['mean']:.2f} ± {policies[name][key]['standard_error']:.2f}" for name in POLICIES]
+
+    def plain(key: str, form: str) -> list[str]:
+        return [form.format(policies[name][key]) for name in POLICIES]
+
+    rows = [
+        ("", list(POLICIES)),
+        ("true reward", with_error("true_reward")),
+        ("true reward, greedy answers", with_error("true_reward_greedy")),
+        ("learned reward", with_error("learned_reward")),
+        ("perplexity of the corpus' answers", plain("perplexity", "{:.2f}")),
+        ("answer length, tokens", plain("length", "{:.1f}")),
+        ("answers that end", plain("ended", "{:.0%}")),
+        ("entropy, nats per token", plain("entropy", "{:.2f}")),
+        ("KL to SFT, nats per answer", plain("kl", "{:.1f}")),
+    ]
+    width = max(len(title) for title, _ in rows)
+    ranking, seconds = summary["reward_model"], summary["seconds"]
+    rule = "-" * (width + 3 * 17)
+    return "\n".join(
+        [
+            "",
+            f"{summary['prompts']} held-out prompts, one answer each, sampled at temperature 1; ± 1 standard error",
+            rule,
+            *(f"{title:<{width}}" + "".join(f"{cell:>17}" for cell in cells) for title, cells in rows),
+            rule,
+            f"best reachable true reward: {summary['best_reachable']:.2f}",
+            f"reward model: {ranking['accuracy']:.1%} ± {ranking['accuracy_standard_error']:.1%} of {ranking['pairs']} "
+            "held-out pairs ranked as preferred",
+            f"    (by the true reward {ranking['accuracy_ceiling']:.1%}, since preferences are noisy; by length "
+            f"{ranking['longer_wins']:.1%})",
+            "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),
+            "",
+            textwrap.fill(summary["verdict"]["text"], width=len(rule)),
+            "",
+            *(f"{name:<8} {path}" for name, path in summary["paths"].items()),
+        ]
+    )
+
+
+def samples(answers: dict[str, list[dict]]) -> str:
+    """Some prompts, spread over the data set, with the answers before and after training, as Markdown."""
+    count = len(answers["SFT"])
+    lines = [
+        "# Answers before and after training",
+        "",
+        "Sampled at temperature 1 on held-out prompts. The true reward is the corpus' own measure; the learned one is "
+        "the reward model's score, all that ReMax has seen.",
+    ]
+    for i in range(0, count, max(1, count // SAMPLES)):
+        lines += [
+            "",
+            f"**{readable(answers['SFT'][i]['prompt'])}**",
+            "",
+            "| model | answer | true reward | learned reward |",
+        ]
+        lines += ["|---|---|---:|---:|"]
+        for name in POLICIES:
+            row = answers[name][i]
+            lines.append(f"| {name} | {readable(row['answer'])} | {row['true_reward']:.2f} | {row['reward']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def readable(text: str) -> str:
+    """Text in one line of a Markdown table: an untrained model writes anything."""
+    text = text.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:").strip()
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    for mark in "\\`*_[]<>|":
+        shown = shown.replace(mark, "\\" + mark)
+    return shown or "(empty)"
+
+
+# ----------------------------------------------------------------------------------------------------------------- plot
+
+TRAIN, BASELINE, HELD_OUT, GOAL = "#8fb4d9", "#e3b77c", "#1f4e79", "#5a8f3c"
+
+
+def plot(path: Path, stage: Stage, summary: dict[str, Any]) -> None:
+    """Learned reward, true reward, KL and length over ReMax's steps: training as lines, held-out prompts as points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.8), dpi=130, layout="constrained")
+    axes = dict(zip(("learned", "true", "kl", "length"), figure.subplots(2, 2, sharex=True).flat, strict=True))
+
+    def lines(axis, name: str, label: str, color: str) -> None:
+        steps, values = stage.series(f"train/{name}")
+        axis.plot(steps, values, color=color, linewidth=0.8, alpha=0.45)
+        axis.plot(steps, moving_average(values, max(1, len(values) // 15)), color=color, linewidth=2, label=label)
+
+    def points(axis, steps: Sequence[int], values: Sequence[float], errors: Sequence[float] | None = None) -> None:
+        axis.errorbar(
+            steps,
+            values,
+            errors,
+            color=HELD_OUT,
+            marker="o",
+            markersize=4.5,
+            linewidth=1.2,
+            capsize=3,
+            zorder=3,
+            label="held-out prompts" + (" (± 1 standard error)" if errors else ""),
+        )
+
+    def held_out(axis, name: str, errors: str | None = None) -> None:
+        points(axis, *stage.series(f"eval/{name}"), stage.series(f"eval/{errors}")[1] if errors else None)
+
+    lines(axes["learned"], "baseline", "greedy answers in training", BASELINE)
+    lines(axes["learned"], "reward", "sampled answers in training", TRAIN)
+    held_out(axes["learned"], "reward", "reward_standard_error")
+    axes["learned"].set_title("Learned reward", loc="left", fontweight="bold")
+    axes["learned"].set(ylabel="reward model's score")
+
+    steps, rewards = true_rewards_over_steps(stage)
+    if steps:
+        points(axes["true"], steps, [r.mean for r in rewards], [r.standard_error for r in rewards])
+    else:  # the stage ran without --save_answers: only its two ends are known
+        ends = [Estimate(**summary["policies"][name]["true_reward"]) for name in ("SFT", "ReMax")]
+        last = stage.series("eval/reward")[0][-1]
+        points(axes["true"], [0, last], [r.mean for r in ends], [r.standard_error for r in ends])
+    axes["true"].axhline(summary["best_reachable"], color=GOAL, linestyle="--", linewidth=1.5, label="best reachable")
+    axes["true"].set_title("True reward", loc="left", fontweight="bold")
+    axes["true"].set(ylabel="points")
+
+    lines(axes["kl"], "kl", "sampled answers in training", TRAIN)
+    held_out(axes["kl"], "kl")
+    axes["kl"].set_title("KL to the fine-tuned model", loc="left", fontweight="bold")
+    axes["kl"].set(ylabel="nats per answer", xlabel="optimizer step")
+
+    lines(axes["length"], "length", "sampled answers in training", TRAIN)
+    held_out(axes["length"], "length")
+    axes["length"].set_title("Answer length", loc="left", fontweight="bold")
+    axes["length"].set(ylabel="tokens", xlabel="optimizer step")
+
+    for axis in axes.values():
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.legend(frameon=False, fontsize=8, loc="best")
+    figure.suptitle("ReMax on the built-in corpus", fontsize=13)
+    figure.savefig(path)
+
+
+def moving_average(values: Sequence[float], window: int) -> list[float]:
+    """Means over the last `window` values; the first ones over what there is."""
+    return [math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def true_rewards_over_steps(stage: Stage) -> tuple[list[int], list[Estimate]]:
+    """Steps, and the true reward of the answers that the stage has kept of each evaluation (--save_answers)."""
+    found = {int(path.stem.removeprefix("step_")): path for path in (stage.folder / "answers").glob("step_*.jsonl")}
+    steps = sorted(found)
+    return steps, [mean_true_reward(*texts(read_rows(found[step]))) for step in steps]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,57 @@
+"""AdamW with its parameter groups and schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from utils.run import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. total_steps and warmup_steps count optimizer steps, not micro-batches."""
+
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    lora_learning_rate: float | None = None
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) -> torch.optim.Optimizer:
+    """DeepSpeed's CPU Adam when the optimizer states live in CPU memory, else torch's AdamW (fused on a GPU), which
+    needs no compiler.
+    """
+    groups = optimizer_groups(model, config.weight_decay, config.lora_learning_rate)
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available())
+
+
+def optimizer_groups(model: nn.Module, weight_decay: float, lora_learning_rate: float | None = None) -> list[dict]:
+    """Parameter groups: no weight decay on biases and normalisation (1-dimensional weights); adapters at their own
+    learning rate.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 a partitioned parameter is flat; DeepSpeed keeps its true shape in ds_shape.
+            one_dimensional = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
+            groups.setdefault((one_dimensional or name.endswith(".bias"), "lora_" in name), []).append(parameter)
+    if not groups:
+        raise UserError("no parameter is trainable: check --only_optimize_lora and --lora_module_name")
+    return [
+        {
+            "params": params,
+            "weight_decay": 0.0 if undecayed else weight_decay,
+            **({"lr": lora_learning_rate} if lora and lora_learning_rate is not None else {}),
+        }
+        for (undecayed, lora), params in groups.items()
+    ]

@@ -1,0 +1,50 @@
+"""The roles of models that score: reward model, and one that learns (step 2, or a critic)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remax.core.sequences import Sequences
+from remax.engines.base import FrozenEngine, TrainedEngine
+from remax.models.loading import evaluating
+from remax.models.reward_model import RewardModel
+
+
+class Reward(FrozenEngine):
+    """The frozen reward model."""
+
+    model: RewardModel
+    part_names = ()  # see `CompositeReward`
+
+    @torch.no_grad()
+    def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+        """(B,) float32 reward of each answer, read at its last token.
+
+        forwards: how many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
+        """
+        return torch.cat([self.engine(part) for part in sequences.in_parts(forwards)])
+
+    def score_parts(self, sequences: Sequences, forwards: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `score`, and the scores of the parts that it is made of: none."""
+        return self.score(sequences, forwards), {}
+
+
+class TrainedReward(TrainedEngine):
+    """The reward model while it learns (step 2), or a critic (PPO)."""
+
+    model: RewardModel
+
+    def score(self, sequences: Sequences) -> Tensor:
+        """(B,) float32 with gradient."""
+        return self.engine(sequences)
+
+    def values(self, sequences: Sequences) -> Tensor:
+        """(B, A) float32 with gradient: the value before each answer token."""
+        return self.engine(sequences, every_token=True)
+
+    @torch.no_grad()
+    def old_values(self, sequences: Sequences) -> Tensor:
+        """(B, A) values at rollout time: without gradient, in eval mode."""
+        with evaluating(self.model):
+            return self.values(sequences)

@@ -1,0 +1,61 @@
+"""What ZeRO asks of code around it: loading by parts, parameters made whole, number formats kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from remax.engines.deepspeed_config import EngineConfig, training_config
+from utils.distributed import device
+
+
+@contextlib.contextmanager
+def loading(config: EngineConfig) -> Iterator[None]:
+    """Hugging Face models loaded inside are partitioned over the ranks as they are read when `config` is ZeRO-3.
+
+    transformers keeps that switch process-wide. It is dropped on leaving, so that the next model loads by its own
+    configuration.
+    """
+    if config.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    switch = HfDeepSpeedConfig(training_config(config))
+    try:
+        yield
+    finally:
+        del switch
+        unset_hf_deepspeed_config()
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Floating-point buffers keep the number format they were loaded in, whatever a cast of the model inside does.
+
+    transformers holds rotary frequencies in float32 in a bfloat16 model too. Casting the whole module, as DeepSpeed
+    does, rounds them to three digits, and the angle at position 1000 is then off by a radian or two.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    yield
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer.to(device())
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[nn.Parameter], zero3: bool) -> Iterator[None]:
+    """Inside, ZeRO-3 partitioned parameters are whole on every rank (read-only)."""
+    if not zero3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield

@@ -1,0 +1,77 @@
+"""Answers as text: read from token ids, written as files, asked of a policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from remax.core.batches import groups
+from remax.core.sequences import Prompts, Sequences
+from remax.engines.policy import FrozenActor
+from utils.data.collate import pad
+from utils.data.tokens import encode_prompts
+from utils.distributed import is_main
+from utils.metrics import progress
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as text; its length counts EOS, and it has `ended` when it reached EOS within the limit."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def read_answers(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Answer]:
+    """The answers of B sequences."""
+    found = []
+    for ids, start, length in zip(
+        sequences.input_ids.tolist(), sequences.prompt_lengths.tolist(), sequences.answer_lengths.tolist(), strict=True
+    ):
+        answer = ids[start : start + length]
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        found.append(Answer(text, length, answer[-1] in eos_ids))
+    return found
+
+
+def write_answers(path: Path, answers: list[dict]) -> None:
+    """One json object a line, on rank 0."""
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
+
+
+def answer_prompts(
+    actor: FrozenActor,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int,
+    samples: int = 1,
+    beams: int = 1,
+) -> list[dict[str, list[Answer]]]:
+    """For each prompt its greedy answer, `samples` sampled ones, and with `beams` above 1 the best of a beam search.
+
+    -> per prompt {"greedy": 1 answer, "sampled": `samples`, "beam": min(samples, beams), the most probable first};
+    what was not asked for is left out.
+    """
+    eos_ids = actor.model.hf.generation_config.eos_token_id
+    results: list[dict[str, list[Answer]]] = []
+    with progress(len(prompts), "answering", "prompts") as bar:
+        for texts in groups(prompts, batch_size):
+            batch = Prompts(*pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, left=True))
+            sampled, greedy = actor.rollout(batch, samples=samples, greedy=True)
+            kinds = {"greedy": greedy} | ({"sampled": sampled} if samples else {})
+            if samples and beams > 1:
+                kinds["beam"] = actor.beam_search(batch, beams, min(samples, beams))
+            answers = {kind: read_answers(found, tokenizer, eos_ids) for kind, found in kinds.items()}
+            each = {kind: len(found) // len(texts) for kind, found in answers.items()}
+            for i in range(len(texts)):
+                results.append({kind: found[i * each[kind] :][: each[kind]] for kind, found in answers.items()})
+            bar.update(len(texts))
+    return results

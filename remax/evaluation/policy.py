@@ -1,0 +1,144 @@
+"""Figures on held-out data, reduced over ranks: perplexity, and the policy's reward, KL, entropy and length.
+
+Every function returns the same numbers on every rank, whatever their number: sums and counts are reduced, never means
+of means, and the rows that fill up a rank's last batch carry weight 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from remax.core.batches import Batch, to_device
+from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts, Sequences, learned_mask
+from remax.engines.policy import Actor, Reference
+from remax.engines.scorer import Reward
+from remax.evaluation.answers import read_answers
+from remax.models.loading import evaluating
+from remax.rewards.composite import CompositeReward
+from utils.distributed import device, gather_objects, rank, sum_across_ranks
+
+
+@torch.no_grad()
+def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
+    """exp of the mean negative log-likelihood per answer token, EOS included, and that mean as `loss` (nats per
+    token).
+    """
+    sums = {"nll": torch.zeros((), dtype=torch.float64, device=device()), "tokens": 0.0}
+    with evaluating(actor.model):
+        for batch in map(to_device, loader):
+            sequences = Sequences.from_batch(batch)
+            weight = batch["weight"][:, None] * learned_mask(batch, sequences)  # (B, A)
+            logprobs = actor.logprobs(sequences, sampling=Sampling()).logprobs  # the model's, at any temperature
+            sums["nll"] -= (logprobs * weight).sum().double()
+            sums["tokens"] += float(weight.sum())
+    total = sum_across_ranks(sums)
+    loss = total["nll"] / max(total["tokens"], 1.0)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+@dataclass
+class PolicyEvaluation:
+    """Reduced figures, and this evaluation's answers of all ranks: dicts {prompt, answer, length, reward}
+    (and `reward/NAME` for each part of several)."""
+
+    figures: dict[str, float]
+    answers: list[dict] = field(default_factory=list)
+
+    def sample(self) -> str:
+        """One prompt with its answer, to read."""
+        row = self.answers[0]
+        return f"--- prompt: {row['prompt'].strip()}\n--- answer (reward {row['reward']}): {row['answer'].strip()}"
+
+
+@contextmanager
+def own_noise(seed: int) -> Iterator[None]:
+    """Draws inside start from the same state every time, so that evaluations compare, and leave the state outside as it
+    was, so that evaluating more often does not change the training.
+    """
+    with torch.random.fork_rng([device()] if device().type == "cuda" else []):
+        torch.manual_seed(seed + rank())
+        yield
+
+
+@torch.no_grad()
+def evaluate_policy(
+    actor: Actor,
+    reference: Reference,
+    reward: Reward | CompositeReward,
+    loader: Iterable[Batch],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    greedy: bool = False,
+    answers: Iterable[Batch] | None = None,
+    seed: int = 0,
+) -> PolicyEvaluation:
+    """Answers held-out prompts (sampled, or greedy) and measures them -> PolicyEvaluation.
+
+    reward: mean score and its standard error over prompts.   reward/NAME: mean score of each part, where there are
+    several.   length: answer tokens.   ended: share of answers that reach EOS.
+    kl: sum of log pi - log pi_ref over an answer (nats per answer);  kl_per_token: the same over all answer tokens.
+    entropy: nats per token.   reference_perplexity: exp of the reference's mean negative log-likelihood of the answers.
+    perplexity: the policy's, of the data's own answers, where `answers` gives some: what it forgets.
+    """
+    names = [f"reward/{name}" for name in reward.part_names]
+    names += ("prompts", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
+    sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
+    eos_ids = torch.tensor(actor.model.hf.generation_config.eos_token_id, device=device())
+    readable: list[dict] = []
+    with evaluating(actor.model), own_noise(seed):
+        for batch in map(to_device, loader):
+            sampled, best = actor.rollout(
+                Prompts(batch["input_ids"], batch["lengths"]), samples=0 if greedy else 1, greedy=greedy
+            )
+            sequences = best if greedy else sampled
+            score, parts = reward.score_parts(sequences)  # (B,), and each part's by name
+            output = actor.logprobs(sequences, entropy=True)
+            reference_logprobs = reference.logprobs(sequences)
+            weight = batch["weight"]  # (B,)
+            token_weight = weight[:, None] * sequences.answer_mask  # (B, A)
+            last = sequences.input_ids.gather(1, sequences.end_index[:, None]).squeeze(1)
+            additions = {
+                "prompts": weight,
+                "tokens": token_weight,
+                "reward": weight * score,
+                "reward_squares": weight * score**2,
+                "ended": weight * torch.isin(last, eos_ids),
+                "kl": token_weight * (output.logprobs - reference_logprobs),
+                "entropy": token_weight * output.entropy,
+                "reference_nll": -token_weight * reference_logprobs,
+            }
+            additions |= {f"reward/{name}": weight * scores for name, scores in parts.items()}
+            for name, value in additions.items():
+                sums[name] += value.double().sum()
+            scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
+            found = read_answers(sequences, tokenizer, eos_ids.reshape(-1).tolist())
+            for i in weight.nonzero().flatten().tolist():
+                rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}
+                answer = {"answer": found[i].text, "length": found[i].tokens}
+                readable.append({"prompt": batch["prompt"][i]} | answer | rounded)
+    total = sum_across_ranks(sums)
+    n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
+    mean = total["reward"] / n
+    variance = max(total["reward_squares"] / n - mean**2, 0.0) * n / max(n - 1, 1)
+    figures = {
+        "reward": mean,
+        "reward_standard_error": math.sqrt(variance / n),
+        "length": total["tokens"] / n,
+        "ended": total["ended"] / n,
+        "kl": total["kl"] / n,
+        "kl_per_token": total["kl"] / tokens,
+        "entropy": total["entropy"] / tokens,
+        "reference_perplexity": math.exp(min(total["reference_nll"] / tokens, 700.0)),
+    }
+    figures |= {name: total[name] / n for name in names if name.startswith("reward/")}
+    if answers is not None:
+        figures["perplexity"] = perplexity(actor, answers)["perplexity"]
+    return PolicyEvaluation(figures, [row for rows in gather_objects(readable) for row in rows])

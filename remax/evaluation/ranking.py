@@ -1,0 +1,141 @@
+"""How well scores rank answers: figures of pairs, and of prompts with several ranked answers.
+
+Sums are taken batch by batch and over the ranks, and divided at the end, so that the figures do not depend on how the
+rows are cut; rows that only fill up a batch carry weight 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from remax.core.batches import Batch, paired, to_device
+from remax.core.losses import ordered_pairs
+from remax.core.sequences import Sequences
+from remax.engines.base import TrainedEngine
+from remax.engines.scorer import TrainedReward
+from remax.models.loading import evaluating
+from utils.distributed import sum_across_ranks
+
+SIDES = {"longer_chosen": 1, "shorter_chosen": -1, "equal_length": 0}  # sign of chosen length - rejected length
+
+
+@torch.no_grad()
+def ranking_accuracy(
+    engine: TrainedEngine,
+    loader: Iterable[Batch],
+    scores: Callable[[TrainedEngine, Batch], tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, float]:
+    """`pair_figures`, mean and spread of all scores, and for batches of several ranked answers `ranked_figures`.
+
+    A ranking counts as all its pairs of answers of unequal rank.
+
+    Args:
+        scores: (engine, batch of pairs) -> (B,) of the chosen and of the rejected answers; by default the engine's.
+    """
+    sums: dict[str, float] = {}
+    with evaluating(engine.model):
+        for batch in map(to_device, loader):
+            if "ranks" in batch:
+                additions = ranked_sums(engine.score(Sequences.from_batch(batch)), batch)
+            else:
+                chosen, rejected = (scores or pair_scores)(engine, batch)  # (B,)
+                weight = batch["weight"]
+                lengths = (batch["chosen_lengths"], batch["rejected_lengths"])
+                additions = pair_sums(chosen, rejected, *lengths, weight)
+                additions |= score_sums(torch.cat([chosen, rejected]), weight.repeat(2))
+            for name, value in additions.items():
+                sums[name] = sums.get(name, 0.0) + value
+    total = sum_across_ranks(sums)
+    answers = max(total["answers"], 1.0)
+    mean = total["scores"] / answers
+    spread = math.sqrt(max(total["squares"] / answers - mean**2, 0.0))
+    return pair_figures(total) | ranked_figures(total) | {"score_mean": mean, "score_std": spread}
+
+
+def pair_sums(
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, weight: Tensor | None = None
+) -> dict[str, float]:
+    """What `pair_figures` are made of, from scores and lengths in tokens of n pairs, each (n,), and their weights."""
+    weight = torch.ones_like(chosen) if weight is None else weight
+    right, order = wins(chosen - rejected), (chosen_lengths - rejected_lengths).sign()
+    terms = {
+        "pairs": weight,
+        "accuracy": weight * right,
+        "longer_wins": weight * wins(order),
+        "chosen_score": weight * chosen,
+        "rejected_score": weight * rejected,
+    }
+    for name, sign in SIDES.items():
+        terms[f"pairs_{name}"] = weight * (order == sign)
+        terms[f"accuracy_{name}"] = terms[f"pairs_{name}"] * right
+    return {name: float(values.double().sum()) for name, values in terms.items()}
+
+
+def wins(difference: Tensor) -> Tensor:
+    """1 above zero, 0 below it, and half of both where there is no difference."""
+    return 0.5 + 0.5 * difference.sign()
+
+
+def pair_figures(sums: dict[str, float]) -> dict[str, float]:
+    """Figures of all pairs together, from their `pair_sums`.
+
+    accuracy: share of pairs whose chosen answer scores higher, a tie counting half.   margin: mean difference.
+    longer_wins: what "the longer answer is the better one" would reach on the same pairs: an accuracy near it may be
+    length alone.   accuracy_longer_chosen, accuracy_shorter_chosen, accuracy_equal_length: of the pairs whose chosen
+    answer is the longer one, the shorter one, or as long; left out where there is none. pairs_...: how many these are.
+    """
+    n = max(sums["pairs"], 1.0)
+    figures = {name: sums[name] / n for name in ("accuracy", "longer_wins", "chosen_score", "rejected_score")}
+    figures["margin"] = figures["chosen_score"] - figures["rejected_score"]
+    for name in SIDES:
+        count = figures[f"pairs_{name}"] = sums[f"pairs_{name}"]
+        if count:
+            figures[f"accuracy_{name}"] = sums[f"accuracy_{name}"] / count
+    return figures
+
+
+def score_sums(scores: Tensor, weight: Tensor) -> dict[str, float]:
+    """Number, sum and sum of squares of (N,) weighted scores."""
+    terms = {"answers": weight, "scores": weight * scores, "squares": weight * scores**2}
+    return {name: float(values.double().sum()) for name, values in terms.items()}
+
+
+def ranked_sums(scores: Tensor, batch: Batch) -> dict[str, float]:
+    """The sums of a batch of rankings, from the (N,) scores of all their answers."""
+    row, ranks, lengths, weight = batch["row"], batch["ranks"], batch["lengths"], batch["weight"]
+    better, worse = ordered_pairs(row, ranks)
+    pairs = pair_sums(scores[better], scores[worse], lengths[better], lengths[worse], weight[row[better]])
+    of_rows = torch.zeros_like(weight)  # (B,)
+    highest = scores == scores.new_full(weight.shape, -math.inf).scatter_reduce(0, row, scores, "amax")[row]  # (N,)
+    best = ranks == 1
+
+    def count(answers: Tensor) -> Tensor:
+        return of_rows.index_add(0, row, answers.to(of_rows.dtype))
+
+    terms = {
+        "rankings": weight,
+        "best_of_k_accuracy": weight * count(highest & best) / count(highest),
+        "best_of_k_chance": weight * count(best) / count(torch.ones_like(best)),
+    }
+    return pairs | score_sums(scores, weight[row]) | {name: float(v.double().sum()) for name, v in terms.items()}
+
+
+def ranked_figures(sums: dict[str, float]) -> dict[str, float]:
+    """The best-of-K figures from `ranked_sums`; none from sums of pairs.
+
+    best_of_k_accuracy: share of prompts whose best answer has the highest score; among n answers of the same highest
+    score each counts 1 / n.   best_of_k_chance: what blind choice reaches: the share of each prompt's answers that are
+    its best.
+    """
+    if "rankings" not in sums:
+        return {}
+    return {name: sums[name] / max(sums["rankings"], 1.0) for name in ("best_of_k_accuracy", "best_of_k_chance")}
+
+
+def pair_scores(engine: TrainedReward, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(B,) scores of the chosen and of the rejected answers, from one forward over 2B rows."""
+    return engine.score(paired(batch)).chunk(2)

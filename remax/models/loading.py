@@ -1,0 +1,96 @@
+"""Hugging Face models as this project uses them: loading, dropout, adapters, and the policy's per-token forward.
+
+`PolicyModel` and `reward_model.RewardModel` are what DeepSpeed wraps: their forward is one call that returns only small
+tensors, so the ZeRO-3 hooks see one ordinary forward and the full-vocabulary logits never leave it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from utils.run import UserError
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notes of transformers and datasets off: every rank would print them, for every model."""
+    import datasets
+    from transformers.utils import logging
+
+    # DeepSpeed's calls of torch.distributed, seen by every rank; nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) -> PreTrainedConfig:
+    """The model's configuration; a UserError naming `flag` when there is none."""
+    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
+        raise UserError(f"{flag}: the folder {name_or_path} holds no config.json; expected a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{flag}: no model at {name_or_path!r} ({reason}); expected a Hugging Face model folder, or a hub name "
+            "that can be reached"
+        ) from error
+    config.use_cache = True
+    if disable_dropout:
+        zero_dropout(config)
+    return config
+
+
+def check_length(config: PreTrainedConfig, tokens: int, flags: str, model_flag: str = "--model_name_or_path") -> None:
+    """Refuses sequences longer than the model has positions for, where it says how many that is."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(f"{flags}: {tokens} tokens, but the model of {model_flag} has {positions} positions; lower it")
+
+
+def zero_dropout(config: PreTrainedConfig) -> None:
+    """Every dropout rate of the configuration to 0. Families name them differently: OPT `dropout`, GPT-2 `resid_pdrop`,
+    ...
+    """
+    for name, value in list(config.to_dict().items()):
+        if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
+            setattr(config, name, 0.0)
+
+
+def from_pretrained(auto_class: type, name_or_path: str, flag: str, **kwargs) -> tuple[PreTrainedModel, dict]:
+    """`auto_class.from_pretrained`, with its loading report; loading trouble becomes one line naming the flag."""
+    try:
+        return auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: cannot load {name_or_path!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) inside, the former mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters at full size, also under ZeRO-3."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

@@ -1,0 +1,134 @@
+"""The policy: a causal language model that says how probable answers are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from remax.core.logprobs import Head, token_stats
+from remax.core.sampling import Sampling
+from remax.core.sequences import Sequences
+from remax.models.loading import from_pretrained, load_config, prepare_training
+from remax.models.packing import last_hidden, prepare_packing
+from utils.run import UserError
+
+
+def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos: int | None) -> GenerationConfig:
+    """The folder's own generation config, kept for the export; `hf` itself gets a neutral one.
+
+    A model's generation_config.json may set top_k, temperature or a repetition penalty. Those would change the
+    distribution answers are drawn from behind our back, so rollouts start from a neutral configuration that knows the
+    special tokens only.
+    """
+    own = hf.generation_config
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer_eos
+    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+    if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
+        eos_ids.append(tokenizer_eos)
+    if not eos_ids:
+        raise UserError(
+            f"{name_or_path}: neither the tokenizer nor the generation config names an EOS token, so no answer could "
+            "end; set eos_token in its tokenizer_config.json"
+        )
+    hf.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=eos_ids, pad_token_id=own.pad_token_id
+    )
+    own.eos_token_id = eos_ids if len(eos_ids) > 1 else eos_ids[0]
+    return own
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that answers one question: how probable is each token of these answers?"""
+
+    def __init__(
+        self, hf: PreTrainedModel, own_generation_config: GenerationConfig | None = None, *, packing: bool = False
+    ):
+        super().__init__()
+        self.hf, self.packing = hf, packing
+        if packing:
+            prepare_packing(hf)
+        self.own_generation_config = own_generation_config or hf.generation_config
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(n, H) -> (n, V) logits."""
+        return self.scale_logits(self.hf.get_output_embeddings()(hidden))
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """What some families put behind their output embedding."""
+        config = self.hf.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def hidden(self, sequences: Sequences) -> Tensor:
+        """(B, A, H) last hidden states at the positions that predict the answer tokens."""
+        return last_hidden(self.hf, sequences, sequences.predictor_columns, self.packing)
+
+    def forward(
+        self,
+        sequences: Sequences,
+        chunks: int = 1,
+        sampling: Sampling | None = None,
+        entropy: bool = False,
+        stats_grad: bool = False,
+        reference_hidden: Tensor | None = None,
+        reference_head: Head | None = None,
+        hidden_only: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+        """-> log-probs, entropy, KL to the reference over the whole vocabulary; each (B, A), 0 behind an answer's end.
+
+        `hidden_only`: the (B, A, H) hidden states instead.
+        """
+        if hidden_only:
+            return self.hidden(sequences)
+        mask = sequences.answer_mask  # (B, A)
+        stats = token_stats(
+            self.hidden(sequences)[mask],
+            self.head,
+            sequences.answer_ids[mask],
+            chunks=chunks,
+            sampling=sampling or Sampling(),
+            entropy=entropy,
+            stats_grad=stats_grad,
+            reference_hidden=None if reference_hidden is None else reference_hidden[mask],
+            reference_head=reference_head,
+        )
+        return tuple(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in stats)
+
+
+def load_policy(
+    name_or_path: str,
+    flag: str,
+    *,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    disable_dropout: bool = True,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+    packing: bool = False,
+) -> PolicyModel:
+    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds.
+
+    packing: see `remax.packing`.
+    """
+    config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, config=config, dtype=dtype, **extra)
+    if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"{flag}: the tokenizer of {name_or_path} has {len(tokenizer)} tokens, the model only embeds "
+            f"{hf.get_input_embeddings().num_embeddings}; resize the model's embeddings, or use its own tokenizer"
+        )
+    own = read_generation_config(name_or_path, hf, tokenizer.eos_token_id)
+    prepare_training(hf, gradient_checkpointing)
+    return PolicyModel(hf, own, packing=packing)

@@ -1,0 +1,145 @@
+"""The reward model: a backbone and a scalar head, read at each sequence's last token.
+
+It is Hugging Face's own `AutoModelForSequenceClassification` with one label, so that what step 2 saves loads in plain
+transformers, and any such model from elsewhere serves in step 3. The score is read at the row's end by its length.
+Plain transformers reads it at the last token that differs from `config.pad_token_id`: the same place as long as pad
+differs from EOS, which `prepare_pad_token` sees to.
+"""
+
+from __future__ import annotations
+
+import math
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from remax.core.sequences import Sequences
+from remax.models.loading import from_pretrained, load_config, prepare_training
+from remax.models.packing import last_hidden, prepare_packing
+from utils.run import UserError
+from utils.tokenizer import distinct_pad
+
+PAD_TOKEN = "<|pad|>"
+
+
+class RewardModel(nn.Module):
+    """Scores of whole sequences, or of every token of the answers (as a critic)."""
+
+    def __init__(self, hf: PreTrainedModel, *, packing: bool = False):
+        super().__init__()
+        self.hf, self.packing = hf, packing
+        if packing:
+            prepare_packing(hf)
+        hf.score.forward = MethodType(_score_in_float32, hf.score)
+
+    def forward(self, sequences: Sequences, every_token: bool = False) -> Tensor:
+        """(B,) float32 score at each row's last token; with `every_token` (B, A) values at the positions before each
+        answer token.
+        """
+        columns = sequences.predictor_columns if every_token else sequences.end_index
+        scores = self.hf.score(last_hidden(self.hf, sequences, columns, self.packing)).squeeze(-1)
+        return scores * sequences.answer_mask if every_token else scores
+
+
+def _score_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """(..., H) -> (..., 1). In bf16 a score near 3 has steps of 1/64, and ReMax learns from differences of scores."""
+    bias = None if head.bias is None else head.bias.float()
+    return F.linear(hidden.float(), head.weight.float(), bias)
+
+
+def prepare_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Gives the tokenizer a pad token of its own where pad is EOS; True when a token was added (the model then needs
+    one more row).
+    """
+    if distinct_pad(tokenizer):
+        return False
+    vocabulary = tokenizer.get_vocab()
+    if PAD_TOKEN in vocabulary:
+        tokenizer.pad_token = PAD_TOKEN
+        return False
+    return tokenizer.add_special_tokens({"pad_token": PAD_TOKEN}) > 0
+
+
+def check_reward_config(config: PreTrainedConfig, name_or_path: str, flag: str) -> None:
+    """Refuses what is no reward model as far as its configuration tells, before any weights are read."""
+    kinds = config.architectures or []
+    if kinds and not any("SequenceClassification" in kind for kind in kinds):
+        raise UserError(f"{flag}: {name_or_path} is a {kinds[0]}; expected a reward model, as step 2 saves it")
+    if config.num_labels != 1:
+        raise UserError(
+            f"{flag}: {name_or_path} has {config.num_labels} labels; expected a reward model with one score"
+        )
+
+
+def load_reward_model(
+    name_or_path: str,
+    flag: str,
+    *,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    new_head: bool = False,
+    disable_dropout: bool = True,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+    packing: bool = False,
+) -> RewardModel:
+    """A sequence classifier with one label. `new_head`: the head may be missing (a language model as backbone) and
+    starts fresh.
+
+    Raises UserError when the architecture has no `score` head, when a finished reward model lacks its head's weights,
+    or when it has more labels than one.   packing: see `remax.packing`.
+    """
+    config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
+    if new_head:
+        config.num_labels = 1
+    else:
+        check_reward_config(config, name_or_path, flag)
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    hf, report = from_pretrained(
+        AutoModelForSequenceClassification, name_or_path, flag, config=config, dtype=dtype, **extra
+    )
+    if not hasattr(hf, "score"):
+        raise UserError(
+            f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral "
+            "or Qwen"
+        )
+    missing = [key for key in report["missing_keys"] if key.startswith("score.")]
+    if missing and not new_head:
+        raise UserError(
+            f"{flag}: {name_or_path} has no weights for its score head; expected a reward model, as step 2 saves it"
+        )
+    if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
+        hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    hf.config.pad_token_id = tokenizer.pad_token_id  # an added one has no row to be loaded into before the resizing
+    prepare_training(hf, gradient_checkpointing)
+    return RewardModel(hf, packing=packing)
+
+
+def store_score_statistics(model: RewardModel, figures: dict[str, float]) -> None:
+    """Keeps mean and spread of the held-out scores in the model's config, so that a score can be read as large or
+    small.
+    """
+    model.hf.config.score_mean, model.hf.config.score_std = figures["score_mean"], figures["score_std"]
+
+
+def score_statistics(config: PreTrainedConfig, name_or_path: str, flag: str) -> tuple[float, float]:
+    """Mean and standard deviation that `store_score_statistics` kept.
+
+    Raises:
+        UserError: the config has none, or a deviation that cannot be divided by.
+    """
+    mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (mean, std)) or std <= 0:
+        raise UserError(
+            f"--normalize_reward: the config.json of {flag} {name_or_path} has score_mean {mean} and score_std {std}; "
+            "expected numbers, the second above 0, as step 2 writes them"
+        )
+    return float(mean), float(std)

@@ -1,0 +1,145 @@
+"""The reward that step 3 learns from: a weighted sum of reward models and Python functions.
+
+    reward = sum_k weight_k * (score_k - mean_k) / std_k
+
+with mean 0 and std 1 unless --normalize_reward takes a model's held-out statistics. Every part sees the same answers;
+the trainer, the evaluation and the doctor see one reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from remax.core.sequences import Sequences
+from remax.engines.scorer import Reward
+from remax.rewards.functions import RewardFunction, SampleError
+from utils.distributed import device, gather_objects, rank, sum_across_ranks
+from utils.run import UserError
+
+BEGINNING = 80  # characters of a text that errors show
+
+
+class FunctionReward:
+    """Scores by a Python function of texts.
+
+    It reads what the policy read and wrote, decoded without special tokens. So a prompt that was cut to
+    --max_prompt_seq_len has lost its beginning, and the answer has neither end token nor padding: one that ended at
+    once is "".
+
+    timeout: seconds, see `RewardFunction`.
+    """
+
+    def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float = 0.0):
+        self.function, self.tokenizer, self.timeout = function, tokenizer, timeout
+
+    def score(self, sequences: Sequences) -> Tensor:
+        """(B,) float32.
+
+        Raises:
+            UserError: the function failed; names the sample.
+        """
+        return torch.tensor(self.score_texts(*self.texts(sequences)), dtype=torch.float32, device=device())
+
+    def texts(self, sequences: Sequences) -> tuple[list[str], list[str]]:
+        """B prompts and B answers."""
+        starts, ends = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
+        rows = [row[:end] for row, end in zip(sequences.input_ids.tolist(), ends, strict=True)]
+        prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
+        answers = [row[start:] for row, start in zip(rows, starts, strict=True)]
+        return self._decode(prompts), self._decode(answers)
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """As `score`, of B texts. Every rank calls it; where one fails all raise its error, so that none waits for it
+        in vain. The random state is put back: a function that seeds would have every step draw the same answers.
+        """
+        values, failure = [], None
+        try:
+            with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
+                values = self.function(prompts, answers, self.timeout)
+        except SampleError as error:
+            i = error.index or 0
+            which = "sample" if error.index is not None else f"a batch of {len(prompts)} whose first sample is"
+            failure = (
+                f"--reward_fn {self.function.entry}: {error}. On rank {rank()}, {which}: prompt {_begin(prompts[i])}, "
+                f"answer {_begin(answers[i])}"
+            )
+        if sum_across_ranks({"failed": float(failure is not None)})["failed"]:
+            raise UserError(next(failure for failure in gather_objects(failure) if failure))
+        return values
+
+
+def _begin(text: str) -> str:
+    return repr(text if len(text) <= BEGINNING else text[:BEGINNING] + "...")
+
+
+@dataclass
+class Part:
+    """weight * (score - mean) / std.
+
+    name: for logs.   tokenizer: a reward model's own; None for a function.
+    """
+
+    name: str
+    scorer: Reward | FunctionReward
+    weight: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+class CompositeReward:
+    """Several parts in one; stands wherever a single `Reward` does."""
+
+    def __init__(self, parts: Iterable[Part]):
+        self.parts = list(parts)
+
+    @property
+    def models(self) -> list[Part]:
+        """The parts that are reward models."""
+        return [part for part in self.parts if not isinstance(part.scorer, FunctionReward)]
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of what `score_parts` gives beside the total: of all parts where there are several."""
+        return tuple(part.name for part in self.parts) if len(self.parts) > 1 else ()
+
+    def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+        """(B,) float32 reward of each answer."""
+        return self.score_parts(sequences, forwards)[0]
+
+    def score_parts(self, sequences: Sequences, forwards: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) rewards, and where there are several parts the (B,) score of each as it gave it, by name.
+
+        forwards: see `Reward.score`. A function gets all rows at once, as a remote one is best asked.
+        """
+        scores = {
+            part.name: part.scorer.score(sequences)
+            if isinstance(part.scorer, FunctionReward)
+            else part.scorer.score(sequences, forwards)
+            for part in self.parts
+        }
+        rewards = sum(part.weight * (scores[part.name] - part.mean) / part.std for part in self.parts)
+        return rewards, {name: scores[name] for name in self.part_names}
+
+
+def try_functions(rewards: Iterable[FunctionReward], prompts: Sequence[str]) -> None:
+    """Asks every function about real prompts and two made-up answers, an empty one and a short one, so that a faulty
+    one is found before models are loaded.
+
+    Raises:
+        UserError: see `FunctionReward.score`.
+    """
+    texts = [(prompt, answer) for prompt in prompts for answer in ("", " I do not know.")]
+    for reward in rewards:
+        try:
+            reward.score_texts(*map(list, zip(*texts, strict=True)))
+        except UserError as error:
+            raise UserError(f"{error} (tried before training, with made-up answers)") from error

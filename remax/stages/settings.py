@@ -1,0 +1,139 @@
+"""From parsed flags to the small typed settings that engines, rollout and trainer take. Beyond main.py nothing else
+sees the flags.
+"""
+
+from __future__ import annotations
+
+from remax.cli.flags import FinetuneArguments, Step2Arguments, Step3Arguments
+from remax.core.sampling import Sampling
+from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.optimizer import OptimizerConfig
+from remax.generation.decode import GenerationSettings
+from remax.training.finetune import FinetuneSettings
+from remax.training.trainer import TrainerSettings
+
+Arguments = FinetuneArguments | Step3Arguments
+
+
+def _optimizer(args: Arguments, steps: int, **rates: float) -> OptimizerConfig:
+    return OptimizerConfig(
+        total_steps=steps,
+        warmup_steps=args.num_warmup_steps,
+        schedule=args.lr_scheduler_type,
+        betas=(args.adam_beta1, args.adam_beta2),
+        **rates,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ steps 1 and 2
+
+
+def finetune_engine(args: FinetuneArguments) -> EngineConfig:
+    return EngineConfig(
+        zero_stage=args.zero_stage,
+        offload=args.offload,
+        offload_parameters=args.offload_parameters,
+        dtype=args.dtype,
+        micro_batch_size=args.per_device_train_batch_size,
+        gradient_clipping=args.gradient_clipping,
+    )
+
+
+def finetune_optimizer(args: FinetuneArguments, steps: int) -> OptimizerConfig:
+    return _optimizer(
+        args,
+        steps,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        lora_learning_rate=args.lora_learning_rate,
+    )
+
+
+def finetune_settings(args: FinetuneArguments) -> FinetuneSettings:
+    return FinetuneSettings(
+        epochs=args.num_train_epochs,
+        accumulation=args.gradient_accumulation_steps,
+        max_steps=args.max_steps,
+        evaluate_every=args.eval_steps,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- step 3
+
+
+def actor_engine(args: Step3Arguments) -> EngineConfig:
+    return EngineConfig(
+        zero_stage=args.actor_zero_stage,
+        offload=args.offload,
+        offload_parameters=args.offload_parameters,
+        dtype=args.actor_dtype,
+        micro_batch_size=args.per_device_training_batch_size,
+        gradient_clipping=args.gradient_clipping,
+    )
+
+
+def critic_engine(args: Step3Arguments) -> EngineConfig:
+    return EngineConfig(
+        zero_stage=args.critic_zero_stage,
+        offload=args.offload_critic,
+        dtype=args.critic_dtype,
+        micro_batch_size=args.per_device_training_batch_size,
+        gradient_clipping=args.gradient_clipping,
+    )
+
+
+def reference_engine(args: Step2Arguments | Step3Arguments) -> EngineConfig:
+    dtype = args.actor_dtype if isinstance(args, Step3Arguments) else args.dtype
+    return EngineConfig(args.reference_zero_stage, offload_parameters=args.offload_reference_model, dtype=dtype)
+
+
+def reward_engine(args: Step3Arguments) -> EngineConfig:
+    return EngineConfig(args.reward_zero_stage, offload_parameters=args.offload_reward_model, dtype=args.reward_dtype)
+
+
+def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
+    return _optimizer(
+        args,
+        steps,
+        learning_rate=args.actor_learning_rate,
+        weight_decay=args.actor_weight_decay,
+        lora_learning_rate=args.actor_lora_learning_rate,
+    )
+
+
+def critic_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
+    return _optimizer(args, steps, learning_rate=args.critic_learning_rate, weight_decay=args.critic_weight_decay)
+
+
+def sampling(args: Step3Arguments) -> Sampling:
+    """The distribution that answers are drawn from."""
+    return Sampling(args.temperature, args.top_p, args.top_k)
+
+
+def evaluated_distribution(args: Step3Arguments) -> Sampling:
+    """The distribution whose log-probs the update differentiates."""
+    return sampling(args) if args.logprobs_of == "sampling" else Sampling()
+
+
+def generation(args: Step3Arguments, pad_id: int) -> GenerationSettings:
+    return GenerationSettings(
+        max_new_tokens=args.max_answer_seq_len,
+        pad_id=pad_id,
+        sampling=sampling(args),
+        max_greedy_tokens=args.max_greedy_seq_len,
+        two_pass=args.two_pass_rollout,
+    )
+
+
+def trainer_settings(args: Step3Arguments) -> TrainerSettings:
+    return TrainerSettings(
+        epochs=args.num_train_epochs,
+        max_steps=args.stop_step,
+        micro_batch_size=args.per_device_training_batch_size,
+        rollouts_per_step=args.rollout_batches,
+        mini_batches=args.ppo_mini_batches,
+        evaluate_every=args.eval_steps,
+        target_kl=args.target_kl,
+        best_by=args.best_by,
+        unsupervised_coefficient=args.unsup_coef,
+    )

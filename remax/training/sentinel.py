@@ -1,0 +1,128 @@
+"""Watches the figures of every step for the known ways in which such trainings go wrong, and says what to do.
+
+The sentinel is one of the trainer's watchers. It keeps short averages of reduced figures and compares them with limits
+(`Thresholds`) and with the run's own first steps. Whatever it decides, it decides from numbers that are equal on all
+ranks, so that all ranks warn, and stop, at the same step.
+
+A warning is given once, and again when it still holds `repeat_after` steps later. Some findings are fatal: nothing good
+can follow. The trainer logs the step, then calls `stop_if_fatal`, which raises `TrainingStopped` on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from tqdm import tqdm
+
+from remax.core.rollout import Rollout
+from remax.training.alarms import COMPARED, Alarm, Thresholds, drift_alarms, fatal_alarms, rollout_figures
+from utils.distributed import is_main, sum_across_ranks
+from utils.run import TrainingStopped
+
+
+def tell(message: str) -> None:
+    """One line on rank 0 that does not tear a progress bar."""
+    if is_main():
+        tqdm.write(message)
+
+
+@dataclass
+class Sentinel:
+    """One of the trainer's watchers.
+
+    vocabulary: number of words, whose logarithm is the largest entropy.   tell: takes each warning, on every rank.
+    fatal: why training must stop, None as long as it need not.
+
+    The KL is counted from the first step's: there the policy is the reference, and what is left is truncation (top_p).
+    """
+
+    vocabulary: int
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    tell: Callable[[str], None] = tell
+    sum_across_ranks: Callable[[dict[str, float | Tensor]], dict[str, float]] = field(
+        default=sum_across_ranks, repr=False
+    )
+    fatal: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.recent: dict[str, deque[float]] = {}
+        self.start: dict[str, list[float]] = {name: [] for name in COMPARED}
+        self.told: dict[str, int] = {}
+        self.first_kl: float | None = None
+        self.overflows = self.nonfinite = 0
+        self.gradient_known = False  # some engines cannot tell their gradient's norm
+
+    def __call__(self, step: int, rollout: Rollout, figures: dict[str, float]) -> dict[str, float]:
+        """-> further figures: those of `rollout_figures`, and `alarms`, the number of warnings that hold."""
+        extra = rollout_figures(rollout, figures["reward"], figures["length"], self.sum_across_ranks)
+        alarms = self.judge({**figures, **extra})
+        for alarm in alarms:
+            self.raise_alarm(step, alarm)
+        return {**extra, "alarms": float(len(alarms))}
+
+    def judge(self, figures: dict[str, float]) -> list[Alarm]:
+        """Takes one step's reduced figures in, and returns what is wrong now."""
+        limits = self.thresholds
+        kl = figures.get("kl", 0.0) / max(figures["length"], 1e-9)
+        if self.first_kl is None and math.isfinite(kl):
+            self.first_kl = kl
+        excess = kl - (self.first_kl or 0.0)
+        self._count_streaks(figures)
+        followed = {name: figures[name] for name in (*COMPARED, "reward_length_correlation", "zero_advantages")}
+        for name, value in {**followed, "kl_per_token": kl, "kl_excess": excess}.items():
+            if math.isfinite(value):
+                self.recent.setdefault(name, deque(maxlen=limits.window)).append(value)
+                if name in self.start and len(self.start[name]) < limits.first:
+                    self.start[name].append(value)
+        recent = {
+            name: sum(values) / len(values)
+            for name, values in self.recent.items()
+            if len(values) >= (limits.kl_after if name.startswith("kl") else limits.window)
+        }
+        start = {name: sum(values) / len(values) for name, values in self.start.items() if name in recent}
+        return [
+            *fatal_alarms(figures, self.overflows, self.nonfinite, excess, limits),
+            *drift_alarms(recent, start, self.vocabulary, limits),
+        ]
+
+    def _count_streaks(self, figures: dict[str, float]) -> None:
+        skipped, norm = bool(figures.get("skipped")), figures.get("grad_norm", math.nan)
+        self.gradient_known = self.gradient_known or math.isfinite(norm)
+        self.overflows = self.overflows + 1 if skipped else 0
+        bad = self.gradient_known and not math.isfinite(norm) and not skipped
+        bad = bad or not (math.isfinite(figures["loss"]) and math.isfinite(figures["reward"]))
+        self.nonfinite = self.nonfinite + 1 if bad else 0
+
+    def raise_alarm(self, step: int, alarm: Alarm) -> None:
+        if alarm.fatal:
+            self.fatal = self.fatal or alarm.message(step)
+        elif alarm.kind not in self.told or step - self.told[alarm.kind] >= self.thresholds.repeat_after:
+            self.told[alarm.kind] = step
+            self.tell(f"warning, {alarm.message(step)}")
+
+    def stop_if_fatal(self) -> None:
+        """Raises TrainingStopped on every rank, or on none."""
+        if self.fatal is not None:
+            raise TrainingStopped(self.fatal)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to judge as this one would have: numbers, strings, lists and dicts only."""
+        return {
+            "recent": {name: list(values) for name, values in self.recent.items()},
+            "start": self.start,
+            "told": self.told,
+            "first_kl": self.first_kl,
+            "streaks": [self.overflows, self.nonfinite],
+            "gradient_known": self.gradient_known,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent = {name: deque(values, self.thresholds.window) for name, values in state["recent"].items()}
+        self.start = {name: list(values) for name, values in state["start"].items()}
+        self.told, self.first_kl = dict(state["told"]), state["first_kl"]
+        self.overflows, self.nonfinite = state["streaks"]
+        self.gradient_known = state["gradient_known"]

@@ -1,0 +1,199 @@
+"""Exports at every ZeRO stage, read again by plain transformers: every tensor, the logits and the scores."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from remax.checkpoint.export import export, note
+from remax.core.sequences import Sequences
+from remax.models.lora import merge_adapters
+from remax.models.policy import load_policy
+from utils.tokenizer import load_tokenizer
+
+ROWS = 4
+POLICIES = {"gpt2": 300, "opt": 300, "llama": 300, "qwen2": 300}
+STAGES = range(4)
+TEXTS = [["\n\nHuman: Name two birds.\n\nAssistant:", " An owl and a swan."], ["\n\nHuman: Hi", " a"], ["x", " y z"]]
+SCORERS = [("llama", "own", 3), ("opt", "eos", 3), ("gpt2", "none", 3), ("llama", "none", 3), ("gpt2", "none", 2)]
+
+
+@pytest.fixture(scope="module")
+def exports(make_policy, save_rows, run_ranks):
+    """Every kind of model exported by two ranks, in one launch."""
+    rows = save_rows(7, ROWS, 300)
+    checks = [
+        {"check": "export_policy", "name": f"{family}-{stage}", "model": str(make_policy(family)), "zero_stage": stage}
+        for family in POLICIES
+        for stage in STAGES
+        if family == "llama" or stage in (2, 3)
+    ]
+    for stage in (2, 3):
+        extra = {"name": f"lora-{stage}", "lora": "attn.c_", "model": str(make_policy("gpt2"))}
+        checks.append({"check": "export_policy", "zero_stage": stage} | extra)
+        extra = {"name": f"ema-{stage}", "average": True, "model": str(make_policy("llama"))}
+        checks.append({"check": "export_policy", "zero_stage": stage} | extra)
+    checks = [check | {"rows": rows, "micro_batch": 1} for check in checks]
+    extra = {"name": "bf16", "model": str(make_policy("llama")), "rows": rows, "dtype": "bf16", "zero_stage": 3}
+    checks.append({"check": "export_policy"} | extra)
+    for family, pad, stage in SCORERS:
+        check = {"check": "export_reward", "name": f"reward-{family}-{pad}-{stage}", "new_head": True, "new_pad": True}
+        checks.append(check | {"model": str(make_policy(family, pad)), "zero_stage": stage, "texts": TEXTS})
+    results, folder = run_ranks(checks, 2)
+    return results, folder, Sequences(**torch.load(rows))
+
+
+def answer_logprobs(hf, sequences: Sequences) -> list[torch.Tensor]:
+    found = []
+    for i in range(len(sequences)):
+        start, length = int(sequences.prompt_lengths[i]), int(sequences.lengths[i])
+        ids = sequences.input_ids[i, :length]
+        logp = hf(ids[None]).logits[0].float().log_softmax(-1)
+        found.append(logp[torch.arange(start - 1, length - 1), ids[start:]])
+    return found
+
+
+def assert_logprobs(folder, sequences: Sequences, expected: list, tolerance: float = 1e-4) -> None:
+    hf = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for i, logprobs in enumerate(answer_logprobs(hf, sequences)):
+        torch.testing.assert_close(logprobs, torch.tensor(expected[i])[: len(logprobs)], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "name", [f"{family}-{stage}" for family in POLICIES for stage in STAGES if family == "llama" or stage in (2, 3)]
+)
+@torch.no_grad()
+def test_a_policy_is_whole_at_every_stage(name, exports, make_policy):
+    results, folder, sequences = exports
+    trained, source = torch.load(folder / f"{name}.pt"), make_policy(name.split("-")[0])
+    hf, report = AutoModelForCausalLM.from_pretrained(folder / name, output_loading_info=True)
+    assert not any(report.values())  # nothing missing, unexpected or of another shape
+    before = AutoModelForCausalLM.from_pretrained(source)
+    assert [(k, v.shape, v.dtype) for k, v in hf.state_dict().items()] == [
+        (k, v.shape, v.dtype) for k, v in before.state_dict().items()
+    ]
+    loaded = dict(hf.named_parameters())
+    assert loaded.keys() == trained.keys()
+    for key, weight in trained.items():
+        assert torch.equal(loaded[key], weight), key
+    assert any(not torch.equal(weight, dict(before.named_parameters())[key]) for key, weight in trained.items())
+    if hf.config.tie_word_embeddings:
+        assert hf.get_input_embeddings().weight is hf.get_output_embeddings().weight
+    assert_logprobs(folder / name, sequences, results[name]["logprobs"])
+    assert AutoTokenizer.from_pretrained(folder / name)("Name two birds")["input_ids"]
+    assert (folder / name / "generation_config.json").is_file()
+    assert results[name]["losses"] == pytest.approx(results[f"{name.split('-')[0]}-2"]["losses"], rel=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [2, 3])
+@torch.no_grad()
+def test_adapters_are_merged_in_the_copy_only(stage, exports):
+    results, folder, sequences = exports
+    name = f"lora-{stage}"
+    files = load_file(folder / name / "model.safetensors")
+    assert not [key for key in files if "lora" in key or "base_layer" in key]
+    adapters = [x for key, x in torch.load(folder / f"{name}.pt").items() if "lora_B" in key]
+    assert adapters and all(x.any() for x in adapters)  # kept apart in the training model, and no longer zero
+    assert_logprobs(folder / name, sequences, results[name]["logprobs"])
+    assert results["lora-2"]["losses"] == pytest.approx(results["lora-3"]["losses"], rel=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_moving_average(stage, exports):
+    # Two updates with decay d: d^2 w0 + d (1 - d) w1 + (1 - d) w2, and w1 = w0, as warm-up begins at rate 0.
+    results, folder, _ = exports
+    start, end = (torch.load(folder / f"ema-{stage}{suffix}.pt") for suffix in ("-start", ""))
+    average = load_file(folder / f"ema-{stage}-average" / "model.safetensors")
+    last = load_file(folder / f"ema-{stage}" / "model.safetensors")
+    assert average.keys() == last.keys()
+    for name, weight in average.items():
+        assert torch.equal(last[name], end[name]) and not torch.equal(end[name], start[name])
+        torch.testing.assert_close(weight, 0.75 * start[name] + 0.25 * end[name], rtol=1e-5, atol=1e-6)
+    assert results[f"ema-{stage}"]["losses"] == pytest.approx(results[f"llama-{stage}"]["losses"], rel=1e-5)
+
+
+@pytest.mark.ranks
+@torch.no_grad()
+def test_bf16_stays_bf16(exports):
+    results, folder, sequences = exports
+    weights = load_file(folder / "bf16" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert json.loads((folder / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(folder / "bf16").dtype == torch.bfloat16
+    assert_logprobs(folder / "bf16", sequences, results["bf16"]["logprobs"], tolerance=0.1)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("family, pad, stage", SCORERS)
+@torch.no_grad()
+def test_a_reward_model_scores_the_same_in_plain_transformers(family, pad, stage, exports):
+    # With pad "none" and "eos" the tokenizer got a pad token, so the embedding grew, under ZeRO-3 too.
+    results, folder, _ = exports
+    name = f"reward-{family}-{pad}-{stage}"
+    model, report = AutoModelForSequenceClassification.from_pretrained(folder / name, output_loading_info=True)
+    assert not any(report.values())
+    trained, loaded = torch.load(folder / f"{name}.pt"), dict(model.named_parameters())
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[key], weight) for key, weight in trained.items())
+    tokenizer = AutoTokenizer.from_pretrained(folder / name, padding_side="right")
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert model.config.pad_token_id == tokenizer.pad_token_id < model.get_input_embeddings().num_embeddings
+    texts = [prompt + answer + tokenizer.eos_token for prompt, answer in TEXTS]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    assert (batch["attention_mask"] == 0).any()
+    scores = results[name]["scores"]
+    assert len(set(scores)) == len(scores)
+    assert model.eval()(**batch).logits.squeeze(1).tolist() == pytest.approx(scores, abs=1e-4)
+    for text, score in zip(texts, scores, strict=True):
+        alone = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        assert model(**alone).logits.item() == pytest.approx(score, abs=1e-4)
+
+
+# --- in one process
+
+
+def load(folder):
+    tokenizer = load_tokenizer(str(folder))
+    return load_policy(str(folder), "--model", dtype=torch.float32, tokenizer=tokenizer), tokenizer
+
+
+def test_an_export_replaces_an_older_one_and_nothing_else(make_policy, tmp_path):
+    model, tokenizer = load(make_policy("llama"))
+    (tmp_path / "metrics.jsonl").write_text("kept")
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("of an older, larger model")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    export(model, tokenizer, tmp_path, zero3=False)
+    export(model, tokenizer, tmp_path, zero3=False)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert "metrics.jsonl" in names and "model.safetensors" in names
+    assert [name for name in names if "0000" in name or "index" in name or name.startswith(".")] == []
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), model.hf.parameters(), strict=True))
+
+
+def test_an_export_left_half_done_does_not_stop_the_next(make_policy, tmp_path):
+    model, tokenizer = load(make_policy("llama"))
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "model-00001-of-00009.safetensors").write_text("torn")
+    export(model, tokenizer, tmp_path, zero3=False)
+    assert [path.name for path in tmp_path.iterdir() if "0000" in path.name or path.name == ".partial"] == []
+
+
+def test_a_model_without_adapters_is_merged_into_itself(make_policy):
+    model, _ = load(make_policy("llama"))
+    state = dict(model.hf.named_parameters())
+    merged = merge_adapters(state, model.hf)
+    assert merged.keys() == state.keys() and all(merged[name] is state[name] for name in state)
+
+
+def test_a_note_beside_the_export(tmp_path):
+    note(tmp_path, "results.json", {"reward": 1.5})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"reward": 1.5}

@@ -1,0 +1,362 @@
+"""Sound models pass an examination; with one thing broken at a time, each is found by its own check."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LogitsProcessor
+
+from remax.checks import models as model_checks
+from remax.checks.examination import built_in_prompts, examine
+from remax.checks.findings import FAILURE, OK, SKIPPED, WARNING, Report
+from remax.checks.generation import with_padded_row
+from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts
+from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.policy import Actor, FrozenActor, Reference
+from remax.engines.scorer import Reward
+from remax.generation.decode import GenerationSettings, GreedyRows
+from remax.models.policy import load_policy
+from remax.models.reward_model import load_reward_model
+from remax.rewards.composite import CompositeReward, FunctionReward, Part
+from remax.rewards.functions import RewardFunction
+from utils.run import UserError
+from utils.tokenizer import load_tokenizer
+
+CPU = EngineConfig(dtype="fp32")
+PROMPT, ANSWER = 48, 12
+
+
+@pytest.fixture
+def load(make_policy, make_scorer):
+    """load("gpt2", ...) -> the arguments of `examine`, of a healthy patient."""
+
+    def load(family: str = "gpt2", pad: str = "own", sampling=Sampling(), config: EngineConfig = CPU) -> dict:
+        folder, scorer = str(make_policy(family, pad)), str(make_scorer(family, pad))
+        tokenizer = load_tokenizer(folder)
+        dtype = config.torch_dtype
+        generation = GenerationSettings(ANSWER, tokenizer.pad_token_id, sampling)
+        judge = Reward(load_reward_model(scorer, "--r", dtype=dtype, tokenizer=tokenizer), config)
+        return {
+            "actor": FrozenActor(load_policy(folder, "--a", dtype=dtype, tokenizer=tokenizer), config, generation),
+            "reward": CompositeReward([Part("judge", judge, tokenizer=load_tokenizer(scorer))]),
+            "tokenizer": tokenizer,
+            "prompts": built_in_prompts(tokenizer, PROMPT),
+            "reference": Reference(load_policy(folder, "--a", dtype=dtype, tokenizer=tokenizer), config),
+            "max_prompt_tokens": PROMPT,
+            "reload_limit": 0,
+        }
+
+    return load
+
+
+def results(report: Report) -> dict[str, str]:
+    return {found.check: found.result for found in report.findings}
+
+
+def failed(report: Report) -> list[str]:
+    return [found.check for found in report.failures]
+
+
+# ------------------------------------------------------------------------------------------------------------- healthy
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2"])
+def test_a_sound_pipeline_passes(family, load):
+    report = examine(**load(family, sampling=Sampling(0.8, top_p=0.9)) | {"reload_limit": 10**9})
+    assert not report.failures, report.table()
+    checked = [found for found in report.findings if found.result == OK]
+    assert len(checked) >= 13  # random weights may look like noise
+    assert all(found.remedy == "" for found in checked)
+
+
+@pytest.mark.parametrize("pad", ["eos", "none"])
+def test_a_pad_token_that_is_the_end_token_is_sound(pad, load):
+    assert not examine(**load("gpt2", pad)).failures
+
+
+def test_bf16_is_sound_and_its_export_exact(load):
+    # The rotary frequencies stay in float32: rounded, the export would differ from what trains.
+    report = examine(**load("llama", config=EngineConfig(dtype="bf16")) | {"reload_limit": 10**9})
+    assert not report.failures, report.table()
+    (export,) = [found for found in report.findings if found.check == "export reads back the same"]
+    assert export.numbers["mean"] < 1e-6
+
+
+def test_engines_keep_rotary_frequencies_in_float32(load):
+    patient = load("llama", config=EngineConfig(dtype="bf16"))
+    for engine in (patient["actor"], patient["reference"], patient["reward"].parts[0].scorer):
+        rotary = {name: b.dtype for name, b in engine.model.named_buffers() if "inv_freq" in name}
+        assert rotary and set(rotary.values()) == {torch.float32}
+        assert next(engine.model.parameters()).dtype == torch.bfloat16
+
+
+def test_the_random_state_is_left_as_it_was(load):
+    patient = load()
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    examine(**patient)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_the_first_prompt_is_padded_even_when_all_are_equally_long():
+    ids = torch.arange(1, 13).view(2, 6)
+    prompts = with_padded_row(Prompts(ids, torch.tensor([6, 6])), rows=1)
+    assert prompts.lengths.tolist() == [6, 3]
+    assert prompts.input_ids[1][prompts.attention_mask[1].bool()].tolist() == [4, 5, 6]
+
+
+def test_a_function_alone_is_enough(load):
+    patient = load()
+    function = RewardFunction("f", lambda prompt, answer: len(answer), batched=False, asynchronous=False)
+    patient["reward"] = CompositeReward([Part("length", FunctionReward(function, patient["tokenizer"]))])
+    report = examine(**patient)
+    assert not report.failures, report.table()
+    assert results(report)["scores are finite and differ"] == OK
+    assert results(report)["reward model ranks pairs"] == SKIPPED
+
+
+def test_each_of_several_reward_models_is_checked(load, make_scorer):
+    patient = load()
+    folder = str(make_scorer("gpt2", seed=6))
+    own = load_tokenizer(folder)
+    other = Reward(load_reward_model(folder, "--r", dtype=torch.float32, tokenizer=own), CPU)
+    (judge,) = patient["reward"].parts
+    patient["reward"] = CompositeReward([judge, Part("other", other, tokenizer=own)])
+    assert not examine(**patient).failures
+    honest = other.score
+    other.score = lambda sequences, forwards=1: honest(sequences) + 0.1 * (~sequences.mask).sum(1)
+    assert failed(examine(**patient)) == ["rows do not touch one another"]
+    other.score, own.eos_token = honest, own.convert_ids_to_tokens(5)
+    report = examine(**patient)
+    assert failed(report) == ["end token"] and "the reward model other's by 5" in report.table()
+
+
+# ---------------------------------------------------------------------------------------------------- broken generation
+
+
+def generate_with(actor, monkeypatch, change) -> None:
+    """`change(kwargs)` may alter every call of the model's generate."""
+    original = actor.model.hf.generate
+    monkeypatch.setattr(actor.model.hf, "generate", lambda **kwargs: original(**change(dict(kwargs))))
+
+
+class Penalty(LogitsProcessor):
+    """Every token drawn so far loses a nat."""
+
+    def __call__(self, input_ids, scores):
+        return scores - torch.zeros_like(scores).scatter_(1, input_ids, 1.0)
+
+
+def test_a_hidden_penalty_is_found(load, monkeypatch):
+    patient = load()
+
+    def change(kwargs):
+        kwargs["logits_processor"].insert(0, Penalty())
+        return kwargs
+
+    generate_with(patient["actor"], monkeypatch, change)
+    assert {"generation agrees with the forward"} <= set(failed(examine(**patient)))
+
+
+def test_a_hidden_top_k_is_found(load, monkeypatch):
+    # What generate does by itself when it is not told top_k=0.
+    patient = load()
+
+    def change(kwargs):
+        kwargs["generation_config"].top_k = 20
+        return kwargs
+
+    generate_with(patient["actor"], monkeypatch, change)
+    assert failed(examine(**patient)) == ["generation agrees with the forward"]
+
+
+def test_a_greedy_baseline_that_is_not_greedy_is_found(load, monkeypatch):
+    def second_best(self, input_ids, scores):
+        best = scores[self.first :].topk(2).indices[:, 1:]
+        only = torch.full_like(scores[self.first :], -torch.inf).scatter_(-1, best, 0.0)
+        return torch.cat([scores[: self.first], only])
+
+    patient = load()
+    monkeypatch.setattr(GreedyRows, "__call__", second_best)
+    assert failed(examine(**patient)) == ["greedy tokens are the argmax"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_attention_to_padding_is_found(family, load, monkeypatch):
+    patient = load(family)
+
+    def change(kwargs):
+        return kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])}
+
+    generate_with(patient["actor"], monkeypatch, change)
+    assert {"generation agrees with the forward", "padding changes nothing"} <= set(failed(examine(**patient)))
+
+
+def test_positions_counted_from_the_padding_are_found(load, monkeypatch):
+    # Left-padded GPT-2 with positions 0, 1, 2, ... from the first column of padding.
+    patient = load("gpt2")
+    original = patient["actor"].model.hf.generate
+
+    def generate(**kwargs):
+        forward = patient["actor"].model.hf.transformer.forward
+
+        def without_positions(*args, position_ids=None, past_key_values=None, **rest):
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            width = rest["input_ids"].shape[1] if rest.get("input_ids") is not None else args[0].shape[1]
+            positions = torch.arange(past, past + width)[None]
+            return forward(*args, position_ids=positions, past_key_values=past_key_values, **rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(patient["actor"].model.hf.transformer, "forward", without_positions)
+            return original(**kwargs)
+
+    monkeypatch.setattr(patient["actor"].model.hf, "generate", generate)
+    assert {"generation agrees with the forward", "padding changes nothing"} <= set(failed(examine(**patient)))
+
+
+def test_answers_from_another_distribution_than_the_learned_one_raise_a_warning(load):
+    patient = load(sampling=Sampling(top_p=0.9))
+    patient["actor"].sampling = Sampling()  # --logprobs_of model
+    report = examine(**patient)
+    assert results(report)["sampling is what is learned"] == WARNING
+    assert not report.failures
+
+
+def test_ranks_with_equal_noise_are_found(monkeypatch):
+    monkeypatch.setattr(model_checks, "gather_objects", lambda state: [state, state])
+    assert model_checks.check_ranks().result == FAILURE
+    monkeypatch.setattr(model_checks, "gather_objects", lambda state: [state, state + 1])
+    assert model_checks.check_ranks().result == OK
+
+
+def test_an_untrained_policy_raises_a_warning(load):
+    patient = load()
+    for parameter in patient["actor"].model.parameters():
+        parameter.mul_(0.01)
+    report = examine(**patient | {"reference": None})
+    assert results(report)["answers are not noise"] == WARNING and not report.failures
+
+
+# --------------------------------------------------------------------------------------------- models that do not match
+
+
+def test_pad_beyond_the_embedding_stops_before_anything_runs(load):
+    patient = load()
+    patient["actor"].generation = replace(patient["actor"].generation, pad_id=10**6)
+    report = examine(**patient)
+    assert failed(report) == ["pad token"]
+    assert report.findings[-1].result == SKIPPED
+    with pytest.raises(UserError, match="pad token"):
+        report.refuse_failures()
+
+
+def test_pad_of_another_tokenizer_is_found(load):
+    patient = load()
+    patient["actor"].generation = replace(patient["actor"].generation, pad_id=7)
+    assert failed(examine(**patient)) == ["pad token"]
+
+
+def test_a_swapped_tokenizer_is_found(load, corpus):
+    from remax.demo.tiny_models import train_tokenizer
+
+    patient = load()
+    patient["reward"].parts[0].tokenizer = train_tokenizer(["aaa bbb ccc ddd"] * 9, vocab_size=300)
+    assert failed(examine(**patient)) == ["vocabulary"]
+
+
+def test_a_different_end_token_is_found(load):
+    patient = load()
+    patient["actor"].model.hf.generation_config.eos_token_id = [5]
+    assert failed(examine(**patient)) == ["end token"]
+
+
+def test_a_second_end_token_raises_a_warning(load):
+    patient = load()
+    patient["actor"].model.hf.generation_config.eos_token_id.append(5)
+    assert results(examine(**patient))["end token"] == WARNING
+
+
+def test_prompts_that_do_not_fit_are_found(load):
+    patient = load()
+    patient["max_prompt_tokens"] = 128 - ANSWER + 1  # the models have 128 positions
+    report = examine(**patient)
+    assert failed(report) == ["prompts fit"]
+    assert "lower --max_prompt_seq_len" in report.table()
+    patient["max_prompt_tokens"] = 128 - ANSWER
+    assert results(examine(**patient))["prompts fit"] == OK
+
+
+def test_another_reference_is_found(load, make_policy):
+    patient = load()
+    other = str(make_policy("gpt2", seed=9))
+    model = load_policy(other, "--x", dtype=torch.float32, tokenizer=patient["tokenizer"])
+    patient["reference"] = Reference(model, CPU)
+    assert failed(examine(**patient)) == ["KL to the reference is 0"]
+    assert not examine(**patient, resumed=True).failures
+
+
+class PlainActor(Actor):
+    """An actor whose engine is the model itself."""
+
+    def __init__(self, model, generation):
+        self.engine = self.model = model
+        self.config, self.generation, self.sampling = CPU, generation, generation.sampling
+        self.chunk_size, self.gather_for_generation = 1024, True
+
+
+@pytest.mark.parametrize("disable_dropout", [True, False])
+def test_dropout_in_the_update_raises_a_warning(disable_dropout, load, make_policy):
+    patient = load("opt")
+    folder = str(make_policy("opt"))
+    model = load_policy(
+        folder, "--a", dtype=torch.float32, tokenizer=patient["tokenizer"], disable_dropout=disable_dropout
+    )
+    patient["actor"] = PlainActor(model, patient["actor"].generation)
+    model.train()
+    report = examine(**patient)
+    assert results(report)["no dropout in the update"] == (OK if disable_dropout else WARNING)
+    assert not report.failures, report.table()
+    assert model.training
+
+
+def test_an_export_that_differs_is_found(load, monkeypatch):
+    original = model_checks.export
+
+    def export(model, tokenizer, folder, *, zero3):
+        with torch.no_grad():
+            bias = model.hf.transformer.ln_f.bias
+            bias += 0.5
+            original(model, tokenizer, folder, zero3=zero3)
+            bias -= 0.5
+
+    monkeypatch.setattr(model_checks, "export", export)
+    patient = load()
+    assert failed(examine(**patient | {"reload_limit": 10**9})) == ["export reads back the same"]
+    assert results(examine(**patient | {"reload_limit": 1000}))["export reads back the same"] == SKIPPED
+
+
+def test_a_score_that_reads_the_padding_is_found(load):
+    patient = load()
+    judge = patient["reward"].parts[0].scorer
+    honest = judge.score
+    judge.score = lambda sequences, forwards=1: honest(sequences) + 0.1 * (~sequences.mask).sum(1)
+    assert failed(examine(**patient)) == ["rows do not touch one another"]
+
+
+@pytest.mark.parametrize("score", [0.0, math.nan, math.inf])
+def test_a_constant_or_broken_score_is_found(score, load):
+    patient = load()
+    patient["reward"].parts[0].scorer.score = lambda sequences, forwards=1: torch.full((len(sequences),), score)
+    assert "scores are finite and differ" in failed(examine(**patient))
+
+
+def test_the_tokenizers_of_a_reward_model_with_its_own_pad_agree(load, tokenizers):
+    patient = load("gpt2", "none")
+    patient["reward"].parts[0].tokenizer = AutoTokenizer.from_pretrained(tokenizers["none"])
+    patient["reward"].parts[0].tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    assert not examine(**patient).failures

@@ -1,0 +1,599 @@
+"""Flags: names and defaults that users know, what is refused and how, what is filled in."""
+
+import dataclasses
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from remax.algorithms import ALGORITHMS
+from remax.algorithms.kl import PENALTIES
+from remax.cli.flags import (
+    Arguments,
+    FinetuneArguments,
+    Penalty,
+    RetiredInStep3,
+    Step1Arguments,
+    Step2Arguments,
+    Step3Arguments,
+)
+from remax.cli.validate import make_algorithm, parse_step1, parse_step2, parse_step3
+from utils.run import UserError
+
+ROOT = Path(__file__).parents[3]
+MODEL = "--model_name_or_path facebook/opt-125m "
+MODELS = "--reward_model_name_or_path me/reward --actor_model_name_or_path facebook/opt-125m "
+
+
+def step1(line: str = "") -> Step1Arguments:
+    return parse_step1(shlex.split(MODEL + line))
+
+
+def step2(line: str = "") -> Step2Arguments:
+    return parse_step2(shlex.split(MODEL + line))
+
+
+def step3(line: str = "") -> Step3Arguments:
+    return parse_step3(shlex.split(MODELS + line))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+# ------------------------------------------------------------------------------------------- names and defaults
+
+FINETUNE_DEFAULTS = {
+    "data_path": ["Dahoas/rm-static"],
+    "data_split": "2,4,4",
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "max_seq_len": 512,
+    "weight_decay": 0.0,
+    "num_train_epochs": 1,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "cosine",
+    "num_warmup_steps": 0,
+    "seed": 2023,
+    "data_seed": 1234,
+    "local_rank": -1,
+    "gradient_checkpointing": False,
+    "disable_dropout": False,
+    "offload": False,
+    "bf16": False,
+    "zero_stage": 0,
+    "lora_dim": 0,
+    "lora_module_name": "decoder.layers.",
+    "only_optimize_lora": False,
+    "lora_learning_rate": 5e-4,
+    "print_loss": False,
+    "enable_tensorboard": False,
+    "deepspeed": False,
+}
+STEP3_DEFAULTS = {
+    "algo": "remax",
+    "data_path": ["Dahoas/rm-static"],
+    "data_split": "2,4,4",
+    "unsupervised_dataset_name": None,
+    "unsupervised_dataset_config_name": None,
+    "unsup_coef": 27.8,
+    "per_device_generation_batch_size": 16,
+    "per_device_training_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "generation_batches": 1,
+    "ppo_epochs": 1,
+    "max_prompt_seq_len": 256,
+    "max_answer_seq_len": 256,
+    "actor_learning_rate": 9.65e-6,
+    "actor_weight_decay": 0.0,
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "gradient_accumulation_steps": 1,
+    "num_warmup_steps": 100,
+    "data_seed": 1234,
+    "offload": False,
+    "offload_reference_model": False,
+    "offload_reward_model": False,
+    "actor_zero_stage": 0,
+    "reward_zero_stage": 0,
+    "reference_zero_stage": 0,
+    "actor_gradient_checkpointing": False,
+    "disable_actor_dropout": False,
+    "disable_reward_dropout": False,
+    "gamma": 0.95,
+    "penalty": "one_step",  # what ran in the authors' code, whatever their flag said
+    "kl_ctl": 0.1,
+    "target_kl": 1.0,
+    "save_at_final": False,
+    "normalize_kl": False,
+    "entropy_coef": 0.0,
+    "clip_reward_value": 5.0,
+    "clip_on": "difference",
+    "actor_lora_dim": 0,
+    "actor_lora_module_name": "decoder.layers.",
+    "only_optimize_lora": False,
+    "actor_lora_learning_rate": 5e-4,
+    "enable_ema": False,
+    "print_answers": False,
+    "save_answers": False,
+    "enable_test_mode": False,
+    "test_stop_step": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "logprobs_of": "sampling",
+}
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (step1, FINETUNE_DEFAULTS | {"sft_only_data_path": []}),
+        (step2, FINETUNE_DEFAULTS | {"num_padding_at_beginning": None}),
+        (step3, STEP3_DEFAULTS),
+    ],
+)
+def test_known_flags_keep_their_names_and_defaults(args, expected):
+    found = vars(args())
+    assert {name: found[name] for name in expected} == expected
+
+
+def authors_line(step: int) -> str:
+    """The flags that the ReMax authors' OPT and Llama-2 scripts give, together."""
+    if step == 3:
+        return (
+            "--local_rank=0 --algo remax --data_output_path /tmp/data_files/llama2 --data_split 2,4,4 "
+            "--num_padding_at_beginning 0 --per_device_generation_batch_size 1 --per_device_training_batch_size 1 "
+            "--per_device_eval_batch_size 1 --generation_batches 1 --ppo_epochs 1 --max_answer_seq_len 256 "
+            "--max_prompt_seq_len 256 --actor_learning_rate 1e-6 --actor_weight_decay 0.1 --num_train_epochs 1 "
+            "--lr_scheduler_type cosine --gradient_accumulation_steps 1 --actor_gradient_checkpointing "
+            "--disable_actor_dropout --disable_reward_dropout --num_warmup_steps 0 --kl_ctl 0.05 --gamma 0.99 "
+            "--deepspeed --offload --offload_reward_model --offload_reference_model --actor_bf16 --reward_bf16 "
+            "--seed 2023 --actor_zero_stage 2 --reward_zero_stage 3 --reference_zero_stage 3 --enable_hybrid_engine "
+            "--output_dir out --enable_tensorboard --print_answers --save_answers --save_at_final"
+        )
+    padding = "--num_padding_at_beginning 1 " if step == 2 else ""
+    return padding + (
+        "--local_rank=1 --data_output_path /tmp/data_files/opt --data_split 2,4,4 --per_device_train_batch_size 16 "
+        "--per_device_eval_batch_size 16 --max_seq_len 512 --learning_rate 1e-5 --weight_decay 0. --num_train_epochs 4 "
+        "--gradient_accumulation_steps 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 1234 --offload "
+        "--gradient_checkpointing --zero_stage 2 --deepspeed --output_dir out --enable_tensorboard --print_loss"
+    )
+
+
+def test_the_authors_lines_of_steps_1_and_2_are_understood():
+    for parse, step in [(step1, 1), (step2, 2)]:
+        args = parse(authors_line(step))
+        assert (args.zero_stage, args.offload, args.learning_rate, args.num_train_epochs) == (2, True, 1e-5, 4)
+        assert args.console_every == 1  # --print_loss
+        assert args.tensorboard_dir == os.path.join("out", "tensorboard")
+
+
+def test_the_authors_line_of_step_3_is_understood():
+    args = step3(authors_line(3))
+    assert (args.actor_zero_stage, args.reference_zero_stage, args.reward_zero_stage) == (2, 3, 3)
+    assert (args.actor_dtype, args.reward_dtype) == ("bf16", "bf16")
+    assert (args.gamma, args.kl_ctl, args.penalty, args.kl_in) == (0.99, 0.05, "one_step", "reward")
+    assert len(args.notices) == 3  # DeepSpeed, padding, hybrid engine
+
+
+def test_dashes_and_several_data_sets(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("")
+    args = step3(f"--actor-learning-rate 1e-6 --data_path Dahoas/rm-static {file}")
+    assert args.actor_learning_rate == 1e-6
+    assert args.data_path == ["Dahoas/rm-static", str(file)]
+
+
+def test_column_names_are_those_that_were_given():
+    assert step1().columns == {}
+    assert step2("--prompt_column question --rejected_column bad").columns == {"prompt": "question", "rejected": "bad"}
+    assert step3("--data_path me/set#main/train:0.3").data_path == ["me/set#main/train:0.3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stage"),
+    [
+        (Step1Arguments, "step1_supervised_finetuning"),
+        (Step2Arguments, "step2_reward_model_finetuning"),
+        (Step3Arguments, "step3_rlhf_finetuning"),
+    ],
+)
+def test_a_flag_exists_only_when_code_reads_it(arguments, stage):
+    # main.py reads it, or settings.py or assembly.py do, or one of what arguments.py derives for main.py does.
+    derived = (Arguments, FinetuneArguments, Step3Arguments, make_algorithm)
+    files = (ROOT / stage / "main.py", *sorted((ROOT / "remax/stages").glob("*.py")))
+    source = "".join(file.read_text() for file in files) + "".join(inspect.getsource(part) for part in derived)
+    others = {"bf16", "actor_bf16", "reward_bf16"} | {field.name for field in dataclasses.fields(RetiredInStep3)}
+    names = [field.name for field in dataclasses.fields(arguments) if field.init and field.name not in others]
+    assert [name for name in names if not re.search(rf'(args|self)\.{name}\b|"{name}"', source)] == []
+
+
+def test_no_flag_has_two_owners():
+    for arguments in (Step1Arguments, Step2Arguments, Step3Arguments):
+        owners = [
+            {name for cls in base.__mro__ if cls is not object for name in vars(cls).get("__annotations__", {})}
+            for base in arguments.__bases__
+        ]
+        names = [name for owner in owners for name in owner if name != "notices"]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--dpo_beta .2", r"--dpo_beta with --loss ranking: only --loss dpo and r-dpo read it"),
+        ("--loss dpo --length_alpha .2", r"--length_alpha with --loss dpo: only --loss r-dpo"),
+        ("--loss dpo --ranked_loss plackett-luce", r"--ranked_loss with --loss dpo: only --loss ranking"),
+        (
+            "--ranked_loss plackett-luce --label_smoothing .1",
+            r"--label_smoothing with --ranked_loss plackett-luce: .* use --ranked_loss pairs",
+        ),
+        ("--loss dpo --use_margin", r"--use_margin with --loss dpo: only --loss ranking"),
+        ("--label_smoothing 1", r"--label_smoothing 1.0: must be at least 0 and below 1"),
+    ],
+)
+def test_preference_losses_refuse_flags_of_one_another(line, message):
+    with pytest.raises(UserError, match=message):
+        step2(line)
+
+
+# ------------------------------------------------------------------------------------------------- refused
+
+REFUSED_EVERYWHERE = [
+    ("--bogus 1", r"--bogus: unknown flag"),
+    ("--data_spli 2,4,4", r"--data_spli: unknown flag; did you mean --data_split\?"),  # no abbreviations
+    ("--deepspeed_config x.json", r"--deepspeed_config: unknown flag; use --zero_stage"),
+    ("stray", r"stray: belongs to no flag"),
+    ("--data_split 2,4", r"--data_split 2,4: expected three numbers"),
+    ("--data_split 2,4,x", r"--data_split 2,4,x: expected three numbers"),
+    ("--data_split=-1,4,4", r"--data_split -1,4,4: expected three numbers"),
+    ("--data_path no/such/train.jsonl", r"--data_path no/such/train.jsonl: no such file or folder"),
+    ("--data_path Dahoas/rm-static ./missing", r"--data_path ./missing: no such file"),
+    ("--data_path no/such/train.jsonl:0.5", r"--data_path no/such/train.jsonl:0.5: no such file or folder"),
+    ("--data_path ./missing#train_sft", r"--data_path ./missing#train_sft: no such file or folder"),
+    ("--data_path me/set:0", r"--data_path me/set:0: the weight behind the colon must be a number above 0"),
+    ("--overlong keep", r"--overlong: invalid choice"),
+    ("--num_train_epochs 0", r"--num_train_epochs 0: must be at least 1"),
+    ("--per_device_eval_batch_size -1", r"--per_device_eval_batch_size -1: must be at least 1"),
+    ("--num_train_epochs 1.5", r"--num_train_epochs: invalid int value"),
+    ("--preprocessing_num_workers 0", r"--preprocessing_num_workers 0: must be at least 1"),
+    ("--streaming", r"--streaming: needs --max_steps, since nobody knows how many rows will come"),
+    ("--streaming --max_steps 5 --preprocessing_num_workers 2", r"--preprocessing_num_workers with --streaming: noth"),
+    ("--max_steps 5 --shuffle_buffer 5", r"--shuffle_buffer: has no effect without --streaming"),
+    ("--streaming --max_steps 5 --shuffle_buffer 0", r"--shuffle_buffer 0: must be at least 1"),
+    ("--adam_beta2 1", r"--adam_beta2 1.0: must be at least 0 and below 1"),
+    ("--gradient_clipping nan", r"--gradient_clipping nan: must be 0 or more"),
+    ("--lr_scheduler_type cosin", r"--lr_scheduler_type: invalid choice"),
+    ("--only_optimize_lora", r"--only_optimize_lora: .* set --(actor_)?lora_dim"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED_EVERYWHERE)
+@pytest.mark.parametrize("parse", [step1, step2, step3])
+def test_refused_in_every_step(parse, line, message):
+    with pytest.raises(UserError, match=message):
+        parse(line)
+
+
+@pytest.mark.parametrize("parse", [step1, step2])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--learning_rate 0", r"--learning_rate 0.0: must be above 0"),
+        ("--learning_rate inf", r"--learning_rate inf: must be above 0"),
+        ("--max_seq_len 0", r"--max_seq_len 0: must be at least 1"),
+        ("--zero_stage 4", r"--zero_stage: invalid choice: '4'"),
+        ("--offload", r"--offload with --zero_stage 0: .* set --zero_stage 1, 2 or 3"),
+        ("--zero_stage 2 --offload_parameters", r"--offload_parameters with --zero_stage 2: needs --zero_stage 3"),
+        ("--dtype fp16", r"--dtype fp16: DeepSpeed has no fp16 on a CPU; use fp32 or bf16"),
+        ("--dtype fp32 --bf16", r"--dtype fp32 with --bf16: contradict"),
+        ("--packing --attn_implementation eager", r"--packing with --attn_implementation eager: only sdpa and flash"),
+    ],
+)
+def test_refused_in_steps_1_and_2(parse, line, message):
+    with pytest.raises(UserError, match=message):
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--offload", r"--offload with --actor_zero_stage 0"),
+        ("--offload_parameters --actor_zero_stage 1", r"--offload_parameters with --actor_zero_stage 1"),
+        ("--inference_tp_size 2 --enable_hybrid_engine", r"--inference_tp_size 2: .* --actor_zero_stage 3"),
+        ("--zero3_generation synced", r"--zero3_generation synced with --actor_zero_stage 0"),
+        ("--actor_dtype fp32 --actor_bf16", r"--actor_dtype fp32 with --actor_bf16: contradict"),
+        ("--reward_dtype fp16", r"--reward_dtype fp16: DeepSpeed has no fp16 on a CPU"),
+        ("--top_p 0", r"--top_p 0.0: must be above 0 and at most 1"),
+        ("--temperature 0", r"--temperature 0.0: must be above 0"),
+        ("--gamma 1.01", r"--gamma 1.01: must be above 0 and at most 1"),
+        ("--max_greedy_seq_len 257", r"--max_greedy_seq_len 257: must not exceed --max_answer_seq_len \(256\)"),
+        ("--unsupervised_dataset_config_name x", r"without --unsupervised_dataset_name"),
+        ("--log_variance_gradient_steps 5", r"without --log_variance"),
+        ("--per_device_train_batch_size 4", r"use --per_device_generation_batch_size"),
+        ("--per_device_training_batch_size 32", r"must divide the 16 answers of a rollout .*; for example 16"),
+        ("--per_device_training_batch_size 6", r"must divide the 16 answers of a rollout .*; for example 4"),
+        ("--ppo_epochs 2", r"--ppo_epochs 2 with --algo remax: a rollout gets one step"),
+        ("--critic_learning_rate 1e-5 --algo rloo", r"with --algo rloo: only --algo ppo reads it"),
+        ("--baseline_decay 0.9", r"--baseline_decay 0.9 with --algo remax: only --algo reinforce reads it"),
+        ("--two_pass_rollout --algo grpo", r"with --algo grpo: only --algo remax reads it"),
+        ("--samples_per_prompt 2", r"--samples_per_prompt 2 with --algo remax: .* use --algo rloo or grpo"),
+        ("--samples_per_prompt 1 --algo rloo", r"--samples_per_prompt 1 with --algo rloo: .* 2 or more"),
+        ("--algo ppo --ppo_mini_batches 3", r"--ppo_mini_batches 3: must divide the 16 answers"),
+        (
+            "--algo ppo --ppo_mini_batches 4",
+            r"--per_device_training_batch_size 16: must divide the 4 answers of a mini-batch; for example 4",
+        ),
+        ("--algo ppo --clip_on difference", r"--algo ppo --clip_on difference: "),
+        ("--algo ppo --penalty kl_onestep", r"--algo ppo --penalty kl_onestep: "),
+        ("--algo ppo --offload_critic", r"--offload_critic with --critic_zero_stage 0"),
+        ("--algo ppo --offload --actor_zero_stage 1 --critic_zero_stage 0", r"--offload with --critic_zero_stage 0"),
+        ("--penalty none --adaptive_kl", r"--adaptive_kl with --penalty none"),
+        ("--penalty none --kl_in loss", r"--kl_in with --penalty none"),
+        ("--kl_ctl 0 --adaptive_kl", r"--kl_ctl 0.0 --adaptive_kl: "),
+        ("--penalty full_kl --kl_estimator k1", r"--penalty full_kl --kl_estimator k1: "),
+        ("--kl_in loss --kl_estimator k1", r"--kl_in loss --kl_estimator k1: .*gradient zero"),
+        ("--penalty klx", r"--penalty: invalid choice"),
+    ],
+)
+def test_refused_in_step_3(line, message):
+    with pytest.raises(UserError, match=message):
+        step3(line)
+
+
+def test_a_share_of_the_data_for_each_step():
+    for parse, split in [(step1, "0,1,1"), (step2, "1,0,1"), (step3, "1,1,0")]:
+        with pytest.raises(UserError, match=r"--data_split .*: leaves nothing for step"):
+            parse(f"--data_split {split}")
+    assert step1("--data_split 10,0,0").data_split == "10,0,0"
+
+
+def test_missing_models_are_refused_before_anything_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "sft" / "final").mkdir(parents=True)
+    (tmp_path / "output" / "sft" / "final" / "config.json").write_text("{}")
+    (tmp_path / "model.bin").write_text("")
+    for name, message in [
+        ("/no/such/model", r"--model_name_or_path /no/such/model: no such folder"),
+        ("./model", r"no such folder"),
+        ("output/stf", r"output/stf: no such folder"),  # `output` is a folder here, so this is no hub name
+        ("output/sft", r"no config.json, .*; its subfolder has one: final"),
+        ("model.bin", r"is a file"),
+        ("''", r"--model_name_or_path: is empty"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse_step1(shlex.split(f"--model_name_or_path {name}"))
+    assert parse_step1(["--model_name_or_path", "output/sft/final"]).model_name_or_path == "output/sft/final"
+    with pytest.raises(UserError, match=r"--critic_model_name_or_path /no"):
+        step3("--algo ppo --critic_model_name_or_path /no")
+
+
+def test_required_flags_are_named():
+    with pytest.raises(UserError, match="required: --actor_model_name_or_path "):
+        parse_step3([])
+    with pytest.raises(UserError, match="--reward_model_name_or_path or --reward_fn: one of them is required"):
+        parse_step3(["--actor_model_name_or_path", "facebook/opt-125m"])
+
+
+def test_a_bad_flag_exits_with_2_without_importing_torch():
+    code = (
+        "import sys; from utils.run import run_main; from remax.cli.validate import parse_step3\n"
+        "try: run_main(parse_step3)\n"
+        "finally: print('torch' in sys.modules, 'deepspeed' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *MODELS.split(), "--kl_ct", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == "False False\n"
+    assert done.stderr == "error: --kl_ct: unknown flag; did you mean --kl_ctl? (all flags: --help)\n"
+
+
+# ------------------------------------------------------------------------------------------- rewards
+
+
+def rules(folder: Path) -> str:
+    path = folder / "rules.py"
+    path.write_text("def short(prompt, answer): return -len(answer)\n")
+    return str(path)
+
+
+def test_rewards_from_models_functions_or_both(tmp_path):
+    actor, rule = ["--actor_model_name_or_path", "me/actor"], rules(tmp_path)
+    args = step3(f"--reward_model_name_or_path me/a me/b:0.5 --reward_fn {rule}:short:-0.1 --normalize_reward")
+    assert args.reward_model_name_or_path == ["me/a", "me/b:0.5"] and args.reward_fn == [f"{rule}:short:-0.1"]
+    assert (args.reward_fn_timeout, args.normalize_reward) == (60.0, True)
+    alone = parse_step3([*actor, "--reward_fn", f"{rule}:short", "--reward_fn_timeout", "0"])
+    assert (alone.reward_model_name_or_path, alone.reward_fn_timeout) == ([], 0.0)
+    critic = ["--critic_model_name_or_path", "me/critic"]
+    assert parse_step3([*actor, "--reward_fn", f"{rule}:short", "--algo", "ppo", *critic]).algo == "ppo"
+    with pytest.raises(UserError, match="--algo ppo with --reward_fn alone: .* give --critic_model_name_or_path"):
+        parse_step3([*actor, "--reward_fn", f"{rule}:short", "--algo", "ppo"])
+    with pytest.raises(UserError, match="--normalize_reward with --reward_fn alone"):
+        parse_step3([*actor, "--reward_fn", f"{rule}:short", "--normalize_reward"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--reward_model_name_or_path me/a ./none:0.5", r"--reward_model_name_or_path ./none: no such folder"),
+        ("--reward_model_name_or_path me/a:0", r"--reward_model_name_or_path me/a:0: the weight .* other than 0"),
+        ("--reward_fn nowhere.py:f", r"--reward_fn nowhere.py:f: no such file"),
+        ("--reward_fn rules", r"--reward_fn rules: expected module:function or file.py:function"),
+        ("--reward_fn math:pi:0.5", r"--reward_fn math:pi: pi is a float; expected a function"),
+        ("--reward_fn_timeout 5", r"--reward_fn_timeout: has no effect without --reward_fn"),
+        ("--reward_fn rules:f --reward_fn_timeout -1", r"--reward_fn_timeout -1.0: must be 0 or more"),
+    ],
+)
+def test_rewards_that_cannot_be_are_refused(line, message):
+    with pytest.raises(UserError, match=message):
+        step3(line)
+
+
+# ------------------------------------------------------------------------------------------- retired flags, notices
+
+
+def test_retired_flags_are_named_with_the_reason():
+    args = step3(
+        "--enable_hybrid_engine --unpin_actor_parameters --release_inference_cache --tp_gather_partition_size 8 "
+        "--inference_tp_size 1 --memory_efficient_linear --enable_mixed_precision_lora --num_padding_at_beginning 0"
+    )
+    padding, hybrid, quantised = args.notices
+    assert padding.startswith("--num_padding_at_beginning: without effect; ")  # also with 0
+    assert hybrid.startswith(
+        "--enable_hybrid_engine, --unpin_actor_parameters, --release_inference_cache, --tp_gather_partition_size, "
+        "--inference_tp_size, --memory_efficient_linear: without effect; "
+    )
+    assert quantised.startswith("--enable_mixed_precision_lora: without effect; ")
+
+
+@pytest.mark.parametrize(("rank", "first_line"), [("0", "usage: deepspeed main.py [flags]\n"), ("1", "")])
+def test_only_rank_0_prints_the_help(capsys, monkeypatch, rank, first_line):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        step1("--help")
+    assert stop.value.code == 0
+    assert "".join(capsys.readouterr().out.splitlines(keepends=True)[:1]) == first_line
+
+
+# ------------------------------------------------------------------------------------------------- filled in
+
+
+def test_number_formats_follow_the_device(gpu):
+    args = step3("--actor_zero_stage 2 --reward_dtype fp32")
+    assert (args.actor_dtype, args.reward_dtype, args.critic_dtype) == ("bf16", "fp32", "bf16")
+    assert step1("--zero_stage 1 --dtype fp16").dtype == "fp16"
+
+
+def test_a_gpu_without_bf16_gets_fp32(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert step1().dtype == "fp32"
+
+
+def test_number_formats_on_a_cpu():
+    args = step3()
+    assert (args.actor_dtype, args.reward_dtype, args.critic_dtype) == ("fp32", "fp32", "fp32")
+    assert step1("--bf16 --zero_stage 1").dtype == "bf16"
+
+
+def test_bf16_without_zero_gets_zero_1():
+    args = step1("--bf16")
+    assert args.zero_stage == 1
+    assert args.notices == ["--zero_stage 0: ZeRO 1 is used, since bf16 training without fp32 master weights drifts"]
+    args = step3("--actor_bf16 --algo ppo")
+    assert (args.actor_zero_stage, args.critic_zero_stage) == (1, 1)
+    assert step3("--reward_bf16").reward_zero_stage == 0  # it is not trained
+
+
+def test_frozen_models_know_zero_0_and_3():
+    args = step3("--reward_zero_stage 1 --reference_zero_stage 2")
+    assert (args.reward_zero_stage, args.reference_zero_stage, len(args.notices)) == (0, 0, 2)
+    args = step3("--reward_zero_stage 3 --offload_reference_model")
+    assert (args.reward_zero_stage, args.reference_zero_stage, len(args.notices)) == (3, 3, 1)
+
+
+def test_the_critic_follows_the_actor():
+    args = step3("--algo ppo --actor_zero_stage 2 --offload")
+    assert (args.critic_zero_stage, args.offload_critic, args.critic_dtype) == (2, True, "fp32")
+
+
+def test_the_choices_of_penalty_are_those_of_the_algorithms():
+    assert set(Penalty.__args__) == {"none", *PENALTIES}
+
+
+@pytest.mark.parametrize(
+    ("line", "penalty", "kl_in", "estimator", "kl_ctl"),
+    [
+        ("", "one_step", "reward", "k1", 0.1),
+        ("--algo reinforce", "one_step", "reward", "k1", 0.1),
+        ("--algo rloo", "full_step", "reward", "k1", 0.1),
+        ("--algo ppo", "full_step", "reward", "k1", 0.1),
+        ("--algo grpo", "one_step", "loss", "k3", 0.04),
+        ("--penalty kl", "full_step", "reward", "k1", 0.1),
+        ("--penalty kl_onestep", "one_step", "reward", "k1", 0.1),
+        ("--penalty full_kl_onestep", "full_kl_one_step", "loss", "full", 0.1),
+        ("--penalty full_kl --kl_in reward", "full_kl_full_step", "reward", "full", 0.1),
+        ("--penalty full_step --kl_estimator full --kl_ctl 0.01", "full_kl_full_step", "loss", "full", 0.01),
+        ("--kl_estimator k3", "one_step", "loss", "k3", 0.1),
+    ],
+)
+def test_kl_flags_by_name_and_algorithm(line, penalty, kl_in, estimator, kl_ctl):
+    args = step3(line)
+    assert (args.penalty, args.kl_in, args.kl_estimator, args.kl_ctl) == (penalty, kl_in, estimator, kl_ctl)
+    kl = make_algorithm(args).kl  # what has been filled in means the same again
+    assert (kl.where, kl.estimator, kl.coefficient, kl.reach) == (kl_in, estimator, kl_ctl, penalty[-len(kl.reach) :])
+
+
+def test_penalty_none_has_no_kl():
+    args = step3("--penalty none --algo grpo")
+    assert not make_algorithm(args).kl.active
+    assert args.kl_ctl == 0
+
+
+@pytest.mark.parametrize("algo", list(ALGORITHMS))
+def test_defaults_are_those_of_the_algorithm(algo):
+    args = step3(f"--algo {algo}")
+    made, own = make_algorithm(args), ALGORITHMS[algo]()
+    assert made.gamma == args.gamma == (0.95 if algo in ("remax", "reinforce") else 1.0)
+    made.gamma = own.gamma
+    assert made == own
+    assert args.samples_per_prompt == own.samples_per_prompt
+    assert args.clip_on == own.clip_on
+    assert args.loss_aggregation == own.loss_aggregation
+
+
+def test_flags_reach_the_algorithm():
+    made = make_algorithm(
+        step3(
+            "--algo ppo --ppo_epochs 3 --lam 0.9 --cliprange 0.1 --cliprange_value 0.3 --gamma 0.5 --entropy_coef 0.2 "
+            "--clip_reward_value 0 --loss_aggregation sequence --adaptive_kl --adaptive_kl_target 2 "
+            "--adaptive_kl_horizon 50 --normalize_kl"
+        )
+    )
+    assert (made.epochs, made.lam, made.cliprange, made.cliprange_value) == (3, 0.9, 0.1, 0.3)
+    assert (made.gamma, made.entropy_coef, made.clip_reward_value, made.loss_aggregation) == (0.5, 0.2, 0.0, "sequence")
+    assert (made.kl.target, made.kl.horizon, made.kl.normalize) == (2.0, 50, True)
+    assert make_algorithm(step3("--algo reinforce --baseline_decay 0.9")).baseline_decay == 0.9
+    assert make_algorithm(step3("--algo rloo --samples_per_prompt 2")).samples_per_prompt == 2
+
+
+def test_answers_of_a_rollout():
+    line = "--per_device_generation_batch_size 3 --generation_batches 2 --gradient_accumulation_steps 5 --algo grpo"
+    args = step3(line + " --samples_per_prompt 4 --per_device_training_batch_size 8")
+    assert args.rollout_batches == 10  # 2 * 5
+    assert args.answers_per_rollout == 120  # 3 prompts * 10 batches * 4 answers
+
+
+@pytest.mark.parametrize(
+    ("line", "stop"),
+    [
+        ("", 0),
+        ("--max_steps 7", 7),
+        ("--enable_test_mode --test_stop_step 3", 3),
+        ("--enable_test_mode", 1),
+        ("--enable_test_mode --test_stop_step 9 --max_steps 7", 7),
+        ("--test_stop_step 3", 0),
+    ],
+)
+def test_where_training_stops_early(line, stop):
+    assert step3(line).stop_step == stop
+
+
+def test_cadence_and_tensorboard():
+    args = step1("--logging_steps 5")
+    assert (args.console_every, args.tensorboard_dir) == (5, None)
+    assert step1("--enable_tensorboard --tensorboard_path tb").tensorboard_dir == "tb"

@@ -1,0 +1,187 @@
+"""One decode for sampled and greedy rows: the greedy ones are the argmax, the sampled ones follow the model."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts
+from remax.generation.decode import GenerationSettings, rollout
+from remax.models.policy import load_policy
+from utils.tokenizer import load_tokenizer
+
+FAMILIES = ("gpt2", "opt", "llama", "mistral", "qwen2", "gemma2")
+WORDS, EOS, PAD = 5, 1, 0
+
+
+def load(folder):
+    tokenizer = load_tokenizer(str(folder))
+    model = load_policy(str(folder), "--model", dtype=torch.float32, tokenizer=tokenizer)
+    return model.eval(), tokenizer
+
+
+def prompts_of(tokenizer, rows: int = 6, seed: int = 0) -> Prompts:
+    """Left-padded prompts of 1 to 7 random tokens."""
+    noise = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 8, (rows,), generator=noise)
+    lengths[0] = 7
+    ids = torch.randint(3, len(tokenizer), (rows, 7), generator=noise)
+    return Prompts(ids.masked_fill(torch.arange(7) < 7 - lengths[:, None], tokenizer.pad_token_id), lengths)
+
+
+def assert_same(got, expected):
+    assert torch.equal(got.input_ids, expected.input_ids)
+    assert torch.equal(got.prompt_lengths, expected.prompt_lengths)
+    assert torch.equal(got.answer_lengths, expected.answer_lengths)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 0.8, 20)], ids=["plain", "truncated"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_greedy_rows_are_the_argmax_of_the_training_forward(family, sampling, make_policy):
+    model, tokenizer = load(make_policy(family))
+    settings = GenerationSettings(12, tokenizer.pad_token_id, sampling)
+    prompts = prompts_of(tokenizer)
+    torch.manual_seed(0)
+    sampled, greedy = rollout(model.hf, prompts, settings, samples=2)
+    _, alone = rollout(model.hf, prompts, settings, samples=0)
+    two_pass = GenerationSettings(12, tokenizer.pad_token_id, sampling, two_pass=True)
+    sampled_too, greedy_too = rollout(model.hf, prompts, two_pass, samples=2)
+    assert_same(greedy, alone)
+    assert_same(greedy, greedy_too)
+    assert len(sampled) == len(sampled_too) == 2 * len(prompts)
+    assert torch.equal(sampled.prompt_lengths, prompts.lengths.repeat_interleave(2))
+    for i in range(len(greedy)):  # a row alone, no cache, no padding
+        start, length = int(greedy.prompt_lengths[i]), int(greedy.lengths[i])
+        ids = greedy.input_ids[i, :length]
+        assert torch.equal(ids[:start], prompts.input_ids[i, 7 - start :])
+        assert torch.equal(model.hf(ids[None]).logits[0].argmax(-1)[start - 1 : -1], ids[start:])
+    assert greedy.answer_lengths.max() > 1
+
+
+@pytest.fixture(scope="module")
+def tiny(make_config_of):
+    """A Llama of 5 words whose distributions are far from uniform."""
+    return make_config_of(WORDS)
+
+
+@pytest.fixture(scope="module")
+def make_config_of():
+    from remax.demo.tiny_models import tiny_config
+
+    def make(words: int):
+        torch.manual_seed(3)
+        config = tiny_config("llama", words, hidden_size=8, heads=2, bos_token_id=2, eos_token_id=EOS, pad_token_id=PAD)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.6)
+        model.generation_config = GenerationConfig(eos_token_id=[EOS], bos_token_id=2)
+        return model
+
+    return make
+
+
+@torch.no_grad()
+def exact(model, prompt: list[int], length: int, sampling: Sampling) -> dict[tuple[int, ...], float]:
+    """{answer: probability} of every answer of at most `length` tokens, each step by its own full forward."""
+    answers = {}
+
+    def extend(answer: tuple[int, ...], probability: float) -> None:
+        if len(answer) == length or (answer and answer[-1] == EOS):
+            answers[answer] = probability
+            return
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[:, -1]
+        p = sampling.apply(logits, logits.argmax(-1)).softmax(-1)[0]
+        for word in range(logits.shape[-1]):
+            if p[word] > 0:
+                extend((*answer, word), probability * p[word].item())
+
+    extend((), 1.0)
+    return answers
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.6), Sampling(1.3, top_p=0.8, top_k=4)], ids=str
+)
+def test_sampled_rows_follow_the_model(sampling, tiny):
+    # 4000 answers to each of two left-padded prompts against the probabilities of all answers. The statistic
+    # sum (n - N p)^2 / (N p) over k cells (the answers with N p >= 5, and the rest) has mean k - 1, variance 2 (k - 1).
+    draws, prompts = 4000, Prompts(torch.tensor([[PAD, PAD, 3], [4, 3, 2]]), torch.tensor([1, 3]))
+    torch.manual_seed(0)
+    sampled, greedy = rollout(tiny, prompts, GenerationSettings(3, PAD, sampling), samples=draws)
+    assert sampled.prompt_lengths.tolist() == [1] * draws + [3] * draws
+    for i, prompt in enumerate([[3], [4, 3, 2]]):
+        probability = exact(tiny, prompt, 3, sampling)
+        assert sum(probability.values()) == pytest.approx(1.0, abs=1e-5)
+        counts = dict.fromkeys(probability, 0)
+        for row in range(i * draws, (i + 1) * draws):
+            start, end = int(sampled.prompt_lengths[row]), int(sampled.lengths[row])
+            counts[tuple(sampled.input_ids[row, start:end].tolist())] += 1  # KeyError: an answer of probability zero
+        cells = [(counts[a], draws * p) for a, p in probability.items() if draws * p >= 5]
+        rest = draws - sum(n for n, _ in cells), draws - sum(expected for _, expected in cells)
+        cells += [rest] if rest[1] >= 5 else []
+        statistic = sum((n - expected) ** 2 / expected for n, expected in cells)
+        assert len(cells) >= 8
+        assert statistic < len(cells) - 1 + 4 * (2 * (len(cells) - 1)) ** 0.5  # 4 standard deviations
+        start, end = int(greedy.prompt_lengths[i]), int(greedy.lengths[i])
+        best = ()
+        while len(best) < 3 and EOS not in best:
+            best += (int(tiny(torch.tensor([[*prompt, *best]])).logits[0, -1].argmax()),)
+        assert tuple(greedy.input_ids[i, start:end].tolist()) == best
+
+
+def test_no_word_is_cut_off_behind_our_back(make_config_of):
+    # generate keeps the 50 most probable words unless it is told not to: of 200 words the others must be drawn too.
+    model = make_config_of(200)
+    prompts = Prompts(torch.tensor([[3]]), torch.tensor([1]))
+    torch.manual_seed(0)
+    sampled, _ = rollout(model, prompts, GenerationSettings(1, PAD), samples=4000, greedy=False)
+    assert sampled.input_ids[:, 1].unique().numel() > 60
+
+
+@pytest.mark.parametrize("cap, two_pass", product([1, 2, 5], [False, True]))
+def test_the_greedy_cap_cuts_without_an_end_token(cap, two_pass, make_policy):
+    model, tokenizer = load(make_policy("llama"))
+    prompts = prompts_of(tokenizer)
+    full = GenerationSettings(8, tokenizer.pad_token_id)
+    _, whole = rollout(model.hf, prompts, full, samples=0)
+    settings = GenerationSettings(8, tokenizer.pad_token_id, max_greedy_tokens=cap, two_pass=two_pass)
+    sampled, greedy = rollout(model.hf, prompts, settings)
+    assert torch.equal(greedy.answer_lengths, whole.answer_lengths.clamp(max=cap))
+    for i in range(len(prompts)):
+        length = int(greedy.lengths[i])
+        assert torch.equal(greedy.input_ids[i, :length], whole.input_ids[i, :length])  # no EOS was put in
+    assert sampled.answer_lengths.max() > cap
+
+
+def test_a_greedy_cap_above_the_limit_is_the_limit():
+    assert GenerationSettings(8, PAD, max_greedy_tokens=20).greedy_cap == 8
+    assert GenerationSettings(8, PAD).greedy_cap == 8
+
+
+def test_sampled_or_greedy_alone(make_policy):
+    model, tokenizer = load(make_policy("gpt2"))
+    prompts = prompts_of(tokenizer, rows=2)
+    settings = GenerationSettings(4, tokenizer.pad_token_id)
+    sampled, none = rollout(model.hf, prompts, settings, samples=3, greedy=False)
+    assert none is None and len(sampled) == 6
+    none, greedy = rollout(model.hf, prompts, settings, samples=0)
+    assert none is None and len(greedy) == 2
+
+
+def test_pad_may_be_the_end_token(make_policy):
+    # Masks come from lengths: rows that ended early are as long as their answer, and EOS is part of it.
+    model, tokenizer = load(make_policy("gpt2", "none"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    torch.manual_seed(0)
+    settings = GenerationSettings(120, tokenizer.pad_token_id)
+    sampled, _ = rollout(model.hf, prompts_of(tokenizer, rows=2), settings, samples=20, greedy=False)
+    ids, mask = sampled.answer_ids, sampled.answer_mask
+    ended = sampled.input_ids.gather(1, sampled.end_index[:, None]).squeeze(1) == tokenizer.eos_token_id
+    assert ended.any()
+    assert (((ids == tokenizer.eos_token_id) & mask).sum(1) == ended.long()).all()

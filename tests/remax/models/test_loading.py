@@ -1,0 +1,241 @@
+"""Policies of six families against the plain Hugging Face model: log-probs, dropout, adapters, generation settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from remax.checkpoint.export import export
+from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts, Sequences
+from remax.engines.optimizer import optimizer_groups
+from remax.generation.decode import GenerationSettings, rollout
+from remax.models.loading import check_length, evaluating, load_config
+from remax.models.lora import add_lora
+from remax.models.policy import load_policy
+from utils.run import UserError
+from utils.tokenizer import load_tokenizer
+
+FAMILIES = ("gpt2", "opt", "llama", "mistral", "qwen2", "gemma2")
+
+
+def load(folder, **options):
+    tokenizer = load_tokenizer(str(folder))
+    return load_policy(str(folder), "--model", dtype=torch.float32, tokenizer=tokenizer, **options), tokenizer
+
+
+def row_logprobs(hf, sequences: Sequences, i: int, temperature: float = 1.0) -> torch.Tensor:
+    """(T_i,) log-probs of row i's answer by the model's own forward on that row alone, without padding."""
+    length, start = int(sequences.lengths[i]), int(sequences.prompt_lengths[i])
+    ids = sequences.input_ids[i, :length]
+    logp = (hf(ids[None]).logits[0] / temperature).log_softmax(-1)  # (T, V)
+    return logp[torch.arange(start - 1, length - 1), ids[start:]]
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("family", [*FAMILIES, "cohere", "granite"])
+@torch.no_grad()
+def test_a_padded_batch_equals_single_rows(family, chunks, make_policy, sequences_of):
+    folder = make_policy(family)
+    model, tokenizer = load(folder)
+    model.eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    sequences = sequences_of(0, rows=5, vocabulary=len(tokenizer), pad_id=tokenizer.pad_token_id)
+    logprobs, entropy, _ = model(sequences, chunks=chunks, entropy=True)
+    assert logprobs.shape == sequences.answer_mask.shape
+    assert logprobs.std() > 0.5  # the weights are large, so the model is far from uniform
+    for i in range(len(sequences)):
+        n = int(sequences.answer_lengths[i])
+        torch.testing.assert_close(logprobs[i, :n], row_logprobs(plain, sequences, i), rtol=1e-5, atol=1e-5)
+        assert not logprobs[i, n:].any() and not entropy[i, n:].any()
+    wider = Sequences(
+        torch.nn.functional.pad(sequences.input_ids, (0, 7), value=3),
+        sequences.prompt_lengths,
+        sequences.answer_lengths,
+    )
+    torch.testing.assert_close(model(wider)[0], logprobs, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_temperature_acts_behind_the_soft_cap(make_policy, sequences_of):
+    folder = make_policy("gemma2")
+    model, tokenizer = load(folder)
+    model.eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    sequences = sequences_of(1, rows=2, vocabulary=len(tokenizer))
+    logprobs, *_ = model(sequences, sampling=Sampling(temperature=0.5))
+    expected = row_logprobs(plain, sequences, 0, temperature=0.5)
+    torch.testing.assert_close(logprobs[0, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_dropout_is_off(family, make_policy, sequences_of):
+    folder = make_policy(family, attention_dropout=0.3) if family not in ("gpt2", "opt") else make_policy(family)
+    model, tokenizer = load(folder)
+    sequences = sequences_of(2, rows=3, vocabulary=len(tokenizer))
+    model.train()
+    training = [model(sequences)[0] for _ in range(2)]
+    with evaluating(model):
+        assert not model.hf.training
+        evaluated = model(sequences)[0]
+    assert model.hf.training
+    assert torch.equal(training[0], training[1]) and torch.equal(training[0], evaluated)
+    dropping, _ = load(folder, disable_dropout=False)
+    dropping.train()
+    assert not torch.equal(dropping(sequences)[0], dropping(sequences)[0])  # there was some to switch off
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(family, make_policy, sequences_of):
+    gradients = []
+    for checkpointing in (False, True):
+        model, tokenizer = load(make_policy(family), gradient_checkpointing=checkpointing)
+        model.train()
+        model(sequences_of(3, rows=3, vocabulary=len(tokenizer)), chunks=2)[0].sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        assert getattr(model.hf, "is_gradient_checkpointing", False) == checkpointing
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+# --- adapters
+
+
+LORA_TARGETS = {"gpt2": "attn.c_", "opt": "decoder.layers.", "llama": "q_proj"}
+
+
+@pytest.mark.parametrize("only_lora", [True, False])
+@pytest.mark.parametrize("family", list(LORA_TARGETS))
+def test_lora_trains_and_its_merged_export_is_the_same_model(family, only_lora, make_policy, sequences_of, tmp_path):
+    model, tokenizer = load(make_policy(family))
+    add_lora(model.hf, 3, LORA_TARGETS[family], only_lora, "--lora_module_name")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sequences = sequences_of(4, rows=4, vocabulary=len(tokenizer))
+    optimizer = torch.optim.AdamW(optimizer_groups(model, 0.0, lora_learning_rate=0.02), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        loss = -model(sequences)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    moved = {name: not torch.equal(p, start[name]) for name, p in model.named_parameters()}
+    assert all(moved[name] for name in moved if "lora_" in name)
+    assert all(moved[name] != only_lora for name in moved if name.endswith("base_layer.weight"))
+
+    export(model, tokenizer, tmp_path, zero3=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not [name for name in merged.state_dict() if "lora" in name or "base_layer" in name]
+    with torch.no_grad(), evaluating(model):
+        expected = model.hf(sequences.input_ids).logits
+        torch.testing.assert_close(merged(sequences.input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+        model.hf.disable_adapters()
+        assert not torch.allclose(model.hf(sequences.input_ids).logits, expected, atol=1e-2)
+    assert torch.equal(merged.get_input_embeddings().weight, model.hf.get_input_embeddings().weight)
+
+
+def test_lora_on_nothing_is_refused(make_policy):
+    model, _ = load(make_policy("llama"))
+    with pytest.raises(UserError, match="--lora_module_name 'decoder.layers.'.*'model.layers.0"):
+        add_lora(model.hf, 3, "decoder.layers.", True, "--lora_module_name")
+
+
+def test_no_weight_decay_on_biases_and_norms(make_policy):
+    model, _ = load(make_policy("gpt2"))
+    add_lora(model.hf, 2, "c_attn", False, "--lora_module_name")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = optimizer_groups(model, 0.1, lora_learning_rate=5e-4)
+    seen = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(seen) == sorted(names.values())
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["weight_decay"] == (0.0 if name.endswith("bias") or "ln_" in name else 0.1)
+            assert group.get("lr") == (5e-4 if "lora_" in name else None)
+
+
+# --- generation settings
+
+
+def with_generation_config(source, target, **fields):
+    shutil.copytree(source, target)
+    file = target / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return target
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"do_sample": True, "top_k": 2, "temperature": 0.3, "repetition_penalty": 5.0, "max_length": 5},
+        {"temperature": 0.9, "top_p": 0.6},  # without do_sample, as the first Llama-2 folders had it
+    ],
+    ids=["sampling", "without do_sample"],
+)
+def test_a_models_generation_config_changes_no_rollout_but_is_exported(fields, make_policy, tmp_path):
+    source = make_policy("llama")
+    plain, tokenizer = load(source)
+    folder = with_generation_config(source, tmp_path / "with", **fields)
+    model, _ = load(folder)
+    prompts = Prompts(torch.tensor([[0, 7, 8], [5, 6, 9]]), torch.tensor([2, 3]))
+    answers = []
+    for policy in (plain, model):
+        torch.manual_seed(0)
+        settings = GenerationSettings(max_new_tokens=8, pad_id=tokenizer.pad_token_id)
+        answers.append(rollout(policy.hf.eval(), prompts, settings, samples=4))
+    for got, expected in zip(answers[1], answers[0], strict=True):
+        assert torch.equal(got.input_ids, expected.input_ids)
+    export(model, tokenizer, tmp_path / "export", zero3=False)
+    exported = GenerationConfig.from_pretrained(tmp_path / "export")
+    assert {name: getattr(exported, name) for name in fields} == fields
+    assert exported.eos_token_id == tokenizer.eos_token_id
+
+
+def test_several_end_tokens_all_end_an_answer(make_policy, tmp_path):
+    source = make_policy("llama")
+    tokenizer = load_tokenizer(str(source))
+    folder = with_generation_config(source, tmp_path / "with", eos_token_id=[17, 18])
+    model, _ = load(folder)
+    eos = tokenizer.eos_token_id
+    assert model.hf.generation_config.eos_token_id == [17, 18, eos]  # the tokenizer's own ends answers too
+    prompts = Prompts(torch.tensor([[5, 7]]), torch.tensor([2]))
+    torch.manual_seed(0)
+    sampled, _ = rollout(model.hf.eval(), prompts, GenerationSettings(60, 0), samples=64, greedy=False)
+    last = sampled.input_ids.gather(1, sampled.end_index[:, None]).squeeze(1)
+    ended = torch.isin(last, torch.tensor([17, 18, eos]))
+    assert ended.any() and (sampled.answer_lengths[~ended] == 60).all()
+    inside = torch.isin(sampled.answer_ids, torch.tensor([17, 18, eos])) & sampled.answer_mask
+    assert (inside.sum(1) == ended.long()).all()  # an end token stands at the end only
+    export(model, tokenizer, tmp_path / "export", zero3=False)
+    assert GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id == [17, 18, eos]
+
+
+# --- bad input
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"--actor: the folder {tmp_path} holds no config.json"):
+        load_config(str(tmp_path), "--actor")
+    with pytest.raises(UserError, match="--actor: no model at './nowhere'"):
+        load_config("./nowhere", "--actor")
+
+
+def test_more_tokens_than_positions_are_refused(make_policy):
+    config = load_config(str(make_policy("llama")), "--model")
+    check_length(config, 128, "--max_seq_len")
+    with pytest.raises(UserError, match="--max_seq_len: 129 tokens.*--model_name_or_path has 128 positions"):
+        check_length(config, 129, "--max_seq_len")
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(make_policy):
+    folder = make_policy("llama")
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["<one>", "<two>"])
+    with pytest.raises(UserError, match=f"--model: the tokenizer .* has {len(tokenizer)} tokens"):
+        load_policy(str(folder), "--model", dtype=torch.float32, tokenizer=tokenizer)

@@ -1,0 +1,330 @@
+"""The reward of several parts: its formula, what its functions read, and that a rule alone can be learned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from remax.algorithms import build_algorithm
+from remax.algorithms.kl import KLPenalty
+from remax.core.sequences import Sequences
+from remax.engines.base import StepResult
+from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.policy import Actor, Reference
+from remax.engines.scorer import Reward
+from remax.evaluation.policy import evaluate_policy
+from remax.generation.decode import GenerationSettings
+from remax.models.policy import load_policy
+from remax.models.reward_model import load_reward_model
+from remax.rewards.composite import CompositeReward, FunctionReward, Part, try_functions
+from remax.rewards.functions import RewardFunction
+from remax.training.trainer import Timer, Trainer, TrainerSettings
+from utils.data.encoding import encode_prompts
+from utils.run import UserError
+from utils.tokenizer import load_tokenizer
+
+CPU = EngineConfig(dtype="fp32")
+
+
+def by_rule(rule, tokenizer, timeout: float = 0.0) -> FunctionReward:
+    return FunctionReward(RewardFunction("rules:f", rule, batched=False, asynchronous=False), tokenizer, timeout)
+
+
+@pytest.fixture
+def judges(make_scorer):
+    """Two reward models of different weights, and their tokenizer."""
+    folders = [str(make_scorer("llama", seed=seed)) for seed in (5, 6)]
+    tokenizer = load_tokenizer(folders[0])
+    load = [load_reward_model(folder, "--r", dtype=torch.float32, tokenizer=tokenizer) for folder in folders]
+    return [Reward(model, CPU) for model in load], tokenizer
+
+
+@torch.no_grad()
+def plain_scores(reward: Reward, sequences: Sequences) -> torch.Tensor:
+    """Each row alone, without padding."""
+    rows = [sequences.input_ids[i : i + 1, : sequences.lengths[i]] for i in range(len(sequences))]
+    return torch.cat([reward.model.hf(row).logits[:, -1:].flatten() for row in rows])
+
+
+@pytest.mark.parametrize("forwards", [1, 3, 7])
+def test_the_formula(forwards, judges, sequences_of):
+    (first, second), tokenizer = judges
+    sequences = sequences_of(0, 7, 300)
+    length = by_rule(lambda prompt, answer: len(answer), tokenizer)
+    reward = CompositeReward(
+        [
+            Part("first", first, weight=2.0, mean=0.5, std=4.0),
+            Part("second", second, weight=-0.5),
+            Part("length", length, weight=0.01),
+        ]
+    )
+    scores = {"first": plain_scores(first, sequences), "second": plain_scores(second, sequences)}
+    scores["length"] = torch.tensor([float(len(text)) for text in length.texts(sequences)[1]])
+    expected = 2.0 * (scores["first"] - 0.5) / 4.0 - 0.5 * scores["second"] + 0.01 * scores["length"]
+    total, parts = reward.score_parts(sequences, forwards)
+    assert total.dtype == torch.float32 and list(parts) == list(reward.part_names) == ["first", "second", "length"]
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reward.score(sequences, forwards), total)
+    for name in scores:
+        torch.testing.assert_close(parts[name], scores[name], rtol=1e-4, atol=1e-4)
+    assert [part.name for part in reward.models] == ["first", "second"]
+
+
+def test_one_part_is_that_part(judges, sequences_of):
+    (first, _), _ = judges
+    sequences = sequences_of(1, 5, 300)
+    total, parts = CompositeReward([Part("first", first)]).score_parts(sequences)
+    assert torch.equal(total, first.score(sequences)) and parts == {}  # nothing beside the total
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def rows_of(tokenizer, texts: list[tuple[str, str, bool]]) -> Sequences:
+    """Sequences of (prompt, answer, whether it ends) with the tokenizer's pad behind them."""
+    ids = []
+    for prompt, answer, ended in texts:
+        (start,) = encode_prompts(tokenizer, [prompt])
+        rest = tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
+        ids.append((start, rest + [tokenizer.eos_token_id] * ended))
+    width = max(len(start) + len(rest) for start, rest in ids)
+    rows = [start + rest + [tokenizer.pad_token_id] * (width - len(start) - len(rest)) for start, rest in ids]
+    lengths = [torch.tensor([len(part) for part in parts]) for parts in zip(*ids, strict=True)]
+    return Sequences(torch.tensor(rows), *lengths)
+
+
+@pytest.mark.parametrize("pad", ["own", "eos"])
+def test_functions_read_prompt_and_answer_without_special_tokens(pad, tokenizers):
+    # Also where the end token pads, stands behind the answer, or is the whole answer; and where nothing ended.
+    tokenizer = load_tokenizer(str(tokenizers[pad]))
+    texts = [
+        ("\n\nHuman: Name a bird, please .\n\nAssistant:", " A robin , of course.", True),
+        ("\n\nHuman: Hi\n\nAssistant:", "", True),
+        ("\n\nHuman: é\n\nAssistant:", " A longer answer that does not", False),
+    ]
+    reward = by_rule(lambda prompt, answer: 0.0, tokenizer)
+    rows = rows_of(tokenizer, texts)
+    junk = rows.input_ids.masked_fill(~rows.mask, 50)  # what stands behind a row's end means nothing
+    prompts, answers = reward.texts(replace(rows, input_ids=junk))
+    assert prompts == [prompt for prompt, *_ in texts]
+    assert answers == [answer for _, answer, _ in texts]
+
+
+def test_a_prompt_that_was_cut_has_lost_its_beginning(tokenizers):
+    tokenizer = load_tokenizer(str(tokenizers["own"]))
+    (ids,) = encode_prompts(tokenizer, ["\n\nHuman: one two three\n\nAssistant:"])
+    kept = torch.tensor([ids[-3:] + [tokenizer.eos_token_id]])
+    prompts, _ = by_rule(None, tokenizer).texts(Sequences(kept, torch.tensor([3]), torch.tensor([1])))
+    assert prompts == [tokenizer.decode(ids[-3:])] and "\n\nHuman: one two three\n\nAssistant:".endswith(prompts[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+def test_a_failure_names_function_rank_prompt_and_answer(tokenizers, monkeypatch):
+    tokenizer = load_tokenizer(str(tokenizers["own"]))
+    monkeypatch.setenv("RANK", "1")
+    sequences = rows_of(tokenizer, [("\n\nHuman: Hi", " one", True), ("\n\nHuman: " + "long " * 40, " two", True)])
+    reward = by_rule(lambda prompt, answer: 1.0 if "one" in answer else float("nan"), tokenizer)
+    with pytest.raises(UserError) as caught:
+        CompositeReward([Part("f", reward)]).score(sequences)
+    beginning = "'\\n\\nHuman: " + ("long " * 40)[:71] + "...'"
+    assert str(caught.value) == (
+        "--reward_fn rules:f: returned nan (float); expected a finite number. On rank 1, sample: prompt "
+        f"{beginning}, answer ' two'"
+    )
+    reward = FunctionReward(RewardFunction("rules:g", lambda prompts, answers: [1.0], True, False), tokenizer)
+    with pytest.raises(UserError, match="returned 1 values; .* a batch of 2 whose first sample is: .*Hi', answer"):
+        reward.score(sequences)
+
+
+def test_functions_are_tried_with_an_empty_answer(tokenizers):
+    tokenizer = load_tokenizer(str(tokenizers["own"]))
+    try_functions([by_rule(lambda prompt, answer: len(answer), tokenizer)], ["a", "b"])
+    with pytest.raises(UserError, match=r"IndexError: .*prompt 'a', answer '' \(tried before training, with made-up"):
+        try_functions([by_rule(lambda prompt, answer: answer[0] == "A", tokenizer)], ["a", "b"])
+
+
+def test_a_function_touches_neither_the_random_state_nor_gradients(tokenizers):
+    def seeds(prompt, answer):
+        torch.manual_seed(0)
+        torch.set_grad_enabled(False)
+        return 1.0
+
+    reward = by_rule(seeds, load_tokenizer(str(tokenizers["own"])))
+    state = torch.get_rng_state()
+    assert reward.score_texts(["a"], ["b"]) == [1.0]
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+
+
+# ------------------------------------------------------------------------------------------------- training, evaluation
+
+
+class PlainActor(Actor):
+    """An actor that learns without DeepSpeed, in this process."""
+
+    def __init__(self, model, generation, rate: float):
+        self.engine = self.model = model
+        self.config, self.generation, self.sampling = CPU, generation, generation.sampling
+        self.chunk_size, self.gather_for_generation = 1024, True
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+
+    def backward(self, loss, last):
+        loss.backward()
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(self.optimizer.param_groups[0]["lr"], 1.0, False)
+
+
+class Counting:
+    """Calls a model and notes how many rows each forward has."""
+
+    def __init__(self, engine):
+        self.engine, self.rows = engine.engine, []
+        engine.engine = self
+
+    def __call__(self, sequences, **options):
+        self.rows.append(len(sequences))
+        return self.engine(sequences, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+
+@pytest.fixture
+def make_trainer(make_policy):
+    def make(reward, tokenizer, algo: str = "remax", rate: float = 1e-3, tokens: int = 8, **settings) -> Trainer:
+        folder = str(make_policy("llama"))
+        actor = PlainActor(
+            load_policy(folder, "--a", dtype=torch.float32, tokenizer=tokenizer),
+            GenerationSettings(tokens, tokenizer.pad_token_id),
+            rate,
+        )
+        reference = Reference(load_policy(folder, "--a", dtype=torch.float32, tokenizer=tokenizer), CPU)
+        return Trainer(
+            actor,
+            reference,
+            reward,
+            build_algorithm(algo, kl=KLPenalty(0.0, reach="full_step"), **settings.pop("algorithm", {})),
+            TrainerSettings(**settings),
+            evaluate=None,
+            metrics=None,
+            pad_id=tokenizer.pad_token_id,
+        )
+
+    return make
+
+
+def prompts_of(rows: int) -> dict:
+    noise = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 250, (rows, 4), generator=noise)
+    return {"input_ids": ids, "lengths": torch.randint(1, 5, (rows,), generator=noise)}
+
+
+def test_a_rule_alone_is_learned(make_trainer, tokenizers):
+    # The share of vowels among an answer's characters.
+    tokenizer = load_tokenizer(str(tokenizers["own"]))
+
+    def vowels(prompt, answer):
+        return sum(answer.count(letter) for letter in "aeiou") / max(len(answer), 1)
+
+    reward = CompositeReward([Part("vowels", by_rule(vowels, tokenizer, timeout=5.0))])
+    trainer = make_trainer(reward, tokenizer, rate=2e-2)
+    torch.manual_seed(0)
+    rewards = [trainer.step([prompts_of(16)])[1]["reward"] for _ in range(60)]
+    before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    assert before < 0.15 and after > 0.8, (before, after)
+
+
+@pytest.mark.parametrize("algo", ["remax", "rloo"])
+def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, judges):
+    (first, second), tokenizer = judges
+    rule = by_rule(lambda prompt, answer: len(answer), tokenizer)
+    reward = CompositeReward([Part("first", first), Part("second", second, -1.0), Part("length", rule, 0.1)])
+    samples = {"samples_per_prompt": 2} if algo == "rloo" else {}
+    answers = 7 * samples.get("samples_per_prompt", 1)
+    rollouts, tallies = [], []
+    for size in (answers, 3):
+        trainer = make_trainer(reward, tokenizer, algo, micro_batch_size=size, algorithm=samples)
+        counted = [Counting(engine) for engine in (first, second, trainer.reference)]
+        torch.manual_seed(0)
+        tallies.append({})
+        original, answered = trainer.actor.rollout, []
+        trainer.actor.rollout = lambda *args, of=original, to=answered, **kw: to.append(of(*args, **kw)) or to[-1]
+        rollouts.append(trainer.collect(prompts_of(7), Timer(), tallies[-1]))
+        for counter, engine in zip(counted, (first, second, trainer.reference), strict=True):
+            engine.engine = counter.engine
+        # A forward of a reward model takes the greedy answers of its micro-batch along.
+        assert [len(counter.rows) for counter in counted] == [-(-answers // size)] * 3
+        assert max(counted[0].rows) <= size * (2 if algo == "remax" else 1) and max(counted[2].rows) <= size
+    whole, cut = rollouts
+    for name in ("rewards", "baseline", "reference_logprobs"):
+        if (expected := getattr(whole, name)) is not None:
+            torch.testing.assert_close(getattr(cut, name), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(cut.sequences.input_ids, whole.sequences.input_ids)
+    (sampled, greedy), *_ = answered
+    torch.testing.assert_close(whole.rewards, reward.score(sampled), rtol=1e-4, atol=1e-4)
+    assert (whole.baseline is not None) == (algo == "remax") == (greedy is not None)
+    if greedy is not None:
+        torch.testing.assert_close(whole.baseline, reward.score(greedy), rtol=1e-4, atol=1e-4)
+    assert {k: float(v) for k, v in tallies[0].items()} == pytest.approx({k: float(v) for k, v in tallies[1].items()})
+
+
+def test_figures_name_the_parts_and_count_every_token(make_trainer, judges, monkeypatch):
+    (first, _), tokenizer = judges
+    rule = by_rule(lambda prompt, answer: len(answer), tokenizer)
+    trainer = make_trainer(CompositeReward([Part("judge", first), Part("length", rule, 0.1)]), tokenizer)
+    lengths = []
+    original = trainer.actor.rollout
+
+    def rollout(*args, **kwargs):
+        sampled, greedy = original(*args, **kwargs)
+        lengths.append(int(sampled.answer_lengths.sum() + greedy.answer_lengths.sum()))
+        return sampled, greedy
+
+    trainer.actor.rollout = rollout
+    rollout, figures = trainer.step([prompts_of(6), prompts_of(3)])
+    scores = trainer.reward.score_parts(rollout.sequences)[1]
+    assert figures["reward/judge"] == pytest.approx(scores["judge"].mean().item(), rel=1e-4)
+    assert figures["reward/length"] == pytest.approx(scores["length"].mean().item())
+    assert figures["reward"] == pytest.approx(figures["reward/judge"] + 0.1 * figures["reward/length"], rel=1e-4)
+    assert figures["tokens_per_second"] * figures["seconds_per_step"] == pytest.approx(sum(lengths))
+    assert "generated_tokens" not in figures and "rows" not in figures
+
+
+def test_an_adaptive_kl_moves_once_a_step(make_trainer, judges):
+    (first, _), tokenizer = judges
+    trainer = make_trainer(first, tokenizer)
+    trainer.algorithm.kl = KLPenalty(0.1, reach="full_step", target=6.0, horizon=90)
+    _, figures = trainer.step([prompts_of(9)])
+    # The policy is its reference: KL 0, error -1 clipped to -.2; 9 answers of a horizon of 90.
+    assert figures["kl_coefficient"] == trainer.algorithm.kl.coefficient == pytest.approx(0.1 * (1 - 0.2 * 9 / 90))
+
+
+def test_an_error_in_a_step_says_which(make_trainer, tokenizers):
+    tokenizer = load_tokenizer(str(tokenizers["own"]))
+    trainer = make_trainer(CompositeReward([Part("f", by_rule(lambda prompt, answer: None, tokenizer))]), tokenizer)
+    trainer.evaluate = lambda: trainer.step([prompts_of(2)])
+    with pytest.raises(UserError, match="^evaluation at step 3: --reward_fn rules:f: returned None; expected a number"):
+        trainer.measure(3, epoch_steps=1, best_so_far=0.0)
+
+
+def test_an_evaluation_names_the_parts(make_trainer, judges):
+    (first, _), tokenizer = judges
+    rule = by_rule(lambda prompt, answer: len(answer), tokenizer)
+    reward = CompositeReward([Part("judge", first, 0.5, mean=1.0, std=2.0), Part("length", rule, 0.1)])
+    trainer = make_trainer(reward, tokenizer)
+    loader = [prompts_of(4) | {"weight": torch.tensor([1.0, 1.0, 1.0, 0.0]), "prompt": ["a", "b", "c", "d"]}]
+    evaluation = evaluate_policy(trainer.actor, trainer.reference, reward, loader, tokenizer, greedy=True)
+    rows, figures = evaluation.answers, evaluation.figures
+    assert [row["reward/length"] for row in rows] == [len(row["answer"]) for row in rows] and len(rows) == 3
+    for name in ("reward", "reward/judge", "reward/length"):
+        assert figures[name] == pytest.approx(sum(row[name] for row in rows) / 3, abs=1e-3)
+    expected = 0.5 * (figures["reward/judge"] - 1.0) / 2.0 + 0.1 * figures["reward/length"]
+    assert figures["reward"] == pytest.approx(expected, rel=1e-4)
+    json.dumps(rows)

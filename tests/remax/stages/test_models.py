@@ -1,0 +1,115 @@
+"""Models that go together or not, as far as their configurations and tokenizers tell; and the reward put together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from remax.cli.validate import parse_step3
+from remax.engines.deepspeed_config import EngineConfig
+from remax.models.reward_model import load_reward_model, store_score_statistics
+from remax.stages.models import build_reward, check_models
+from remax.stages.rlhf import try_reward_functions
+from utils.run import UserError
+from utils.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def flags(make_policy, tmp_path):
+    """flags("--reward_model_name_or_path", ...) -> arguments of step 3 with a tiny actor."""
+    (tmp_path / "rules.py").write_text(
+        "def length(prompt, answer): return len(answer)\ndef first(prompt, answer): return answer[0] == 'A'\n"
+    )
+    sizes = ["--max_prompt_seq_len", "48", "--max_answer_seq_len", "12"]
+    return lambda *more: parse_step3(["--actor_model_name_or_path", str(make_policy("llama")), *sizes, *map(str, more)])
+
+
+@pytest.fixture
+def with_statistics(make_scorer, tmp_path):
+    """with_statistics(name, score_mean=..., score_std=...) -> a reward model whose config has them."""
+
+    def make(name: str, **statistics):
+        folder = tmp_path / name
+        shutil.copytree(make_scorer("llama"), folder)
+        config = json.loads((folder / "config.json").read_text()) | statistics
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+def test_several_models_and_functions_in_one_reward(flags, with_statistics, make_scorer, tmp_path, sequences_of):
+    one, two = with_statistics("one", score_mean=1.5, score_std=0.5), with_statistics("two", score_mean=0, score_std=2)
+    models, rule = ["--reward_model_name_or_path", one, f"{two}:-3"], ["--reward_fn", f"{tmp_path}/rules.py:length"]
+    args = flags(*models, *rule, "--normalize_reward")
+    tokenizers = check_models(args)
+    reward = build_reward(args, EngineConfig(), tokenizers.actor, tokenizers.rewards)
+    assert [(part.name, part.weight, part.mean, part.std) for part in reward.parts] == [
+        ("one", 1.0, 1.5, 0.5),
+        ("two", -3.0, 0.0, 2.0),
+        ("length", 1.0, 0.0, 1.0),
+    ]
+    total, scores = reward.score_parts(sequences_of(0, 3, 300))
+    expected = (scores["one"] - 1.5) / 0.5 - 3 * scores["two"] / 2 + scores["length"]
+    torch.testing.assert_close(total, expected)
+    args.normalize_reward = False
+    plain = build_reward(args, EngineConfig(), tokenizers.actor, tokenizers.rewards)
+    assert [(part.mean, part.std) for part in plain.parts] == [(0.0, 1.0)] * 3
+
+
+def test_what_step_2_stores_is_what_normalises(flags, make_scorer, tmp_path):
+    folder = str(make_scorer("llama"))
+    model = load_reward_model(folder, "--m", dtype=torch.float32, tokenizer=load_tokenizer(folder))
+    store_score_statistics(model, {"score_mean": -0.25, "score_std": 0.75})
+    model.hf.save_pretrained(tmp_path / "reward")
+    load_tokenizer(folder).save_pretrained(tmp_path / "reward")
+    args = flags("--reward_model_name_or_path", tmp_path / "reward", "--normalize_reward")
+    tokenizers = check_models(args)
+    (part,) = build_reward(args, EngineConfig(), tokenizers.actor, tokenizers.rewards).parts
+    assert (part.mean, part.std) == (-0.25, 0.75)
+
+
+@pytest.mark.parametrize("statistics", [{}, {"score_mean": 1.0}, {"score_mean": 1.0, "score_std": 0.0}])
+def test_a_model_without_statistics_is_named_before_weights_are_read(statistics, flags, with_statistics):
+    good, bad = with_statistics("good", score_mean=0.0, score_std=1.0), with_statistics("bad", **statistics)
+    for file in bad.glob("*.safetensors"):
+        file.unlink()
+    args = flags("--reward_model_name_or_path", good, bad, "--normalize_reward")
+    with pytest.raises(UserError, match=f"--normalize_reward: .*{bad} has score_mean .* and score_std .*; expected"):
+        check_models(args)
+    args.normalize_reward = False
+    assert len(check_models(args).rewards) == 2
+
+
+def test_the_model_with_another_vocabulary_is_named(flags, make_scorer, tiny_reward_model, make_policy):
+    other = tiny_reward_model("llama")
+    with pytest.raises(UserError, match=f"--reward_model_name_or_path {other}: its vocabulary differs"):
+        check_models(flags("--reward_model_name_or_path", make_scorer("llama"), other))
+    ppo = ["--algo", "ppo", "--reward_model_name_or_path", make_scorer("llama")]
+    with pytest.raises(
+        UserError, match=f"--critic_model_name_or_path {other}: its vocabulary differs .* the critic reads"
+    ):
+        check_models(flags(*ppo, "--critic_model_name_or_path", other))
+    tokenizers = check_models(flags(*ppo))
+    assert tokenizers.critic is tokenizers.rewards[0]
+    with pytest.raises(UserError, match=f"--reward_model_name_or_path: {make_policy('llama')} is a LlamaForCausalLM"):
+        check_models(flags("--reward_model_name_or_path", make_scorer("llama"), make_policy("llama")))
+
+
+def test_a_critic_for_a_function_alone(flags, make_scorer, tmp_path):
+    rule, critic = ["--reward_fn", f"{tmp_path}/rules.py:length"], make_scorer("llama")
+    tokenizers = check_models(flags("--algo", "ppo", "--critic_model_name_or_path", critic, *rule))
+    assert tokenizers.rewards == [] and len(tokenizers.critic) == AutoConfig.from_pretrained(critic).vocab_size
+
+
+def test_a_faulty_function_is_found_before_weights_are_read(flags, tmp_path):
+    held_out = [{"prompt": ["Human: a", "Human: b", "Human: c"]}]
+    good, bad = (flags("--reward_fn", f"{tmp_path}/rules.py:{name}") for name in ("length", "first"))
+    tokenizer = check_models(good).actor
+    try_reward_functions(good, tokenizer, held_out)
+    with pytest.raises(UserError, match=r"rules.py:first: IndexError: .* line 2: .*prompt 'Human: a', answer ''"):
+        try_reward_functions(bad, tokenizer, held_out)

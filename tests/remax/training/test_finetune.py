@@ -1,0 +1,345 @@
+"""The loop of steps 1 and 2: what an optimizer step is a mean of, and when it evaluates, logs and stops."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from remax.core.batches import groups
+from remax.core.logprobs import PolicyOutput
+from remax.core.sequences import Sequences
+from remax.engines.base import StepResult
+from remax.models.reward_model import load_reward_model
+from remax.training.finetune import (
+    FinetuneSettings,
+    count_tokens,
+    finetune,
+    optimizer_step,
+    steps_per_epoch,
+    total_steps,
+)
+from remax.training.tasks import DirectPreference, Ranking, Supervised
+from utils.data.loaders import build_loaders
+from utils.metrics import MetricsLogger
+from utils.run import TrainingStopped, UserError
+from utils.tokenizer import load_tokenizer
+
+
+class Engine:
+    """One weight w, trained by plain gradient descent; the log-prob of every token is w * id, the score w * last id."""
+
+    def __init__(self, weight: float = 0.5, rate: float = 0.01):
+        self.w, self.rate = torch.tensor(weight, requires_grad=True), rate
+        self.model, self.lasts, self.training = torch.nn.Module(), [], None
+
+    def train(self, mode: bool = True) -> None:
+        self.training = mode
+
+    def slots(self, sequences: Sequences) -> int:
+        return sequences.input_ids.numel()
+
+    def logprobs(self, sequences: Sequences) -> PolicyOutput:
+        return PolicyOutput(self.w * sequences.answer_ids)
+
+    def score(self, sequences: Sequences) -> torch.Tensor:
+        return self.w * sequences.input_ids[torch.arange(len(sequences)), sequences.end_index]
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+        self.lasts.append(last)
+
+    def step(self) -> StepResult:
+        gradient = self.w.grad.item()
+        with torch.no_grad():
+            self.w -= self.rate * self.w.grad
+        self.w.grad = None
+        return StepResult(self.rate, abs(gradient), False)
+
+
+def supervised(ids: list[list[int]], prompt_lengths: list[int], lengths: list[int]) -> dict[str, torch.Tensor]:
+    tensors = {"input_ids": ids, "prompt_lengths": prompt_lengths, "lengths": lengths, "weight": [1.0] * len(ids)}
+    return {name: torch.tensor(values) for name, values in tensors.items()}
+
+
+BATCHES = [supervised([[9, 1, 2], [9, 9, 4]], [1, 2], [3, 3]), supervised([[9, 5, 7]], [1], [2])]
+
+
+def test_a_step_is_a_mean_over_the_answer_tokens_of_all_its_micro_batches():
+    # Answers 1 2 / 4 / 5 (the prompt's 9s and the 7 behind the end do not count): mean of -w * id over 4 tokens is
+    # -0.5 * 12 / 4, the gradient -12 / 4. A mean of the micro-batches' means would give (-7 / 3 - 5 / 1) / 2 instead.
+    engine = Engine()
+    figures = optimizer_step(Supervised(engine, []), list(BATCHES))
+    assert figures == pytest.approx({"loss": -1.5, "grad_norm": 3.0, "lr": 0.01})
+    assert engine.lasts == [False, True]
+    assert engine.w.item() == pytest.approx(0.5 + 0.01 * 3)
+
+
+def test_a_ranking_step_is_a_mean_over_pairs():
+    # Pairs (4, 2), (3, 3), (1, 5) of last tokens, scores w times that: -log sigmoid(w * (c - r)).
+    def pairs(chosen: list[int], rejected: list[int]) -> dict[str, torch.Tensor]:
+        n = torch.tensor([2] * len(chosen))
+        batch = {"prompt_lengths": n - 1, "chosen_lengths": n, "rejected_lengths": n}
+        for name, ids in (("chosen", chosen), ("rejected", rejected)):
+            batch[f"{name}_ids"] = torch.tensor([[9, i] for i in ids])
+        return batch
+
+    figures = optimizer_step(Ranking(Engine(), []), [pairs([4, 3], [2, 3]), pairs([1], [5])])
+    losses = [math.log1p(math.exp(-0.5 * d)) for d in (2, 0, -4)]
+    assert figures["loss"] == pytest.approx(sum(losses) / 3)
+    assert figures["margin"] == pytest.approx(0.5 * (2 + 0 - 4) / 3)
+    assert figures["accuracy"] == pytest.approx(1 / 3)  # a tie is no success
+
+
+def rankings(ids: list[list[int]], ranks: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Answers of one token each behind a prompt of one."""
+    flat = torch.tensor([i for row in ids for i in row])
+    return {
+        "input_ids": torch.stack([torch.full_like(flat, 9), flat], 1),
+        "prompt_lengths": torch.ones_like(flat),
+        "lengths": torch.full_like(flat, 2),
+        "row": torch.tensor([k for k, row in enumerate(ids) for _ in row]),
+        "ranks": torch.tensor([rank for row in ranks for rank in row]),
+        "weight": torch.ones(len(ids)),
+    }
+
+
+@pytest.mark.parametrize("loss", ["pairs", "plackett-luce"])
+def test_a_ranked_step_is_a_mean_over_prompts(loss):
+    # Scores w * id, w = 0.5. Three prompts: last tokens 4 > 2 > 1, 3 > 5 = 1, 2 > 6.
+    batches = [rankings([[4, 2, 1], [3, 5, 1]], [[1, 2, 3], [1, 2, 2]]), rankings([[6, 2]], [[2, 1]])]
+    figures = optimizer_step(Ranking(Engine(), [], ranked_loss=loss), batches)
+
+    def lose(d: float) -> float:
+        return math.log1p(math.exp(-0.5 * d))
+
+    e = [math.exp(0.5 * i) for i in range(6)]
+    expected = {
+        "pairs": ((lose(2) + lose(3) + lose(1)) / 3 + (lose(-2) + lose(2)) / 2 + lose(-4)) / 3,
+        "plackett-luce": (
+            math.log((e[4] + e[2] + e[1]) / e[4]) + lose(1) + math.log((e[3] + e[5] + e[1]) / e[3]) + lose(-4)
+        )
+        / 3,
+    }
+    assert figures["loss"] == pytest.approx(expected[loss])
+    assert figures["accuracy"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert figures["margin"] == pytest.approx(0.5 * ((2 + 3 + 1) / 3 + (-2 + 2) / 2 - 4) / 3)
+
+
+def test_a_ranked_step_takes_the_options_of_pairs():
+    # Scores 0.5 * id: tokens 4 > 2 > 1, so 2 > 1 > 0.5; differences 1, 1.5, 0.5 and sums 3, 2.5, 1.5.
+    batches = [rankings([[4, 2, 1]], [[1, 2, 3]])]
+    centre = 0.2 * (3**2 + 2.5**2 + 1.5**2) / 3
+
+    def lose(d: float) -> float:
+        return math.log1p(math.exp(-d))
+
+    smooth = optimizer_step(Ranking(Engine(), [], label_smoothing=0.1, centring=0.2), batches)
+    expected = sum(0.9 * lose(d) + 0.1 * lose(-d) for d in (1, 1.5, 0.5)) / 3
+    assert smooth["loss"] == pytest.approx(expected + centre)
+    listwise = optimizer_step(Ranking(Engine(), [], ranked_loss="plackett-luce", centring=0.2), batches)
+    expected = math.log(1 + math.exp(-1) + math.exp(-1.5)) + lose(0.5)
+    assert listwise["loss"] == pytest.approx(expected + centre)
+
+
+class Trained:
+    """A reward model in this process, trained by Adam."""
+
+    def __init__(self, model: torch.nn.Module, rate: float):
+        self.model, self.optimizer = model, torch.optim.Adam(model.parameters(), rate)
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
+
+    def score(self, sequences: Sequences) -> torch.Tensor:
+        return self.model(sequences)
+
+    def slots(self, sequences: Sequences) -> int:
+        return sequences.input_ids.numel()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> StepResult:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(0.0, 0.0, False)
+
+
+@pytest.mark.parametrize("loss", ["pairs", "plackett-luce"])
+def test_rankings_are_learned_from_a_file(loss, tmp_path, make_scorer):
+    # The order is that of one word; the length of an answer is drawn and says nothing.
+    draw, words = random.Random(0), ["superb", "good", "poor", "awful"]
+    for split, count in (("train", 96), ("test", 48)):
+        rows = []
+        for i in range(count):
+            answers = [f"It is {word}" + " indeed" * draw.randint(0, 3) for word in words]
+            order = draw.sample(range(4), 4)
+            row = {"answers": [answers[k] for k in order], "scores": [-k for k in order]}
+            rows.append(json.dumps({"prompt": f"How is {split} number {i}?", **row}) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    folder = str(make_scorer("llama"))
+    tokenizer = load_tokenizer(folder)
+    model = load_reward_model(folder, "--model", dtype=torch.float32, tokenizer=tokenizer)
+    options = {"data_path": [str(tmp_path)], "data_output_path": str(tmp_path), "data_split": "0,1,0", "max_len": 96}
+    train, held_out = build_loaders(stage=1, tokenizer=tokenizer, train_batch_size=4, eval_batch_size=16, **options)
+    task, metrics = Ranking(Trained(model, 2e-3), held_out, ranked_loss=loss), MetricsLogger(tmp_path)
+    results = finetune(task, train, FinetuneSettings(epochs=3), metrics)
+    metrics.close()
+    before, after = results["before"], results["after"]
+    assert before["best_of_k_chance"] == after["best_of_k_chance"] == 0.25
+    assert abs(after["longer_wins"] - 0.5) < 0.1
+    assert before["best_of_k_accuracy"] < 0.5 and after["best_of_k_accuracy"] > 0.9
+    assert before["accuracy"] < 0.7 and after["accuracy"] > 0.9
+
+
+class Fixed:
+    """A reference under which every token has the log-prob -0.25 * id."""
+
+    def logprobs(self, sequences: Sequences) -> torch.Tensor:
+        return -0.25 * sequences.answer_ids
+
+
+def test_a_step_of_direct_preference():
+    # Chosen answer 1 2, rejected 4: log-ratios (w + 0.25) * 3 and (w + 0.25) * 4, w = 0.5, beta = 2:
+    # -log sigmoid(2 * 0.75 * (3 - 4) + alpha * (2 - 1)); what stands behind the rejected answer does not count.
+    batch = {"prompt_lengths": torch.tensor([1]), "weight": torch.ones(1)}
+    batch |= {"chosen_ids": torch.tensor([[9, 1, 2]]), "chosen_lengths": torch.tensor([3])}
+    batch |= {"rejected_ids": torch.tensor([[9, 4, 8]]), "rejected_lengths": torch.tensor([2])}
+    for alpha in (0.0, 0.3):
+        task = DirectPreference(Engine(), Fixed(), [batch], beta=2.0, alpha=alpha)
+        figures = optimizer_step(task, [batch, batch])
+        logit = 2 * 0.75 * (3 - 4) + alpha
+        gradient = 2 * (4 - 3) / (1 + math.exp(logit))  # d loss / d w = -sigmoid(-logit) * beta * (3 - 4)
+        assert figures == pytest.approx(
+            {"loss": math.log1p(math.exp(-logit)), "accuracy": 0.0, "margin": -1.5, "grad_norm": gradient, "lr": 0.01}
+        )
+    held_out = DirectPreference(Engine(), Fixed(), [batch], beta=2.0).evaluate()
+    assert (held_out["accuracy"], held_out["margin"], held_out["longer_wins"]) == pytest.approx((0.0, -1.5, 1.0))
+
+
+def test_tokens_and_slots():
+    # Rows of 3 and 3 in 2 * 3 slots, one of 2 in 1 * 3.
+    assert count_tokens(Supervised(Engine(), []), list(BATCHES)) == {"tokens": 8, "slots": 9}
+    # Chosen 3 and 4, rejected 2 and 1 tokens; the rejected rows are padded to the chosen ones' four columns.
+    lengths = {"chosen_lengths": [3, 4], "rejected_lengths": [2, 1], "prompt_lengths": [1, 0]}
+    ids = {"chosen_ids": torch.zeros(2, 4), "rejected_ids": torch.zeros(2, 2)}
+    pairs = ids | {name: torch.tensor(values) for name, values in lengths.items()}
+    for task in (Ranking(Engine(), []), DirectPreference(Engine(), Fixed(), [])):
+        assert count_tokens(task, [pairs]) == {"tokens": 10, "slots": 16}
+    five = rankings([[4, 2, 1], [3, 5]], [[1, 2, 3], [1, 2]])  # answers of one token behind prompts of one
+    assert count_tokens(Ranking(Engine(), []), [five]) == {"tokens": 10, "slots": 10}
+
+
+def test_steps():
+    assert [list(groups(range(5), 2)), steps_per_epoch(5, 2)] == [[[0, 1], [2, 3], [4]], 3]
+    assert total_steps(FinetuneSettings(epochs=2, accumulation=2), 5) == 6
+    assert total_steps(FinetuneSettings(epochs=2, accumulation=2, max_steps=4), 5) == 4
+    assert total_steps(FinetuneSettings(epochs=2, max_steps=400), 5) == 10
+
+
+class Loader(list):
+    """Batches with a sampler that notes its epochs."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.sampler, self.epochs = self, []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+class Noting(Supervised):
+    """Evaluation counts its calls, and must happen in evaluation mode."""
+
+    calls = 0
+
+    def evaluate(self) -> dict[str, float]:
+        assert self.engine.training is False
+        self.calls += 1
+        return {"loss": 1.0 / self.calls, "perplexity": 10.0 - self.calls}
+
+
+def run(tmp_path, **settings) -> tuple[Noting, Loader, list, dict, list[dict]]:
+    task, loader, seen = Noting(Engine(), []), Loader(BATCHES * 2), []
+    metrics = MetricsLogger(tmp_path)
+    results = finetune(task, loader, FinetuneSettings(**settings), metrics, lambda step, _: seen.append(step))
+    metrics.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return task, loader, seen, results, lines
+
+
+def test_evaluation_before_at_each_epochs_end_and_after(tmp_path):
+    task, loader, seen, results, lines = run(tmp_path, epochs=2, accumulation=3)
+    assert loader.epochs == [0, 1] and seen == [2, 4] and task.calls == 3
+    assert results == {"before": {"loss": 1.0, "perplexity": 9.0}, "after": {"loss": 1 / 3, "perplexity": 7.0}}
+    assert [(line["step"], line["epoch"], "eval/loss" in line) for line in lines] == [
+        (0, 0.0, True),
+        (1, 0.5, False),
+        (2, 1.0, False),
+        (2, 1.0, True),
+        (3, 1.5, False),
+        (4, 2.0, False),
+        (4, 2.0, True),
+    ]
+    assert task.engine.lasts == [False, False, True, True] * 2  # an epoch's last step has what is left
+
+
+def test_evaluation_every_n_steps_and_max_steps(tmp_path):
+    task, _, seen, _, lines = run(tmp_path, epochs=5, max_steps=7, evaluate_every=3)
+    assert seen == [3, 6, 7]
+    assert max(line["step"] for line in lines) == 7
+    # The two batches in turn: 6 tokens in 6 slots, 2 in 3.
+    shares = {line["step"]: line["train/padding_share"] for line in lines if "train/loss" in line}
+    assert [shares[step] for step in (1, 2)] == pytest.approx([0.0, 1 / 3])
+
+
+class Stream(Loader):
+    """As long as the whole training, as far as anybody knows."""
+
+    def __len__(self) -> int:
+        return 9
+
+
+def test_data_that_end_before_max_steps_end_the_training(tmp_path, capsys):
+    # Two epochs of four batches; nobody knew it, so that the loop counts on 9 steps.
+    task, seen = Noting(Engine(), []), []
+    metrics = MetricsLogger(tmp_path)
+    loader = Stream(BATCHES * 2)
+    batches = sum(1 for _ in loader)
+    settings = FinetuneSettings(epochs=2, max_steps=9, evaluate_every=5)
+    results = finetune(task, loader, settings, metrics, lambda step, _: seen.append(step))
+    metrics.close()
+    assert batches == 4 and loader.epochs == [0, 1] and seen == [5, 8] and results["after"]["perplexity"] == 7.0
+    assert "8 steps in" in (said := capsys.readouterr().out)
+    assert "(of --max_steps 9: the data ended with --num_train_epochs 2, before" in said
+    loader.epochs.clear()
+    finetune(Noting(Engine(), []), loader, FinetuneSettings(epochs=3, max_steps=9), MetricsLogger(tmp_path))
+    assert loader.epochs == [0, 1, 2] and "the data ended" not in capsys.readouterr().out
+
+
+def test_a_faulty_row_of_a_stream_stops(tmp_path):
+    # The stages write the model as it is on TrainingStopped; a UserError would lose it.
+    class Faulty(Stream):
+        def __iter__(self):
+            yield from BATCHES
+            raise UserError("--data_path x.jsonl, line 7: not valid JSON")
+
+    metrics = MetricsLogger(tmp_path)
+    with pytest.raises(TrainingStopped, match="cannot be read any further: --data_path x.jsonl, line 7"):
+        finetune(Noting(Engine(), []), Faulty([]), FinetuneSettings(epochs=1, max_steps=9), metrics)
+    metrics.close()
+    seen = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert seen == [0, 1, 2]
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path):
+    task = Noting(Engine(weight=float("nan")), [])
+    metrics = MetricsLogger(tmp_path)
+    with pytest.raises(TrainingStopped, match="step 1: loss is nan .*learning rate"):
+        finetune(task, Loader(BATCHES), FinetuneSettings(epochs=1), metrics)
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["train/loss"] is None

@@ -1,0 +1,297 @@
+"""The same answers give the same update however they are cut: micro-batches, ranks, ZeRO stages, offload, gradient
+checkpointing, order, padding, rollouts per step. And the loop round it: cadence, best model, early stop."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from remax.algorithms import build_algorithm
+from remax.algorithms.kl import KLPenalty
+from remax.core.sequences import Sequences
+from remax.evaluation.policy import PolicyEvaluation
+from remax.training.trainer import Trainer, TrainerSettings
+from utils.run import TrainingStopped
+
+ROWS = 8
+ALGORITHMS = {
+    "remax": {},
+    "full_kl": {"algorithm": {"name": "remax", "penalty": {"penalty": "full_kl_full_step"}, "entropy_coef": 0.1}},
+    "ppo": {"algorithm": {"name": "ppo"}},
+    "text": {"sampling": [0.7, 0.9, 0]},  # plain text mixed in, log-probs of answers as they are sampled
+}
+
+
+@pytest.fixture(scope="module")
+def saved(make_policy, make_scorer, sequences_of, save_rows, tmp_path_factory):
+    """Two rollouts of 8 answers and the models, as the worker takes them."""
+    folder, paths = tmp_path_factory.mktemp("rollouts"), []
+    for seed in range(2):
+        sequences = sequences_of(seed, ROWS, 300)
+        noise = torch.Generator().manual_seed(seed)
+        mask = sequences.answer_mask
+        rollout = {
+            "sequences": {f.name: getattr(sequences, f.name) for f in dataclasses.fields(sequences)},
+            "rewards": 2 * torch.randn(ROWS, generator=noise),
+            "baseline": torch.randn(ROWS, generator=noise),
+            "reference_logprobs": (-6 + torch.randn(mask.shape, generator=noise)) * mask,
+        }
+        paths.append(str(folder / f"{seed}.pt"))
+        torch.save(rollout, paths[-1])
+    common = {"check": "trainer_update", "model": str(make_policy("llama")), "rollouts": paths}
+    critic = {"model": str(make_scorer("llama")), "zero_stage": 1, "gradient_checkpointing": False}
+    extra = {"ppo": {"critic": critic}, "text": {"texts": [save_rows(seed, ROWS, 300) for seed in (20, 21)]}}
+    return {name: common | settings | extra.get(name, {}) for name, settings in ALGORITHMS.items()}
+
+
+def checks_of(saved: dict, variations: dict[str, dict], algorithm: str = "remax") -> list[dict]:
+    return [saved[algorithm] | {"name": f"{algorithm}-{name}"} | settings for name, settings in variations.items()]
+
+
+@pytest.fixture(scope="module")
+def expected(saved, run_ranks):
+    """Every algorithm on one rank with all rows in one micro-batch, no ZeRO."""
+    whole = {"whole": {"micro_batch": ROWS}}
+    single = {
+        "2x4": {"micro_batch": 4},
+        "8x1": {"micro_batch": 1},
+        "3, 3, 2": {"micro_batch": 3},
+        "order": {"micro_batch": 3, "order": [5, 2, 7, 0, 1, 6, 4, 3]},
+        "padded": {"micro_batch": 4, "extra_columns": 9},
+        "two rollouts a step": {"micro_batch": 4, "rollouts_per_step": 2},
+        "checkpointing": {"micro_batch": 4, "gradient_checkpointing": True},
+    }
+    checks = [check for algorithm in ALGORITHMS for check in checks_of(saved, whole, algorithm)]
+    checks += checks_of(saved, single) + checks_of(saved, {"8x1": single["8x1"]}, "full_kl")
+    checks += checks_of(saved, {"2x4": single["2x4"]}, "ppo") + checks_of(saved, {"2x4": single["2x4"]}, "text")
+    return run_ranks(checks, 1)
+
+
+def same_update(name: str, results: dict, folder, expected: tuple[dict, object]) -> None:
+    """Weights after two steps to 1e-6, and all figures that the step reports."""
+    algorithm = name.split("-")[0]
+    reference, reference_folder = expected
+    reference_name = f"{algorithm}-whole"
+    for suffix in ("", "-critic")[: 1 + (algorithm == "ppo")]:
+        got = torch.load(folder / f"{name}{suffix}.pt")
+        wanted = torch.load(reference_folder / f"{reference_name}{suffix}.pt")
+        assert got.keys() == wanted.keys()
+        differences = {key: (got[key] - wanted[key]).abs().max().item() for key in wanted}
+        assert max(differences.values()) < 1e-6, (name, max(differences.items(), key=lambda item: item[1]))
+    for got, wanted in zip(results[name]["figures"], reference[reference_name]["figures"], strict=True):
+        assert got.keys() == wanted.keys()
+        assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.ranks
+def test_micro_batches_order_and_padding(expected, make_policy):
+    results, folder = expected
+    for name in results:
+        same_update(name, results, folder, expected)
+    after, before = torch.load(folder / "remax-whole.pt"), load_file(make_policy("llama") / "model.safetensors")
+    assert max((after[key] - before[key]).abs().max().item() for key in after) > 1e-3  # the weights did move
+
+
+@pytest.mark.ranks
+def test_ranks_and_stages(saved, expected, run_ranks):
+    variations = {f"stage {stage}": {"micro_batch": 2, "zero_stage": stage} for stage in range(4)}
+    variations |= {f"stage {stage}, 1x4": {"micro_batch": 4, "zero_stage": stage} for stage in (1, 3)}
+    variations["stage 3, all"] = {
+        "micro_batch": 1,
+        "zero_stage": 3,
+        "gradient_checkpointing": True,
+        "order": [3, 1, 2, 0, 7, 6, 5, 4],
+        "extra_columns": 5,
+        "rollouts_per_step": 2,
+    }
+    checks = checks_of(saved, variations)
+    some = {name: variations[name] for name in ("stage 2", "stage 3")}
+    checks += checks_of(saved, some, "full_kl") + checks_of(saved, some, "text") + checks_of(saved, some, "ppo")
+    checks[-1]["critic"] = checks[-1]["critic"] | {"zero_stage": 3}
+    results, folder = run_ranks(checks, 2)
+    for name in results:
+        same_update(name, results, folder, expected)
+
+
+@pytest.mark.ranks
+@torch.no_grad()
+def test_plain_text_is_learned_with_the_models_own_probabilities(saved, expected, make_policy):
+    # Mean negative log-likelihood per token, though answers are drawn at another temperature and truncated.
+    model = AutoModelForCausalLM.from_pretrained(make_policy("llama")).eval()
+    rows, total = Sequences(**torch.load(saved["text"]["texts"][0])), 0.0
+    for i in range(ROWS):
+        start, length = int(rows.prompt_lengths[i]), int(rows.lengths[i])
+        ids = rows.input_ids[i, :length]
+        logp = model(ids[None]).logits[0].log_softmax(-1)
+        total -= logp[torch.arange(start - 1, length - 1), ids[start:]].sum().item()
+    figures = expected[0]["text-whole"]["figures"][0]
+    assert figures["unsupervised_loss"] == pytest.approx(total / int(rows.answer_lengths.sum()), rel=1e-5)
+    assert "unsupervised_loss" not in expected[0]["remax-whole"]["figures"][0]
+
+
+@pytest.mark.ranks
+@pytest.mark.compiled
+def test_offload(saved, expected, run_ranks):
+    variations = {
+        f"stage {stage}": {"micro_batch": 2, "zero_stage": stage, "offload": True, "offload_parameters": stage == 3}
+        for stage in (2, 3)
+    }
+    results, folder = run_ranks(checks_of(saved, variations), 2, timeout=900)
+    for name in results:
+        same_update(name, results, folder, expected)
+
+
+# --- the loop
+
+
+class Recorder:
+    """A trainer's surroundings: evaluations with the given rewards and KLs, and a note of everything that is called."""
+
+    def __init__(self, rewards: list[float], kls: list[float] | None = None):
+        self.figures = iter(zip(rewards, kls or [0.0] * len(rewards), strict=True))
+        self.steps, self.logged, self.evaluated = [], [], []
+
+    def evaluate(self) -> PolicyEvaluation:
+        reward, kl = next(self.figures)
+        return PolicyEvaluation({"reward": reward, "kl": 10 * kl, "kl_per_token": kl})
+
+    def log(self, step: int, values: dict, epoch: float) -> None:
+        self.logged.append((step, epoch, *values))
+
+    def on_evaluation(self, step: int, evaluation: PolicyEvaluation, best: bool) -> None:
+        self.evaluated.append((step, evaluation.figures["reward"], best))
+
+
+class Epochs(torch.utils.data.Sampler):
+    """A loader's sampler that notes the epochs that it is told."""
+
+    def __init__(self, rows: int, length: int | None = None):
+        self.rows, self.length, self.epochs = rows, length or rows, []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self):
+        return iter(range(self.rows))
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def run_loop(
+    recorder: Recorder, batches: int, length: int | None = None, sentinel=None, watchers=(), **settings
+) -> tuple[dict, list[int]]:
+    """Trainer.train on a loader of so many batches, its `step` replaced by a note of the batches."""
+
+    class Loop(Trainer):
+        def __post_init__(self):
+            pass
+
+        def step(self, batches):
+            recorder.steps.append([int(x) for x in torch.cat(batches)])
+            return None, {"loss": 0.5, "reward": 1.0, "grad_norm": 1.0}
+
+    sampler = Epochs(batches, length)
+    loader = torch.utils.data.DataLoader(torch.arange(batches), sampler=sampler)
+    loop = Loop(
+        actor=type("NoActor", (), {"backend": "nothing"}),
+        reference=None,
+        reward=None,
+        algorithm=build_algorithm("remax", kl=KLPenalty(0.2, reach="one_step")),
+        settings=TrainerSettings(**settings),
+        evaluate=recorder.evaluate,
+        metrics=recorder,
+        pad_id=0,
+        on_evaluation=recorder.on_evaluation,
+        sentinel=sentinel,
+        watchers=list(watchers),
+    )
+    return loop.train(loader), sampler.epochs
+
+
+def test_evaluation_at_the_start_every_n_steps_and_at_the_end():
+    recorder = Recorder([1.0, 0.5, 0.8, 0.7])
+    results, epochs = run_loop(recorder, batches=4, epochs=2, evaluate_every=3)
+    assert recorder.steps == [[0], [1], [2], [3]] * 2 and epochs == [0, 1]
+    # The untrained policy is no candidate for the best, though it scored most.
+    assert recorder.evaluated == [(0, 1.0, False), (3, 0.5, True), (6, 0.8, True), (8, 0.7, False)]
+    assert results["before"]["reward"] == 1.0 and results["after"]["reward"] == 0.7 and results["best"]["reward"] == 0.8
+    assert [line for line in recorder.logged if line[0] == 6] == [
+        (6, 1.5, "train/loss", "train/reward", "train/grad_norm"),
+        (6, 1.5, "eval/reward", "eval/kl", "eval/kl_per_token", "eval/objective"),
+    ]
+
+
+def test_once_per_epoch_by_default_and_several_batches_a_step():
+    recorder = Recorder([0.0, 1.0, 2.0])
+    run_loop(recorder, batches=5, epochs=2, rollouts_per_step=2)
+    assert recorder.steps == [[0, 1], [2, 3], [4]] * 2  # the last step of an epoch may have fewer
+    assert [step for step, *_ in recorder.evaluated] == [0, 3, 6]
+    assert TrainerSettings(epochs=2, rollouts_per_step=2).total_steps(5) == 6
+
+
+def test_data_that_end_before_max_steps_end_the_loop(capsys):
+    # A stream of four batches, which says that it has the nine of --max_steps.
+    recorder = Recorder([0.0, 1.0, 2.0])
+    results, epochs = run_loop(recorder, batches=4, length=9, epochs=2, max_steps=9, evaluate_every=5)
+    assert recorder.steps == [[0], [1], [2], [3]] * 2 and epochs == [0, 1]
+    assert recorder.evaluated == [(0, 0.0, False), (5, 1.0, True), (8, 2.0, True)]
+    assert results["after"]["reward"] == results["best"]["reward"] == 2.0
+    assert "8 steps (of --max_steps 9: the data ended with --num_train_epochs 2" in capsys.readouterr().out
+
+
+def test_max_steps_ends_the_loop_with_an_evaluation():
+    recorder = Recorder([0.0, 1.0])
+    run_loop(recorder, batches=4, epochs=3, max_steps=5, evaluate_every=100)
+    assert len(recorder.steps) == 5 and [step for step, *_ in recorder.evaluated] == [0, 5]
+
+
+def test_early_stop_on_the_evaluation_kl():
+    recorder = Recorder([0.0, 1.0, 2.0, 3.0], kls=[0.0, 0.05, 0.2, 0.0])
+    results, _ = run_loop(recorder, batches=4, evaluate_every=1, target_kl=0.1)
+    assert len(recorder.steps) == 2 and results["after"]["reward"] == 2.0
+
+
+def test_the_best_by_reward_minus_the_price_of_its_kl():
+    # reward - 0.2 * KL per answer: 1 - 0.2 * 1 = 0.8, 3 - 0.2 * 12 = 0.6, 2 - 0.2 * 5 = 1.
+    rewards, kls = [0.0, 1.0, 3.0, 2.0], [0.0, 0.1, 1.2, 0.5]
+    recorder = Recorder(rewards, kls)
+    results, _ = run_loop(recorder, batches=3, evaluate_every=1, best_by="objective")
+    assert [best for *_, best in recorder.evaluated] == [False, True, False, True]
+    assert results["best"]["objective"] == pytest.approx(1.0) and results["best"]["reward"] == 2.0
+    recorder = Recorder(rewards, kls)
+    results, _ = run_loop(recorder, batches=3, evaluate_every=1)
+    assert [best for *_, best in recorder.evaluated] == [False, True, True, False]
+
+
+class StopAt:
+    """A sentinel that sees a fatal sign at one step."""
+
+    def __init__(self, step: int):
+        self.at, self.seen = step, []
+
+    def __call__(self, step: int, rollout, figures: dict) -> dict:
+        self.seen.append(step)
+        return {"sign": float(step)}
+
+    def stop_if_fatal(self) -> None:
+        if self.at in self.seen:
+            raise TrainingStopped(f"step {self.at}")
+
+
+def test_the_sentinel_stops_the_training_after_the_log():
+    recorder, sentinel = Recorder([0.0]), StopAt(2)
+    with pytest.raises(TrainingStopped, match="step 2"):
+        run_loop(recorder, batches=4, sentinel=sentinel)
+    assert len(recorder.steps) == 2
+    assert recorder.logged[-1] == (2, 0.5, "train/loss", "train/reward", "train/grad_norm", "train/sign")
+
+
+def test_watchers_add_figures():
+    recorder = Recorder([0.0, 1.0])
+    run_loop(recorder, batches=1, watchers=[lambda step, rollout, figures: {"twice": 2 * figures["loss"]}])
+    assert recorder.logged[1][-1] == "train/twice"
