@@ -7,7 +7,6 @@ which are written out here.
 import os
 import shutil
 import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +50,7 @@ def short(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def call(tmp_path_factory) -> Callable[..., Call]:
+def call(tmp_path_factory, run_command) -> Callable[..., Call]:
     """call(script, *flags, **variables): runs a copy of the script, so that its default OUTPUT is not the clone's."""
     folder = tmp_path_factory.mktemp("clone with a space")
     for path in (*SCRIPTS, ROOT / "utils/launch.sh"):
@@ -65,17 +64,9 @@ def call(tmp_path_factory) -> Callable[..., Call]:
         (programs / name).chmod(0o755)
 
     def run(script: str, *flags: str, **variables: object) -> Call:
-        environment = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-        environment |= {name: str(value) for name, value in variables.items()}
-        done = subprocess.run(
-            ["bash", folder / script, *flags],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-        )
+        environment = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"} | variables  # and nothing else
+        pairs = [f"{name}={value}" for name, value in environment.items()]
+        done = run_command(["env", "-i", *pairs, "bash", folder / script, *flags], cwd=folder, timeout=60)
         lines = done.stdout.splitlines()
         arguments = [line.removeprefix("argument ") for line in lines if line.startswith("argument ")]
         assert arguments, done.stdout
@@ -184,8 +175,8 @@ def finetuning(stage: dict[str, Any], *values: object, **more: object) -> dict[s
     return stage | columns | {"per_device_eval_batch_size": values[0]} | more
 
 
-# Step 3: `opt` and `llama2` are as in the authors' scripts, `hh` as in Part I of the paper, `mistral` as in its Part II;
-# `gpt2` has the 64 + 48 tokens of the paper's GPT-2 experiment.
+# Step 3: `opt` and `llama2` are as in the authors' scripts, `hh` as in Part I of the paper, `mistral` as in its Part
+# II; `gpt2` has the 64 + 48 tokens of the paper's GPT-2 experiment.
 STEP_3 = {
     "algo": "remax",
     "data_split": "2,4,4",
@@ -276,21 +267,14 @@ TABLE = {
     (2, "demo"): DEMO_FINETUNING | {"learning_rate": 2e-3, "weight_decay": 0.1, "num_train_epochs": 3, "seed": 1234},
     (3, "demo"): DEMO_REMAX,
 }
-# A hub's name, or the OUTPUT of another script below output/.
+# What steps 1 and 2 start from; `demo` has a model of its own for each, and step 3 starts from their results.
 MODELS = {
-    (1, "gpt2"): "openai-community/gpt2",
-    (1, "opt_1.3b"): "facebook/opt-1.3b",
-    (1, "llama2_7b"): "meta-llama/Llama-2-7b-hf",
-    (1, "llama2_7b_hh"): "meta-llama/Llama-2-7b-hf",
-    (1, "mistral_7b"): "mistralai/Mistral-7B-v0.1",
-    (1, "demo"): "output/demo/models/actor",
-    (2, "gpt2"): "openai-community/gpt2",
-    (2, "opt_350m"): "facebook/opt-350m",
-    (2, "llama2_7b"): "meta-llama/Llama-2-7b-hf",
-    (2, "llama2_7b_hh"): "meta-llama/Llama-2-7b-hf",
-    (2, "mistral_7b"): "mistralai/Mistral-7B-v0.1",
-    (2, "demo"): "output/demo/models/reward",
-    (3, "mistral_7b"): "mistralai/Mistral-7B-Instruct-v0.2",
+    "gpt2": "openai-community/gpt2",
+    "opt_1.3b": "facebook/opt-1.3b",
+    "opt_350m": "facebook/opt-350m",
+    "llama2_7b": "meta-llama/Llama-2-7b-hf",
+    "llama2_7b_hh": "meta-llama/Llama-2-7b-hf",
+    "mistral_7b": "mistralai/Mistral-7B-v0.1",
 }
 
 
@@ -312,11 +296,13 @@ def test_script_has_the_papers_settings(script, call):
     result = {1: "sft", 2: "reward", 3: "remax"}[stage]
     assert flags.pop("output_dir") == f"output/{name}/{result}"
     if stage == 3:
-        assert flags.pop("actor_model_name_or_path") == MODELS.get((stage, name), f"output/{name}/sft")
+        start = "mistralai/Mistral-7B-Instruct-v0.2" if name == "mistral_7b" else f"output/{name}/sft"
+        assert flags.pop("actor_model_name_or_path") == start
         reward = "opt_350m" if name == "opt_1.3b" else name
         assert flags.pop("reward_model_name_or_path") == f"output/{reward}/reward"
     else:
-        assert flags.pop("model_name_or_path") == MODELS[stage, name]
+        start = f"output/demo/models/{('actor', 'reward')[stage - 1]}" if name == "demo" else MODELS[name]
+        assert flags.pop("model_name_or_path") == start
     assert flags == {"data_path": "output/demo/data"} | TABLE[stage, name]
 
 
