@@ -152,17 +152,10 @@ def test_the_demos_batch_does_not_depend_on_the_ranks(call, ranks):
 
 # Steps 1 and 2: `opt` and `llama2` are as in the authors' scripts, `hh` as in Part I of the paper. The paper has no
 # settings for these steps of `gpt2` and `mistral`: theirs are the authors', for texts as long as in the paper's step 3.
-SHARED = {
-    "data_split": "2,4,4",
-    "gradient_accumulation_steps": 1,
-    "lr_scheduler_type": "cosine",
-    "num_warmup_steps": 0,
-    "zero_stage": 2,
-    "enable_tensorboard": True,
-    "print_loss": True,
-}
-STEP_1 = SHARED | {"weight_decay": 0, "seed": 2023}
-STEP_2 = SHARED | {"weight_decay": 0.1, "seed": 1234}
+SHARED = {"gradient_accumulation_steps": 1, "lr_scheduler_type": "cosine", "num_warmup_steps": 0, "zero_stage": 2}
+AUTHORS = {"data_split": "2,4,4", "enable_tensorboard": True}
+STEP_1 = SHARED | AUTHORS | {"weight_decay": 0, "seed": 2023, "print_loss": True}
+STEP_2 = SHARED | AUTHORS | {"weight_decay": 0.1, "seed": 1234, "print_loss": True}
 COLUMNS = ("per_device_train_batch_size", "max_seq_len", "learning_rate", "num_train_epochs", "data_path")
 RM_STATIC, FULL_HH, ULTRA = "Dahoas/rm-static", "Dahoas/full-hh-rlhf", "HuggingFaceH4/ultrafeedback_binarized"
 SHORT_TEXTS = "Dahoas/synthetic-instruct-gptj-pairwise"
@@ -177,25 +170,27 @@ def finetuning(stage: dict[str, Any], *values: object, **more: object) -> dict[s
 
 # Step 3: `opt` and `llama2` are as in the authors' scripts, `hh` as in Part I of the paper, `mistral` as in its Part
 # II; `gpt2` has the 64 + 48 tokens of the paper's GPT-2 experiment.
-STEP_3 = {
+RL_SHARED = {
     "algo": "remax",
-    "data_split": "2,4,4",
-    "actor_weight_decay": 0.1,
-    "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
-    "num_warmup_steps": 0,
-    "top_p": 0.9,
-    "logprobs_of": "model",
-    "loss_aggregation": "token",
     "seed": 2023,
     "actor_zero_stage": 2,
     "reference_zero_stage": 3,
     "reward_zero_stage": 3,
     "disable_actor_dropout": True,
     "disable_reward_dropout": True,
-    "enable_tensorboard": True,
-    "print_answers": True,
     "save_answers": True,
+}
+STEP_3 = {
+    **RL_SHARED,
+    **AUTHORS,
+    "actor_weight_decay": 0.1,
+    "num_train_epochs": 1,
+    "num_warmup_steps": 0,
+    "top_p": 0.9,
+    "logprobs_of": "model",
+    "loss_aggregation": "token",
+    "print_answers": True,
 }
 RL_COLUMNS = ("max_prompt_seq_len", "max_answer_seq_len", "actor_learning_rate", "kl_ctl", "gamma", "clip_reward_value")
 RL_COLUMNS += ("temperature", "data_path")
@@ -209,14 +204,14 @@ def remax(rows: int, *values: object, **more: object) -> dict[str, Any]:
 
 
 DEMO_FINETUNING = {
-    **{name: SHARED[name] for name in SHARED if name not in ("enable_tensorboard", "print_loss")},
+    **SHARED,
     "data_split": "4,4,2",
     "per_device_train_batch_size": 16,  # with two ranks
     "per_device_eval_batch_size": 50,
     "max_seq_len": 96,
 }
 DEMO_REMAX = {
-    "algo": "remax",
+    **RL_SHARED,
     "data_split": "4,4,2",
     "per_device_generation_batch_size": 32,  # with two ranks
     "per_device_training_batch_size": 32,
@@ -227,17 +222,9 @@ DEMO_REMAX = {
     "actor_weight_decay": 0,
     "num_train_epochs": 3,
     "max_steps": 60,
-    "lr_scheduler_type": "cosine",
     "num_warmup_steps": 5,
     "kl_ctl": 0.3,
     "gamma": 1,
-    "seed": 2023,
-    "actor_zero_stage": 2,
-    "reference_zero_stage": 3,
-    "reward_zero_stage": 3,
-    "disable_actor_dropout": True,
-    "disable_reward_dropout": True,
-    "save_answers": True,
     "save_at_final": True,
 }
 FINAL = {"save_at_final": True}
