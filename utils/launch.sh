@@ -1,7 +1,10 @@
+# shellcheck shell=bash
 # Sourced by the shell scripts of the stages. `launch FLAGS...` runs main.py of the script's stage on every rank; what the
-# console shows is also kept in $OUTPUT/training.log, and the launcher's exit status is the script's. $RANKS is the number
-# of ranks on this machine. Set by the user, if at all:
-#   OUTPUT       folder of the results
+# console shows is also kept in $OUTPUT/training.log, and the launcher's exit status is the script's. `launch_sft`,
+# `launch_reward` and `launch_remax` add the settings that the scripts of a stage share. Flags given to any of them come
+# last and win. $RANKS is the number of ranks on this machine. Set by the script, unless the user has:
+#   MODEL, REWARD_MODEL, DATA, OUTPUT   models to start from, data, and the folder of the results
+# Set by the user, if at all:
 #   NUM_GPUS     ranks on each machine (default: every GPU there is; without any, 2 ranks on the CPU)
 #   HOSTFILE     the machines, as DeepSpeed wants them listed ("name slots=8" a line)
 #   MASTER_PORT  where the ranks meet (default: a free port)
@@ -43,5 +46,23 @@ launch() {
     if [[ -n ${HOSTFILE:-} ]]; then launcher+=(--hostfile "$HOSTFILE"); fi
     mkdir -p "$OUTPUT"
     # tee outlives Ctrl-C, so that the last words of the ranks are kept as well.
-    "${launcher[@]}" "$STAGE/main.py" --output_dir "$OUTPUT" "$@" 2>&1 | tee -a -i "$OUTPUT/training.log"
+    "${launcher[@]}" "$STAGE/main.py" --data_path "$DATA" --output_dir "$OUTPUT" "$@" 2>&1 |
+        tee -a -i "$OUTPUT/training.log"
+}
+
+launch_finetuning() { # steps 1 and 2
+    launch --model_name_or_path "$MODEL" --gradient_accumulation_steps 1 \
+        --lr_scheduler_type cosine --num_warmup_steps 0 "$@"
+}
+
+# What the ReMax authors' scripts of a stage have in common; a script states the rest.
+COMMON=(--data_split "2,4,4" --enable_tensorboard)
+launch_sft() { launch_finetuning "${COMMON[@]}" --weight_decay 0 --seed 2023 --print_loss "$@"; }
+launch_reward() { launch_finetuning "${COMMON[@]}" --weight_decay 0.1 --seed 1234 --print_loss "$@"; }
+launch_remax() {
+    launch "${COMMON[@]}" --algo remax \
+        --actor_model_name_or_path "$MODEL" ${REWARD_MODEL:+--reward_model_name_or_path "$REWARD_MODEL"} \
+        --actor_weight_decay 0.1 --num_train_epochs 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 2023 \
+        --disable_actor_dropout --disable_reward_dropout --logprobs_of model --loss_aggregation token \
+        --print_answers --save_answers "$@"
 }

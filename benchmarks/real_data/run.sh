@@ -40,9 +40,9 @@ COMMON=(
 )
 
 stage() { # stage NUMBER MODEL RESULT FLAGS...
-    local script
+    local script data=$OUTPUT/data
     script=$(echo "$ROOT"/step"$1"_*/training_scripts/demo/run_demo.sh)
-    DATA=$OUTPUT/data MODEL=$2 OUTPUT=$3 bash "$script" "${COMMON[@]}" "${@:4}"
+    DATA=$data MODEL=$2 OUTPUT=$3 bash "$script" "${COMMON[@]}" "${@:4}"
 }
 
 prepare() {
@@ -57,7 +57,7 @@ sft() {
 }
 
 reward_flags=(
-    --max_seq_len $TOKENS --num_train_epochs 1 --per_device_train_batch_size 8 --learning_rate 3e-4
+    --max_seq_len "$TOKENS" --num_train_epochs 1 --per_device_train_batch_size 8 --learning_rate 3e-4
     --weight_decay 0.1 --num_warmup_steps 20 --logging_steps 20 --eval_steps 50 --max_eval_batches 8
 )
 

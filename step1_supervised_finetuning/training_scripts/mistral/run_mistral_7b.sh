@@ -1,29 +1,12 @@
 #!/usr/bin/env bash
 # Mistral-7B, supervised. Part II of the ReMax paper starts from a finished chat model and skips this stage; the settings
 # are those of the authors' Llama-2-7B script, for its 384 + 384 tokens.
-# Extra flags are passed on and win; variables and machines: utils/launch.sh.
+# Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-v0.1}
 DATA=${DATA:-HuggingFaceH4/ultrafeedback_binarized}
 OUTPUT=${OUTPUT:-$ROOT/output/mistral_7b/sft}
 
-launch \
-    --data_path "$DATA" \
-    --data_split 2,4,4 \
-    --model_name_or_path "$MODEL" \
-    --per_device_train_batch_size 8 \
-    --per_device_eval_batch_size 8 \
-    --max_seq_len 768 \
-    --learning_rate 1e-5 \
-    --weight_decay 0 \
-    --num_train_epochs 2 \
-    --gradient_accumulation_steps 1 \
-    --lr_scheduler_type cosine \
-    --num_warmup_steps 0 \
-    --seed 2023 \
-    --zero_stage 2 \
-    --offload \
-    --gradient_checkpointing \
-    --enable_tensorboard \
-    --print_loss \
-    "$@"
+launch_sft --learning_rate 1e-5 --num_train_epochs 2 \
+    --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_seq_len 768 \
+    --zero_stage 2 --offload --gradient_checkpointing "$@"

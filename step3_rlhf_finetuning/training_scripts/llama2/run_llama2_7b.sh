@@ -1,47 +1,15 @@
 #!/usr/bin/env bash
 # Llama-2-7B, ReMax, with the settings of the ReMax authors' script of this name.
-# Extra flags are passed on and win; variables and machines: utils/launch.sh.
+# Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/llama2_7b/sft}
 REWARD_MODEL=${REWARD_MODEL-$ROOT/output/llama2_7b/reward}
 DATA=${DATA:-Dahoas/rm-static}
 OUTPUT=${OUTPUT:-$ROOT/output/llama2_7b/remax}
 
-launch \
-    --algo remax \
-    --data_path "$DATA" \
-    --data_split 2,4,4 \
-    --actor_model_name_or_path "$MODEL" \
-    ${REWARD_MODEL:+--reward_model_name_or_path "$REWARD_MODEL"} \
-    --per_device_generation_batch_size 1 \
-    --per_device_training_batch_size 1 \
-    --per_device_eval_batch_size 1 \
-    --max_prompt_seq_len 256 \
-    --max_answer_seq_len 256 \
-    --actor_learning_rate 1e-6 \
-    --actor_weight_decay 0.1 \
-    --num_train_epochs 1 \
-    --lr_scheduler_type cosine \
-    --num_warmup_steps 0 \
-    --kl_ctl 0.05 \
-    --gamma 0.99 \
-    --clip_reward_value 5 \
-    --temperature 1 \
-    --top_p 0.9 \
-    --logprobs_of model \
-    --loss_aggregation token \
-    --seed 2023 \
-    --actor_zero_stage 2 \
-    --reference_zero_stage 3 \
-    --reward_zero_stage 3 \
-    --disable_actor_dropout \
-    --disable_reward_dropout \
-    --actor_gradient_checkpointing \
-    --offload \
-    --offload_reference_model \
-    --offload_reward_model \
-    --enable_tensorboard \
-    --print_answers \
-    --save_answers \
-    --save_at_final \
-    "$@"
+launch_remax --actor_learning_rate 1e-6 --kl_ctl 0.05 --gamma 0.99 --clip_reward_value 5 \
+    --per_device_generation_batch_size 1 --per_device_training_batch_size 1 --per_device_eval_batch_size 1 \
+    --max_prompt_seq_len 256 --max_answer_seq_len 256 --temperature 1 --top_p 0.9 \
+    --actor_zero_stage 2 --reference_zero_stage 3 --reward_zero_stage 3 \
+    --offload --offload_reference_model --offload_reward_model --actor_gradient_checkpointing \
+    --save_at_final "$@"

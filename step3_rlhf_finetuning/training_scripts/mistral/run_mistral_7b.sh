@@ -2,48 +2,15 @@
 # Mistral-7B-Instruct-v0.2, ReMax, with the settings of Part II of the ReMax paper and of the model card of its
 # Mistral-7B-ReMax-v0.1: KL over the rest of the answer, differences clipped at 1, 32 rows per GPU. The prompts there came
 # from lmsys-chat-1m and the reward from UltraRM-13B; here both come from UltraFeedback.
-# Extra flags are passed on and win; variables and machines: utils/launch.sh.
+# Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.2}
 REWARD_MODEL=${REWARD_MODEL-$ROOT/output/mistral_7b/reward}
 DATA=${DATA:-HuggingFaceH4/ultrafeedback_binarized}
 OUTPUT=${OUTPUT:-$ROOT/output/mistral_7b/remax}
 
-launch \
-    --algo remax \
-    --data_path "$DATA" \
-    --data_split 2,4,4 \
-    --actor_model_name_or_path "$MODEL" \
-    ${REWARD_MODEL:+--reward_model_name_or_path "$REWARD_MODEL"} \
-    --per_device_generation_batch_size 32 \
-    --per_device_training_batch_size 32 \
-    --per_device_eval_batch_size 32 \
-    --max_prompt_seq_len 384 \
-    --max_answer_seq_len 384 \
-    --actor_learning_rate 5e-7 \
-    --actor_weight_decay 0.1 \
-    --num_train_epochs 1 \
-    --lr_scheduler_type cosine \
-    --num_warmup_steps 0 \
-    --kl_ctl 0.1 \
-    --penalty full_step \
-    --gamma 1 \
-    --clip_reward_value 1 \
-    --temperature 0.7 \
-    --top_p 0.9 \
-    --logprobs_of model \
-    --loss_aggregation token \
-    --seed 2023 \
-    --actor_zero_stage 2 \
-    --reference_zero_stage 3 \
-    --reward_zero_stage 3 \
-    --disable_actor_dropout \
-    --disable_reward_dropout \
-    --actor_gradient_checkpointing \
-    --offload \
-    --offload_reference_model \
-    --offload_reward_model \
-    --enable_tensorboard \
-    --print_answers \
-    --save_answers \
-    "$@"
+launch_remax --actor_learning_rate 5e-7 --kl_ctl 0.1 --gamma 1 --clip_reward_value 1 --penalty full_step \
+    --per_device_generation_batch_size 32 --per_device_training_batch_size 32 --per_device_eval_batch_size 32 \
+    --max_prompt_seq_len 384 --max_answer_seq_len 384 --temperature 0.7 --top_p 0.9 \
+    --actor_zero_stage 2 --reference_zero_stage 3 --reward_zero_stage 3 \
+    --offload --offload_reference_model --offload_reward_model --actor_gradient_checkpointing "$@"

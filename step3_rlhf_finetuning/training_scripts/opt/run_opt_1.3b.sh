@@ -1,43 +1,13 @@
 #!/usr/bin/env bash
 # OPT-1.3B with a reward model of OPT-350M, ReMax, with the settings of the ReMax authors' script of this name.
-# Extra flags are passed on and win; variables and machines: utils/launch.sh.
+# Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/opt_1.3b/sft}
 REWARD_MODEL=${REWARD_MODEL-$ROOT/output/opt_350m/reward}
 DATA=${DATA:-Dahoas/rm-static}
 OUTPUT=${OUTPUT:-$ROOT/output/opt_1.3b/remax}
 
-launch \
-    --algo remax \
-    --data_path "$DATA" \
-    --data_split 2,4,4 \
-    --actor_model_name_or_path "$MODEL" \
-    ${REWARD_MODEL:+--reward_model_name_or_path "$REWARD_MODEL"} \
-    --per_device_generation_batch_size 4 \
-    --per_device_training_batch_size 4 \
-    --per_device_eval_batch_size 4 \
-    --max_prompt_seq_len 256 \
-    --max_answer_seq_len 256 \
-    --actor_learning_rate 1e-6 \
-    --actor_weight_decay 0.1 \
-    --num_train_epochs 1 \
-    --lr_scheduler_type cosine \
-    --num_warmup_steps 0 \
-    --kl_ctl 0.05 \
-    --gamma 0.99 \
-    --clip_reward_value 5 \
-    --temperature 1 \
-    --top_p 0.9 \
-    --logprobs_of model \
-    --loss_aggregation token \
-    --seed 2023 \
-    --actor_zero_stage 2 \
-    --reference_zero_stage 3 \
-    --reward_zero_stage 3 \
-    --disable_actor_dropout \
-    --disable_reward_dropout \
-    --actor_gradient_checkpointing \
-    --enable_tensorboard \
-    --print_answers \
-    --save_answers \
-    "$@"
+launch_remax --actor_learning_rate 1e-6 --kl_ctl 0.05 --gamma 0.99 --clip_reward_value 5 \
+    --per_device_generation_batch_size 4 --per_device_training_batch_size 4 --per_device_eval_batch_size 4 \
+    --max_prompt_seq_len 256 --max_answer_seq_len 256 --temperature 1 --top_p 0.9 \
+    --actor_zero_stage 2 --reference_zero_stage 3 --reward_zero_stage 3 --actor_gradient_checkpointing "$@"
