@@ -14,8 +14,9 @@ from remax.checks.findings import Report
 from remax.checks.rewards import held_out_pairs
 from remax.cli.doctor import DoctorArguments, aside, parse_doctor
 from remax.core.sampling import Sampling
+from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
-from remax.engines.policy import FrozenActor
+from remax.engines.policy import Actor
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
@@ -52,7 +53,7 @@ def examine_folders(args: DoctorArguments) -> Report:
             cache_dir=args.data_output_path,
         )
     return examine(
-        FrozenActor(policy, config, generation),
+        Actor(FrozenEngine(policy, config), generation=generation),
         reward,
         tokenizer,
         built_in_prompts(tokenizer, args.max_prompt_seq_len),

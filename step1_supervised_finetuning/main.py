@@ -6,8 +6,7 @@ from remax.cli.validate import parse_step1
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.stages.data import finetune_loaders
 from remax.stages.finetune import build_supervised_task, train_and_export
-from remax.stages.settings import finetune_settings
-from remax.training.finetune import total_steps
+from remax.stages.settings import finetune_cadence
 from utils.distributed import init_distributed, print0, set_seed
 from utils.run import run_main, start_run
 from utils.tokenizer import load_tokenizer
@@ -25,10 +24,10 @@ def main() -> None:
         print0(notice)
 
     train_loader, held_out = finetune_loaders(args, tokenizer, stage=0)
-    settings = finetune_settings(args)
-    steps = total_steps(settings, len(train_loader))
+    cadence = finetune_cadence(args)
+    steps = cadence.total_steps(len(train_loader))
     task = build_supervised_task(args, tokenizer, held_out, steps)
-    train_and_export(args, task, train_loader, settings, tokenizer)
+    train_and_export(args, task, train_loader, cadence, tokenizer)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from remax.cli.evaluation import PromptEvalArguments, parse_prompt_eval
 from remax.core.sampling import Sampling
+from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import DTYPES, EngineConfig
-from remax.engines.policy import FrozenActor
+from remax.engines.policy import Actor
 from remax.evaluation.answers import Answer, answer_prompts
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import check_length, load_config, quiet_libraries
@@ -108,7 +109,7 @@ def ask(args: PromptEvalArguments, model: str, tokenizer: PreTrainedTokenizerBas
         args.max_new_tokens, tokenizer.pad_token_id, Sampling(args.temperature, args.top_p, args.top_k)
     )
     policy = load_policy(name, flag, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
-    actor = FrozenActor(policy, EngineConfig(dtype=args.dtype), settings)
+    actor = Actor(FrozenEngine(policy, EngineConfig(dtype=args.dtype)), generation=settings)
     samples, beams = args.num_return_sequences, args.num_beams
     return answer_prompts(actor, tokenizer, prompts, batch_size=args.batch_size, samples=samples, beams=beams)
 

@@ -8,8 +8,7 @@ from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.reward_model import prepare_pad_token
 from remax.stages.data import finetune_loaders
 from remax.stages.finetune import build_preference_task, train_and_export
-from remax.stages.settings import finetune_settings
-from remax.training.finetune import total_steps
+from remax.stages.settings import finetune_cadence
 from utils.distributed import init_distributed, print0, set_seed
 from utils.run import run_main, start_run
 from utils.tokenizer import load_tokenizer
@@ -29,10 +28,10 @@ def main() -> None:
         print0(notice)
 
     train_loader, held_out = finetune_loaders(args, tokenizer, stage=1)
-    settings = finetune_settings(args)
-    steps = total_steps(settings, len(train_loader))
+    cadence = finetune_cadence(args)
+    steps = cadence.total_steps(len(train_loader))
     task = build_preference_task(args, tokenizer, held_out, steps)
-    train_and_export(args, task, train_loader, settings, tokenizer)
+    train_and_export(args, task, train_loader, cadence, tokenizer)
 
 
 if __name__ == "__main__":

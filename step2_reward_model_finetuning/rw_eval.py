@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from remax.cli.evaluation import parse_reward_eval
+from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import DTYPES, EngineConfig
 from remax.engines.scorer import Reward
 from remax.evaluation.ranking import SIDES, pair_figures, pair_sums, ranked_figures, ranked_sums
@@ -66,7 +67,7 @@ def main() -> None:
         raise UserError(f"--data_path {name}: no row can be scored; expected answers, alone or in pairs")
 
     model = load_reward_model(args.model_name_or_path, flag, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
-    reward = Reward(model, EngineConfig(dtype=args.dtype))
+    reward = Reward(FrozenEngine(model, EngineConfig(dtype=args.dtype)))
     scores = score_texts(reward, texts.encoded, batch_size=args.batch_size, pad_id=tokenizer.pad_token_id)  # (n,)
     if not scores.isfinite().all():
         count = int((~scores.isfinite()).sum())

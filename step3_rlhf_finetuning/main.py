@@ -40,7 +40,7 @@ def main() -> None:
     try_reward_functions(args, tokenizer, data.evaluation)
     algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)
     settings = trainer_settings(args)
-    steps = settings.total_steps(len(data.train))
+    steps = settings.cadence.total_steps(len(data.train))
     actor, reference, reward, critic = build_engines(args, tokenizers, steps * settings.optimizer_steps(algorithm))
     if not args.skip_doctor:
         report = examine_engines(args, actor, reward, reference, tokenizer, data)
@@ -74,7 +74,7 @@ def main() -> None:
         reward,
         algorithm,
         settings,
-        evaluate=lambda: evaluate_policy(actor, reference, reward, data.evaluation, tokenizer, answers=data.answers),
+        measure=lambda: evaluate_policy(actor, reference, reward, data.evaluation, tokenizer, answers=data.answers),
         metrics=metrics,
         pad_id=tokenizer.pad_token_id,
         critic=critic,
@@ -85,13 +85,13 @@ def main() -> None:
         watchers=watchers,
     )
     try:
-        results = trainer.train(data.train)
+        state = trainer.train(data.train)
     except TrainingStopped as stopped:
         metrics.close()
         export_and_exit(stopped, actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
     metrics.close()
     save_final(args, output, trainer, tokenizers)
-    note(output, "results.json", results)
+    note(output, "results.json", state.results)
     print0(f"best model (by evaluation {args.best_by}) in {output / 'actor'}")
     shutdown()
 

@@ -24,6 +24,7 @@ from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sequences import Prompts, Sequences
 from remax.demo.corpus import mean_true_reward
+from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
 from remax.engines.policy import Actor, Reference
@@ -164,17 +165,15 @@ def build_trainer(run: Run, setting: Setting, folder: Path) -> tuple[Trainer, It
         return OptimizerConfig(learning_rate=rate, total_steps=1, schedule="constant")
 
     actor = CountingActor(
-        policy(),
-        engine,
-        optimizer(run.rate),
+        TrainedEngine(policy(), engine, optimizer(run.rate)),
         generation=GenerationSettings(setting.max_answer, tokenizer.pad_token_id),
     )
-    reference = Reference(policy(), engine)
-    reward = Reward(load_scorer(setting, tokenizer), engine)
+    reference = Reference(FrozenEngine(policy(), engine))
+    reward = Reward(FrozenEngine(load_scorer(setting, tokenizer), engine))
     algorithm = make_algorithm(estimator, setting.kl, epochs=run.epochs)
     critic = None
     if algorithm.critic:
-        critic = TrainedReward(load_scorer(setting, tokenizer), engine, optimizer(run.critic_rate))
+        critic = TrainedReward(TrainedEngine(load_scorer(setting, tokenizer), engine, optimizer(run.critic_rate)))
 
     def evaluate() -> dict[str, float]:
         evaluation = evaluate_policy(actor, reference, reward, held_out, tokenizer)

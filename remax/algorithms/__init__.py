@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from remax.algorithms.base import Algorithm, mean_metrics
+from remax.algorithms.base import Algorithm
 from remax.algorithms.grpo import GRPO
 from remax.algorithms.kl import KLPenalty, build_penalty
 from remax.algorithms.ppo import PPO
@@ -20,7 +20,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "ppo": PPO,
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "KLPenalty", "build_algorithm", "build_penalty", "mean_metrics"]
+__all__ = ["ALGORITHMS", "Algorithm", "KLPenalty", "build_algorithm", "build_penalty"]
 
 
 def readers(setting: str) -> list[str]:

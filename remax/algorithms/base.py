@@ -5,8 +5,8 @@ Every algorithm is a dataclass of its hyper-parameters that the trainer calls in
     rollout = algorithm.prepare(rollout)                  # once a rollout: numbers that need more than one row
     denominator = sum over ranks of algorithm.count(rollout.sequences)
     for batch in rollout.split(rows):                     # any cut
-        loss, metrics = algorithm.loss(batch, output, denominator)
-    algorithm.update(mean_metrics(sum of metrics over micro-batches and ranks))
+        loss, figures = algorithm.loss(batch, output, denominator)
+    algorithm.update(kl, answers)                         # means over the step and all ranks
 
 A loss is a sum over the micro-batch divided by the denominator of the WHOLE optimizer step (all micro-batches, all
 ranks), so that adding the gradients up gives the same update however the rows are cut.
@@ -27,6 +27,7 @@ from remax.algorithms.terms import AGGREGATIONS, aggregate, masked_total, token_
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
+from remax.core.sums import Figure, Figures
 
 Totals = dict[str, float]
 
@@ -34,19 +35,6 @@ Totals = dict[str, float]
 def on_one_rank(totals: dict[str, float | Tensor]) -> Totals:
     """The sums over ranks, where there is one rank."""
     return {name: float(value) for name, value in totals.items()}
-
-
-def mean_metrics(totals: Totals) -> Totals:
-    """Sums over micro-batches and ranks -> means.
-
-    `rows/x` is divided by the number of answers and `tokens/x` by that of answer tokens, both losing their prefix;
-    anything else is complete as a sum. A name may occur once.
-    """
-    means = {}
-    for name, total in totals.items():
-        kind, _, short = name.partition("/")
-        means[short or name] = total / max(totals[kind], 1.0) if short else total
-    return means
 
 
 @dataclass
@@ -69,6 +57,7 @@ class Algorithm(ABC):
     sum_across_ranks: Callable[[dict[str, float | Tensor]], Totals] = field(default=on_one_rank, repr=False)
 
     greedy: ClassVar[bool] = False  # needs Rollout.baseline
+    compares_answers: ClassVar[bool] = False  # `loss` needs all answers to a prompt in one micro-batch
     critic: ClassVar[bool] = False  # needs Rollout.values, and has value_loss
     samples_per_prompt: ClassVar[int] = 1
     epochs: ClassVar[int] = 1
@@ -99,19 +88,21 @@ class Algorithm(ABC):
     def prepare(self, rollout: Rollout) -> Rollout:
         """Fills `advantages` for all answers that this rank collected for one optimizer step."""
 
-    def loss(
-        self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor) -> tuple[Tensor, Figures]:
+        """The micro-batch's share of the step's loss, and its figures."""
         return on_policy_loss(self, batch, output, denominator)
 
     def count(self, sequences: Sequences) -> Tensor:
         """This batch's share of the loss's denominator: answers, or answer tokens."""
         return sequences.answer_lengths.sum() if self.loss_aggregation == "token" else torch.tensor(len(sequences))
 
-    def update(self, metrics: Totals) -> None:
-        """After an optimizer step, with the means over all ranks."""
-        if self.kl.target is not None:
-            self.kl.update(metrics["kl"], metrics["rows"])
+    def update(self, kl: float, answers: float) -> None:
+        """After a step, with its KL in nats per answer and its number of answers, over all ranks."""
+        self.kl.update(kl, answers)
+
+    def token_advantages(self, batch: Rollout, penalty: Tensor) -> Tensor:
+        """(B, A) weights of the tokens' log-probs, from the answers' advantages and the (B, A) KL penalty."""
+        return token_advantages(batch.advantages, batch.sequences.answer_mask, self.gamma, penalty)
 
     def state_dict(self) -> dict[str, float | None]:
         return {"kl_coefficient": self.kl.coefficient}
@@ -128,46 +119,48 @@ def with_advantages(rollout: Rollout, advantages: Tensor) -> Rollout:
 
 def regularisers(
     algorithm: Algorithm, batch: Rollout, output: PolicyOutput, *, penalised: bool = True
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """-> (B, A) to subtract from the advantages (detached), (B, A) to add to the loss (with gradient), metrics.
+) -> tuple[Tensor, Tensor, Figures]:
+    """-> (B, A) to subtract from the advantages (detached), (B, A) to add to the loss (with gradient), figures.
 
     `penalised=False`: the KL is in `batch.advantages` already, and only measured here.
     """
     mask, kl = batch.sequences.answer_mask, algorithm.kl
     zeros = torch.zeros_like(output.logprobs)
-    in_advantage, in_loss, metrics = zeros.detach(), zeros, {}
+    in_advantage, in_loss = zeros.detach(), zeros
+    figures: Figures = {}
     if batch.reference_logprobs is not None:
-        metrics["rows/kl"] = masked_total(output.logprobs - batch.reference_logprobs, mask)  # k1, whatever is penalised
+        k1 = masked_total(output.logprobs - batch.reference_logprobs, mask)  # whatever is penalised
+        figures["kl"] = Figure(k1, len(batch))
     if kl.active and penalised:
         costs = token_kl(output.logprobs, batch.reference_logprobs, kl.estimator, output.full_kl)
         if kl.where == "loss" and not costs.requires_grad:
             raise ValueError("a KL in the loss needs its costs with gradient")
         in_advantage, in_loss = kl.in_advantage(costs, mask), kl.in_loss(costs, mask)
     if output.entropy is not None:
-        metrics["tokens/entropy"] = masked_total(output.entropy, mask)
+        figures["entropy"] = Figure(masked_total(output.entropy, mask), mask.sum())
     if algorithm.needs_entropy:
         if output.entropy is None or not output.entropy.requires_grad:
             raise ValueError("an entropy bonus needs PolicyOutput.entropy, with gradient")
         in_loss = in_loss - algorithm.entropy_coef * output.entropy
-    return in_advantage, in_loss, metrics
+    return in_advantage, in_loss, figures
 
 
 def on_policy_loss(
     algorithm: Algorithm, batch: Rollout, output: PolicyOutput, denominator: float | Tensor, *, penalised: bool = True
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Figures]:
     """For answers drawn from the present policy: -sum_t A_t log pi(y_t), with A_t detached, and the KL in the loss."""
     mask = batch.sequences.answer_mask
-    in_advantage, in_loss, metrics = regularisers(algorithm, batch, output, penalised=penalised)
-    advantages = token_advantages(batch.advantages, mask, algorithm.gamma, in_advantage)  # (B, A)
+    in_advantage, in_loss, figures = regularisers(algorithm, batch, output, penalised=penalised)
+    advantages = algorithm.token_advantages(batch, in_advantage)  # (B, A)
     loss = aggregate(-advantages * output.logprobs + in_loss, mask, algorithm.loss_aggregation, denominator)
-    return loss, {**metrics, **common_metrics(loss, advantages, mask)}
+    return loss, figures | common_figures(loss, advantages, mask)
 
 
-def common_metrics(loss: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def common_figures(loss: Tensor, advantages: Tensor, mask: Tensor) -> Figures:
+    """What every algorithm reports: its loss, and mean and mean square of the tokens' advantages."""
+    tokens = mask.sum()
     return {
-        "loss": loss.detach(),
-        "rows": torch.tensor(len(mask)),
-        "tokens": mask.sum(),
-        "tokens/advantage": masked_total(advantages, mask),
-        "tokens/advantage_square": masked_total(advantages.square(), mask),
+        "loss": Figure(loss.detach()),
+        "advantage": Figure(masked_total(advantages, mask), tokens),
+        "advantage_square": Figure(masked_total(advantages.square(), mask), tokens),
     }

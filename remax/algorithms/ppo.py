@@ -23,11 +23,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from remax.algorithms.base import Algorithm, common_metrics, regularisers
+from remax.algorithms.base import Algorithm, common_figures, regularisers
 from remax.algorithms.kl import token_kl
 from remax.algorithms.terms import aggregate, clip, masked_total
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
+from remax.core.sums import Figure, Figures
 
 
 def token_rewards(reward: Tensor, mask: Tensor) -> Tensor:
@@ -117,30 +118,29 @@ class PPO(Algorithm):
         std = max(sums["xx"] / sums["n"] - mean**2, 0.0) ** 0.5
         return ((advantages - mean) / (std + 1e-8)).masked_fill(~mask, 0.0)
 
-    def loss(
-        self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor) -> tuple[Tensor, Figures]:
+        """The clipped surrogate; see the top of the file."""
         mask = batch.sequences.answer_mask
-        _, in_loss, metrics = regularisers(self, batch, output, penalised=self.kl.where == "loss")
+        _, in_loss, figures = regularisers(self, batch, output, penalised=self.kl.where == "loss")
         per_token, cut = clipped_policy_loss(output.logprobs, batch.old_logprobs, batch.advantages, self.cliprange)
         loss = aggregate(per_token + in_loss, mask, self.loss_aggregation, denominator)
-        metrics["tokens/ratio_clipped"] = masked_total(cut.to(loss.dtype), mask)
-        metrics["tokens/ratio"] = masked_total((output.logprobs - batch.old_logprobs).exp(), mask)
-        return loss, {**metrics, **common_metrics(loss, batch.advantages, mask)}
+        ratio = (output.logprobs - batch.old_logprobs).exp()
+        figures["ratio_clipped"] = Figure(masked_total(cut.to(loss.dtype), mask), mask.sum())
+        figures["ratio"] = Figure(masked_total(ratio, mask), mask.sum())
+        return loss, figures | common_figures(loss, batch.advantages, mask)
 
-    def value_loss(
-        self, batch: Rollout, values: Tensor, denominator: float | Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """values: (B, A) of the critic now, with gradient; values[:, j] before answer token j.
+    def value_loss(self, batch: Rollout, values: Tensor, denominator: float | Tensor) -> tuple[Tensor, Figures]:
+        """The clipped value loss.
 
-        Its metrics belong into one sum with those of `loss`, which count the rows and tokens.
+        Args:
+            values: (B, A) of the critic now, with gradient; values[:, j] before answer token j.
         """
         mask = batch.sequences.answer_mask
         per_token, cut = clipped_value_loss(values, batch.values, batch.returns, self.cliprange_value)
         loss = aggregate(per_token, mask, self.loss_aggregation, denominator)
         return loss, {
-            "value_loss": loss.detach(),
-            "tokens/value": masked_total(values, mask),
-            "tokens/value_error": masked_total((values - batch.returns).square(), mask),
-            "tokens/value_clipped": masked_total(cut.to(loss.dtype), mask),
+            "value_loss": Figure(loss.detach()),
+            "value": Figure(masked_total(values, mask), mask.sum()),
+            "value_error": Figure(masked_total((values - batch.returns).square(), mask), mask.sum()),
+            "value_clipped": Figure(masked_total(cut.to(loss.dtype), mask), mask.sum()),
         }

@@ -23,16 +23,37 @@ from torch import Tensor
 
 from remax.algorithms.base import Algorithm, with_advantages
 from remax.algorithms.kl import KLPenalty
-from remax.algorithms.terms import clipped_difference
+from remax.algorithms.terms import clipped_difference, discount
 from remax.core.rollout import Rollout
 
 
-def remax_advantages(reward: Tensor, greedy_reward: Tensor, clip_value: float, clip_on: str) -> Tensor:
-    """(B,) scores of the sampled and of the greedy answers -> (B,) clipped r - b.
+def remax_advantages(
+    reward: Tensor,
+    greedy_reward: Tensor,
+    penalty: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    clip_value: float = 0.0,
+    clip_on: str = "difference",
+) -> Tensor:
+    """A_t of the formula above: what each token of a sampled answer is weighted with.
 
-    Discount and KL follow token by token in `shared.token_advantages`.
+    Args:
+        reward: (B,) r(x, y), scores of the sampled answers.
+        greedy_reward: (B,) r(x, ybar), scores of the greedy answers to the same prompts.
+        penalty: (B, A) beta times the KL terms of the tokens, see `KLPenalty.in_advantage`.
+        mask: (B, A), True on the answer's tokens.
+        gamma: discount per token.
+        clip_value: limit of the difference in units of reward, 0 for none.
+        clip_on: what is clipped: the `difference`, or each `reward`.
+
+    Returns:
+        (B, A) detached weights.
     """
-    return clipped_difference(reward, greedy_reward, clip_value, clip_on)
+    difference = clipped_difference(reward, greedy_reward, clip_value, clip_on)  # (B,) r(x, y) - r(x, ybar)
+    discounted = discount(mask, gamma, penalty.dtype) * difference.to(penalty.dtype)[:, None]  # (B, A)
+    return discounted - penalty
 
 
 @dataclass
@@ -44,7 +65,13 @@ class ReMax(Algorithm):
     greedy: ClassVar[bool] = True
 
     def prepare(self, rollout: Rollout) -> Rollout:
+        """Fills in the answers' advantages, for those who watch; `loss` takes them from the rewards."""
         if rollout.baseline is None:
             raise ValueError("ReMax needs the reward of the greedy answers")
-        advantages = remax_advantages(rollout.rewards, rollout.baseline, self.clip_reward_value, self.clip_on)
-        return with_advantages(rollout, advantages)
+        difference = clipped_difference(rollout.rewards, rollout.baseline, self.clip_reward_value, self.clip_on)
+        return with_advantages(rollout, difference)
+
+    def token_advantages(self, batch: Rollout, penalty: Tensor) -> Tensor:
+        """See `remax_advantages`."""
+        mask, clip = batch.sequences.answer_mask, {"clip_value": self.clip_reward_value, "clip_on": self.clip_on}
+        return remax_advantages(batch.rewards, batch.baseline, penalty, mask, gamma=self.gamma, **clip)

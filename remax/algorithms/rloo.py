@@ -21,6 +21,7 @@ from remax.algorithms.kl import token_kl
 from remax.algorithms.terms import clip, leave_one_out_mean
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
+from remax.core.sums import Figures
 
 
 def rloo_advantages(returns: Tensor, samples_per_prompt: int) -> Tensor:
@@ -62,7 +63,6 @@ class RLOO(Algorithm):
         advantages = rloo_advantages(returns, self.samples_per_prompt)
         return with_advantages(rollout, advantages if on_reward else clip(advantages, self.clip_reward_value))
 
-    def loss(
-        self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor) -> tuple[Tensor, Figures]:
+        """See `Algorithm.loss`; a KL that is in the returns already is only measured."""
         return on_policy_loss(self, batch, output, denominator, penalised=not self._kl_in_returns)

@@ -28,7 +28,7 @@ from remax.checks.models import check_fit, check_ranks, check_reload, check_samp
 from remax.checks.rewards import check_ranking, check_scores
 from remax.core.batches import Batch
 from remax.core.sequences import Prompts
-from remax.engines.policy import Actor, FrozenActor, Reference
+from remax.engines.policy import Actor, Reference
 from remax.rewards.composite import CompositeReward
 from utils.data.collate import pad
 from utils.data.shapes import as_dialogue
@@ -44,7 +44,7 @@ PROBE_TEXTS = (
 
 
 def examine(
-    actor: Actor | FrozenActor,
+    actor: Actor,
     reward: CompositeReward,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,

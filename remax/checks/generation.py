@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +12,10 @@ from remax.checks.findings import SKIPPED, TOLERANCE, WARNING, Finding, combine,
 from remax.checks.rewards import called
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
-from remax.engines.base import FrozenEngine, TrainedEngine
-from remax.engines.policy import Actor, FrozenActor, Reference
-from remax.generation.decode import rollout
+from remax.engines.base import FrozenEngine
+from remax.engines.policy import Actor, Reference
+from remax.engines.roles import Role
+from remax.generation.decode import rollout_with_scores
 from remax.models.loading import evaluating
 from remax.rewards.composite import CompositeReward
 
@@ -45,15 +45,13 @@ def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
     return Prompts(torch.cat([ids, ids[longest : longest + 1]]), torch.cat([lengths, half[None]]))
 
 
-def generating(actor: Actor | FrozenActor) -> AbstractContextManager[bool]:
-    return actor.generating() if isinstance(actor, Actor) else nullcontext(False)
-
-
-def take_probe(actor: Actor | FrozenActor, prompts: Prompts) -> Probe:
-    prompts, scores = with_padded_row(prompts, PROBE_ROWS), []
+def take_probe(actor: Actor, prompts: Prompts) -> Probe:
+    prompts = with_padded_row(prompts, PROBE_ROWS)
     settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
-    with generating(actor) as synced:
-        sampled, greedy = rollout(actor.model.hf, prompts, settings, synced_gpus=synced, scores=scores)
+    with actor.generating() as synced:
+        sampled, greedy, scores = rollout_with_scores(
+            actor.model.hf, prompts, settings, synced_gpus=synced, decoder=actor.decoder
+        )
     return Probe(prompts, sampled, greedy, score_logprobs(scores, sampled.answer_ids))
 
 
@@ -64,13 +62,13 @@ def score_logprobs(scores: list[Tensor], ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logprobs_under(engine: TrainedEngine | FrozenEngine, sequences: Sequences, sampling: Sampling) -> Tensor:
+def logprobs_under(role: Role, sequences: Sequences, sampling: Sampling) -> Tensor:
     """(B, A) log-probs by the training forward, without dropout."""
-    with evaluating(engine.model):
-        return engine.engine(sequences, sampling=sampling)[0]
+    with evaluating(role.model):
+        return role.engine(sequences, sampling=sampling)[0]
 
 
-def check_greedy(actor: Actor | FrozenActor, probe: Probe) -> Finding:
+def check_greedy(actor: Actor, probe: Probe) -> Finding:
     """Every greedy token has the largest logit of the training forward.
 
     With top_k = 1 the evaluated distribution keeps the largest logit z* and the given token's z, so its log-prob is
@@ -78,7 +76,9 @@ def check_greedy(actor: Actor | FrozenActor, probe: Probe) -> Finding:
     """
     logp = logprobs_under(actor, probe.greedy, Sampling(top_k=1)).double()[probe.greedy.answer_mask]
     distance = torch.expm1(-logp).log().clamp(min=0.0)  # log(0) = -inf, clamped: the token is the argmax
-    tolerance = 10 * TOLERANCE[actor.config.dtype] if actor.config.dtype == "fp32" else 0.25  # 2 units of bf16 at 16
+    tolerance = (
+        10 * TOLERANCE[actor.engine.config.dtype] if actor.engine.config.dtype == "fp32" else 0.25
+    )  # 2 units of bf16 at 16
     missed = combine((distance > tolerance).double())
     size = combine(distance)
     return finding(
@@ -92,13 +92,13 @@ def check_greedy(actor: Actor | FrozenActor, probe: Probe) -> Finding:
     )
 
 
-def check_drawn(actor: Actor | FrozenActor, probe: Probe) -> Finding:
+def check_drawn(actor: Actor, probe: Probe) -> Finding:
     """The log-probs that generation drew its tokens with equal those of the training forward."""
     logprobs = logprobs_under(actor, probe.sampled, actor.generation.sampling)
     size = gap(probe.drawn_from, logprobs, probe.sampled.answer_mask)
     return finding(
         "generation agrees with the forward",
-        size.mean <= TOLERANCE[actor.config.dtype],
+        size.mean <= TOLERANCE[actor.engine.config.dtype],
         f"log-probs differ by {size} nats over {size.count} tokens",
         "the update would learn from another distribution than the answers come from: look for a penalty or top_k in "
         "generation_config.json, an attention kernel that mishandles padding (--attn_implementation sdpa), or use "
@@ -108,16 +108,17 @@ def check_drawn(actor: Actor | FrozenActor, probe: Probe) -> Finding:
     )
 
 
-def check_padding(actor: Actor | FrozenActor, probe: Probe) -> Finding:
+def check_padding(actor: Actor, probe: Probe) -> Finding:
     """A prompt decoded in a left-padded batch has the log-probs that it has alone."""
     length = int(probe.prompts.lengths[-1])
     alone = Prompts(probe.prompts.input_ids[-1:, -length:], probe.prompts.lengths[-1:])
     settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
     answers, steps = [], []
     for prompts in (probe.prompts, alone):
-        scores: list[Tensor] = []
-        with generating(actor) as synced:
-            _, greedy = rollout(actor.model.hf, prompts, settings, samples=0, synced_gpus=synced, scores=scores)
+        with actor.generating() as synced:
+            _, greedy, scores = rollout_with_scores(
+                actor.model.hf, prompts, settings, samples=0, synced_gpus=synced, decoder=actor.decoder
+            )
         answers.append(greedy.answer_ids[-1][: int(greedy.answer_lengths[-1])])
         steps.append([step[-1:] for step in scores])
     n = min(len(answer) for answer in answers)
@@ -127,7 +128,7 @@ def check_padding(actor: Actor | FrozenActor, probe: Probe) -> Finding:
     size = gap(score_logprobs(steps[0], ids), score_logprobs(steps[1], ids))
     return finding(
         "padding changes nothing",
-        size.mean <= TOLERANCE[actor.config.dtype],
+        size.mean <= TOLERANCE[actor.engine.config.dtype],
         f"log-probs of a padded and a single prompt differ by {size} nats over {size.count} tokens",
         "the model does not derive positions from the attention mask: use another --attn_implementation, or "
         "--per_device_generation_batch_size 1",
@@ -136,7 +137,7 @@ def check_padding(actor: Actor | FrozenActor, probe: Probe) -> Finding:
     )
 
 
-def check_noise(actor: Actor | FrozenActor, probe: Probe, vocabulary: int) -> Finding:
+def check_noise(actor: Actor, probe: Probe, vocabulary: int) -> Finding:
     """The policy knows something: its entropy is well below that of drawing words at random."""
     with evaluating(actor.model):
         entropy = actor.engine(probe.sampled, entropy=True)[1]
@@ -151,7 +152,7 @@ def check_noise(actor: Actor | FrozenActor, probe: Probe, vocabulary: int) -> Fi
     )
 
 
-def check_batching(actor: Actor | FrozenActor, reward: CompositeReward, probe: Probe) -> Finding:
+def check_batching(actor: Actor, reward: CompositeReward, probe: Probe) -> Finding:
     """Log-probs, and every reward model's scores, of the shortest and the longest row are the same in the batch and
     alone.
     """
@@ -161,13 +162,13 @@ def check_batching(actor: Actor | FrozenActor, reward: CompositeReward, probe: P
     logprobs = logprobs_under(actor, sequences, Sampling()).double()
     alone = [logprobs_under(actor, row, Sampling())[0].double() for row in single]
     policy = combine(torch.cat([(logprobs[i, : len(x)] - x).abs() for i, x in zip(rows, alone, strict=True)]))
-    figure, good, worst = f"log-probs differ by {policy} nats", policy.mean <= TOLERANCE[actor.config.dtype], 0.0
+    figure, good, worst = f"log-probs differ by {policy} nats", policy.mean <= TOLERANCE[actor.engine.config.dtype], 0.0
     for part in reward.models:
         scores = part.scorer.score(sequences).double()[rows]
         alone = torch.cat([part.scorer.score(row) for row in single]).double()
         judge = combine((scores - alone).abs() / (1 + scores.abs())).largest
         figure += f", {called('scores', part, reward)} by {judge:.2g} of their size"
-        good, worst = good and judge <= TOLERANCE[part.scorer.config.dtype], max(worst, judge)
+        good, worst = good and judge <= TOLERANCE[part.scorer.engine.config.dtype], max(worst, judge)
     return finding(
         "rows do not touch one another",
         good,
@@ -178,10 +179,10 @@ def check_batching(actor: Actor | FrozenActor, reward: CompositeReward, probe: P
     )
 
 
-def check_dropout(actor: Actor | FrozenActor, probe: Probe) -> Finding:
+def check_dropout(actor: Actor, probe: Probe) -> Finding:
     """Log-probs in training mode equal those in evaluation mode, in which answers are generated."""
     name = "no dropout in the update"
-    if not isinstance(actor, TrainedEngine):
+    if isinstance(actor.engine, FrozenEngine):
         return Finding(name, SKIPPED, "step 3 looks at it: --disable_actor_dropout")
     was_training = actor.model.training
     actor.train()
@@ -189,7 +190,7 @@ def check_dropout(actor: Actor | FrozenActor, probe: Probe) -> Finding:
     actor.train(was_training)
     return finding(
         name,
-        size.mean <= TOLERANCE[actor.config.dtype],
+        size.mean <= TOLERANCE[actor.engine.config.dtype],
         f"log-probs in training and in evaluation mode differ by {size} nats",
         "answers come from the model without dropout, the update learns with it: --disable_actor_dropout",
         bad=WARNING,
@@ -197,18 +198,18 @@ def check_dropout(actor: Actor | FrozenActor, probe: Probe) -> Finding:
     )
 
 
-def check_reference(actor: Actor | FrozenActor, reference: Reference | None, probe: Probe, resumed: bool) -> Finding:
+def check_reference(actor: Actor, reference: Reference | None, probe: Probe, resumed: bool) -> Finding:
     """Before the first update the policy is the reference: their KL is 0."""
     name = "KL to the reference is 0"
     if reference is None:
         return Finding(name, SKIPPED, "the reference is loaded from the actor's folder in step 3")
-    policy, frozen = (logprobs_under(engine, probe.sampled, Sampling()) for engine in (actor, reference))
+    policy, frozen = (logprobs_under(role, probe.sampled, Sampling()) for role in (actor, reference))
     size = gap(policy, frozen, probe.sampled.answer_mask)
     if resumed:
         return Finding(name, SKIPPED, f"resumed: log-probs differ by {size} nats", numbers={"mean": size.mean})
     return finding(
         name,
-        size.mean <= TOLERANCE[actor.config.dtype],
+        size.mean <= TOLERANCE[actor.engine.config.dtype],
         f"log-probs differ by {size} nats",
         "actor and reference must start from the same weights, in the same number format: --actor_model_name_or_path, "
         "--actor_dtype",

@@ -13,8 +13,8 @@ from remax.checks.findings import EXACT, FAILURE, SKIPPED, TOLERANCE, WARNING, F
 from remax.checks.generation import Probe, logprobs_under
 from remax.checks.rewards import called
 from remax.core.sampling import Sampling
-from remax.engines.base import FrozenEngine, TrainedEngine
-from remax.engines.policy import Actor, FrozenActor, Reference
+from remax.engines.policy import Actor, Reference
+from remax.engines.roles import Role
 from remax.models.loading import count_parameters
 from remax.models.policy import load_policy
 from remax.rewards.composite import CompositeReward
@@ -22,23 +22,21 @@ from utils.distributed import device, gather_objects, is_main
 from utils.tokenizer import load_tokenizer, same_vocabulary
 
 
-def engines(
-    actor: Actor | FrozenActor, reward: CompositeReward, reference: Reference | None = None
-) -> dict[str, TrainedEngine | FrozenEngine]:
+def roles(actor: Actor, reward: CompositeReward, reference: Reference | None = None) -> dict[str, Role]:
     """Every model by its name in the report."""
     scorers = {called("reward model", part, reward): part.scorer for part in reward.models}
     return {"actor": actor} | scorers | ({"reference": reference} if reference is not None else {})
 
 
 def check_tokens(
-    actor: Actor | FrozenActor,
+    actor: Actor,
     reward: CompositeReward,
     reference: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Finding]:
     """Vocabulary, end token and pad token of all models."""
-    models = engines(actor, reward, reference)
-    rows = {name: engine.model.hf.get_input_embeddings().num_embeddings for name, engine in models.items()}
+    models = roles(actor, reward, reference)
+    rows = {name: role.model.hf.get_input_embeddings().num_embeddings for name, role in models.items()}
     too_small = [f"the {name} embeds {n}" for name, n in rows.items() if n < len(tokenizer)]
     theirs = {called("reward model", part, reward): part.tokenizer for part in reward.models}
     differences = {name: same_vocabulary(tokenizer, its) for name, its in theirs.items()}
@@ -86,12 +84,12 @@ def check_tokens(
     return [vocabulary, end, pad_token]
 
 
-def check_fit(actor: Actor | FrozenActor, reward: CompositeReward, max_prompt_tokens: int) -> Finding:
+def check_fit(actor: Actor, reward: CompositeReward, max_prompt_tokens: int) -> Finding:
     """Room for the longest prompt with the longest answer in every model."""
     longest = max_prompt_tokens + actor.generation.max_new_tokens
     known = {
-        name: getattr(engine.model.hf.config, "max_position_embeddings", None)
-        for name, engine in engines(actor, reward).items()
+        name: getattr(role.model.hf.config, "max_position_embeddings", None)
+        for name, role in roles(actor, reward).items()
     }
     positions = {name: n for name, n in known.items() if n is not None}
     return finding(
@@ -105,9 +103,9 @@ def check_fit(actor: Actor | FrozenActor, reward: CompositeReward, max_prompt_to
     )
 
 
-def check_sampling(actor: Actor | FrozenActor) -> Finding:
+def check_sampling(actor: Actor) -> Finding:
     """Whether the update differentiates the distribution that answers come from."""
-    drawn, learned = actor.generation.sampling, getattr(actor, "sampling", actor.generation.sampling)
+    drawn, learned = actor.generation.sampling, actor.sampling
     return finding(
         "sampling is what is learned",
         drawn == learned,
@@ -129,7 +127,7 @@ def check_ranks() -> Finding:
     )
 
 
-def check_reload(actor: Actor | FrozenActor, tokenizer: PreTrainedTokenizerBase, probe: Probe, limit: int) -> Finding:
+def check_reload(actor: Actor, tokenizer: PreTrainedTokenizerBase, probe: Probe, limit: int) -> Finding:
     """What is exported is what was trained: the actor, written to a temporary folder and read again by rank 0."""
     name, size = "export reads back the same", count_parameters(actor.model)
     if size > limit:
@@ -138,7 +136,7 @@ def check_reload(actor: Actor | FrozenActor, tokenizer: PreTrainedTokenizerBase,
     with tempfile.TemporaryDirectory() as folder:
         export(actor.model, tokenizer, folder, zero3=actor.zero3)
         if is_main():
-            dtype = actor.config.torch_dtype
+            dtype = actor.engine.config.torch_dtype
             again = load_policy(folder, "the exported actor", dtype=dtype, tokenizer=load_tokenizer(folder))
             read = again.eval().to(device())(probe.sampled)[0]
             distance = float((read.double() - logprobs.double()).abs()[probe.sampled.answer_mask].mean())
@@ -147,7 +145,7 @@ def check_reload(actor: Actor | FrozenActor, tokenizer: PreTrainedTokenizerBase,
     merged = any("lora_" in parameter for parameter, _ in actor.model.named_parameters())
     return finding(
         name,
-        distance <= (TOLERANCE[actor.config.dtype] if merged else EXACT),
+        distance <= (TOLERANCE[actor.engine.config.dtype] if merged else EXACT),
         f"log-probs differ by mean {distance:.2g} nats",
         "what is saved would not be what trains: compare the versions with constraints.txt, and report it as a bug",
         mean=distance,

@@ -35,9 +35,9 @@ def check_packing(engine: TrainedEngine, max_len: int, **read: bool) -> None:
     ids = 7919 * torch.arange(4 * longest, device=device()) % hf.get_input_embeddings().num_embeddings
     rows = Sequences(ids.view(4, -1), torch.ones_like(lengths), lengths - 1)
     with evaluating(model):
-        packed = engine.engine(rows, **read)[rows.answer_mask].float()  # (tokens, ...)
+        packed = engine(rows, **read)[rows.answer_mask].float()  # (tokens, ...)
         with unpacked(model):
-            padded = engine.engine(rows, **read)[rows.answer_mask].float()
+            padded = engine(rows, **read)[rows.answer_mask].float()
     difference = float((packed - padded).abs().max() / padded.abs().max())
     if not difference <= TOLERANCE[engine.config.dtype]:
         raise UserError(

@@ -48,12 +48,22 @@ class Rollout:
         rest = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name != "sequences"}
         return Rollout(sequences, **rest)
 
-    def split(self, size: int, *, by_length: bool = True) -> Iterator[Rollout]:
+    def split(self, size: int, *, group: int = 1) -> Iterator[Rollout]:
         """Micro-batches of at most `size` rows; rows of similar length together, so that little of them is padding.
 
         Every rank cuts the same number of micro-batches from the same number of rows.
+
+        Args:
+            group: so many adjacent rows (the answers to one prompt) stay together and adjacent; it divides `size`.
+
+        Raises:
+            ValueError: groups that `size` or the number of rows would cut.
         """
-        order = self.sequences.lengths.argsort(stable=True) if by_length else torch.arange(len(self))
+        if size % group or len(self) % group:
+            raise ValueError(f"{len(self)} rows in micro-batches of {size} cannot keep groups of {group} together")
+        longest = self.sequences.lengths.view(-1, group).amax(1)  # (B / group,)
+        within = torch.arange(group, device=longest.device)
+        order = (longest.argsort(stable=True)[:, None] * group + within).flatten()  # (B,)
         for start in range(0, len(self), size):
             yield self.select(order[start : start + size])
 

@@ -35,8 +35,9 @@ from remax.demo.corpus import (
     standard_errors_above,
     true_reward,
 )
+from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
-from remax.engines.policy import FrozenActor, Reference
+from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
 from remax.evaluation.answers import answer_prompts
 from remax.evaluation.policy import evaluate_policy
@@ -160,18 +161,19 @@ def measure(
         collate = partial(COLLATORS[KINDS[stage]], pad_id=tokenizer.pad_token_id)
         return make_loader(encoded, EvalSampler(len(encoded)), BATCH_SIZE, collate)
 
-    def actor(name: str) -> FrozenActor:
+    def actor(name: str) -> Actor:
         tokenizer = tokenizers[name]
         policy = load_policy(str(folders[name]), "--output_dir", dtype=config.torch_dtype, tokenizer=tokenizer)
         longest_answer = stages["remax"].arguments["max_answer_seq_len"]
-        return FrozenActor(policy, config, GenerationSettings(longest_answer, tokenizer.pad_token_id))
+        generation = GenerationSettings(longest_answer, tokenizer.pad_token_id)
+        return Actor(FrozenEngine(policy, config), generation=generation)
 
     reward_model = load_reward_model(
         str(folders["reward"]), "--output_dir", dtype=config.torch_dtype, tokenizer=tokenizers["reward"]
     )
-    reward = Reward(reward_model, config)
+    reward = Reward(FrozenEngine(reward_model, config))
     actors = {name: actor(name) for name in POLICIES}
-    reference = Reference(actors["SFT"].model, config)
+    reference = Reference(actors["SFT"].engine)
     figures, answers = {}, {}
     for name, policy in actors.items():
         prompts = loader(2, tokenizers[name], longest_prompt)

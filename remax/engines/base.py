@@ -1,15 +1,17 @@
-"""Actor, reference, reward and critic: thin wrappers round DeepSpeed engines that speak in sequences, log-probs and
-scores.
+"""Models on their ranks: thin wrappers round DeepSpeed engines, which know neither roles nor algorithms.
 
-The algorithm above them knows no DeepSpeed, and these know no algorithm. A trained model is always a DeepSpeed engine.
-A frozen one at ZeRO-0 is a plain module on the device (an engine would add nothing), at ZeRO-3 a DeepSpeed inference
-engine.
+A trained model is always a DeepSpeed engine. A frozen one at ZeRO-0 is a plain module on the device (an engine would
+add nothing), at ZeRO-3 a DeepSpeed inference engine. What a model is for, and what it is asked, is a matter of the
+roles in `policy` and `scorer`, which hold an engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +20,19 @@ from remax.core.sequences import Sequences
 from remax.engines.deepspeed_config import EngineConfig, inference_config, training_config
 from remax.engines.optimizer import OptimizerConfig, build_optimizer
 from remax.engines.zero import buffers_kept
+from remax.models.loading import evaluating
 from remax.models.packing import token_slots
 from utils.distributed import device, world_size
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step reports: learning rate used, gradient norm before clipping, and whether fp16 overflow
-    skipped it.
+    """What an optimizer step reports.
+
+    Attributes:
+        learning_rate: the one that was used.
+        grad_norm: of the whole gradient before clipping; nan where it is not known.
+        skipped: no step was taken, since the gradient overflowed.
     """
 
     learning_rate: float
@@ -33,9 +40,52 @@ class StepResult:
     skipped: bool
 
 
-class TrainedEngine:
-    """A model that learns. The loss given to `backward` is this rank's share of one global objective: the ranks' shares
-    add up to it.
+class Engine:
+    """A model spread over the ranks.
+
+    Attributes:
+        model: the module itself.
+        wrapped: what its forward must go through: the DeepSpeed engine, or the module.
+    """
+
+    model: Any  # PolicyModel or RewardModel: the roles know which
+    wrapped: Callable[..., Any]
+    config: EngineConfig
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The model's forward, with what DeepSpeed hangs on it."""
+        return self.wrapped(*args, **options)
+
+    @property
+    def zero3(self) -> bool:
+        """Whether the parameters are spread over the ranks, so that every forward needs all of them."""
+        return self.config.zero_stage == 3
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout on, or off."""
+        self.model.train(mode)
+
+    @contextlib.contextmanager
+    def generating(self, gather: bool = True) -> Iterator[bool]:
+        """Inside, `generate` may be called many times, in eval mode; yields whether it needs `synced_gpus`.
+
+        Under ZeRO-3 with `gather` the parameters are collected and DeepSpeed's hooks taken off meanwhile: collecting
+        alone gains nothing.
+        """
+        with evaluating(self.model):
+            if self.zero3 and gather:
+                from deepspeed.runtime.zero import unwrap_model_for_generation
+
+                with unwrap_model_for_generation(self.wrapped):
+                    yield False
+            else:
+                yield self.zero3
+
+
+class TrainedEngine(Engine):
+    """A model that learns.
+
+    The loss given to `backward` is this rank's share of one global objective: the ranks' shares add up to it.
     """
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig):
@@ -46,21 +96,14 @@ class TrainedEngine:
         adam = build_optimizer(model, optimizer, config.offload)
         schedule = get_scheduler(optimizer.schedule, adam, optimizer.warmup_steps, max(optimizer.total_steps, 1))
         with buffers_kept(model):
-            self.engine, *_ = deepspeed.initialize(
+            self.wrapped, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=adam,
                 lr_scheduler=schedule,
                 config=training_config(config),
                 dist_init_required=False,
             )
-        self.model: nn.Module = self.engine.module
-
-    @property
-    def zero3(self) -> bool:
-        return self.config.zero_stage == 3
-
-    def train(self, mode: bool = True) -> None:
-        self.model.train(mode)
+        self.model = self.wrapped.module
 
     def slots(self, sequences: Sequences) -> int:
         """Tokens that a forward over these sequences computes, padding included."""
@@ -73,29 +116,27 @@ class TrainedEngine:
         micro-batch is the last, since at ZeRO-1 and 2 it reduces inside backward and would otherwise keep the last
         micro-batch's gradient only.
         """
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * world_size())
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        self.wrapped.backward(loss * world_size())
 
     def step(self) -> StepResult:
         """One optimizer step and one step of the schedule; none where the gradient is not finite."""
-        rate = float(self.engine.get_lr()[0])
+        rate = float(self.wrapped.get_lr()[0])
         norm = self._grad_norm_without_zero() if self.config.zero_stage == 0 and self.config.dtype == "fp32" else None
         if norm is not None and not math.isfinite(norm):  # ZeRO 1 to 3 skip such a step by themselves
-            self.engine.zero_grad()
+            self.wrapped.zero_grad()
             return StepResult(rate, norm, skipped=True)
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return StepResult(rate, float(norm) if norm is not None else math.nan, not self.engine.was_step_applied())
+        self.wrapped.step()
+        norm = self.wrapped.get_global_grad_norm() if norm is None else norm
+        return StepResult(rate, float(norm) if norm is not None else math.nan, not self.wrapped.was_step_applied())
 
     def _grad_norm_without_zero(self) -> float:
-        """At ZeRO-0 in fp32 the gradients are whole on each rank, and DeepSpeed clips them without telling their
-        norm.
-        """
+        """At ZeRO-0 in fp32 each rank has the whole gradient, and DeepSpeed clips it without reporting its norm."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
 
 
-class FrozenEngine:
+class FrozenEngine(Engine):
     """A model that only evaluates."""
 
     def __init__(self, model: nn.Module, config: EngineConfig):
@@ -105,15 +146,11 @@ class FrozenEngine:
             import deepspeed
 
             with buffers_kept(model):
-                self.engine, *_ = deepspeed.initialize(
+                self.wrapped, *_ = deepspeed.initialize(
                     model=model, config=inference_config(config), dist_init_required=False
                 )
-            self.engine.eval()
-            self.model: nn.Module = self.engine.module
+            self.wrapped.eval()
+            self.model = self.wrapped.module
         else:
             with buffers_kept(model):
-                self.engine = self.model = model.to(device=device(), dtype=config.torch_dtype)
-
-    @property
-    def zero3(self) -> bool:
-        return self.config.zero_stage == 3
+                self.wrapped = self.model = model.to(device=device(), dtype=config.torch_dtype)

@@ -1,4 +1,4 @@
-"""The roles of models that score: reward model, and one that learns (step 2, or a critic)."""
+"""The roles of models that score: the reward model, and one that learns (step 2, or a critic)."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import torch
 from torch import Tensor
 
 from remax.core.sequences import Sequences
-from remax.engines.base import FrozenEngine, TrainedEngine
+from remax.engines.roles import Learner, Role
 from remax.models.loading import evaluating
-from remax.models.reward_model import RewardModel
 
 
-class Reward(FrozenEngine):
+class Reward(Role):
     """The frozen reward model."""
 
-    model: RewardModel
     part_names = ()  # see `CompositeReward`
 
     @torch.no_grad()
     def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
         """(B,) float32 reward of each answer, read at its last token.
 
-        forwards: how many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
+        Args:
+            forwards: how many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
         """
         return torch.cat([self.engine(part) for part in sequences.in_parts(forwards)])
 
@@ -30,10 +29,8 @@ class Reward(FrozenEngine):
         return self.score(sequences, forwards), {}
 
 
-class TrainedReward(TrainedEngine):
+class TrainedReward(Learner):
     """The reward model while it learns (step 2), or a critic (PPO)."""
-
-    model: RewardModel
 
     def score(self, sequences: Sequences) -> Tensor:
         """(B,) float32 with gradient."""

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from remax.core.batches import groups
 from remax.core.sequences import Prompts, Sequences
-from remax.engines.policy import FrozenActor
+from remax.engines.policy import Actor
+from remax.generation.decode import beam_search
 from utils.data.collate import pad
 from utils.data.tokens import encode_prompts
-from utils.distributed import is_main
+from utils.distributed import device, is_main
 from utils.metrics import progress
 
 
@@ -47,7 +48,7 @@ def write_answers(path: Path, answers: list[dict]) -> None:
 
 
 def answer_prompts(
-    actor: FrozenActor,
+    actor: Actor,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -68,7 +69,9 @@ def answer_prompts(
             sampled, greedy = actor.rollout(batch, samples=samples, greedy=True)
             kinds = {"greedy": greedy} | ({"sampled": sampled} if samples else {})
             if samples and beams > 1:
-                kinds["beam"] = actor.beam_search(batch, beams, min(samples, beams))
+                kinds["beam"] = beam_search(
+                    actor.model.hf, batch.to(device()), actor.generation, beams=beams, best=min(samples, beams)
+                )
             answers = {kind: read_answers(found, tokenizer, eos_ids) for kind, found in kinds.items()}
             each = {kind: len(found) // len(texts) for kind, found in answers.items()}
             for i in range(len(texts)):

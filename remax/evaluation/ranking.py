@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 from remax.core.batches import Batch, paired, to_device
 from remax.core.losses import ordered_pairs
 from remax.core.sequences import Sequences
-from remax.engines.base import TrainedEngine
-from remax.engines.scorer import TrainedReward
+from remax.engines.policy import Actor
+from remax.engines.scorer import Reward, TrainedReward
 from remax.models.loading import evaluating
 from utils.distributed import sum_across_ranks
 
@@ -25,24 +26,24 @@ SIDES = {"longer_chosen": 1, "shorter_chosen": -1, "equal_length": 0}  # sign of
 
 @torch.no_grad()
 def ranking_accuracy(
-    engine: TrainedEngine,
+    role: Actor | Reward | TrainedReward,
     loader: Iterable[Batch],
-    scores: Callable[[TrainedEngine, Batch], tuple[Tensor, Tensor]] | None = None,
+    scores: Callable[[Any, Batch], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, float]:
     """`pair_figures`, mean and spread of all scores, and for batches of several ranked answers `ranked_figures`.
 
     A ranking counts as all its pairs of answers of unequal rank.
 
     Args:
-        scores: (engine, batch of pairs) -> (B,) of the chosen and of the rejected answers; by default the engine's.
+        scores: (role, batch of pairs) -> (B,) of the chosen and of the rejected answers; by default the role's.
     """
     sums: dict[str, float] = {}
-    with evaluating(engine.model):
+    with evaluating(role.model):
         for batch in map(to_device, loader):
             if "ranks" in batch:
-                additions = ranked_sums(engine.score(Sequences.from_batch(batch)), batch)
+                additions = ranked_sums(role.score(Sequences.from_batch(batch)), batch)
             else:
-                chosen, rejected = (scores or pair_scores)(engine, batch)  # (B,)
+                chosen, rejected = (scores or pair_scores)(role, batch)  # (B,)
                 weight = batch["weight"]
                 lengths = (batch["chosen_lengths"], batch["rejected_lengths"])
                 additions = pair_sums(chosen, rejected, *lengths, weight)
@@ -136,6 +137,6 @@ def ranked_figures(sums: dict[str, float]) -> dict[str, float]:
     return {name: sums[name] / max(sums["rankings"], 1.0) for name in ("best_of_k_accuracy", "best_of_k_chance")}
 
 
-def pair_scores(engine: TrainedReward, batch: Batch) -> tuple[Tensor, Tensor]:
+def pair_scores(scorer: Reward | TrainedReward, batch: Batch) -> tuple[Tensor, Tensor]:
     """(B,) scores of the chosen and of the rejected answers, from one forward over 2B rows."""
-    return engine.score(paired(batch)).chunk(2)
+    return scorer.score(paired(batch)).chunk(2)

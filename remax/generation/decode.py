@@ -3,12 +3,15 @@
 The rows of a decode are the prompts to sample from, then the same prompts again for their greedy answers, where a
 logits processor leaves only the most probable token. Each step of the decode then serves both, while two decodes would
 pay for the steps twice.
-Generation is Hugging Face `generate`, with every setting explicit: it would apply top_k=50 by itself.
+
+A `Decoder` does the decoding. The one there is calls Hugging Face `generate` with every setting explicit: left alone it
+would apply top_k=50.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +56,93 @@ class GreedyRows(LogitsProcessor):
         return torch.cat([scores[: self.first], only_best])
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What a decode gives.
+
+    Attributes:
+        tokens: (rows, A) ids; what stands behind a row's first end token is filler.
+        scores: of each of the A steps the (rows, V) logits that its tokens were drawn from; empty where not asked for.
+    """
+
+    tokens: Tensor
+    scores: list[Tensor]
+
+
+class Decoder(Protocol):
+    """Turns prompts into answers, token by token; the place where another decode loop plugs in."""
+
+    name: str  # for the log
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        settings: GenerationSettings,
+        *,
+        first_greedy: int,
+        synced_gpus: bool = False,
+        keep_scores: bool = False,
+    ) -> Decoded:
+        """Decodes every row until all have ended.
+
+        Args:
+            model: in eval mode; `model.generation_config.eos_token_id` lists the end tokens.
+            prompts: the rows. Those before `first_greedy` are sampled by `settings.sampling`, the others are greedy
+                and take at most `settings.greedy_cap` tokens.
+            synced_gpus: the ranks decode in step (ZeRO-3 without gathered parameters).
+            keep_scores: return the logits too.
+        """
+
+
+class HuggingFaceDecoder:
+    """The model's own `generate`."""
+
+    name = "transformers generate"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        settings: GenerationSettings,
+        *,
+        first_greedy: int,
+        synced_gpus: bool = False,
+        keep_scores: bool = False,
+    ) -> Decoded:
+        """See `Decoder`."""
+        eos_ids = model.generation_config.eos_token_id
+        sampling = settings.sampling
+        config = GenerationConfig(
+            max_new_tokens=settings.max_new_tokens if first_greedy else settings.greedy_cap,
+            do_sample=first_greedy > 0,
+            temperature=sampling.temperature if first_greedy else None,
+            top_p=sampling.top_p if first_greedy else None,
+            top_k=sampling.top_k if first_greedy else None,
+            eos_token_id=eos_ids,
+            pad_token_id=settings.pad_id,
+            use_cache=True,
+            return_dict_in_generate=True,
+            output_scores=keep_scores,
+        )
+        processors = LogitsProcessorList()
+        width = prompts.input_ids.shape[1]
+        if 0 < first_greedy < len(prompts):
+            processors.append(GreedyRows(first_greedy, width, settings.greedy_cap, eos_ids[0]))
+        out = model.generate(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            generation_config=config,
+            logits_processor=processors,
+            synced_gpus=synced_gpus,
+        )
+        return Decoded(out.sequences[:, width:], list(out.scores) if keep_scores else [])
+
+
+HUGGING_FACE = HuggingFaceDecoder()
+
+
 def rollout(
     model: PreTrainedModel,
     prompts: Prompts,
@@ -61,71 +151,70 @@ def rollout(
     samples: int = 1,
     greedy: bool = True,
     synced_gpus: bool = False,
-    scores: list[Tensor] | None = None,
+    decoder: Decoder = HUGGING_FACE,
 ) -> tuple[Sequences | None, Sequences | None]:
-    """`samples` sampled answers per prompt (adjacent rows) and one greedy answer -> (B * samples rows or None, B rows
-    or None).
+    """Answers every prompt `samples` times by sampling (adjacent rows) and once greedily.
 
-    The model must be in eval mode. `synced_gpus`: the ranks decode in step (ZeRO-3 without gathered parameters).
-    `scores`: an empty list, to be filled with the logits of every step of the decode as its tokens were drawn from
-    them: (rows, V) each, sampled rows first.
+    The model must be in eval mode. `synced_gpus`: see `Decoder`.
+
+    Returns:
+        B * samples sampled answers, and B greedy ones; None for what was not asked for.
     """
     if samples and greedy and settings.two_pass:
         sampled, _ = rollout(
-            model, prompts, settings, samples=samples, greedy=False, synced_gpus=synced_gpus, scores=scores
+            model, prompts, settings, samples=samples, greedy=False, synced_gpus=synced_gpus, decoder=decoder
         )
-        _, best = rollout(model, prompts, settings, samples=0, greedy=True, synced_gpus=synced_gpus)
+        _, best = rollout(model, prompts, settings, samples=0, synced_gpus=synced_gpus, decoder=decoder)
         return sampled, best
+    return rollout_with_scores(
+        model, prompts, settings, samples=samples, greedy=greedy, synced_gpus=synced_gpus, decoder=decoder, keep=False
+    )[:2]
+
+
+def rollout_with_scores(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    settings: GenerationSettings,
+    *,
+    samples: int = 1,
+    greedy: bool = True,
+    synced_gpus: bool = False,
+    decoder: Decoder = HUGGING_FACE,
+    keep: bool = True,
+) -> tuple[Sequences | None, Sequences | None, list[Tensor]]:
+    """As `rollout`, always in one decode, and with its scores: see `Decoded`; sampled rows first."""
     drawn = prompts.repeat(samples)
     rows = drawn
     if greedy:
         rows = Prompts(torch.cat([drawn.input_ids, prompts.input_ids]), torch.cat([drawn.lengths, prompts.lengths]))
-    answers = _decode(model, rows, settings, len(drawn), synced_gpus, scores)  # (rows, A)
+    first_greedy = len(drawn)
+    decoded = decoder(model, rows, settings, first_greedy=first_greedy, synced_gpus=synced_gpus, keep_scores=keep)
     eos_ids = model.generation_config.eos_token_id
 
     def sequences(of: Prompts, tokens: Tensor) -> Sequences:
         return Sequences.from_generation(of, tokens, eos_ids, settings.pad_id)
 
     return (
-        sequences(drawn, answers[: len(drawn)]) if samples else None,
-        sequences(prompts, answers[len(drawn) :, : settings.greedy_cap]) if greedy else None,
+        sequences(drawn, decoded.tokens[:first_greedy]) if samples else None,
+        sequences(prompts, decoded.tokens[first_greedy:, : settings.greedy_cap]) if greedy else None,
+        decoded.scores,
     )
 
 
 @torch.no_grad()
-def _decode(
-    model: PreTrainedModel,
-    rows: Prompts,
-    settings: GenerationSettings,
-    first_greedy: int,
-    synced_gpus: bool,
-    scores: list[Tensor] | None,
-) -> Tensor:
-    """(rows, A) generated ids; rows from `first_greedy` on are greedy."""
+def beam_search(
+    model: PreTrainedModel, prompts: Prompts, settings: GenerationSettings, *, beams: int, best: int
+) -> Sequences:
+    """The `best` most probable answers per prompt (adjacent rows) among `beams` that are followed."""
     eos_ids = model.generation_config.eos_token_id
-    sampling = settings.sampling
     config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens if first_greedy else settings.greedy_cap,
-        do_sample=first_greedy > 0,
-        temperature=sampling.temperature if first_greedy else None,
-        top_p=sampling.top_p if first_greedy else None,
-        top_k=sampling.top_k if first_greedy else None,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=beams,
+        num_return_sequences=best,
+        do_sample=False,
         eos_token_id=eos_ids,
         pad_token_id=settings.pad_id,
-        use_cache=True,
-        return_dict_in_generate=True,
-        output_scores=scores is not None,
     )
-    processors = LogitsProcessorList()
-    if 0 < first_greedy < len(rows):
-        processors.append(GreedyRows(first_greedy, rows.input_ids.shape[1], settings.greedy_cap, eos_ids[0]))
-    out = model.generate(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        generation_config=config,
-        logits_processor=processors,
-        synced_gpus=synced_gpus,
-    )
-    if scores is not None:
-        scores.extend(out.scores)
-    return out.sequences[:, rows.input_ids.shape[1] :]
+    out = model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, generation_config=config)
+    answers = out[:, prompts.input_ids.shape[1] :]  # (B * best, A)
+    return Sequences.from_generation(prompts.repeat(best), answers, eos_ids, settings.pad_id)

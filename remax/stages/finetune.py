@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from remax.checkpoint.export import export, export_and_exit, note
 from remax.cli.flags import FinetuneArguments, Step1Arguments, Step2Arguments
 from remax.core.batches import Batch
+from remax.engines.base import FrozenEngine
 from remax.engines.policy import Reference
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.ranking import SIDES
@@ -22,7 +23,8 @@ from remax.stages.models import Tokenizer, _load, _trained_policy, _trained_rewa
 from remax.stages.settings import (
     reference_engine,
 )
-from remax.training.finetune import FinetuneSettings, finetune, total_steps
+from remax.training.finetune import finetune
+from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Ranking, Supervised, Task
 from utils.distributed import print0, shutdown
 from utils.metrics import MetricsLogger
@@ -33,7 +35,7 @@ def train_and_export(
     args: FinetuneArguments,
     task: Task,
     loader: DataLoader,
-    settings: FinetuneSettings,
+    cadence: Cadence,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Trains and writes model, tokenizer and results to --output_dir.
@@ -41,24 +43,24 @@ def train_and_export(
     A loss that is not finite, or a faulty row of streamed data, ends the process with status STOPPED, and the model as
     it then is lies in `last`.
     """
-    output, engine = Path(args.output_dir), task.engine
+    output, learner = Path(args.output_dir), task.learner
     metrics = MetricsLogger(
         output,
         tensorboard_dir=args.tensorboard_dir,
         console_every=args.console_every,
-        total_steps=total_steps(settings, len(loader)),
+        total_steps=cadence.total_steps(len(loader)),
         quiet=[f"pairs_{side}" for side in SIDES],
         drop_after=-1,
     )
     try:
-        results = finetune(task, loader, settings, metrics)
+        results = finetune(task, loader, cadence, metrics)
     except TrainingStopped as stopped:
         metrics.close()
-        export_and_exit(stopped, engine.model, tokenizer, output / "last", zero3=engine.zero3)
+        export_and_exit(stopped, learner.model, tokenizer, output / "last", zero3=learner.zero3)
     metrics.close()
-    if isinstance(engine, TrainedReward):
-        store_score_statistics(engine.model, results["after"])
-    export(engine.model, tokenizer, output, zero3=engine.zero3)
+    if isinstance(learner, TrainedReward):
+        store_score_statistics(learner.model, results["after"])
+    export(learner.model, tokenizer, output, zero3=learner.zero3)
     note(output, "results.json", results)
     print0(f"model written to {output}")
     shutdown()
@@ -85,6 +87,6 @@ def build_preference_task(
             ranked_loss=args.ranked_loss,
         )
     config = reference_engine(args)
-    reference = Reference(_load(load_policy, args, config, tokenizer), config)
+    reference = Reference(FrozenEngine(_load(load_policy, args, config, tokenizer), config))
     alpha = args.length_alpha if args.loss == "r-dpo" else 0.0
     return DirectPreference(_trained_policy(args, tokenizer, steps), reference, eval_loader, args.dpo_beta, alpha)

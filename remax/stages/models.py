@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from remax.checks.packing import check_packing
 from remax.cli.doctor import DoctorArguments
 from remax.cli.flags import FinetuneArguments, Step2Arguments, Step3Arguments
+from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward, TrainedReward
@@ -43,9 +44,9 @@ def _trained_policy(args: FinetuneArguments, tokenizer: Tokenizer, steps: int) -
     config = finetune_engine(args)
     model = _load(load_policy, args, config, tokenizer, **_training_options(args))
     _add_adapters(model, args)
-    actor = Actor(model, config, finetune_optimizer(args, steps))
+    actor = Actor(TrainedEngine(model, config, finetune_optimizer(args, steps)))
     if args.packing:
-        check_packing(actor, args.max_seq_len, hidden_only=True)
+        check_packing(actor.engine, args.max_seq_len, hidden_only=True)
     return actor
 
 
@@ -53,9 +54,9 @@ def _trained_reward(args: Step2Arguments, tokenizer: Tokenizer, steps: int) -> T
     config = finetune_engine(args)
     model = _load(load_reward_model, args, config, tokenizer, new_head=True, **_training_options(args))
     _add_adapters(model, args)
-    reward = TrainedReward(model, config, finetune_optimizer(args, steps))
+    reward = TrainedReward(TrainedEngine(model, config, finetune_optimizer(args, steps)))
     if args.packing:
-        check_packing(reward, args.max_seq_len, every_token=True)
+        check_packing(reward.engine, args.max_seq_len, every_token=True)
     return reward
 
 
@@ -163,7 +164,7 @@ def build_reward(
         statistics = [score_statistics(load_config(model.name, flag), model.name, flag) for model in models]
     for source, (mean, std), its in zip(models, statistics, own, strict=True):
         model = _load_from(load_reward_model, source.name, flag, args, config, its)
-        parts.append(Part(source.label, Reward(model, config), source.weight, mean, std, its))
+        parts.append(Part(source.label, Reward(FrozenEngine(model, config)), source.weight, mean, std, its))
     return CompositeReward([*parts, *reward_functions(args, tokenizer)])
 
 
@@ -187,16 +188,14 @@ def build_engines(
         add_lora(model.hf, args.actor_lora_dim, args.actor_lora_module_name, args.only_optimize_lora, flag)
     distribution, chunk_size = evaluated_distribution(args), args.logprob_chunk_size
     actor = Actor(
-        model,
-        actor_engine(args),
-        actor_optimizer(args, steps),
+        TrainedEngine(model, actor_engine(args), actor_optimizer(args, steps)),
         generation=generation(args, tokenizer.pad_token_id),
         sampling=distribution,
         chunk_size=chunk_size,
         gather_for_generation=args.zero3_generation == "gather",
     )
     config = reference_engine(args)
-    reference = Reference(policy(config), config, sampling=distribution, chunk_size=chunk_size)
+    reference = Reference(FrozenEngine(policy(config), config), sampling=distribution, chunk_size=chunk_size)
     reward = build_reward(args, reward_engine(args), tokenizer, tokenizers.rewards)
     critic = _critic(args, tokenizers.critic, steps) if args.algo == "ppo" else None
     return actor, reference, reward, critic
@@ -212,4 +211,4 @@ def _critic(args: Step3Arguments, tokenizer: Tokenizer, steps: int) -> TrainedRe
         "gradient_checkpointing": args.critic_gradient_checkpointing,
     }
     model = _load_from(load_reward_model, name, flag, args, config, tokenizer, **options)
-    return TrainedReward(model, config, critic_optimizer(args, steps))
+    return TrainedReward(TrainedEngine(model, config, critic_optimizer(args, steps)))

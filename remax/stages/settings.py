@@ -9,7 +9,7 @@ from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
 from remax.generation.decode import GenerationSettings
-from remax.training.finetune import FinetuneSettings
+from remax.training.loop import Cadence
 from remax.training.trainer import TrainerSettings
 
 Arguments = FinetuneArguments | Step3Arguments
@@ -49,10 +49,10 @@ def finetune_optimizer(args: FinetuneArguments, steps: int) -> OptimizerConfig:
     )
 
 
-def finetune_settings(args: FinetuneArguments) -> FinetuneSettings:
-    return FinetuneSettings(
+def finetune_cadence(args: FinetuneArguments) -> Cadence:
+    return Cadence(
         epochs=args.num_train_epochs,
-        accumulation=args.gradient_accumulation_steps,
+        batches_per_step=args.gradient_accumulation_steps,
         max_steps=args.max_steps,
         evaluate_every=args.eval_steps,
     )
@@ -126,13 +126,11 @@ def generation(args: Step3Arguments, pad_id: int) -> GenerationSettings:
 
 
 def trainer_settings(args: Step3Arguments) -> TrainerSettings:
+    cadence = Cadence(args.num_train_epochs, args.rollout_batches, args.stop_step, args.eval_steps)
     return TrainerSettings(
-        epochs=args.num_train_epochs,
-        max_steps=args.stop_step,
+        cadence,
         micro_batch_size=args.per_device_training_batch_size,
-        rollouts_per_step=args.rollout_batches,
         mini_batches=args.ppo_mini_batches,
-        evaluate_every=args.eval_steps,
         target_kl=args.target_kl,
         best_by=args.best_by,
         unsupervised_coefficient=args.unsup_coef,

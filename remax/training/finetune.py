@@ -1,150 +1,103 @@
-"""The one training loop of steps 1 and 2. What is learned is a `Task`; the loop is cadence: accumulate, step, evaluate,
-log, stop.
+"""Steps 1 and 2 on the training loop: gradients of several micro-batches, one step, its figures. What is learned is a
+`Task`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch.utils.data import DataLoader
 
-from remax.core.batches import Batch, groups, to_device
+from remax.core.batches import Batch, to_device
+from remax.core.sums import Figure, Figures, add, reduce
+from remax.training.loop import Cadence, TrainState, train
 from remax.training.tasks import Task
-from utils.distributed import print0, sum_across_ranks
-from utils.metrics import MetricsLogger, progress
-from utils.run import TrainingStopped, UserError
-
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """Cadence, in optimizer steps; 0 means never, or for `evaluate_every` once per epoch."""
-
-    epochs: int
-    accumulation: int = 1
-    max_steps: int = 0
-    evaluate_every: int = 0
-
-
-def total_steps(settings: FinetuneSettings, batches: int) -> int:
-    """Optimizer steps of a whole training with so many micro-batches per epoch."""
-    total = settings.epochs * steps_per_epoch(batches, settings.accumulation)
-    return min(total, settings.max_steps) if settings.max_steps else total
-
-
-def steps_per_epoch(batches: int, accumulation: int) -> int:
-    """Optimizer steps of one epoch; its last one may accumulate fewer micro-batches."""
-    return math.ceil(batches / accumulation)
-
-
-def batches_of_steps(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """`groups` of the micro-batches of one epoch.
-
-    Raises:
-        TrainingStopped: a faulty row of streamed data, on every rank at the same step, as each reads all rows.
-    """
-    try:
-        yield from groups(loader, size)
-    except UserError as error:
-        raise TrainingStopped(f"The training data cannot be read any further: {error}") from error
-
-
-def count_tokens(task: Task, batches: list[Batch]) -> dict[str, float]:
-    """Tokens of the rows, prompt and answer, and token slots that the model computes for them; over all ranks."""
-    rows = [task.sequences(batch) for batch in batches]
-    tokens = sum(int(sequences.lengths.sum()) for sequences in rows)
-    return sum_across_ranks({"tokens": tokens, "slots": sum(task.engine.slots(sequences) for sequences in rows)})
+from utils.distributed import sum_across_ranks, world_size
+from utils.metrics import MetricsLogger
+from utils.run import TrainingStopped
 
 
 def optimizer_step(task: Task, batches: list[Batch]) -> dict[str, float]:
-    """One optimizer step over several micro-batches, normalised by one count over all of them and all ranks."""
+    """One optimizer step over several micro-batches, normalised by one count over all of them and all ranks.
+
+    Returns:
+        Means over what the task counts and, over all token slots that the model computed, the share of padding.
+    """
+    begin = time.perf_counter()
     batches = [to_device(batch) for batch in batches]
-    count = sum_across_ranks({"count": sum(task.count(batch) for batch in batches)})["count"]
-    sums: dict[str, Tensor] = {}
+    counts = [task.count(batch) for batch in batches]
+    count = sum_across_ranks({"count": sum(counts)})["count"]
+    figures: Figures = {}
     for i, batch in enumerate(batches):
-        loss, figures = task.loss(batch, count)
-        task.engine.backward(loss, last=i == len(batches) - 1)
-        for name, value in {"loss": loss.detach() * count, **figures}.items():
-            sums[name] = sums.get(name, 0.0) + value
-    result = task.engine.step()
-    means = {name: value / count for name, value in sum_across_ranks(sums).items()}
+        loss, sums = task.loss(batch, count)
+        task.learner.backward(loss, last=i == len(batches) - 1)
+        figures = add(figures, {k: Figure(v, counts[i]) for k, v in {"loss": loss.detach() * count, **sums}.items()})
+    result = task.learner.step()
+    seconds = time.perf_counter() - begin
+    rows = [task.sequences(batch) for batch in batches]
+    tokens = Figure(sum(int(sequences.lengths.sum()) for sequences in rows), 1)
+    slots = Figure(sum(task.learner.engine.slots(sequences) for sequences in rows), 1)
+    means = reduce(figures | {"tokens of a rank": tokens, "slots of a rank": slots})
+    tokens_read, slots_computed = means.pop("tokens of a rank"), means.pop("slots of a rank")
     return (
         means
         | {"grad_norm": result.grad_norm, "lr": result.learning_rate}
         | ({"skipped": 1.0} if result.skipped else {})
+        | {"padding_share": 1 - tokens_read / slots_computed}
+        | {"seconds_per_step": seconds, "tokens_per_second": tokens_read * world_size() / seconds}
     )
 
 
-def finetune(
-    task: Task,
-    loader,
-    settings: FinetuneSettings,
-    metrics: MetricsLogger,
-    after_evaluation: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
-) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation that has figures alone."""
+
+    figures: dict[str, float]
+
+
+@dataclass
+class Finetuning:
+    """A task on the training loop."""
+
+    task: Task
+    label: str = "training"
+
+    @property
+    def headline(self) -> str:
+        """See `Task.headline`."""
+        return self.task.headline
+
+    def learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
+        """See `optimizer_step`."""
+        self.task.learner.train()
+        return optimizer_step(self.task, batches)
+
+    def check(self, step: int, figures: dict[str, float]) -> None:
+        """Stops where the loss is lost, or where nothing but overflow is left."""
+        stop_if_not_finite(step, figures)
+
+    def evaluate(self) -> Measured:
+        """The task's figures on held-out rows."""
+        self.task.learner.train(False)
+        return Measured(self.task.evaluate())
+
+    def evaluated(self, state: TrainState, evaluation: Measured, best: bool) -> None:
+        """Nothing is done: steps 1 and 2 keep the last model."""
+
+
+def finetune(task: Task, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger) -> dict[str, dict[str, float]]:
     """Trains and returns the evaluation before and after: {"before": {...}, "after": {...}}.
 
-    loader: batches of this rank; its sampler has `set_epoch`.
-    after_evaluation(step, figures): called on every rank after each evaluation during and after training.
+    Args:
+        loader: batches of this rank; its sampler has `set_epoch`.
     """
-    epoch_steps = steps_per_epoch(len(loader), settings.accumulation)
-    total = total_steps(settings, len(loader))
-
-    def evaluate(step: int) -> dict[str, float]:
-        task.engine.train(False)
-        figures = task.evaluate()
-        task.engine.train(True)
-        metrics.log(step, {f"eval/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
-        return figures
-
-    before = after = evaluate(0)
-    step, evaluated, started = 0, 0, time.perf_counter()
-    with progress(total, desc="training", unit="steps") as bar:
-        for epoch in range(settings.epochs):
-            loader.sampler.set_epoch(epoch)
-            for batches in batches_of_steps(loader, settings.accumulation):
-                begin = time.perf_counter()
-                figures = optimizer_step(task, batches)
-                step += 1
-                seconds = time.perf_counter() - begin
-                read = count_tokens(task, batches)
-                figures["padding_share"] = 1 - read["tokens"] / read["slots"]
-                figures |= {"seconds_per_step": seconds, "tokens_per_second": read["tokens"] / seconds}
-                metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
-                _stop_if_not_finite(step, figures)
-                bar.update(1)
-                at_epoch_end = step % epoch_steps == 0
-                due = step % settings.evaluate_every == 0 if settings.evaluate_every else at_epoch_end
-                if due or step == total:
-                    after, evaluated = evaluate(step), step
-                    after_evaluation(step, after)
-                if step == total:
-                    break
-            if step == total:
-                break
-    if evaluated < step:  # of a stream nobody knew that it would end here
-        after = evaluate(step)
-        after_evaluation(step, after)
-    print0(
-        f"{step} steps in {time.perf_counter() - started:.0f} s{ended_early(step, total, settings.epochs)}; "
-        f"{task.headline} {before[task.headline]:.4g} -> {after[task.headline]:.4g}"
-    )
-    return {"before": before, "after": after}
+    state = train(Finetuning(task), loader, cadence, metrics)
+    return {"before": state.before, "after": state.after}
 
 
-def ended_early(step: int, total: int, epochs: int) -> str:
-    """What to say of data that were streamed and ended before --max_steps; else nothing."""
-    if step == total:
-        return ""
-    return (
-        f" (of --max_steps {total}: the data ended with --num_train_epochs {epochs}, before the learning rate had run "
-        "its course)"
-    )
-
-
-def _stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
+def stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
     """Raises TrainingStopped. The figures are reduced, so every rank does so together."""
     if not math.isfinite(figures["loss"]):
         raise TrainingStopped(

@@ -20,7 +20,6 @@ from remax.core.losses import (
     supervised_loss,
 )
 from remax.core.sequences import Sequences, learned_mask
-from remax.engines.base import TrainedEngine
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.policy import perplexity
@@ -30,7 +29,7 @@ from remax.evaluation.ranking import pair_scores, ranking_accuracy
 class Task(Protocol):
     """What a fine-tuning stage learns."""
 
-    engine: TrainedEngine
+    learner: Actor | TrainedReward
     headline: str  # the metric of `evaluate` that people look at
 
     def sequences(self, batch: Batch) -> Sequences:
@@ -50,7 +49,7 @@ class Task(Protocol):
 class Supervised:
     """Step 1: next-token loss on the answers only, EOS included; prompt and padding masked."""
 
-    engine: Actor
+    learner: Actor
     eval_loader: Iterable[Batch]
     headline: str = "perplexity"
 
@@ -62,11 +61,11 @@ class Supervised:
 
     def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = self.sequences(batch)
-        output = self.engine.logprobs(sequences)
+        output = self.learner.logprobs(sequences)
         return supervised_loss(output.logprobs, learned_mask(batch, sequences), denominator), {}
 
     def evaluate(self) -> dict[str, float]:
-        return perplexity(self.engine, self.eval_loader)
+        return perplexity(self.learner, self.eval_loader)
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Ranking:
     above those of the answers ranked below it.
     """
 
-    engine: TrainedReward
+    learner: TrainedReward
     eval_loader: Iterable[Batch]
     use_margin: bool = False  # the data's `margin` column
     label_smoothing: float = 0.0
@@ -92,7 +91,7 @@ class Ranking:
     def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         if "ranks" in batch:
             return self.loss_of_rankings(batch, denominator)
-        chosen, rejected = pair_scores(self.engine, batch)
+        chosen, rejected = pair_scores(self.learner, batch)
         figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).detach().sum()}
         margin = batch["margin"] if self.use_margin else None
         options = {"label_smoothing": self.label_smoothing, "centring": self.centring}
@@ -100,7 +99,7 @@ class Ranking:
 
     def loss_of_rankings(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         """A prompt with its answers counts once, however many they are; the figures are means over its pairs."""
-        scores = self.engine.score(self.sequences(batch))  # (N,)
+        scores = self.learner.score(self.sequences(batch))  # (N,)
         row, ranks, rows = batch["row"], batch["ranks"], self.count(batch)
         if self.ranked_loss == "plackett-luce":
             losses = plackett_luce_losses(scores, row, ranks, rows, centring=self.centring)
@@ -114,7 +113,7 @@ class Ranking:
         return losses.sum() / denominator, means
 
     def evaluate(self) -> dict[str, float]:
-        return ranking_accuracy(self.engine, self.eval_loader)
+        return ranking_accuracy(self.learner, self.eval_loader)
 
 
 @dataclass
@@ -124,7 +123,7 @@ class DirectPreference:
     An answer's implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)).
     """
 
-    engine: Actor
+    learner: Actor
     reference: Reference
     eval_loader: Iterable[Batch]
     beta: float = 0.1
@@ -152,9 +151,9 @@ class DirectPreference:
         return losses.sum() / denominator, figures
 
     def evaluate(self) -> dict[str, float]:
-        return ranking_accuracy(self.engine, self.eval_loader, self.implicit_rewards)
+        return ranking_accuracy(self.learner, self.eval_loader, self.implicit_rewards)
 
-    def implicit_rewards(self, engine: Actor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def implicit_rewards(self, learner: Actor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B,) of the chosen and of the rejected answers."""
         policy, reference, _ = self.answers(batch)
         return tuple(self.beta * (p - r) for p, r in zip(policy, reference, strict=True))
@@ -162,6 +161,6 @@ class DirectPreference:
     def answers(self, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(chosen, rejected) log-probs of whole answers under the policy, under the reference, and their lengths."""
         both = self.sequences(batch)
-        policy = answer_logprob(self.engine.logprobs(both).logprobs, both.answer_mask)  # (2B,)
+        policy = answer_logprob(self.learner.logprobs(both).logprobs, both.answer_mask)  # (2B,)
         reference = answer_logprob(self.reference.logprobs(both), both.answer_mask)
         return policy.chunk(2), reference.chunk(2), both.answer_lengths.chunk(2)

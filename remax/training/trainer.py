@@ -1,6 +1,4 @@
-"""The reinforcement learning loop of step 3. `step` is Algorithm 1 of the ReMax paper (arXiv 2310.10505) on one screen;
-`train` is cadence: evaluate, save the best, log, stop.
-"""
+"""The reinforcement learning of step 3. `Trainer.step` is Algorithm 1 of the ReMax paper (arXiv 2310.10505)."""
 
 from __future__ import annotations
 
@@ -14,50 +12,46 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from remax.algorithms import Algorithm, mean_metrics
+from remax.algorithms import Algorithm
 from remax.checkpoint.ema import WeightAverage
 from remax.core.batches import Batch, to_device
 from remax.core.losses import supervised_loss
 from remax.core.rollout import Rollout
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
+from remax.core.sums import Figure, Figures, add, reduce
 from remax.engines.base import StepResult
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward, TrainedReward
 from remax.evaluation.policy import PolicyEvaluation
 from remax.rewards.composite import CompositeReward
-from remax.training.finetune import batches_of_steps, ended_early, steps_per_epoch
+from remax.training.loop import Cadence, TrainState, train
 from remax.training.sentinel import Sentinel
 from utils.distributed import print0, sum_across_ranks, world_size
-from utils.metrics import MetricsLogger, progress
-from utils.run import UserError
+from utils.metrics import MetricsLogger
+
+Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """micro_batch_size: rows per training forward on one rank.   rollouts_per_step: prompt batches collected before an
-    update.
-    mini_batches: optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
-    evaluate_every: in steps, 0 for once per epoch.   target_kl: evaluation KL, nats per token, at which training stops;
-    0 for never.
-    best_by: the evaluation figure whose highest value makes the best model, `reward` or `objective`.
-    unsupervised_coefficient: weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
+    """How the trainer cuts its work, and what it prefers.
+
+    Attributes:
+        cadence: epochs, steps and evaluations; its batches are collected before an update.
+        micro_batch_size: rows per training forward on one rank.
+        mini_batches: optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
+        target_kl: evaluation KL, nats per token, at which training stops; 0 for never.
+        best_by: the evaluation figure whose highest value makes the best model, `reward` or `objective`.
+        unsupervised_coefficient: weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
     """
 
-    epochs: int = 1
-    max_steps: int = 0
+    cadence: Cadence = Cadence()
     micro_batch_size: int = 16
-    rollouts_per_step: int = 1
     mini_batches: int = 1
-    evaluate_every: int = 0
     target_kl: float = 0.0
     best_by: str = "reward"
     unsupervised_coefficient: float = 0.0
-
-    def total_steps(self, batches: int) -> int:
-        """Steps of the loop in a whole training with so many prompt batches per epoch."""
-        total = self.epochs * steps_per_epoch(batches, self.rollouts_per_step)
-        return min(total, self.max_steps) if self.max_steps else total
 
     def optimizer_steps(self, algorithm: Algorithm) -> int:
         """Optimizer steps per step of the loop."""
@@ -65,10 +59,11 @@ class TrainerSettings:
 
 
 class Timer:
-    """Seconds spent in the named parts of a step."""
+    """Seconds spent in the named parts of a step, and the tokens that were generated in it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.tokens = 0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -83,9 +78,14 @@ class Timer:
 class Trainer:
     """Everything that learns, scores and measures, put together.
 
-    watchers(step, rollout, figures) -> further figures to log, equal on every rank; the sentinel is one that may stop.
-    evaluate() -> PolicyEvaluation, reduced over ranks.   on_evaluation(step, evaluation, best): called on every rank.
-    unsupervised: endless batches of plain text for the language-modelling mix, or None.
+    Attributes:
+        measure: evaluates the policy, reduced over ranks.
+        critic: PPO's.
+        unsupervised: endless batches of plain text for the language-modelling mix, or None.
+        average: a moving average of the actor's weights, or None.
+        on_evaluation: (step, evaluation, best), called on every rank.
+        sentinel: warns of a training that goes wrong, or ends it.
+        watchers: (step, rollout, figures) -> further figures to log, equal on every rank.
     """
 
     actor: Actor
@@ -93,7 +93,7 @@ class Trainer:
     reward: Reward | CompositeReward
     algorithm: Algorithm
     settings: TrainerSettings
-    evaluate: Callable[[], PolicyEvaluation]
+    measure: Callable[[], PolicyEvaluation]
     metrics: MetricsLogger
     pad_id: int
     critic: TrainedReward | None = None
@@ -101,76 +101,83 @@ class Trainer:
     average: WeightAverage | None = None
     on_evaluation: Callable[[int, PolicyEvaluation, bool], None] = lambda step, evaluation, best: None
     sentinel: Sentinel | None = None
-    watchers: list[Callable[[int, Rollout, dict[str, float]], dict[str, float]]] = field(default_factory=list)
+    watchers: list[Watcher] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
 
+    # ------------------------------------------------------------------------------------------------------ Algorithm 1
+
     def step(self, batches: list[Batch]) -> tuple[Rollout, dict[str, float]]:
-        """Collects answers to the batches of prompts and learns from them once; the rollout, and figures reduced over
-        ranks.
+        """Collects answers to the batches of prompts x and learns from them.
+
+        Returns:
+            The rollout, and figures reduced over ranks.
         """
-        timer = Timer()
+        timer, figures, collected = Timer(), Figures(), []
         self.actor.train()
         if self.critic is not None:
             self.critic.train()
-        tally: dict[str, float | Tensor] = {"generated_tokens": 0.0}
-        rollout = Rollout.concatenate([self.collect(batch, timer, tally) for batch in batches], self.pad_id)
-        rollout = self.algorithm.prepare(rollout)
-        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            with timer("generation"):
+                sampled, greedy = self.answer(batch)  # y ~ pi(.|x), and ybar, the greedy answer
+            with timer("scoring"):
+                reward, baseline, parts = self.score(sampled, greedy)  # r(x, y), r(x, ybar)
+                collected.append(replace(self.annotate(sampled, reward), baseline=baseline))
+            timer.tokens += sum(int(x.answer_lengths.sum()) for x in (sampled, greedy) if x is not None)
+            figures = add(figures, parts)
+        rollout = Rollout.concatenate(collected, self.pad_id)
+        rollout = self.algorithm.prepare(rollout)  # advantages: for ReMax r(x, y) - r(x, ybar)
         with timer("update"):
             for _ in range(self.algorithm.epochs):
                 for part in self.mini_batches(rollout):
-                    result = self.update(part, sums)
+                    result, learned = self.update(part)  # loss, gradient, one optimizer step
+                    figures = add(figures, learned)
             if self.average is not None:
                 self.average.update()
-        total, means = self.totals(rollout, tally, sums, timer)
-        self.algorithm.update(means)
-        return rollout, self.figures(total, means, result)
+        return rollout, self.summarise(rollout, figures, timer, result)
+
+    def answer(self, batch: Batch) -> tuple[Sequences, Sequences | None]:
+        """Sampled answers to a batch of prompts, and greedy ones where the algorithm needs them."""
+        batch = to_device(batch)
+        prompts = Prompts(batch["input_ids"], batch["lengths"])
+        samples, greedy = self.algorithm.samples_per_prompt, self.algorithm.greedy
+        return self.actor.rollout(prompts, samples=samples, greedy=greedy)
+
+    def forwards(self, sampled: Sequences) -> int:
+        """Micro-batches in which answers are scored: as many on every rank, since ZeRO-3 needs all in each forward."""
+        return math.ceil(len(sampled) / self.settings.micro_batch_size)
 
     @torch.no_grad()
-    def collect(self, batch: Batch, timer: Timer, tally: dict[str, float | Tensor]) -> Rollout:
-        """Samples answers, and greedy ones where the algorithm needs them, and scores them in micro-batches.
+    def score(self, sampled: Sequences, greedy: Sequences | None) -> tuple[Tensor, Tensor | None, Figures]:
+        """Rewards of the sampled and of the greedy answers, both from the same forwards.
 
-        Adds to `tally` the tokens that were generated, and the sampled answers' scores by each part of the reward.
-        """
-        batch = to_device(batch)
-        with timer("generation"):
-            sampled, greedy = self.actor.rollout(
-                Prompts(batch["input_ids"], batch["lengths"]),
-                samples=self.algorithm.samples_per_prompt,
-                greedy=self.algorithm.greedy,
-            )
-        add(tally, {"generated_tokens": sum(x.answer_lengths.sum() for x in (sampled, greedy) if x is not None)})
-        with timer("scoring"):
-            # As many micro-batches on every rank: a model at ZeRO-3 needs all ranks in each forward.
-            forwards = math.ceil(len(sampled) / self.settings.micro_batch_size)
-            rewards, baseline = self.score(sampled, greedy, forwards, tally)
-            parts = zip(sampled.in_parts(forwards), rewards.tensor_split(forwards), strict=True)
-            rollout = Rollout.concatenate([self.look_back(*part) for part in parts], self.pad_id)
-            return replace(rollout, baseline=baseline)
+        So a ZeRO-3 reward model moves its weights only once for both.
 
-    def look_back(self, sampled: Sequences, rewards: Tensor) -> Rollout:
-        """What the models know of the answers at the time of the rollout, by one forward of each."""
-        return Rollout(
-            sampled,
-            rewards,
-            reference_logprobs=self.reference.logprobs(sampled),
-            old_logprobs=self.actor.old_logprobs(sampled) if self.algorithm.needs_old_logprobs else None,
-            values=self.critic.old_values(sampled) if self.critic else None,
-            reference_hidden=self.reference.hidden(sampled) if self.reference_head else None,
-        )
-
-    def score(
-        self, sampled: Sequences, greedy: Sequences | None, forwards: int, tally: dict[str, float | Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rewards of the sampled and of the greedy answers, both from the same forwards: a ZeRO-3 reward model moves
-        its weights only once for both.
+        Returns:
+            (B,) rewards, (B,) baseline, and the sampled answers' scores by each part of the reward.
         """
         both = sampled if greedy is None else Sequences.concatenate([sampled, greedy], self.pad_id)
-        rewards, parts = self.reward.score_parts(both, forwards)
-        add(tally, {f"reward/{name}": scores[: len(sampled)].sum() for name, scores in parts.items()})
-        return rewards[: len(sampled)], None if greedy is None else rewards[len(sampled) :]
+        rewards, parts = self.reward.score_parts(both, self.forwards(sampled))
+        figures = {f"reward/{k}": Figure(scores[: len(sampled)].sum(), len(sampled)) for k, scores in parts.items()}
+        return rewards[: len(sampled)], None if greedy is None else rewards[len(sampled) :], figures
+
+    @torch.no_grad()
+    def annotate(self, sampled: Sequences, rewards: Tensor) -> Rollout:
+        """The answers with what the models know of them at the time of the rollout, by one forward of each."""
+        forwards = self.forwards(sampled)
+        parts = [
+            Rollout(
+                part,
+                reward,
+                reference_logprobs=self.reference.logprobs(part),
+                old_logprobs=self.actor.old_logprobs(part) if self.algorithm.needs_old_logprobs else None,
+                values=self.critic.old_values(part) if self.critic else None,
+                reference_hidden=self.reference.hidden(part) if self.reference_head else None,
+            )
+            for part, reward in zip(sampled.in_parts(forwards), rewards.tensor_split(forwards), strict=True)
+        ]
+        return Rollout.concatenate(parts, self.pad_id)
 
     def mini_batches(self, rollout: Rollout) -> Iterator[Rollout]:
         """The rollout in `mini_batches` parts of equal size, drawn at random when there are several."""
@@ -181,12 +188,15 @@ class Trainer:
         for rows in order.tensor_split(self.settings.mini_batches):
             yield rollout.select(rows)
 
-    def update(self, rollout: Rollout, sums: dict[str, Tensor]) -> StepResult:
-        """One optimizer step: gradients of all micro-batches, normalised by one denominator over micro-batches and
-        ranks. Adds the algorithm's figures to `sums`.
+    def update(self, rollout: Rollout) -> tuple[StepResult, Figures]:
+        """One optimizer step: the gradients of all micro-batches, and the algorithm's figures.
+
+        The loss of a micro-batch is divided by one denominator over all micro-batches and ranks.
         """
         denominator = sum_across_ranks({"count": self.algorithm.count(rollout.sequences)})["count"]
-        parts, kl = list(rollout.split(self.settings.micro_batch_size)), self.algorithm.kl
+        group = self.algorithm.samples_per_prompt if self.algorithm.compares_answers else 1
+        parts, kl = list(rollout.split(self.settings.micro_batch_size, group=group)), self.algorithm.kl
+        figures: Figures = {}
         for i, batch in enumerate(parts):
             output = self.actor.logprobs(
                 batch.sequences,
@@ -195,140 +205,102 @@ class Trainer:
                 reference_hidden=batch.reference_hidden,
                 reference_head=self.reference_head,
             )
-            loss, figures = self.algorithm.loss(batch, output, denominator)
+            loss, of_batch = self.algorithm.loss(batch, output, denominator)
             self.actor.backward(loss, last=i == len(parts) - 1 and self.unsupervised is None)
-            add(sums, figures)
+            figures = add(figures, of_batch)
         if self.unsupervised is not None:
-            add(sums, self.learn_plain_text())
+            figures = add(figures, self.learn_plain_text(next(self.unsupervised)))
         result = self.actor.step()
         if self.critic is not None:
             for i, batch in enumerate(parts):
-                loss, figures = self.algorithm.value_loss(batch, self.critic.values(batch.sequences), denominator)
+                loss, of_batch = self.algorithm.value_loss(batch, self.critic.values(batch.sequences), denominator)
                 self.critic.backward(loss, last=i == len(parts) - 1)
-                add(sums, {k: v for k, v in figures.items() if k != "tokens"})  # the policy's loss counted them
+                figures = add(figures, of_batch)
             self.critic.step()
-        return result
+        return result, figures
 
-    def learn_plain_text(self) -> dict[str, Tensor]:
+    def learn_plain_text(self, batch: Batch) -> Figures:
         """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
-        sequences = Sequences.from_batch(to_device(next(self.unsupervised)))
+        sequences = Sequences.from_batch(to_device(batch))
         tokens = sum_across_ranks({"tokens": sequences.answer_lengths.sum()})["tokens"]
         logprobs = self.actor.logprobs(sequences, sampling=Sampling()).logprobs  # the model's, at any temperature
         loss = supervised_loss(logprobs, sequences.answer_mask, tokens)
         self.actor.backward(self.settings.unsupervised_coefficient * loss, last=True)
-        return {"unsupervised_loss": loss.detach()}
+        return {"unsupervised_loss": Figure(loss.detach())}
 
-    def totals(
-        self, rollout: Rollout, tally: dict[str, float | Tensor], sums: dict[str, Tensor], timer: Timer
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Over the ranks: sums over the step's answers (and their number `answers`), and the algorithm's means."""
-        last = rollout.sequences.input_ids.gather(1, rollout.sequences.end_index[:, None]).squeeze(1)
+    def summarise(self, rollout: Rollout, figures: Figures, timer: Timer, result: StepResult) -> dict[str, float]:
+        """The figures of a step over all ranks; an adaptive KL coefficient moves by them."""
+        rows, last = len(rollout), rollout.sequences.input_ids.gather(1, rollout.sequences.end_index[:, None])
         eos_ids = torch.tensor(self.actor.model.hf.generation_config.eos_token_id, device=last.device)
-        local = tally | {
-            "answers": float(len(rollout)),
-            "reward": rollout.rewards.sum(),
-            "reward_square": rollout.rewards.square().sum(),
-            "length": rollout.sequences.answer_lengths.sum(),
-            "ended": torch.isin(last, eos_ids).sum(),
+        local = figures | {
+            "reward": Figure(rollout.rewards.sum(), rows),
+            "reward_square": Figure(rollout.rewards.square().sum(), rows),
+            "length": Figure(rollout.sequences.answer_lengths.sum(), rows),
+            "ended": Figure(torch.isin(last, eos_ids).sum(), rows),
         }
         if rollout.baseline is not None:
-            local["baseline"] = rollout.baseline.sum() * (len(rollout) / len(rollout.baseline))
-        local |= {f"seconds_{name}": value / world_size() for name, value in timer.seconds.items()}
-        total = sum_across_ranks(local | {f"algorithm/{k}": v for k, v in sums.items()})
-        means = mean_metrics({k.removeprefix("algorithm/"): v for k, v in total.items() if k.startswith("algorithm/")})
-        return {name: total[name] for name in local}, means | {"rows": total["answers"]}
+            local["baseline"] = Figure(rollout.baseline.sum(), len(rollout.baseline))
+        local |= {f"seconds_{name}": Figure(value, 1) for name, value in timer.seconds.items()}
+        local |= {"tokens of a rank": Figure(timer.tokens, 1), "answers of a rank": Figure(rows, 1)}
+        means = reduce(local, self.settings.optimizer_steps(self.algorithm))
+        seconds = sum(means[f"seconds_{name}"] for name in timer.seconds)
+        tokens, answers = (means.pop(f"{name} of a rank") * world_size() for name in ("tokens", "answers"))
+        if "kl" in means:
+            self.algorithm.update(means["kl"], answers)
+        means["reward_std"] = math.sqrt(max(means.pop("reward_square") - means["reward"] ** 2, 0.0))
+        return (
+            means
+            | {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
+            | {"kl_coefficient": self.algorithm.kl.coefficient}
+            | {"grad_norm": result.grad_norm, "lr": result.learning_rate}
+            | ({"skipped": 1.0} if result.skipped else {})
+        )
 
-    def figures(self, total: dict[str, float], means: dict[str, float], result: StepResult) -> dict[str, float]:
-        """Means over the step's answers of all ranks."""
-        seconds = {name: value for name, value in total.items() if name.startswith("seconds_")}
-        sums = total.keys() - seconds.keys() - {"answers", "reward_square", "generated_tokens"}
-        figures = {name: total[name] / total["answers"] for name in total if name in sums}
-        figures["reward_std"] = math.sqrt(max(total["reward_square"] / total["answers"] - figures["reward"] ** 2, 0.0))
-        steps = self.settings.optimizer_steps(self.algorithm)
-        complete = {name for name in means if name.endswith("loss")}  # one sum per optimizer step
-        figures |= {name: value / steps if name in complete else value for name, value in means.items()}
-        del figures["rows"], figures["tokens"]
-        figures |= seconds
-        figures["seconds_per_step"] = sum(seconds.values())
-        figures["tokens_per_second"] = total["generated_tokens"] / figures["seconds_per_step"]
-        figures |= {
-            "kl_coefficient": self.algorithm.kl.coefficient,
-            "grad_norm": result.grad_norm,
-            "lr": result.learning_rate,
-        }
-        return figures | ({"skipped": 1.0} if result.skipped else {})
+    # --------------------------------------------------------------------------------------------------------- the loop
 
-    def train(self, loader: DataLoader) -> dict[str, dict[str, float]]:
-        """The whole training -> {"before": evaluation, "after": evaluation, "best": evaluation}.
+    def train(self, loader: DataLoader) -> TrainState:
+        """The whole training.
 
-        Raises TrainingStopped, on every rank at the same step, when the sentinel sees no point in going on.
+        Raises:
+            TrainingStopped: on every rank at the same step, when the sentinel sees no point in going on.
         """
-        settings = self.settings
-        watchers = [*self.watchers, *([self.sentinel] if self.sentinel else [])]
-        epoch_steps = steps_per_epoch(len(loader), settings.rollouts_per_step)
-        total = settings.total_steps(len(loader))
-        print0(f"{total} steps; answers come from {self.actor.backend}")
-        before = self.measure(0, epoch_steps, best_so_far=math.inf)  # the untrained policy is no candidate for the best
-        results = {"before": before, "after": before, "best": {settings.best_by: -math.inf}}
-        step = evaluated = 0
+        cadence = self.settings.cadence
+        print0(f"{cadence.total_steps(len(loader))} steps; answers come from {self.actor.backend}")
+        return train(self, loader, cadence, self.metrics)
 
-        def evaluate(step: int) -> None:
-            nonlocal evaluated
-            after = self.measure(step, epoch_steps, best_so_far=results["best"][settings.best_by])
-            results["after"], evaluated = after, step
-            if after[settings.best_by] > results["best"][settings.best_by]:
-                results["best"] = after
+    @property
+    def label(self) -> str:
+        """The algorithm's name, for the progress bar."""
+        return type(self.algorithm).__name__
 
-        with progress(total, desc=type(self.algorithm).__name__, unit="steps") as bar:
-            for step, batches in enumerate(self.epochs(loader), start=1):
-                with naming(f"step {step}"):
-                    rollout, figures = self.step(batches)
-                for watch in watchers:
-                    figures |= watch(step, rollout, figures)
-                self.metrics.log(step, {f"train/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
-                bar.update(1)
-                if self.sentinel:
-                    self.sentinel.stop_if_fatal()
-                if step % (settings.evaluate_every or epoch_steps) and step != total:
-                    continue
-                evaluate(step)
-                kl = results["after"]["kl_per_token"]  # reduced: every rank stops at the same step
-                if settings.target_kl and kl >= settings.target_kl:
-                    print0(f"stopped at step {step}: evaluation KL {kl:.3g} nats per token >= --target_kl")
-                    break
-                if step == total:
-                    break
-        if evaluated < step:  # of a stream nobody knew that it would end here
-            print0(f"{step} steps{ended_early(step, total, settings.epochs)}")
-            evaluate(step)
-        return results
+    @property
+    def headline(self) -> str:
+        """The figure that the best model is chosen by."""
+        return self.settings.best_by
 
-    def epochs(self, loader: DataLoader) -> Iterator[list[Batch]]:
-        """The prompt batches of one step after the other, epoch by epoch."""
-        for epoch in range(self.settings.epochs):
-            loader.sampler.set_epoch(epoch)
-            yield from batches_of_steps(loader, self.settings.rollouts_per_step)
-
-    def measure(self, step: int, epoch_steps: int, best_so_far: float) -> dict[str, float]:
-        """Evaluates, logs, and hands the answers on; the figures."""
-        with naming(f"evaluation at step {step}"):
-            evaluation = self.evaluate()
-        figures = evaluation.figures
-        figures["objective"] = figures["reward"] - self.algorithm.kl.coefficient * figures["kl"]
-        self.metrics.log(step, {f"eval/{k}": v for k, v in figures.items()}, epoch=step / epoch_steps)
-        self.on_evaluation(step, evaluation, figures[self.settings.best_by] > best_so_far)
+    def learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
+        """A step, and what those who watch make of it."""
+        rollout, figures = self.step(batches)
+        for watch in [*self.watchers, *([self.sentinel] if self.sentinel else [])]:
+            figures |= watch(step, rollout, figures)
         return figures
 
+    def check(self, step: int, figures: dict[str, float]) -> None:
+        """Asks the sentinel."""
+        if self.sentinel:
+            self.sentinel.stop_if_fatal()
 
-def add(sums: dict[str, float | Tensor], more: dict[str, Tensor]) -> None:
-    for name, value in more.items():
-        sums[name] = sums.get(name, 0.0) + value
+    def evaluate(self) -> PolicyEvaluation:
+        """Measures the policy; its `objective` is the reward minus the price of its KL."""
+        evaluation = self.measure()
+        figures = evaluation.figures
+        figures["objective"] = figures["reward"] - self.algorithm.kl.coefficient * figures["kl"]
+        return evaluation
 
-
-@contextmanager
-def naming(when: str) -> Iterator[None]:
-    """A UserError raised inside, such as a reward function's, says when it happened."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{when}: {error}") from error
+    def evaluated(self, state: TrainState, evaluation: PolicyEvaluation, best: bool) -> str | None:
+        """Hands the evaluation on; a reason to stop where the policy is too far from its reference."""
+        self.on_evaluation(state.step, evaluation, best)
+        kl = evaluation.figures["kl_per_token"]
+        if state.step and self.settings.target_kl and kl >= self.settings.target_kl:
+            return f"evaluation KL {kl:.3g} nats per token >= --target_kl"
+        return None

@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from remax.core.losses import ranking_losses, supervised_loss
 from remax.core.rollout import Rollout
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
+from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
 from remax.engines.policy import Actor, Reference
@@ -39,9 +41,10 @@ from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model, prepare_pad_token
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.functions import RewardFunction
-from remax.training.finetune import FinetuneSettings, finetune, total_steps
+from remax.training.finetune import finetune
+from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Ranking, Supervised
-from remax.training.trainer import Timer, Trainer, TrainerSettings
+from remax.training.trainer import Trainer, TrainerSettings
 from utils.data.loaders import build_loaders
 from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
@@ -50,6 +53,15 @@ from utils.tokenizer import load_tokenizer
 
 RATE = 3e-3
 EPSILON = 1e-3  # Adam's: with 1e-8 it divides noise by noise where a gradient is zero but for rounding
+
+
+CHECKS: dict[str, Callable[..., dict]] = {}
+
+
+def check(function: Callable[..., dict]) -> Callable[..., dict]:
+    """Makes a function callable by its name from a job."""
+    CHECKS[function.__name__] = function
+    return function
 
 
 @dataclass(frozen=True)
@@ -96,10 +108,10 @@ class Spread:
             return load_reward_model(self.model, "--model", dtype=self.config.torch_dtype, **options)
 
     def actor(self, **options) -> Actor:
-        return with_epsilon(Actor(self.policy(), self.config, optimizer(), **options))
+        return with_epsilon(Actor(TrainedEngine(self.policy(), self.config, optimizer()), **options))
 
     def trained_reward(self) -> TrainedReward:
-        return with_epsilon(TrainedReward(self.scorer(), self.config, optimizer()))
+        return with_epsilon(TrainedReward(TrainedEngine(self.scorer(), self.config, optimizer())))
 
 
 def optimizer() -> OptimizerConfig:
@@ -107,7 +119,7 @@ def optimizer() -> OptimizerConfig:
 
 
 def with_epsilon(trained):
-    for group in trained.engine.optimizer.param_groups:
+    for group in trained.engine.wrapped.optimizer.param_groups:
         group["eps"] = EPSILON
     return trained
 
@@ -148,6 +160,7 @@ def take_steps(trained, steps: int, loss_of, rows: int, micro_batch: int) -> dic
 # --- training
 
 
+@check
 def train_policy(folder: Path, name: str, rows: list[str], steps: int, chunk_size: int = 1024, **spread) -> dict:
     """Steps on files of sequences: minus their mean log-prob per token."""
     spread = Spread(**spread)
@@ -162,12 +175,13 @@ def train_policy(folder: Path, name: str, rows: list[str], steps: int, chunk_siz
 
     figures = take_steps(actor, steps, loss_of, len(files[0]), spread.micro_batch)
     save_weights(folder, name, actor)
-    frozen_copy = Reference(spread.policy(), spread.config)
+    frozen_copy = Reference(FrozenEngine(spread.policy(), spread.config))
     buffers = [buffer for engine in (actor, frozen_copy) for buffer in engine.model.buffers()]
     figures["buffers"] = sorted({str(buffer.dtype) for buffer in buffers if buffer.is_floating_point()})
     return figures
 
 
+@check
 def not_finite(folder: Path, name: str, rows: str, **spread) -> dict:
     """Four steps; in the second one the loss of one micro-batch on rank 0 is not a number."""
     spread = Spread(**spread)
@@ -189,6 +203,7 @@ def not_finite(folder: Path, name: str, rows: str, **spread) -> dict:
     return {"skipped": gather_objects(skipped), "finite": [math.isfinite(norm) for norm in norms]}
 
 
+@check
 def train_reward(folder: Path, name: str, rows: list[str], steps: int, **spread) -> dict:
     """Steps on pairs: even rows of a file are chosen over odd ones."""
     spread = Spread(**spread)
@@ -222,6 +237,7 @@ def plain_texts(paths: list[str]):
         yield {"input_ids": rows.input_ids, "lengths": rows.lengths, "prompt_lengths": rows.prompt_lengths}
 
 
+@check
 def trainer_update(
     folder: Path,
     name: str,
@@ -246,36 +262,42 @@ def trainer_update(
         settings["kl"] = build_penalty(start, **penalty)
     actor = spread.actor(chunk_size=16, sampling=Sampling(*(sampling or ())))
     value_model = replace(spread, **critic).trained_reward() if critic else None
-    reference = Reference(Spread(spread.model).policy(), EngineConfig())
+    reference = Reference(FrozenEngine(Spread(spread.model).policy(), EngineConfig()))
     trainer = Trainer(
         actor,
         reference,
         reward=None,
         algorithm=build_algorithm(**settings, sum_across_ranks=sum_across_ranks),
-        settings=TrainerSettings(
-            micro_batch_size=spread.micro_batch, rollouts_per_step=rollouts_per_step, unsupervised_coefficient=0.5
-        ),
-        evaluate=None,
+        settings=TrainerSettings(micro_batch_size=spread.micro_batch, unsupervised_coefficient=0.5),
+        measure=None,
         metrics=None,
         pad_id=spread.tokenizer.pad_token_id,
         critic=value_model,
         unsupervised=plain_texts(texts) if texts else None,
     )
 
-    def collect(batch: tuple[str, torch.Tensor], timer: Timer, tally: dict) -> Rollout:
+    saved: list[Rollout] = []
+
+    def answer(batch: tuple[str, torch.Tensor]) -> tuple[Sequences, None]:
         rollout = fixed_rollout(*batch)
         sequences = rollout.sequences
         wide = torch.nn.functional.pad(sequences.input_ids, (0, extra_columns), value=7)
-        rollout = replace(rollout, sequences=replace(sequences, input_ids=wide))
-        if trainer.reference_head is not None:
-            rollout = replace(rollout, reference_hidden=reference.hidden(rollout.sequences))
-        if value_model is not None:
-            old = actor.old_logprobs(rollout.sequences)
-            rollout = replace(rollout, old_logprobs=old, values=value_model.old_values(rollout.sequences))
-        with timer("generation"):
-            return rollout
+        saved.append(replace(rollout, sequences=replace(sequences, input_ids=wide)))
+        return saved[-1].sequences, None
 
-    trainer.collect = collect
+    def score(sampled: Sequences, greedy: None) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        return saved[-1].rewards, saved[-1].baseline, {}
+
+    def annotate(sampled: Sequences, rewards: torch.Tensor) -> Rollout:
+        rollout = saved[-1]
+        if trainer.reference_head is not None:
+            rollout = replace(rollout, reference_hidden=reference.hidden(sampled))
+        if value_model is not None:
+            old = actor.old_logprobs(sampled)
+            rollout = replace(rollout, old_logprobs=old, values=value_model.old_values(sampled))
+        return rollout
+
+    trainer.answer, trainer.score, trainer.annotate = answer, score, annotate
     figures = []
     for path in rollouts:
         rows = len(torch.load(path)["rewards"])
@@ -291,6 +313,7 @@ def trainer_update(
 # --- ZeRO-3: generation and frozen models
 
 
+@check
 def generate(
     folder: Path, name: str, prompts: dict, eos_ids: list[int], gather: bool, max_new_tokens: int, rows: str, **spread
 ) -> dict:
@@ -323,12 +346,13 @@ def generate(
     return {"before": before, "after": after, "training": actor.model.training, "backend": actor.backend, **figures}
 
 
+@check
 def frozen(folder: Path, name: str, rows: str, scorer: str, sampling: list, chunk_size: int, **spread) -> dict:
     """Reference log-probs, reward scores, and the KL of a trained actor to the reference, over all rows in order."""
     spread = Spread(**spread)
     sampling = Sampling(*sampling)
-    reference = Reference(spread.policy(), spread.config, sampling=sampling, chunk_size=chunk_size)
-    reward = Reward(replace(spread, model=scorer).scorer(), spread.config)
+    reference = Reference(FrozenEngine(spread.policy(), spread.config), sampling=sampling, chunk_size=chunk_size)
+    reward = Reward(FrozenEngine(replace(spread, model=scorer).scorer(), spread.config))
     other = replace(spread, zero_stage=2, offload_parameters=False)
     actor = other.actor(sampling=sampling, chunk_size=chunk_size)
     everything = load_rows(rows)
@@ -355,6 +379,7 @@ def frozen(folder: Path, name: str, rows: str, scorer: str, sampling: list, chun
 # --- exports
 
 
+@check
 def export_policy(folder: Path, name: str, rows: str, average: bool = False, **spread) -> dict:
     """A training step, then the export, and what the engine says of some rows."""
     spread = Spread(**spread)
@@ -381,6 +406,7 @@ def export_policy(folder: Path, name: str, rows: str, average: bool = False, **s
     return {"losses": losses, "logprobs": actor.old_logprobs(everything).tolist()}
 
 
+@check
 def export_reward(folder: Path, name: str, texts: list[list[str]], **spread) -> dict:
     """As step 2 ends: the scores of some texts and the export."""
     spread = Spread(**spread)
@@ -425,19 +451,20 @@ def loaders(stage: int, spread: Spread, data: str, batch: int, cache: str):
     )
 
 
+@check
 def evaluate(folder: Path, name: str, data: str, scorer: str, cache: str, **spread) -> dict:
     """All figures on an odd number of held-out rows."""
     spread = Spread(**spread)
     scores = replace(spread, model=scorer)
     actor = spread.actor(generation=GenerationSettings(8, spread.tokenizer.pad_token_id))
-    reference = Reference(spread.policy(), spread.config)
+    reference = Reference(FrozenEngine(spread.policy(), spread.config))
     with torch.no_grad():
         for parameter in actor.model.parameters():
             parameter.mul_(1.02)
     _, supervised = loaders(0, spread, data, 1, cache)
     _, ranking = loaders(1, spread, data, 1, cache)
     _, prompts = loaders(2, spread, data, 1, cache)
-    judge = Part("judge", Reward(scores.scorer(), spread.config), weight=0.5, mean=0.1, std=2.0)
+    judge = Part("judge", Reward(FrozenEngine(scores.scorer(), spread.config)), weight=0.5, mean=0.1, std=2.0)
     length = FunctionReward(
         RewardFunction("length", lambda prompt, answer: len(answer), False, False), spread.tokenizer
     )
@@ -453,6 +480,7 @@ def evaluate(folder: Path, name: str, data: str, scorer: str, cache: str, **spre
     }
 
 
+@check
 def function_fails(folder: Path, name: str, **spread) -> dict:
     """What every rank is told when a reward function fails on the last one."""
 
@@ -467,6 +495,7 @@ def function_fails(folder: Path, name: str, **spread) -> dict:
     return {"errors": None}
 
 
+@check
 def fine_tune(
     folder: Path, name: str, task: str, data: str, cache: str, batch: int, accumulation: int, max_steps: int, **spread
 ) -> dict:
@@ -474,20 +503,19 @@ def fine_tune(
     spread = Spread(**spread)
     set_seed(0)
     train_loader, eval_loader = loaders(0 if task == "supervised" else 1, spread, data, batch, cache)
-    settings = FinetuneSettings(epochs=2, accumulation=accumulation, max_steps=max_steps, evaluate_every=2)
+    cadence = Cadence(epochs=2, batches_per_step=accumulation, max_steps=max_steps, evaluate_every=2)
     if task == "supervised":
         job = Supervised(spread.actor(), eval_loader)
     elif task == "preference":
         frozen_part = replace(spread, zero_stage=3)
-        reference = Reference(frozen_part.policy(), frozen_part.config)
+        reference = Reference(FrozenEngine(frozen_part.policy(), frozen_part.config))
         job = DirectPreference(spread.actor(), reference, eval_loader, beta=0.5)
     else:
         job = Ranking(spread.trained_reward(), eval_loader)
     metrics = MetricsLogger(folder / name, drop_after=-1)
-    seen = []
-    results = finetune(job, train_loader, settings, metrics, lambda step, figures: seen.append(step))
+    results = finetune(job, train_loader, cadence, metrics)
     metrics.close()
-    return {"results": results, "evaluated": seen, "steps": total_steps(settings, len(train_loader))}
+    return {"results": results, "steps": cadence.total_steps(len(train_loader))}
 
 
 def main() -> None:
@@ -495,9 +523,9 @@ def main() -> None:
     quiet_libraries()
     init_distributed()
     folder, results = Path(job["folder"]), {}
-    for check in job["checks"]:
-        function, name = globals()[check.pop("check")], check["name"]
-        results[name] = function(folder, **check)
+    for arguments in job["checks"]:
+        function, name = CHECKS[arguments.pop("check")], arguments["name"]
+        results[name] = function(folder, **arguments)
         gc.collect()
         if is_main():
             (folder / "results.json").write_text(json.dumps(results))

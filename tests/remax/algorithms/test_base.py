@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from remax.algorithms.base import mean_metrics
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.remax import ReMax
 from remax.algorithms.terms import (
@@ -68,11 +67,6 @@ def test_aggregation_by_hand(aggregation, expected):
     assert aggregate(x, MASK, aggregation, algorithm.count(sequences)).item() == pytest.approx(expected)
 
 
-def test_means_of_metrics():
-    totals = {"loss": 0.5, "rows": 4.0, "tokens": 10.0, "rows/kl": 6.0, "tokens/entropy": 5.0}
-    assert mean_metrics(totals) == {"loss": 0.5, "rows": 4.0, "tokens": 10.0, "kl": 1.5, "entropy": 0.5}
-
-
 def rollout_of_two() -> Rollout:
     sequences = Sequences(torch.ones(2, 5, dtype=torch.long), torch.tensor([2, 1]), torch.tensor([3, 1]))
     return Rollout(
@@ -88,11 +82,13 @@ def test_metrics_are_sums():
     entropy = torch.tensor([[0.1, 0.2, 0.3], [0.4, 9.0, 9.0]])
     algorithm = ReMax(kl=KLPenalty(0.0))
     _, metrics = algorithm.loss(algorithm.prepare(rollout_of_two()), PolicyOutput(logprobs, entropy), 2)
-    assert metrics["rows/kl"].item() == pytest.approx(0.5 + 1.0 - 0.5 + 0.5)
-    assert metrics["tokens/entropy"].item() == pytest.approx(1.0)
-    assert metrics["tokens/advantage"].item() == pytest.approx(3 * 1.5 - 3.0)
-    assert metrics["tokens/advantage_square"].item() == pytest.approx(3 * 1.5**2 + 9.0)
-    assert (metrics["rows"].item(), metrics["tokens"].item()) == (2, 4)
+    # (sum, what it is divided by): 2 answers, 4 answer tokens.
+    found = {name: (float(figure.total), float(figure.count)) for name, figure in metrics.items() if name != "loss"}
+    assert found["kl"] == pytest.approx((0.5 + 1.0 - 0.5 + 0.5, 2))
+    assert found["entropy"] == pytest.approx((1.0, 4))
+    assert found["advantage"] == pytest.approx((3 * 1.5 - 3.0, 4))
+    assert found["advantage_square"] == pytest.approx((3 * 1.5**2 + 9.0, 4))
+    assert metrics["loss"].count is None
 
 
 def test_a_regulariser_without_gradient_is_refused():
@@ -123,12 +119,12 @@ def test_settings_out_of_range(settings, reason):
 
 def test_an_adaptive_coefficient_is_state_and_a_fixed_one_is_not():
     adaptive = ReMax(kl=KLPenalty(0.1, target=6.0))
-    adaptive.update({"kl": 12.0, "rows": 1000.0})
+    adaptive.update(12.0, 1000.0)
     assert adaptive.kl.coefficient == pytest.approx(0.1 * 1.02)
     resumed = ReMax(kl=KLPenalty(0.1, target=6.0))
     resumed.load_state_dict(adaptive.state_dict())
     assert resumed.kl.coefficient == adaptive.kl.coefficient
     fixed = ReMax(kl=KLPenalty(0.3))
-    fixed.update({"kl": 12.0, "rows": 1000.0})
+    fixed.update(12.0, 1000.0)
     fixed.load_state_dict(adaptive.state_dict())
     assert fixed.kl.coefficient == 0.3

@@ -44,10 +44,24 @@ def test_one_token_by_hand():
 
 
 def test_advantages_by_hand():
+    # A_t = gamma^(T-t+1) * clip(r - b) - penalty_t, nothing behind the answers (of 2, 1 and 2 tokens).
     reward, greedy = torch.tensor([2.0, 9.0, -8.0]), torch.tensor([0.5, 1.0, -1.0])
-    assert remax_advantages(reward, greedy, 5.0, "difference").tolist() == [1.5, 5.0, -5.0]
-    assert remax_advantages(reward, greedy, 5.0, "reward").tolist() == [1.5, 4.0, -4.0]
-    assert remax_advantages(reward, greedy, 0.0, "difference").tolist() == [1.5, 8.0, -7.0]
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    penalty = torch.tensor([[0.1, 0.2], [0.3, 0.0], [0.0, 0.4]])
+
+    def advantages(gamma: float, limit: float, clip_on: str) -> torch.Tensor:
+        options = {"gamma": gamma, "clip_value": limit, "clip_on": clip_on}
+        return remax_advantages(reward, greedy, penalty, mask, **options)
+
+    for limit, clip_on, clipped in (
+        (5.0, "difference", [1.5, 5.0, -5.0]),
+        (5.0, "reward", [1.5, 4.0, -4.0]),
+        (0.0, "difference", [1.5, 8.0, -7.0]),
+    ):
+        a, b, c = clipped
+        expected = torch.tensor([[0.81 * a - 0.1, 0.9 * a - 0.2], [0.9 * b - 0.3, 0.0], [0.81 * c, 0.9 * c - 0.4]])
+        torch.testing.assert_close(advantages(0.9, limit, clip_on), expected)
+    assert advantages(1.0, 5.0, "difference")[:, 0].tolist() == pytest.approx([1.4, 4.7, -5.0])
 
 
 @pytest.mark.parametrize("reach", ["one_step", "full_step"])

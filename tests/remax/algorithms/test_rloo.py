@@ -39,7 +39,7 @@ def test_kl_is_part_of_the_return():
     loss.backward()
     expected = torch.tensor([[-difference, -difference], [difference, 0.0]]) / 2  # the same for every token
     torch.testing.assert_close(logprobs.grad, expected)
-    assert metrics["rows/kl"].item() == pytest.approx(0.6)
+    assert float(metrics["kl"].total) == pytest.approx(0.6)
 
 
 def test_one_step_kl_acts_on_its_token_instead():

@@ -15,8 +15,9 @@ from remax.checks.findings import FAILURE, OK, SKIPPED, WARNING, Report
 from remax.checks.generation import with_padded_row
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts
+from remax.engines.base import Engine, FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
-from remax.engines.policy import Actor, FrozenActor, Reference
+from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
 from remax.generation.decode import GenerationSettings, GreedyRows
 from remax.models.policy import load_policy
@@ -39,13 +40,14 @@ def load(make_policy, make_scorer):
         tokenizer = load_tokenizer(folder)
         dtype = config.torch_dtype
         generation = GenerationSettings(ANSWER, tokenizer.pad_token_id, sampling)
-        judge = Reward(load_reward_model(scorer, "--r", dtype=dtype, tokenizer=tokenizer), config)
+        policy = load_policy(folder, "--a", dtype=dtype, tokenizer=tokenizer)
+        judge = Reward(FrozenEngine(load_reward_model(scorer, "--r", dtype=dtype, tokenizer=tokenizer), config))
         return {
-            "actor": FrozenActor(load_policy(folder, "--a", dtype=dtype, tokenizer=tokenizer), config, generation),
+            "actor": Actor(FrozenEngine(policy, config), generation=generation),
             "reward": CompositeReward([Part("judge", judge, tokenizer=load_tokenizer(scorer))]),
             "tokenizer": tokenizer,
             "prompts": built_in_prompts(tokenizer, PROMPT),
-            "reference": Reference(load_policy(folder, "--a", dtype=dtype, tokenizer=tokenizer), config),
+            "reference": Reference(FrozenEngine(load_policy(folder, "--a", dtype=dtype, tokenizer=tokenizer), config)),
             "max_prompt_tokens": PROMPT,
             "reload_limit": 0,
         }
@@ -124,7 +126,7 @@ def test_each_of_several_reward_models_is_checked(load, make_scorer):
     patient = load()
     folder = str(make_scorer("gpt2", seed=6))
     own = load_tokenizer(folder)
-    other = Reward(load_reward_model(folder, "--r", dtype=torch.float32, tokenizer=own), CPU)
+    other = Reward(FrozenEngine(load_reward_model(folder, "--r", dtype=torch.float32, tokenizer=own), CPU))
     (judge,) = patient["reward"].parts
     patient["reward"] = CompositeReward([judge, Part("other", other, tokenizer=own)])
     assert not examine(**patient).failures
@@ -295,7 +297,7 @@ def test_another_reference_is_found(load, make_policy):
     patient = load()
     other = str(make_policy("gpt2", seed=9))
     model = load_policy(other, "--x", dtype=torch.float32, tokenizer=patient["tokenizer"])
-    patient["reference"] = Reference(model, CPU)
+    patient["reference"] = Reference(FrozenEngine(model, CPU))
     assert failed(examine(**patient)) == ["KL to the reference is 0"]
     assert not examine(**patient, resumed=True).failures
 
@@ -304,9 +306,10 @@ class PlainActor(Actor):
     """An actor whose engine is the model itself."""
 
     def __init__(self, model, generation):
-        self.engine = self.model = model
-        self.config, self.generation, self.sampling = CPU, generation, generation.sampling
-        self.chunk_size, self.gather_for_generation = 1024, True
+        engine = Engine()
+        engine.model = engine.wrapped = model
+        engine.config = CPU
+        super().__init__(engine, generation=generation)
 
 
 @pytest.mark.parametrize("disable_dropout", [True, False])

@@ -161,12 +161,11 @@ def as_rows(rollout: Rollout) -> list[tuple]:
 
 
 @pytest.mark.parametrize("advantages_per_token", [True, False])
-@pytest.mark.parametrize("by_length", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_split_is_a_partition(size, by_length, advantages_per_token):
+def test_split_is_a_partition(size, advantages_per_token):
     for seed in range(5):
         rollout = random_rollout(seed, advantages_per_token)
-        parts = list(rollout.split(size, by_length=by_length))
+        parts = list(rollout.split(size))
         assert len(parts) == -(-len(rollout) // size)  # the same number on every rank with as many rows
         assert all(len(part) <= size for part in parts)
         got = [row for part in parts for row in as_rows(part)]
@@ -175,11 +174,25 @@ def test_split_is_a_partition(size, by_length, advantages_per_token):
             assert part.reference_logprobs.shape == part.sequences.answer_mask.shape
             assert part.sequences.input_ids.shape[1] == part.sequences.lengths.max()
             assert part.baseline is None
-        if by_length:
-            lengths = [int(n) for part in parts for n in part.sequences.lengths]
-            assert lengths == sorted(lengths)
-        else:
-            assert got == as_rows(rollout)
+        lengths = [int(n) for part in parts for n in part.sequences.lengths]
+        assert lengths == sorted(lengths)
+
+
+def test_split_keeps_groups_together():
+    # Six rows in three groups of two, in micro-batches of two groups: the groups by their longest row, each as it was.
+    whole = random_rollout(0, advantages_per_token=False)
+    rollout = Rollout.concatenate([whole, whole.select(slice(0, 12 - len(whole)))], PAD).select(slice(0, 6))
+    parts = list(rollout.split(4, group=2))
+    assert [len(part) for part in parts] == [4, 2]
+    got = [row for part in parts for row in as_rows(part)]
+    pairs = [tuple(got[i : i + 2]) for i in (0, 2, 4)]
+    expected = as_rows(rollout)
+    assert sorted(pairs) == sorted(tuple(expected[i : i + 2]) for i in (0, 2, 4))
+    longest = [max(len(row[0]) for row in pair) for pair in pairs]
+    assert longest == sorted(longest)
+    for size, rows in ((3, 6), (4, 5)):
+        with pytest.raises(ValueError, match="cannot keep groups of 2 together"):
+            list(rollout.select(slice(0, rows)).split(size, group=2))
 
 
 def test_only_the_answers_of_a_dialogue_are_learned():

@@ -12,6 +12,7 @@ from remax.core.batches import First
 from remax.core.logprobs import PolicyOutput
 from remax.core.sampling import Sampling
 from remax.core.sequences import Sequences
+from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Reference
 from remax.engines.scorer import Reward
@@ -92,7 +93,7 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
     other, _ = load(make_policy("llama", seed=1))
     scorer, _ = load(make_scorer("llama"), load_reward_model)
     actor = PlainActor(model.eval(), GenerationSettings(5, tokenizer.pad_token_id))
-    reference, reward = Reference(other, EngineConfig()), Reward(scorer, EngineConfig())
+    reference, reward = Reference(FrozenEngine(other, EngineConfig())), Reward(FrozenEngine(scorer, EngineConfig()))
     eos = 264
     model.hf.generation_config.eos_token_id = [eos]
     batches = [([[0, 40], [50, 60]], [1, 2], [1.0, 1.0]), ([[70, 80], [70, 80]], [2, 2], [1.0, 0.0])]
@@ -207,7 +208,8 @@ def test_fine_tuning_does_not_depend_on_the_number_of_ranks(task, on_ranks):
     for ranks, (results, folder) in on_ranks.items():
         text = (folder / task / "metrics.jsonl").read_text()
         lines[ranks] = [json.loads(line) for line in text.splitlines()]
-        assert results[task]["evaluated"][-1] == results[task]["steps"]
+        evaluated = [line["step"] for line in lines[ranks] if any(name.startswith("eval/") for name in line)]
+        assert evaluated[0] == 0 and evaluated[-1] == results[task]["steps"]
     assert len(lines[1]) == len(lines[2])
     for alone, two in zip(lines[1], lines[2], strict=True):
         assert alone.keys() == two.keys()

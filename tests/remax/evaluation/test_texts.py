@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.demo.corpus import make_rows
+from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
-from remax.engines.policy import FrozenActor
+from remax.engines.policy import Actor
 from remax.engines.scorer import Reward
 from remax.evaluation import texts as scoring
 from remax.evaluation.answers import answer_prompts
@@ -28,7 +29,7 @@ def make_actor(folder, **settings):
     tokenizer = load_tokenizer(str(folder))
     policy = load_policy(str(folder), "--model", dtype=torch.float32, tokenizer=tokenizer)
     generation = GenerationSettings(**({"max_new_tokens": 8, "pad_id": tokenizer.pad_token_id} | settings))
-    return FrozenActor(policy, EngineConfig(), generation), tokenizer
+    return Actor(FrozenEngine(policy, EngineConfig()), generation=generation), tokenizer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -116,7 +117,8 @@ def test_an_answer_that_just_fits_is_not_cut(tokenizer):
 def test_scores_are_those_of_plain_transformers(architecture, tiny_reward_model):
     folder = tiny_reward_model(architecture)
     tokenizer = load_tokenizer(str(folder))
-    reward = Reward(load_reward_model(str(folder), "--m", dtype=torch.float32, tokenizer=tokenizer), EngineConfig())
+    model = load_reward_model(str(folder), "--m", dtype=torch.float32, tokenizer=tokenizer)
+    reward = Reward(FrozenEngine(model, EngineConfig()))
     texts = encode_texts(tokenizer, [row["prompt"] for row in ROWS], [row["chosen"] for row in ROWS], 100)
     scores = score_texts(reward, texts, batch_size=3, pad_id=tokenizer.pad_token_id)
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -129,7 +131,8 @@ def test_scores_are_those_of_plain_transformers(architecture, tiny_reward_model)
 def test_ranks_share_the_texts(ranks, monkeypatch, tiny_reward_model):
     folder = tiny_reward_model("llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    reward = Reward(load_reward_model(str(folder), "--m", dtype=torch.float32, tokenizer=tokenizer), EngineConfig())
+    model = load_reward_model(str(folder), "--m", dtype=torch.float32, tokenizer=tokenizer)
+    reward = Reward(FrozenEngine(model, EngineConfig()))
     texts = encode_texts(tokenizer, [row["prompt"] for row in ROWS], [row["rejected"] for row in ROWS], 100)
     alone = score_texts(reward, texts, batch_size=2, pad_id=tokenizer.pad_token_id)
 
@@ -153,7 +156,7 @@ def test_prompts_of_a_batch_are_padded_on_the_left(tiny_model, monkeypatch):
     actor, tokenizer = make_actor(tiny_model("llama"))
     seen = []
     monkeypatch.setattr(
-        actor, "rollout", lambda prompts, **kw: seen.append(prompts) or FrozenActor.rollout(actor, prompts, **kw)
+        actor, "rollout", lambda prompts, **kw: seen.append(prompts) or Actor.rollout(actor, prompts, **kw)
     )
     answer_prompts(actor, tokenizer, PROMPTS, batch_size=3)
     (batch,) = seen

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from remax.checks.packing import check_packing
 from remax.core.logprobs import PolicyOutput
 from remax.core.sequences import Sequences
+from remax.engines.base import Engine
+from remax.engines.deepspeed_config import EngineConfig
 from remax.models.loading import prepare_training
 from remax.models.lora import add_lora
 from remax.models.packing import IN_PIECES, Packed, attend_in_pieces, band, prepare_packing, token_slots, unpacked
@@ -206,7 +206,9 @@ def test_the_pieces_and_layers_of_a_batch_share_one_mask(make_policy, sequences_
 
 
 def checked(model, dtype: str = "fp32", max_len: int = 18) -> None:
-    engine = SimpleNamespace(model=model, engine=model, config=SimpleNamespace(dtype=dtype))
+    engine = Engine()
+    engine.model = engine.wrapped = model
+    engine.config = EngineConfig(dtype=dtype)
     read = {"every_token": True} if isinstance(model, RewardModel) else {"hidden_only": True}
     check_packing(engine, max_len, **read)
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, SequentialSampler
 
 from remax.algorithms import build_algorithm
 from remax.algorithms.kl import KLPenalty
 from remax.core.sequences import Sequences
-from remax.engines.base import StepResult
+from remax.engines.base import Engine, FrozenEngine, StepResult
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
-from remax.evaluation.policy import evaluate_policy
+from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
 from remax.generation.decode import GenerationSettings
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from remax.rewards.composite import CompositeReward, FunctionReward, Part, try_functions
 from remax.rewards.functions import RewardFunction
-from remax.training.trainer import Timer, Trainer, TrainerSettings
+from remax.training.trainer import Trainer, TrainerSettings
 from utils.data.encoding import encode_prompts
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
@@ -39,7 +41,7 @@ def judges(make_scorer):
     folders = [str(make_scorer("llama", seed=seed)) for seed in (5, 6)]
     tokenizer = load_tokenizer(folders[0])
     load = [load_reward_model(folder, "--r", dtype=torch.float32, tokenizer=tokenizer) for folder in folders]
-    return [Reward(model, CPU) for model in load], tokenizer
+    return [Reward(FrozenEngine(model, CPU)) for model in load], tokenizer
 
 
 @torch.no_grad()
@@ -167,9 +169,10 @@ class PlainActor(Actor):
     """An actor that learns without DeepSpeed, in this process."""
 
     def __init__(self, model, generation, rate: float):
-        self.engine = self.model = model
-        self.config, self.generation, self.sampling = CPU, generation, generation.sampling
-        self.chunk_size, self.gather_for_generation = 1024, True
+        engine = Engine()
+        engine.model = engine.wrapped = model
+        engine.config = CPU
+        super().__init__(engine, generation=generation)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=rate)
 
     def backward(self, loss, last):
@@ -184,9 +187,9 @@ class PlainActor(Actor):
 class Counting:
     """Calls a model and notes how many rows each forward has."""
 
-    def __init__(self, engine):
-        self.engine, self.rows = engine.engine, []
-        engine.engine = self
+    def __init__(self, role):
+        self.engine, self.rows = role.engine, []
+        role.engine = self
 
     def __call__(self, sequences, **options):
         self.rows.append(len(sequences))
@@ -205,14 +208,14 @@ def make_trainer(make_policy):
             GenerationSettings(tokens, tokenizer.pad_token_id),
             rate,
         )
-        reference = Reference(load_policy(folder, "--a", dtype=torch.float32, tokenizer=tokenizer), CPU)
+        reference = Reference(FrozenEngine(load_policy(folder, "--a", dtype=torch.float32, tokenizer=tokenizer), CPU))
         return Trainer(
             actor,
             reference,
             reward,
             build_algorithm(algo, kl=KLPenalty(0.0, reach="full_step"), **settings.pop("algorithm", {})),
             TrainerSettings(**settings),
-            evaluate=None,
+            measure=None,
             metrics=None,
             pad_id=tokenizer.pad_token_id,
         )
@@ -251,14 +254,17 @@ def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, jud
     rollouts, tallies = [], []
     for size in (answers, 3):
         trainer = make_trainer(reward, tokenizer, algo, micro_batch_size=size, algorithm=samples)
-        counted = [Counting(engine) for engine in (first, second, trainer.reference)]
+        counted = [Counting(role) for role in (first, second, trainer.reference)]
         torch.manual_seed(0)
-        tallies.append({})
         original, answered = trainer.actor.rollout, []
         trainer.actor.rollout = lambda *args, of=original, to=answered, **kw: to.append(of(*args, **kw)) or to[-1]
-        rollouts.append(trainer.collect(prompts_of(7), Timer(), tallies[-1]))
-        for counter, engine in zip(counted, (first, second, trainer.reference), strict=True):
-            engine.engine = counter.engine
+        sampled, greedy = trainer.answer(prompts_of(7))
+        rewards, baseline, parts = trainer.score(sampled, greedy)
+        rollouts.append(replace(trainer.annotate(sampled, rewards), baseline=baseline))
+        tallies.append({name: float(figure.total) for name, figure in parts.items()})
+        assert all(figure.count == answers for figure in parts.values())
+        for counter, role in zip(counted, (first, second, trainer.reference), strict=True):
+            role.engine = counter.engine
         # A forward of a reward model takes the greedy answers of its micro-batch along.
         assert [len(counter.rows) for counter in counted] == [-(-answers // size)] * 3
         assert max(counted[0].rows) <= size * (2 if algo == "remax" else 1) and max(counted[2].rows) <= size
@@ -272,7 +278,9 @@ def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, jud
     assert (whole.baseline is not None) == (algo == "remax") == (greedy is not None)
     if greedy is not None:
         torch.testing.assert_close(whole.baseline, reward.score(greedy), rtol=1e-4, atol=1e-4)
-    assert {k: float(v) for k, v in tallies[0].items()} == pytest.approx({k: float(v) for k, v in tallies[1].items()})
+    assert tallies[0] == pytest.approx(tallies[1]) and tallies[0].keys() == {
+        f"reward/{n}" for n in ("first", "second", "length")
+    }
 
 
 def test_figures_name_the_parts_and_count_every_token(make_trainer, judges, monkeypatch):
@@ -309,9 +317,21 @@ def test_an_adaptive_kl_moves_once_a_step(make_trainer, judges):
 def test_an_error_in_a_step_says_which(make_trainer, tokenizers):
     tokenizer = load_tokenizer(str(tokenizers["own"]))
     trainer = make_trainer(CompositeReward([Part("f", by_rule(lambda prompt, answer: None, tokenizer))]), tokenizer)
-    trainer.evaluate = lambda: trainer.step([prompts_of(2)])
-    with pytest.raises(UserError, match="^evaluation at step 3: --reward_fn rules:f: returned None; expected a number"):
-        trainer.measure(3, epoch_steps=1, best_so_far=0.0)
+    batches = [prompts_of(2)]
+    loader = DataLoader(batches, batch_size=None, sampler=Epochs(batches))
+    trainer.measure = lambda: trainer.step(batches)
+    with pytest.raises(UserError, match="^evaluation at step 0: --reward_fn rules:f: returned None; expected a number"):
+        trainer.train(loader)
+    trainer.measure = lambda: PolicyEvaluation({"reward": 0.0, "kl": 0.0, "kl_per_token": 0.0})
+    trainer.metrics = SimpleNamespace(log=lambda *args, **kwargs: None)
+    with pytest.raises(UserError, match="^step 1: --reward_fn rules:f: returned None; expected a number"):
+        trainer.train(loader)
+
+
+class Epochs(SequentialSampler):
+    """The order of a loader whose epochs are all alike."""
+
+    def set_epoch(self, epoch: int) -> None: ...
 
 
 def test_an_evaluation_names_the_parts(make_trainer, judges):

@@ -14,14 +14,8 @@ from remax.core.logprobs import PolicyOutput
 from remax.core.sequences import Sequences
 from remax.engines.base import StepResult
 from remax.models.reward_model import load_reward_model
-from remax.training.finetune import (
-    FinetuneSettings,
-    count_tokens,
-    finetune,
-    optimizer_step,
-    steps_per_epoch,
-    total_steps,
-)
+from remax.training.finetune import finetune, optimizer_step
+from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Ranking, Supervised
 from utils.data.loaders import build_loaders
 from utils.metrics import MetricsLogger
@@ -29,12 +23,13 @@ from utils.run import TrainingStopped, UserError
 from utils.tokenizer import load_tokenizer
 
 
-class Engine:
+class Learner:
     """One weight w, trained by plain gradient descent; the log-prob of every token is w * id, the score w * last id."""
 
     def __init__(self, weight: float = 0.5, rate: float = 0.01):
         self.w, self.rate = torch.tensor(weight, requires_grad=True), rate
         self.model, self.lasts, self.training = torch.nn.Module(), [], None
+        self.engine = self
 
     def train(self, mode: bool = True) -> None:
         self.training = mode
@@ -68,14 +63,23 @@ def supervised(ids: list[list[int]], prompt_lengths: list[int], lengths: list[in
 BATCHES = [supervised([[9, 1, 2], [9, 9, 4]], [1, 2], [3, 3]), supervised([[9, 5, 7]], [1], [2])]
 
 
+def learned(figures: dict[str, float]) -> dict[str, float]:
+    """Without what every step reports of its tokens and time."""
+    assert figures.keys() >= READING
+    return {name: value for name, value in figures.items() if name not in READING}
+
+
+READING = {"padding_share", "seconds_per_step", "tokens_per_second"}
+
+
 def test_a_step_is_a_mean_over_the_answer_tokens_of_all_its_micro_batches():
     # Answers 1 2 / 4 / 5 (the prompt's 9s and the 7 behind the end do not count): mean of -w * id over 4 tokens is
     # -0.5 * 12 / 4, the gradient -12 / 4. A mean of the micro-batches' means would give (-7 / 3 - 5 / 1) / 2 instead.
-    engine = Engine()
-    figures = optimizer_step(Supervised(engine, []), list(BATCHES))
+    learner = Learner()
+    figures = learned(optimizer_step(Supervised(learner, []), list(BATCHES)))
     assert figures == pytest.approx({"loss": -1.5, "grad_norm": 3.0, "lr": 0.01})
-    assert engine.lasts == [False, True]
-    assert engine.w.item() == pytest.approx(0.5 + 0.01 * 3)
+    assert learner.lasts == [False, True]
+    assert learner.w.item() == pytest.approx(0.5 + 0.01 * 3)
 
 
 def test_a_ranking_step_is_a_mean_over_pairs():
@@ -87,7 +91,7 @@ def test_a_ranking_step_is_a_mean_over_pairs():
             batch[f"{name}_ids"] = torch.tensor([[9, i] for i in ids])
         return batch
 
-    figures = optimizer_step(Ranking(Engine(), []), [pairs([4, 3], [2, 3]), pairs([1], [5])])
+    figures = optimizer_step(Ranking(Learner(), []), [pairs([4, 3], [2, 3]), pairs([1], [5])])
     losses = [math.log1p(math.exp(-0.5 * d)) for d in (2, 0, -4)]
     assert figures["loss"] == pytest.approx(sum(losses) / 3)
     assert figures["margin"] == pytest.approx(0.5 * (2 + 0 - 4) / 3)
@@ -111,7 +115,7 @@ def rankings(ids: list[list[int]], ranks: list[list[int]]) -> dict[str, torch.Te
 def test_a_ranked_step_is_a_mean_over_prompts(loss):
     # Scores w * id, w = 0.5. Three prompts: last tokens 4 > 2 > 1, 3 > 5 = 1, 2 > 6.
     batches = [rankings([[4, 2, 1], [3, 5, 1]], [[1, 2, 3], [1, 2, 2]]), rankings([[6, 2]], [[2, 1]])]
-    figures = optimizer_step(Ranking(Engine(), [], ranked_loss=loss), batches)
+    figures = optimizer_step(Ranking(Learner(), [], ranked_loss=loss), batches)
 
     def lose(d: float) -> float:
         return math.log1p(math.exp(-0.5 * d))
@@ -137,10 +141,10 @@ def test_a_ranked_step_takes_the_options_of_pairs():
     def lose(d: float) -> float:
         return math.log1p(math.exp(-d))
 
-    smooth = optimizer_step(Ranking(Engine(), [], label_smoothing=0.1, centring=0.2), batches)
+    smooth = optimizer_step(Ranking(Learner(), [], label_smoothing=0.1, centring=0.2), batches)
     expected = sum(0.9 * lose(d) + 0.1 * lose(-d) for d in (1, 1.5, 0.5)) / 3
     assert smooth["loss"] == pytest.approx(expected + centre)
-    listwise = optimizer_step(Ranking(Engine(), [], ranked_loss="plackett-luce", centring=0.2), batches)
+    listwise = optimizer_step(Ranking(Learner(), [], ranked_loss="plackett-luce", centring=0.2), batches)
     expected = math.log(1 + math.exp(-1) + math.exp(-1.5)) + lose(0.5)
     assert listwise["loss"] == pytest.approx(expected + centre)
 
@@ -150,6 +154,7 @@ class Trained:
 
     def __init__(self, model: torch.nn.Module, rate: float):
         self.model, self.optimizer = model, torch.optim.Adam(model.parameters(), rate)
+        self.engine = self
 
     def train(self, mode: bool = True) -> None:
         self.model.train(mode)
@@ -187,7 +192,7 @@ def test_rankings_are_learned_from_a_file(loss, tmp_path, make_scorer):
     options = {"data_path": [str(tmp_path)], "data_output_path": str(tmp_path), "data_split": "0,1,0", "max_len": 96}
     train, held_out = build_loaders(stage=1, tokenizer=tokenizer, train_batch_size=4, eval_batch_size=16, **options)
     task, metrics = Ranking(Trained(model, 2e-3), held_out, ranked_loss=loss), MetricsLogger(tmp_path)
-    results = finetune(task, train, FinetuneSettings(epochs=3), metrics)
+    results = finetune(task, train, Cadence(epochs=3), metrics)
     metrics.close()
     before, after = results["before"], results["after"]
     assert before["best_of_k_chance"] == after["best_of_k_chance"] == 0.25
@@ -210,35 +215,38 @@ def test_a_step_of_direct_preference():
     batch |= {"chosen_ids": torch.tensor([[9, 1, 2]]), "chosen_lengths": torch.tensor([3])}
     batch |= {"rejected_ids": torch.tensor([[9, 4, 8]]), "rejected_lengths": torch.tensor([2])}
     for alpha in (0.0, 0.3):
-        task = DirectPreference(Engine(), Fixed(), [batch], beta=2.0, alpha=alpha)
-        figures = optimizer_step(task, [batch, batch])
+        task = DirectPreference(Learner(), Fixed(), [batch], beta=2.0, alpha=alpha)
+        figures = learned(optimizer_step(task, [batch, batch]))
         logit = 2 * 0.75 * (3 - 4) + alpha
         gradient = 2 * (4 - 3) / (1 + math.exp(logit))  # d loss / d w = -sigmoid(-logit) * beta * (3 - 4)
         assert figures == pytest.approx(
             {"loss": math.log1p(math.exp(-logit)), "accuracy": 0.0, "margin": -1.5, "grad_norm": gradient, "lr": 0.01}
         )
-    held_out = DirectPreference(Engine(), Fixed(), [batch], beta=2.0).evaluate()
+    held_out = DirectPreference(Learner(), Fixed(), [batch], beta=2.0).evaluate()
     assert (held_out["accuracy"], held_out["margin"], held_out["longer_wins"]) == pytest.approx((0.0, -1.5, 1.0))
 
 
-def test_tokens_and_slots():
-    # Rows of 3 and 3 in 2 * 3 slots, one of 2 in 1 * 3.
-    assert count_tokens(Supervised(Engine(), []), list(BATCHES)) == {"tokens": 8, "slots": 9}
+def test_padding_is_told():
+    def padding(task, batches) -> float:
+        return optimizer_step(task, batches)["padding_share"]
+
+    # Rows of 3 and 3 tokens in 2 * 3 slots, one of 2 in 1 * 3.
+    assert padding(Supervised(Learner(), []), list(BATCHES)) == pytest.approx(1 - 8 / 9)
     # Chosen 3 and 4, rejected 2 and 1 tokens; the rejected rows are padded to the chosen ones' four columns.
     lengths = {"chosen_lengths": [3, 4], "rejected_lengths": [2, 1], "prompt_lengths": [1, 0]}
     ids = {"chosen_ids": torch.zeros(2, 4), "rejected_ids": torch.zeros(2, 2)}
     pairs = ids | {name: torch.tensor(values) for name, values in lengths.items()}
-    for task in (Ranking(Engine(), []), DirectPreference(Engine(), Fixed(), [])):
-        assert count_tokens(task, [pairs]) == {"tokens": 10, "slots": 16}
+    for task in (Ranking(Learner(), []), DirectPreference(Learner(), Fixed(), [])):
+        assert padding(task, [pairs]) == pytest.approx(1 - 10 / 16)
     five = rankings([[4, 2, 1], [3, 5]], [[1, 2, 3], [1, 2]])  # answers of one token behind prompts of one
-    assert count_tokens(Ranking(Engine(), []), [five]) == {"tokens": 10, "slots": 10}
+    assert padding(Ranking(Learner(), []), [five]) == 0.0
 
 
 def test_steps():
-    assert [list(groups(range(5), 2)), steps_per_epoch(5, 2)] == [[[0, 1], [2, 3], [4]], 3]
-    assert total_steps(FinetuneSettings(epochs=2, accumulation=2), 5) == 6
-    assert total_steps(FinetuneSettings(epochs=2, accumulation=2, max_steps=4), 5) == 4
-    assert total_steps(FinetuneSettings(epochs=2, max_steps=400), 5) == 10
+    assert [list(groups(range(5), 2)), Cadence(batches_per_step=2).steps_per_epoch(5)] == [[[0, 1], [2, 3], [4]], 3]
+    assert Cadence(epochs=2, batches_per_step=2).total_steps(5) == 6
+    assert Cadence(epochs=2, batches_per_step=2, max_steps=4).total_steps(5) == 4
+    assert Cadence(epochs=2, max_steps=400).total_steps(5) == 10
 
 
 class Loader(list):
@@ -258,22 +266,23 @@ class Noting(Supervised):
     calls = 0
 
     def evaluate(self) -> dict[str, float]:
-        assert self.engine.training is False
+        assert self.learner.training is False
         self.calls += 1
         return {"loss": 1.0 / self.calls, "perplexity": 10.0 - self.calls}
 
 
-def run(tmp_path, **settings) -> tuple[Noting, Loader, list, dict, list[dict]]:
-    task, loader, seen = Noting(Engine(), []), Loader(BATCHES * 2), []
-    metrics = MetricsLogger(tmp_path)
-    results = finetune(task, loader, FinetuneSettings(**settings), metrics, lambda step, _: seen.append(step))
+def run(tmp_path, loader: Loader | None = None, **cadence) -> tuple[Noting, Loader, list[int], dict, list[dict]]:
+    """-> task, loader, the steps of the evaluations after the first one, results, metrics."""
+    task, loader = Noting(Learner(), []), loader if loader is not None else Loader(BATCHES * 2)
+    metrics = MetricsLogger(tmp_path, drop_after=-1)
+    results = finetune(task, loader, Cadence(**cadence), metrics)
     metrics.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    return task, loader, seen, results, lines
+    return task, loader, [line["step"] for line in lines if "eval/loss" in line][1:], results, lines
 
 
 def test_evaluation_before_at_each_epochs_end_and_after(tmp_path):
-    task, loader, seen, results, lines = run(tmp_path, epochs=2, accumulation=3)
+    task, loader, seen, results, lines = run(tmp_path, epochs=2, batches_per_step=3)
     assert loader.epochs == [0, 1] and seen == [2, 4] and task.calls == 3
     assert results == {"before": {"loss": 1.0, "perplexity": 9.0}, "after": {"loss": 1 / 3, "perplexity": 7.0}}
     assert [(line["step"], line["epoch"], "eval/loss" in line) for line in lines] == [
@@ -285,7 +294,7 @@ def test_evaluation_before_at_each_epochs_end_and_after(tmp_path):
         (4, 2.0, False),
         (4, 2.0, True),
     ]
-    assert task.engine.lasts == [False, False, True, True] * 2  # an epoch's last step has what is left
+    assert task.learner.lasts == [False, False, True, True] * 2  # an epoch's last step has what is left
 
 
 def test_evaluation_every_n_steps_and_max_steps(tmp_path):
@@ -306,18 +315,13 @@ class Stream(Loader):
 
 def test_data_that_end_before_max_steps_end_the_training(tmp_path, capsys):
     # Two epochs of four batches; nobody knew it, so that the loop counts on 9 steps.
-    task, seen = Noting(Engine(), []), []
-    metrics = MetricsLogger(tmp_path)
-    loader = Stream(BATCHES * 2)
-    batches = sum(1 for _ in loader)
-    settings = FinetuneSettings(epochs=2, max_steps=9, evaluate_every=5)
-    results = finetune(task, loader, settings, metrics, lambda step, _: seen.append(step))
-    metrics.close()
-    assert batches == 4 and loader.epochs == [0, 1] and seen == [5, 8] and results["after"]["perplexity"] == 7.0
+    _, loader, seen, results, _ = run(tmp_path, Stream(BATCHES * 2), epochs=2, max_steps=9, evaluate_every=5)
+    assert sum(1 for _ in loader) == 4
+    assert loader.epochs == [0, 1] and seen == [5, 8] and results["after"]["perplexity"] == 7.0
     assert "8 steps in" in (said := capsys.readouterr().out)
     assert "(of --max_steps 9: the data ended with --num_train_epochs 2, before" in said
     loader.epochs.clear()
-    finetune(Noting(Engine(), []), loader, FinetuneSettings(epochs=3, max_steps=9), MetricsLogger(tmp_path))
+    run(tmp_path, loader, epochs=3, max_steps=9)
     assert loader.epochs == [0, 1, 2] and "the data ended" not in capsys.readouterr().out
 
 
@@ -330,16 +334,16 @@ def test_a_faulty_row_of_a_stream_stops(tmp_path):
 
     metrics = MetricsLogger(tmp_path)
     with pytest.raises(TrainingStopped, match="cannot be read any further: --data_path x.jsonl, line 7"):
-        finetune(Noting(Engine(), []), Faulty([]), FinetuneSettings(epochs=1, max_steps=9), metrics)
+        finetune(Noting(Learner(), []), Faulty([]), Cadence(epochs=1, max_steps=9), metrics)
     metrics.close()
     seen = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert seen == [0, 1, 2]
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):
-    task = Noting(Engine(weight=float("nan")), [])
+    task = Noting(Learner(weight=float("nan")), [])
     metrics = MetricsLogger(tmp_path)
     with pytest.raises(TrainingStopped, match="step 1: loss is nan .*learning rate"):
-        finetune(task, Loader(BATCHES), FinetuneSettings(epochs=1), metrics)
+        finetune(task, Loader(BATCHES), Cadence(epochs=1), metrics)
     metrics.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["train/loss"] is None

@@ -14,6 +14,7 @@ from remax.algorithms import build_algorithm
 from remax.algorithms.kl import KLPenalty
 from remax.core.sequences import Sequences
 from remax.evaluation.policy import PolicyEvaluation
+from remax.training.loop import Cadence
 from remax.training.trainer import Trainer, TrainerSettings
 from utils.run import TrainingStopped
 
@@ -182,6 +183,9 @@ class Epochs(torch.utils.data.Sampler):
         return self.length
 
 
+CADENCE = [f.name for f in dataclasses.fields(Cadence)]
+
+
 def run_loop(
     recorder: Recorder, batches: int, length: int | None = None, sentinel=None, watchers=(), **settings
 ) -> tuple[dict, list[int]]:
@@ -202,15 +206,17 @@ def run_loop(
         reference=None,
         reward=None,
         algorithm=build_algorithm("remax", kl=KLPenalty(0.2, reach="one_step")),
-        settings=TrainerSettings(**settings),
-        evaluate=recorder.evaluate,
+        settings=TrainerSettings(
+            Cadence(**{name: settings.pop(name) for name in CADENCE if name in settings}), **settings
+        ),
+        measure=recorder.evaluate,
         metrics=recorder,
         pad_id=0,
         on_evaluation=recorder.on_evaluation,
         sentinel=sentinel,
         watchers=list(watchers),
     )
-    return loop.train(loader), sampler.epochs
+    return loop.train(loader).results, sampler.epochs
 
 
 def test_evaluation_at_the_start_every_n_steps_and_at_the_end():
@@ -228,10 +234,10 @@ def test_evaluation_at_the_start_every_n_steps_and_at_the_end():
 
 def test_once_per_epoch_by_default_and_several_batches_a_step():
     recorder = Recorder([0.0, 1.0, 2.0])
-    run_loop(recorder, batches=5, epochs=2, rollouts_per_step=2)
+    run_loop(recorder, batches=5, epochs=2, batches_per_step=2)
     assert recorder.steps == [[0, 1], [2, 3], [4]] * 2  # the last step of an epoch may have fewer
     assert [step for step, *_ in recorder.evaluated] == [0, 3, 6]
-    assert TrainerSettings(epochs=2, rollouts_per_step=2).total_steps(5) == 6
+    assert Cadence(epochs=2, batches_per_step=2).total_steps(5) == 6
 
 
 def test_data_that_end_before_max_steps_end_the_loop(capsys):
@@ -241,7 +247,7 @@ def test_data_that_end_before_max_steps_end_the_loop(capsys):
     assert recorder.steps == [[0], [1], [2], [3]] * 2 and epochs == [0, 1]
     assert recorder.evaluated == [(0, 0.0, False), (5, 1.0, True), (8, 2.0, True)]
     assert results["after"]["reward"] == results["best"]["reward"] == 2.0
-    assert "8 steps (of --max_steps 9: the data ended with --num_train_epochs 2" in capsys.readouterr().out
+    assert "8 steps in 0 s (of --max_steps 9: the data ended with --num_train_epochs 2" in capsys.readouterr().out
 
 
 def test_max_steps_ends_the_loop_with_an_evaluation():

@@ -1,0 +1,182 @@
+"""The one training loop of all stages: epochs, evaluation, logging, stopping. What is learned is up to the
+learner.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader
+
+from remax.core.batches import Batch, groups
+from utils.distributed import print0
+from utils.metrics import MetricsLogger, progress
+from utils.run import TrainingStopped, UserError
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When things happen, in optimizer steps (of step 3: rollouts that are learned from).
+
+    Attributes:
+        epochs: passes over the data.
+        batches_per_step: micro-batches that are accumulated, or prompt batches that are collected, before a step.
+        max_steps: where to stop; 0: at the end of the epochs.
+        evaluate_every: steps between evaluations; 0: once an epoch.
+    """
+
+    epochs: int = 1
+    batches_per_step: int = 1
+    max_steps: int = 0
+    evaluate_every: int = 0
+
+    def steps_per_epoch(self, batches: int) -> int:
+        """Steps of an epoch of so many batches; its last one may have fewer of them."""
+        return math.ceil(batches / self.batches_per_step)
+
+    def total_steps(self, batches: int) -> int:
+        """Steps of a whole training with so many batches per epoch."""
+        total = self.epochs * self.steps_per_epoch(batches)
+        return min(total, self.max_steps) if self.max_steps else total
+
+
+@dataclass
+class TrainState:
+    """Where a training stands; equal on every rank.
+
+    Attributes:
+        step: steps done.
+        epoch: passes over the data that are complete.
+        evaluated: the step of the last evaluation.
+        before: figures of the first evaluation.
+        after: figures of the last one.
+        best: figures of the best one, among those after the first step; empty before.
+        best_step: its step.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    evaluated: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+
+    def record(self, figures: dict[str, float], best_by: str) -> bool:
+        """Takes in an evaluation at the present step; whether it is the best so far by the figure `best_by`."""
+        self.after, self.evaluated = figures, self.step
+        if self.step == 0:  # the untrained model is no candidate for the best
+            self.before = figures
+            return False
+        best = figures[best_by] > self.best.get(best_by, -math.inf)
+        if best:
+            self.best, self.best_step = figures, self.step
+        return best
+
+    @property
+    def results(self) -> dict[str, dict[str, float]]:
+        """What results.json says of the training."""
+        return {"before": self.before, "after": self.after, "best": self.best}
+
+
+class Evaluation(Protocol):
+    """What an evaluation gives: figures, equal on every rank, and whatever else its reader knows of."""
+
+    @property
+    def figures(self) -> dict[str, float]: ...
+
+
+class Learner(Protocol):
+    """What the loop drives."""
+
+    label: str  # of the progress bar
+    headline: str  # the figure of `evaluate` that people look at, and that the best model is chosen by
+
+    def learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
+        """One step on its batches; figures, equal on every rank."""
+
+    def check(self, step: int, figures: dict[str, float]) -> None:
+        """After the figures were logged: raises TrainingStopped, on every rank, where going on is pointless."""
+
+    def evaluate(self) -> Evaluation:
+        """Measures on held-out rows, with the model in eval mode."""
+
+    def evaluated(self, state: TrainState, evaluation: Any, best: bool) -> str | None:
+        """After an evaluation was logged; why to stop now, or None. The same on every rank."""
+
+
+def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger) -> TrainState:
+    """The whole training, with an evaluation before it, at every cadence, and at its end.
+
+    Args:
+        loader: batches of this rank; its sampler has `set_epoch`.
+
+    Raises:
+        TrainingStopped: see `Learner.check`, or a faulty row of streamed data; on every rank at the same step.
+    """
+    epoch_steps, total = cadence.steps_per_epoch(len(loader)), cadence.total_steps(len(loader))
+    state, started = TrainState(), time.perf_counter()
+
+    def evaluate() -> str | None:
+        with error_context(f"evaluation at step {state.step}"):
+            evaluation = learner.evaluate()
+        figures = evaluation.figures
+        metrics.log(state.step, {f"eval/{k}": v for k, v in figures.items()}, epoch=state.step / epoch_steps)
+        return learner.evaluated(state, evaluation, state.record(figures, learner.headline))
+
+    evaluate()
+    with progress(total, desc=learner.label, unit="steps") as bar:
+        for batches in batches_of_steps(loader, cadence, state):
+            state.step += 1
+            with error_context(f"step {state.step}"):
+                figures = learner.learn(state.step, batches)
+            metrics.log(state.step, {f"train/{k}": v for k, v in figures.items()}, epoch=state.step / epoch_steps)
+            bar.update(1)
+            learner.check(state.step, figures)
+            if state.step % (cadence.evaluate_every or epoch_steps) == 0 or state.step == total:
+                if reason := evaluate():
+                    print0(f"stopped at step {state.step}: {reason}")
+                    break
+            if state.step == total:
+                break
+    if state.evaluated < state.step:  # of a stream nobody knew that it would end here
+        evaluate()
+    ended = ""
+    if total > state.step and state.epoch == cadence.epochs:
+        ended = (
+            f" (of --max_steps {total}: the data ended with --num_train_epochs {cadence.epochs}, before the learning "
+            "rate had run its course)"
+        )
+    before, after = (figures[learner.headline] for figures in (state.before, state.after))
+    seconds = time.perf_counter() - started
+    print0(f"{state.step} steps in {seconds:.0f} s{ended}; {learner.headline} {before:.4g} -> {after:.4g}")
+    return state
+
+
+def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) -> Iterator[list[Batch]]:
+    """The batches of one step after the other, epoch by epoch; counts the epochs in `state`.
+
+    Raises:
+        TrainingStopped: a faulty row of streamed data, on every rank at the same step, as each reads all rows.
+    """
+    for epoch in range(cadence.epochs):
+        loader.sampler.set_epoch(epoch)
+        try:
+            yield from groups(loader, cadence.batches_per_step)
+        except UserError as error:
+            raise TrainingStopped(f"The training data cannot be read any further: {error}") from error
+        state.epoch = epoch + 1
+
+
+@contextmanager
+def error_context(when: str) -> Iterator[None]:
+    """A UserError raised inside, such as a reward function's, says when it happened."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{when}: {error}") from error
