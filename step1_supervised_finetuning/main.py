@@ -3,18 +3,20 @@ flags.
 """
 
 from remax.arguments import parse_step1
-from remax.assembly import build_supervised_task, finetune_loaders
-from remax.finetune import total_steps
-from remax.finetune_stage import train_and_export
-from remax.modeling import check_length, load_config, quiet_libraries
-from remax.settings import finetune_settings
-from utils.distributed import init_distributed, print0, set_seed
 from utils.run import run_main, start_run
-from utils.tokenizer import load_tokenizer
 
 
 def main() -> None:
     args = parse_step1()
+    # Seconds of imports, which a wrong flag need not wait for.
+    from remax.assembly import build_supervised_task, finetune_loaders
+    from remax.finetune import total_steps
+    from remax.finetune_stage import train_and_export
+    from remax.modeling import check_length, load_config, quiet_libraries
+    from remax.settings import finetune_settings
+    from utils.distributed import init_distributed, print0, set_seed
+    from utils.tokenizer import load_tokenizer
+
     quiet_libraries()
     check_length(load_config(args.model_name_or_path, "--model_name_or_path"), args.max_seq_len, "--max_seq_len")
     tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)

@@ -2,35 +2,38 @@
 the flags.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from remax.arguments import make_algorithm, parse_step3
-from remax.assembly import (
-    Tokenizers,
-    build_engines,
-    check_models,
-    examine_engines,
-    load_data,
-    try_reward_functions,
-)
-from remax.checkpoint import export, export_and_exit, note
-from remax.ema import WeightAverage
-from remax.evaluation import PolicyEvaluation, evaluate_policy, write_answers
 from remax.flags import Step3Arguments
-from remax.modeling import quiet_libraries
-from remax.sentinel import Sentinel, TrainingStopped
-from remax.settings import trainer_settings
-from remax.trainer import Trainer
-from remax.variance import VarianceMeter
-from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
-from utils.metrics import MetricsLogger
 from utils.run import run_main, start_run
+
+if TYPE_CHECKING:
+    from remax.assembly import Tokenizers
+    from remax.evaluation import PolicyEvaluation
+    from remax.trainer import Trainer
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
 
 
 def main() -> None:
     args = parse_step3()
+    # Seconds of imports, which a wrong flag need not wait for.
+    from remax.assembly import build_engines, check_models, examine_engines, load_data, try_reward_functions
+    from remax.checkpoint import export, export_and_exit, note
+    from remax.ema import WeightAverage
+    from remax.evaluation import evaluate_policy, write_answers
+    from remax.modeling import quiet_libraries
+    from remax.sentinel import Sentinel, TrainingStopped
+    from remax.settings import trainer_settings
+    from remax.trainer import Trainer
+    from remax.variance import VarianceMeter
+    from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
+    from utils.metrics import MetricsLogger
+
     quiet_libraries()
     tokenizers = check_models(args)
     tokenizer = tokenizers.actor
@@ -102,6 +105,8 @@ def main() -> None:
 
 def save_final(args: Step3Arguments, output: Path, trainer: Trainer, tokenizers: Tokenizers) -> None:
     """The last actor (--save_at_final), its moving average (--enable_ema), and PPO's critic."""
+    from remax.checkpoint import export
+
     model, zero3 = trainer.actor.model, trainer.actor.zero3
     if args.save_at_final:
         export(model, tokenizers.actor, output / "actor_final", zero3=zero3)
