@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from remax.command_line import read_flags
 from remax.flags import (
+    Dtype,
     FinetuneArguments,
     RewardSourceFlags,
     Step1Arguments,
@@ -109,9 +110,8 @@ def check_streaming(args: StageArguments) -> None:
         raise UserError("--preprocessing_num_workers with --streaming: nothing is prepared beforehand; leave one out")
 
 
-def default_of(args: object, name: str) -> Any:
-    """The default of a flag."""
-    return type(args).__dataclass_fields__[name].default
+def default_of(args: StageArguments | RewardSourceFlags, name: str) -> Any:
+    return {field.name: field.default for field in dataclasses.fields(args)}[name]
 
 
 def check_lora(dim: int, only: bool, dim_flag: str) -> None:
@@ -132,7 +132,7 @@ def check_offload(stage_flag: str, stage: int, **offload: bool) -> None:
             )
 
 
-def check_dtype(flag_name: str, dtype: str, bf16: bool) -> None:
+def check_dtype(flag_name: str, dtype: Dtype, bf16: bool) -> None:
     """Refuses a number format that the older flag for bf16 contradicts."""
     if bf16 and dtype not in ("auto", "bf16"):
         raise UserError(
@@ -143,7 +143,7 @@ def check_dtype(flag_name: str, dtype: str, bf16: bool) -> None:
 # ----------------------------------------------------------------------------------------- defaults that follow others
 
 
-def resolve_dtype(flag_name: str, dtype: str, bf16: bool = False) -> str:
+def resolve_dtype(flag_name: str, dtype: Dtype, bf16: bool = False) -> Dtype:
     """fp32, bf16 or fp16 from the flag, the older flag for bf16, and the device.
 
     Raises:
@@ -312,14 +312,14 @@ def check_algorithm(args: Step3Arguments) -> None:
 def resolve_algorithm(args: Step3Arguments) -> None:
     """Fills in the flags whose default is the algorithm's."""
     algorithm = make_algorithm(args)
-    args.gamma = algorithm.gamma
-    args.samples_per_prompt = algorithm.samples_per_prompt
-    args.clip_on = algorithm.clip_on
-    args.loss_aggregation = algorithm.loss_aggregation
-    args.kl_ctl = algorithm.kl.coefficient
+    kl = algorithm.kl
+    own = {name: getattr(algorithm, name) for name in ("gamma", "samples_per_prompt", "clip_on", "loss_aggregation")}
+    own["kl_ctl"] = kl.coefficient
     if args.penalty != "none":
-        args.penalty = ("full_kl_" if algorithm.kl.estimator == "full" else "") + algorithm.kl.reach
-        args.kl_in, args.kl_estimator = algorithm.kl.where, algorithm.kl.estimator
+        own["penalty"] = ("full_kl_" if kl.estimator == "full" else "") + kl.reach
+        own |= {"kl_in": kl.where, "kl_estimator": kl.estimator}
+    for name, value in own.items():
+        setattr(args, name, value)
 
 
 def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
@@ -333,8 +333,8 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
     """
     from remax.algorithms import ALGORITHMS, build_algorithm, build_penalty, readers  # imports torch
 
-    names = ("gamma", "clip_reward_value", "clip_on", "loss_aggregation", "entropy_coef", "samples_per_prompt")
-    names += ("baseline_decay", "lam", "cliprange", "cliprange_value")
+    names = ["gamma", "clip_reward_value", "clip_on", "loss_aggregation", "entropy_coef", "samples_per_prompt"]
+    names += ["baseline_decay", "lam", "cliprange", "cliprange_value"]
     settings = {name: getattr(args, name) for name in names} | {"epochs": args.ppo_epochs}
     settings = {name: value for name, value in settings.items() if args.algo in readers(name)}
     kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl", "adaptive_kl")
@@ -361,7 +361,7 @@ def check_batches(args: Step3Arguments) -> None:
     """Micro-batches, and ppo's mini-batches, must cut the rollout evenly."""
     answers, micro = args.answers_per_rollout, args.per_device_training_batch_size
     terms = "--per_device_generation_batch_size x --generation_batches x --gradient_accumulation_steps"
-    terms += " x --samples_per_prompt" if args.samples_per_prompt > 1 else ""
+    terms += " x --samples_per_prompt" if (args.samples_per_prompt or 1) > 1 else ""
     if answers % args.ppo_mini_batches:
         raise UserError(
             f"--ppo_mini_batches {args.ppo_mini_batches}: must divide the {answers} answers of a rollout ({terms})"

@@ -89,12 +89,15 @@ class Kind:
                     raise ValueError
             except ValueError:
                 raise ValueError(f"is {item!r}; expected {self.words}") from None
-            if not self.in_range(converted[-1]):
-                raise ValueError(f"is {converted[-1]}; must be {self.allowed.words}")
+            if fault := self.fault(converted[-1]):
+                raise ValueError(f"is {converted[-1]}; {fault}")
         return converted if self.several else converted[0]
 
-    def in_range(self, value: Any) -> bool:
-        return value is None or self.allowed is None or self.allowed.holds(value)
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a number out of its range."""
+        if value is None or self.allowed is None or self.allowed.holds(value):
+            return None
+        return f"must be {self.allowed.words}"
 
 
 def _boolean(word: str) -> bool:
@@ -241,8 +244,8 @@ def read_flags(
         raise UserError(f"the following arguments are required: {', '.join(missing)} {ALL_FLAGS}")
     args = arguments(**given)
     for name, flag in flags.items():
-        if not flag.kind.in_range(getattr(args, name)):
-            raise UserError(f"--{name} {getattr(args, name)}: must be {flag.kind.allowed.words}")
+        if fault := flag.kind.fault(getattr(args, name)):
+            raise UserError(f"--{name} {getattr(args, name)}: {fault}")
     note_retired(args)
     return args
 

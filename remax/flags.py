@@ -566,6 +566,7 @@ class Step3Arguments(
     @property
     def answers_per_rollout(self) -> int:
         """Sampled answers on one device before an optimizer step (ppo: before its inner epochs)."""
+        assert self.samples_per_prompt is not None  # filled in by `arguments`
         return self.per_device_generation_batch_size * self.rollout_batches * self.samples_per_prompt
 
     @property

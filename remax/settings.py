@@ -1,8 +1,8 @@
-"""From parsed flags to the small typed settings that engines, rollout and trainer take. Beyond main.py nothing else
-sees the flags.
-"""
+"""From parsed flags to the small typed settings of engines, rollout and trainer: which flag becomes which field."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from remax.deepspeed_config import EngineConfig
 from remax.engines import OptimizerConfig
@@ -73,12 +73,14 @@ def actor_engine(args: Step3Arguments) -> EngineConfig:
 
 
 def critic_engine(args: Step3Arguments) -> EngineConfig:
-    return EngineConfig(
+    """The actor's, apart from what the critic has flags for. Only where the algorithm has one."""
+    assert args.critic_zero_stage is not None and args.critic_dtype is not None
+    return replace(
+        actor_engine(args),
         zero_stage=args.critic_zero_stage,
         offload=args.offload_critic,
+        offload_parameters=False,
         dtype=args.critic_dtype,
-        micro_batch_size=args.per_device_training_batch_size,
-        gradient_clipping=args.gradient_clipping,
     )
 
 
