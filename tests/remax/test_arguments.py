@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -16,15 +15,7 @@ import torch
 from remax.algorithms import ALGORITHMS
 from remax.algorithms.kl import PENALTIES
 from remax.arguments import make_algorithm, parse_step1, parse_step2, parse_step3
-from remax.flags import (
-    Arguments,
-    FinetuneArguments,
-    Penalty,
-    RetiredInStep3,
-    Step1Arguments,
-    Step2Arguments,
-    Step3Arguments,
-)
+from remax.flags import Penalty, Step1Arguments, Step2Arguments, Step3Arguments
 from utils.run import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -203,24 +194,6 @@ def test_column_names_are_those_that_were_given():
     assert step1().columns == {}
     assert step2("--prompt_column question --rejected_column bad").columns == {"prompt": "question", "rejected": "bad"}
     assert step3("--data_path me/set#main/train:0.3").data_path == ["me/set#main/train:0.3"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "stage"),
-    [
-        (Step1Arguments, "step1_supervised_finetuning"),
-        (Step2Arguments, "step2_reward_model_finetuning"),
-        (Step3Arguments, "step3_rlhf_finetuning"),
-    ],
-)
-def test_a_flag_exists_only_when_code_reads_it(arguments, stage):
-    # main.py reads it, or settings.py or assembly.py do, or one of what arguments.py derives for main.py does.
-    derived = (Arguments, FinetuneArguments, Step3Arguments, make_algorithm)
-    files = (ROOT / stage / "main.py", ROOT / "remax/settings.py", ROOT / "remax/assembly.py")
-    source = "".join(file.read_text() for file in files) + "".join(inspect.getsource(part) for part in derived)
-    others = {"bf16", "actor_bf16", "reward_bf16"} | {field.name for field in dataclasses.fields(RetiredInStep3)}
-    names = [field.name for field in dataclasses.fields(arguments) if field.init and field.name not in others]
-    assert [name for name in names if not re.search(rf'(args|self)\.{name}\b|"{name}"', source)] == []
 
 
 def test_no_flag_has_two_owners():
