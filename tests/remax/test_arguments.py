@@ -237,6 +237,7 @@ REFUSED_EVERYWHERE = [
     ("--data_path Dahoas/rm-static ./missing", r"--data_path ./missing: no such file"),
     ("--data_path no/such/train.jsonl:0.5", r"--data_path no/such/train.jsonl:0.5: no such file or folder"),
     ("--data_path ./missing#train_sft", r"--data_path ./missing#train_sft: no such file or folder"),
+    ("--data_path", r"--data_path: is empty; expected hub names, folders or files"),
     ("--data_path me/set:0", r"--data_path me/set:0: the weight behind the colon must be a number above 0"),
     ("--overlong keep", r"--overlong: invalid choice"),
     ("--num_train_epochs 0", r"--num_train_epochs 0: must be at least 1"),
@@ -361,18 +362,39 @@ def test_required_flags_are_named():
         parse_step3(["--actor_model_name_or_path", "facebook/opt-125m"])
 
 
-def test_a_bad_flag_exits_with_2_without_importing_torch():
+def test_reading_flags_imports_neither_torch_nor_transformers():
+    modules = ("flags", "command_line", "config_file", "arguments", "evaluation_arguments", "model_names")
+    code = f"import sys, {', '.join(f'remax.{name}' for name in modules)}\n"
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy', 'yaml')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "line", "message"),
+    [
+        (1, "--model_name_or_path me/model --learning_rate -1", "--learning_rate -1.0: must be above 0"),
+        (2, "--loss dpo", "the following arguments are required: --model_name_or_path (all flags: --help all)"),
+        (3, MODELS + "--kl_ct 1", "--kl_ct: unknown flag; did you mean --kl_ctl? (all flags: --help all)"),
+        (3, MODELS + "--data_split 1,2", "--data_split 1,2: expected three numbers, 0 or more, such as 2,4,4"),
+        (
+            3,
+            MODELS + "--zero3_generation synced",
+            "--zero3_generation synced with --actor_zero_stage 0: is for ZeRO 3 only",
+        ),
+    ],
+)
+def test_a_bad_flag_exits_with_2_before_torch_is_imported(stage, line, message):
+    # The stage's program itself: what it imports at its top counts too.
+    (program,) = ROOT.glob(f"step{stage}_*/main.py")
     code = (
-        "import sys; from utils.run import run_main; from remax.arguments import parse_step3\n"
-        "try: run_main(parse_step3)\n"
-        "finally: print('torch' in sys.modules, 'deepspeed' in sys.modules)"
+        f"import runpy, sys; sys.argv = ['main.py', *{shlex.split(line)}]\n"
+        f"try: runpy.run_path({str(program)!r}, run_name='__main__')\n"
+        "finally: print([name for name in ('torch', 'transformers', 'numpy', 'yaml') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *MODELS.split(), "--kl_ct", "1"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stdout == "False False\n"
-    assert done.stderr == "error: --kl_ct: unknown flag; did you mean --kl_ctl? (all flags: --help all)\n"
+    assert done.stdout == "[]\n"
+    assert done.stderr == f"error: {message}\n"
 
 
 # ------------------------------------------------------------------------------------------- rewards

@@ -8,6 +8,7 @@ the function and the expression that reads it.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from dataclasses import fields, is_dataclass
@@ -229,6 +230,16 @@ def test_a_flag_arrives_in_its_field_and_in_no_other(stage, line, base, expected
     changed = {path: value for path, value in after.items() if before.get(path, missing) != value}
     assert changed == expected
     assert set(before) <= set(after)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_comes_back_from_run_json(stage, tmp_path):
+    file = tmp_path / "run.json"
+    for lines in CASES[stage]:
+        first = parse(stage, " ".join(lines))
+        file.write_text(json.dumps({"stage": first.stage, "arguments": vars(first)}))
+        again = STAGES[stage][1](["--config", str(file)])
+        assert vars(again) == vars(first) | {"config": str(file), "notices": again.notices}
 
 
 def test_the_algorithm_arrives():
