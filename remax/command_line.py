@@ -32,7 +32,14 @@ RENAMED = {
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a flag takes, from its annotation: `X`, `X | None`, `list[X]`, `Literal[...]` or `Annotated[X, Range]`."""
+    """What a flag takes.
+
+    Attributes:
+        type: of one value.
+        several: whether it is a list of such values.
+        choices: the values that are allowed, None: all.
+        allowed: the range of a number.
+    """
 
     type: type
     several: bool = False
@@ -41,6 +48,7 @@ class Kind:
 
     @classmethod
     def of(cls, annotation: Any) -> "Kind":
+        """From an annotation: `X`, `X | None`, `list[X]`, `Literal[...]` or `Annotated[X, Range]`."""
         if get_origin(annotation) in (Union, types.UnionType):
             (annotation,) = (part for part in get_args(annotation) if part is not types.NoneType)
         origin, parts = get_origin(annotation), get_args(annotation)
@@ -65,7 +73,7 @@ class Kind:
 
     @property
     def convert(self) -> Callable[[str], Any]:
-        """From a word of the command line to a value; argparse names it in its message about a wrong word."""
+        """Makes a value of a word of the command line."""
         if self.choices:
             known = {str(choice): choice for choice in self.choices}
             return lambda word: known.get(word, word)
@@ -87,7 +95,7 @@ class Kind:
                 converted.append(self.convert(str(item)))
                 if self.choices and converted[-1] not in self.choices:
                     raise ValueError
-            except ValueError:
+            except (ValueError, argparse.ArgumentTypeError):
                 raise ValueError(f"is {item!r}; expected {self.words}") from None
             if fault := self.fault(converted[-1]):
                 raise ValueError(f"is {converted[-1]}; {fault}")
@@ -104,16 +112,19 @@ def _boolean(word: str) -> bool:
     known = {"yes": True, "true": True, "t": True, "y": True, "1": True}
     known |= {"no": False, "false": False, "f": False, "n": False, "0": False}
     if word.lower() not in known:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"is {word!r}; expected true or false")
     return known[word.lower()]
-
-
-_boolean.__name__ = "true|false"  # argparse: "invalid true|false value: 'maybe'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of a program.   group: its title in the help, None: none of its own."""
+    """A flag of a program.
+
+    Attributes:
+        group: the title that it stands under in the help, None: under no title.
+        default: MISSING: the flag is required.
+        basic: whether most runs need it.
+    """
 
     name: str
     kind: Kind
@@ -128,6 +139,7 @@ class Flag:
 
     @property
     def full_help(self) -> str:
+        """The help text with the default."""
         if self.required:
             return f"{self.help} (required)"
         if self.default is None or self.default is False or self.default == []:
@@ -269,6 +281,8 @@ def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> d
             if config.stage is not None:
                 continue  # such as the notices of a run
             raise UserError(f"{where}: {key}: {_correction(f'--{name}', flags)}")
+        if name == "config" and config.stage is None:
+            raise UserError(f"{where}: {key}: a file cannot name another one")
         if value is None or name in ("config", "local_rank"):
             continue
         try:
@@ -279,6 +293,7 @@ def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> d
 
 
 def unknown_flags(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """The message about words that belong to no flag."""
     name = unknown[0].split("=")[0]
     if not name.startswith("-"):
         return f"{' '.join(unknown)}: belongs to no flag; write --flag value, and quote values with spaces"

@@ -10,7 +10,12 @@ from utils.run import UserError
 
 @dataclass(frozen=True)
 class Config:
-    """values: by name of the flag, as the file has them.   stage: of the run whose run.json it is, else None."""
+    """What a file says.
+
+    Attributes:
+        values: by name of the flag, as the file has them.
+        stage: of the run whose run.json it is, else None.
+    """
 
     values: dict[Any, Any]
     stage: str | None = None

@@ -52,7 +52,11 @@ class RetiredInRewardEval:
 
 @dataclass(kw_only=True)
 class RewardEvalArguments(RetiredInRewardEval, RewardEvalFlags, ConfigFlag):
-    """All flags of rw_eval.py.   notices: one line for each retired flag that was given."""
+    """All flags of rw_eval.py.
+
+    Attributes:
+        notices: one line for each retired flag that was given.
+    """
 
     notices: list[str] = field(default_factory=list, init=False)
 

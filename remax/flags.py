@@ -495,8 +495,10 @@ WHY_RETIRED = {
 class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, ConfigFlag):
     """What the three stages have in common.
 
-    stage: its name in run.json.   notices: one line for each retired flag that was given, and each flag that acts
-    otherwise than it says. For rank 0 to print.
+    Attributes:
+        stage: its name in run.json.
+        notices: for rank 0 to print: one line for each retired flag that was given, and for each flag that acts
+            otherwise than it says.
     """
 
     stage: ClassVar[str]

@@ -22,7 +22,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)
     init_distributed(args.local_rank)
     set_seed(args.seed)
-    start_run(args.output_dir, args, "step1")
+    start_run(args.output_dir, args, args.stage)
     for notice in args.notices:
         print0(notice)
 

@@ -26,7 +26,7 @@ def main() -> None:
         prepare_pad_token(tokenizer)
     init_distributed(args.local_rank)
     set_seed(args.seed)
-    start_run(args.output_dir, args, "step2")
+    start_run(args.output_dir, args, args.stage)
     for notice in args.notices:
         print0(notice)
 

@@ -39,7 +39,7 @@ def main() -> None:
     tokenizer = tokenizers.actor
     init_distributed(args.local_rank)
     set_seed(args.seed)
-    output = start_run(args.output_dir, args, "step3")
+    output = start_run(args.output_dir, args, args.stage)
     for notice in args.notices:
         print0(notice)
 

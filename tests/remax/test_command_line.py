@@ -90,7 +90,7 @@ def test_flags_become_attributes():
         ("--number_of_rows five", r"--number_of_rows: invalid int value: 'five'"),
         ("--number_of_rows 0", r"--number_of_rows 0: must be at least 1"),
         ("five", r"five: belongs to no flag"),
-        ("--flag_of_two maybe", r"--flag_of_two: invalid true\|false value: 'maybe'"),
+        ("--flag_of_two maybe", r"--flag_of_two: is 'maybe'; expected true or false"),
         ("--generation_batch_numbers 2", r"--generation_batch_numbers: unknown flag; use --generation_batches"),
     ],
 )

@@ -71,6 +71,7 @@ def test_json_works_too_and_checks_of_several_flags_still_hold(tmp_path):
         ("learning_rat: 1", r"learning_rat: unknown flag; did you mean --learning_rate\?"),
         ("per_device_mini_train_batch_size: 1", r"unknown flag; use --per_device_training_batch_size"),
         ("3: 1", r"3: unknown flag"),
+        ("config: other.yaml", r"config: a file cannot name another one"),
         ("learning_rate: fast", r"learning_rate: is 'fast'; expected a number"),
         ("learning_rate: -1", r"learning_rate: is -1.0; must be above 0"),
         ("learning_rate: .nan", r"learning_rate: is nan; must be above 0"),
