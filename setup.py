@@ -25,6 +25,7 @@ setup(
         "ninja>=1.11",  # DeepSpeed compiles its CPU optimizer with it (--offload without a GPU)
         "numpy>=1.26",
         "peft>=0.18",
+        "pyyaml>=6.0",
         "sentencepiece>=0.2",
         "tensorboard>=2.15",
         "torch>=2.6",

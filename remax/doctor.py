@@ -2,7 +2,7 @@
 
     python -m remax.doctor --actor_model_name_or_path A --reward_model_name_or_path R [--data_path D] [--json]
 
-The checks are in `examination`, which step 3 calls with its own engines before the first step.
+The checks are in `remax.checks`; step 3 runs them on its own engines before the first step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from remax.checks.examination import PROBE_TEXTS, built_in_prompts, examine
 from remax.checks.findings import Report
 from remax.checks.rewards import held_out_pairs
-from remax.cli.doctor import DoctorArguments, aside, parse_doctor
+from remax.cli.evaluation import DoctorArguments, parse_doctor, stdout_to_stderr
 from remax.core.sampling import Sampling
 from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
@@ -66,7 +66,7 @@ def examine_folders(args: DoctorArguments) -> Report:
 def main() -> None:
     args = parse_doctor()
     quiet_libraries()
-    with aside(args):
+    with stdout_to_stderr(args.json):
         report = examine_folders(args)
     print0(report.json() if args.json else report.table())
     if report.failures:

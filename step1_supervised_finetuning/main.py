@@ -3,31 +3,34 @@ flags.
 """
 
 from remax.cli.validate import parse_step1
-from remax.models.loading import check_length, load_config, quiet_libraries
-from remax.stages.data import finetune_loaders
-from remax.stages.finetune import build_supervised_task, train_and_export
-from remax.stages.settings import finetune_cadence
-from utils.distributed import init_distributed, print0, set_seed
 from utils.run import run_main, start_run
-from utils.tokenizer import load_tokenizer
 
 
 def main() -> None:
     args = parse_step1()
+    # Seconds of imports, which a wrong flag need not wait for.
+    from remax.models.loading import check_length, load_config, quiet_libraries
+    from remax.stages.data import finetune_loaders
+    from remax.stages.finetune import build_supervised_task, train_and_export
+    from remax.stages.settings import finetune_settings
+    from remax.training.finetune import total_steps
+    from utils.distributed import init_distributed, print0, set_seed
+    from utils.tokenizer import load_tokenizer
+
     quiet_libraries()
     check_length(load_config(args.model_name_or_path, "--model_name_or_path"), args.max_seq_len, "--max_seq_len")
     tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)
     init_distributed(args.local_rank)
     set_seed(args.seed)
-    start_run(args.output_dir, args, "step1")
+    start_run(args.output_dir, args, args.stage)
     for notice in args.notices:
         print0(notice)
 
     train_loader, held_out = finetune_loaders(args, tokenizer, stage=0)
-    cadence = finetune_cadence(args)
-    steps = cadence.total_steps(len(train_loader))
+    settings = finetune_settings(args)
+    steps = total_steps(settings, len(train_loader))
     task = build_supervised_task(args, tokenizer, held_out, steps)
-    train_and_export(args, task, train_loader, cadence, tokenizer)
+    train_and_export(args, task, train_loader, settings, tokenizer)
 
 
 if __name__ == "__main__":

@@ -2,37 +2,48 @@
 the flags.
 """
 
-from pathlib import Path
+from __future__ import annotations
 
-from remax.checkpoint.ema import WeightAverage
-from remax.checkpoint.export import export, export_and_exit, note
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from remax.cli.flags import Step3Arguments
 from remax.cli.validate import make_algorithm, parse_step3
-from remax.evaluation.answers import write_answers
-from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
-from remax.models.loading import quiet_libraries
-from remax.stages.data import load_data
-from remax.stages.models import Tokenizers, build_engines, check_models
-from remax.stages.rlhf import examine_engines, try_reward_functions
-from remax.stages.settings import trainer_settings
-from remax.training.sentinel import Sentinel
-from remax.training.trainer import Trainer
-from remax.training.variance import VarianceMeter
-from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
-from utils.metrics import MetricsLogger
-from utils.run import TrainingStopped, run_main, start_run
+from utils.run import run_main, start_run
+
+if TYPE_CHECKING:
+    from remax.evaluation.policy import PolicyEvaluation
+    from remax.stages.models import Tokenizers
+    from remax.training.trainer import Trainer
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
 
 
 def main() -> None:
     args = parse_step3()
+    # Seconds of imports, which a wrong flag need not wait for.
+    from remax.checkpoint.ema import WeightAverage
+    from remax.checkpoint.export import export, export_and_exit, note
+    from remax.evaluation.answers import write_answers
+    from remax.evaluation.policy import evaluate_policy
+    from remax.models.loading import quiet_libraries
+    from remax.stages.data import load_data
+    from remax.stages.models import build_engines, check_models
+    from remax.stages.rlhf import examine_engines, try_reward_functions
+    from remax.stages.settings import trainer_settings
+    from remax.training.sentinel import Sentinel
+    from remax.training.trainer import Trainer
+    from remax.training.variance import VarianceMeter
+    from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
+    from utils.metrics import MetricsLogger
+    from utils.run import TrainingStopped
+
     quiet_libraries()
     tokenizers = check_models(args)
     tokenizer = tokenizers.actor
     init_distributed(args.local_rank)
     set_seed(args.seed)
-    output = start_run(args.output_dir, args, "step3")
+    output = start_run(args.output_dir, args, args.stage)
     for notice in args.notices:
         print0(notice)
 
@@ -40,7 +51,7 @@ def main() -> None:
     try_reward_functions(args, tokenizer, data.evaluation)
     algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)
     settings = trainer_settings(args)
-    steps = settings.cadence.total_steps(len(data.train))
+    steps = settings.total_steps(len(data.train))
     actor, reference, reward, critic = build_engines(args, tokenizers, steps * settings.optimizer_steps(algorithm))
     if not args.skip_doctor:
         report = examine_engines(args, actor, reward, reference, tokenizer, data)
@@ -74,7 +85,7 @@ def main() -> None:
         reward,
         algorithm,
         settings,
-        measure=lambda: evaluate_policy(actor, reference, reward, data.evaluation, tokenizer, answers=data.answers),
+        evaluate=lambda: evaluate_policy(actor, reference, reward, data.evaluation, tokenizer, answers=data.answers),
         metrics=metrics,
         pad_id=tokenizer.pad_token_id,
         critic=critic,
@@ -85,19 +96,21 @@ def main() -> None:
         watchers=watchers,
     )
     try:
-        state = trainer.train(data.train)
+        results = trainer.train(data.train)
     except TrainingStopped as stopped:
         metrics.close()
         export_and_exit(stopped, actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
     metrics.close()
     save_final(args, output, trainer, tokenizers)
-    note(output, "results.json", state.results)
+    note(output, "results.json", results)
     print0(f"best model (by evaluation {args.best_by}) in {output / 'actor'}")
     shutdown()
 
 
 def save_final(args: Step3Arguments, output: Path, trainer: Trainer, tokenizers: Tokenizers) -> None:
     """The last actor (--save_at_final), its moving average (--enable_ema), and PPO's critic."""
+    from remax.checkpoint.export import export
+
     model, zero3 = trainer.actor.model, trainer.actor.zero3
     if args.save_at_final:
         export(model, tokenizers.actor, output / "actor_final", zero3=zero3)

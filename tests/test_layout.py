@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from remax.cli.doctor import DoctorArguments
-from remax.cli.evaluation import PromptEvalArguments, RewardEvalArguments
+from remax.cli.evaluation import DoctorArguments, PromptEvalArguments, RewardEvalArguments
 from remax.cli.flags import Step1Arguments, Step2Arguments, Step3Arguments
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,6 +27,7 @@ class Reinforce(Algorithm):
     """baseline_decay: weight of the past in the average; 0: no baseline.   moving_average: None before the first."""
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(reach="one_step"))
+    gamma: float = 0.95
     clip_on: str = "difference"
     baseline_decay: float = 0.0
     moving_average: float | None = field(default=None, init=False)

@@ -58,9 +58,10 @@ def remax_advantages(
 
 @dataclass
 class ReMax(Algorithm):
-    """The defaults are the authors': the difference clipped at 5, and a one-step KL in the reward."""
+    """The defaults are the authors': discount .95, the difference clipped at 5, a one-step KL in the reward."""
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(reach="one_step"))
+    gamma: float = 0.95
     clip_on: str = "difference"
     greedy: ClassVar[bool] = True
 

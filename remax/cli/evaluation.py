@@ -1,15 +1,27 @@
-"""The flags of the two evaluation programs, prompt_eval.py of step 1 and rw_eval.py of step 2."""
+"""The flags of the programs that train nothing: prompt_eval.py of step 1, rw_eval.py of step 2, and the doctor."""
 
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from remax.cli.flags import Count, CountOrZero, Dtype, Fraction, NonNegative, Positive, flag
+from remax.cli.flags import (
+    Attention,
+    ConfigFlag,
+    Count,
+    CountOrZero,
+    Dtype,
+    NonNegative,
+    RewardSourceFlags,
+    SamplingFlags,
+    flag,
+)
 from remax.cli.model_names import check_model
 from remax.cli.parser import read_flags
-from remax.cli.validate import resolve_dtype
+from remax.cli.validate import check_reward, import_functions, resolve_dtype
 from utils.run import UserError
 
 
@@ -39,8 +51,12 @@ class RetiredInRewardEval:
 
 
 @dataclass(kw_only=True)
-class RewardEvalArguments(RetiredInRewardEval, RewardEvalFlags):
-    """All flags of rw_eval.py.   notices: one line for each retired flag that was given."""
+class RewardEvalArguments(RetiredInRewardEval, RewardEvalFlags, ConfigFlag):
+    """All flags of rw_eval.py.
+
+    Attributes:
+        notices: one line for each retired flag that was given.
+    """
 
     notices: list[str] = field(default_factory=list, init=False)
 
@@ -69,9 +85,6 @@ class DecodingFlags:
 
     max_new_tokens: Count = flag(100, "longest answer in tokens")
     num_return_sequences: Count = flag(1, "sampled answers per prompt, and answers shown of a beam search")
-    temperature: Positive = flag(1.0, "of the sampled answers")
-    top_p: Fraction = flag(1.0, "sample from the most probable tokens with this total probability; 1: from all")
-    top_k: CountOrZero = flag(0, "sample from the k most probable tokens; 0: from all")
     num_beams: Count = flag(1, "answers that a beam search follows; 1: no beam search")
     num_beam_groups: Count = flag(1, "above 1 is refused: diverse beam search has left transformers")
     penalty_alpha: NonNegative = flag(0.0, "above 0 is refused: contrastive search has left transformers")
@@ -79,8 +92,30 @@ class DecodingFlags:
 
 
 @dataclass(kw_only=True)
-class PromptEvalArguments(DecodingFlags, AskFlags):
+class PromptEvalArguments(SamplingFlags, DecodingFlags, AskFlags, ConfigFlag):
     """All flags of prompt_eval.py."""
+
+
+@dataclass(kw_only=True)
+class DoctorFlags:
+    _argument_group_name = "models, data and generation, as in step 3"
+
+    actor_model_name_or_path: str = flag(help="the model of step 1: folder or hub name")
+    data_path: list[str] = flag([], "data whose held-out pairs the reward model ranks; without it that is skipped")
+    data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
+    max_prompt_seq_len: Count = flag(256, "longest prompt in tokens")
+    max_answer_seq_len: Count = flag(256, "longest answer in tokens")
+    dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
+    attn_implementation: Attention | None = flag(None, "attention kernel; without it transformers chooses")
+    batch_size: Count = flag(16, "pairs that are scored together")
+    pairs: Count = flag(256, "held-out pairs to rank, at most")
+    skip_reload: bool = flag(False, "do not write the actor to a temporary folder and read it again")
+    json: bool = flag(False, "print the report as JSON")
+
+
+@dataclass(kw_only=True)
+class DoctorArguments(SamplingFlags, RewardSourceFlags, DoctorFlags, ConfigFlag):
+    """All flags of the doctor."""
 
 
 def parse_reward_eval(argv: Sequence[str] | None = None) -> RewardEvalArguments:
@@ -89,8 +124,8 @@ def parse_reward_eval(argv: Sequence[str] | None = None) -> RewardEvalArguments:
     check_model("model_name_or_path", args.model_name_or_path)
     if args.output and not args.data_path:
         raise UserError("--output: is for the scores of --data_path; give that too")
-    _check_output(args)
-    args.dtype = resolve_dtype("dtype", args.dtype, None)
+    check_output(args)
+    args.dtype = resolve_dtype("dtype", args.dtype)
     return args
 
 
@@ -112,12 +147,29 @@ def parse_prompt_eval(argv: Sequence[str] | None = None) -> PromptEvalArguments:
         raise UserError("--prompts_file with --data_path: give one of them")
     if args.prompts_file and not Path(args.prompts_file).is_file():
         raise UserError(f"--prompts_file {args.prompts_file}: no such file (looked from {Path.cwd()})")
-    _check_output(args)
-    args.dtype = resolve_dtype("dtype", args.dtype, None)
+    check_output(args)
+    args.dtype = resolve_dtype("dtype", args.dtype)
     return args
 
 
-def _check_output(args: Any) -> None:
+def parse_doctor(argv: Sequence[str] | None = None) -> DoctorArguments:
+    """The flags of the doctor, as `parse_reward_eval`."""
+    description = "Checks the models of step 3 before training"
+    args = read_flags(DoctorArguments, argv, description, "python -m remax.doctor [flags]")
+    check_model("actor_model_name_or_path", args.actor_model_name_or_path)
+    check_reward(args)
+    with stdout_to_stderr(args.json):
+        import_functions(args)
+    args.dtype = resolve_dtype("dtype", args.dtype)
+    return args
+
+
+def stdout_to_stderr(wanted: bool) -> redirect_stdout:
+    """With --json, what reading data and functions prints goes to stderr: it is no JSON."""
+    return redirect_stdout(sys.stderr if wanted else sys.stdout)
+
+
+def check_output(args: RewardEvalArguments | PromptEvalArguments) -> None:
     """`--output` is a file that can be written, and not the one that is read."""
     if not args.output:
         return

@@ -1,7 +1,8 @@
 """Every flag of the three stages: one owner each, with its help, default and range in one place.
 
 A flag is a field of a dataclass; `arguments` reads the command line into `Step1Arguments`, `Step2Arguments` and
-`Step3Arguments`, checks it, and fills in what depends on other flags. A field exists only when code reads it.
+`Step3Arguments`, checks it, and fills in what depends on other flags. A field exists only when code reads it. The base
+class that declares a field names its group in the help.
 """
 
 import dataclasses
@@ -9,14 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
 ZeroStage = Literal[0, 1, 2, 3]
-
 Penalty = Literal[
     "none",
     "one_step",
@@ -39,23 +38,69 @@ class Range:
 
 
 Count = Annotated[int, Range("at least 1", lambda n: n >= 1)]
-
 CountOrZero = Annotated[int, Range("0 or more", lambda n: n >= 0)]
-
 Positive = Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
-
 NonNegative = Annotated[float, Range("0 or more", lambda x: 0 <= x < math.inf)]
-
 Fraction = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
-
 BelowOne = Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 
-def flag(default: Any = dataclasses.MISSING, help: str = "") -> Any:
-    """A dataclass field that becomes a command-line flag; without a default it is required."""
+def flag(default: Any = dataclasses.MISSING, help: str = "", *, basic: bool = False, only: str = "") -> Any:
+    """Returns a dataclass field that becomes a command-line flag.
+
+    Args:
+        default: without one the flag is required.
+        basic: whether most runs need it: `--help` shows it, while `--help all` shows every flag.
+        only: who reads the flag, others refuse it: the names of losses (step 2), or what the algorithm must be or have
+            (step 3): a class attribute such as `critic`, or a setting.
+    """
+    metadata = {"help": help, "basic": basic, "only": tuple(only.split())}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# -------------------------------------------------------------------------------------------- flags of several programs
+
+
+@dataclass(kw_only=True)
+class ConfigFlag:
+    config: str | None = flag(
+        None,
+        "yaml or json file of flags, or a run's run.json to start it again; what the command line says goes first",
+        basic=True,
+    )
+
+
+@dataclass(kw_only=True)
+class SamplingFlags:
+    _argument_group_name = "sampled answers"
+
+    temperature: Positive = flag(1.0, "of the sampled answers", basic=True)
+    top_p: Fraction = flag(
+        1.0, "sample from the most probable tokens with this total probability; 1: from all", basic=True
+    )
+    top_k: CountOrZero = flag(0, "sample from the k most probable tokens; 0: from all")
+
+
+@dataclass(kw_only=True)
+class RewardSourceFlags:
+    _argument_group_name = "reward (models, functions, or both; at least one)"
+
+    reward_model_name_or_path: list[str] = flag(
+        [], "reward models of step 2: folders or hub names; name:0.5 weighs", basic=True
+    )
+    normalize_reward: bool = flag(
+        False, "reward models: score minus its mean over its standard deviation, as step 2 keeps them in config.json"
+    )
+    reward_fn: list[str] = flag(
+        [],
+        "functions of prompts and answers: module:function or file.py:function; name:-0.1 weighs, here as a penalty",
+        basic=True,
+    )
+    reward_fn_timeout: NonNegative = flag(
+        60.0, "seconds that such a function may take for a sample, or for its batch if it takes lists; 0: no limit"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ flags of every stage
@@ -69,6 +114,7 @@ class DataFlags:
         ["Dahoas/rm-static"],
         "hub names, folders or files (jsonl, json, csv, parquet, arrow; .gz), several allowed; "
         "name#configuration/split chooses, name:0.3 weighs",
+        basic=True,
     )
     prompt_column: str | None = flag(None, "the data's column of prompts, where it is not called `prompt`")
     chosen_column: str | None = flag(None, "the data's column of good answers, where it is not called `chosen`")
@@ -81,7 +127,7 @@ class DataFlags:
     overlong: Literal["cut", "drop"] | None = flag(
         None, "prompts longer than the limit: keep their end, or go; default: drop (steps 1, 2), cut (step 3)"
     )
-    data_split: str = flag("2,4,4", "shares of the data for the three stages; no prompt serves two of them")
+    data_split: str = flag("2,4,4", "shares of the data for the three stages; no prompt serves two of them", basic=True)
     data_seed: int = flag(1234, "seed of that split; the same in all stages, or they share rows")
     streaming: bool = flag(
         False, "read the data as it comes, again in every epoch, without a copy on the disk; needs --max_steps"
@@ -95,15 +141,15 @@ class DataFlags:
 class RunFlags:
     _argument_group_name = "run"
 
-    output_dir: str = flag("output", "folder for the models, metrics.jsonl and run.json")
-    seed: int = flag(2023, "seed of everything but the data split; each rank adds its number")
+    output_dir: str = flag("output", "folder for the models, metrics.jsonl and run.json", basic=True)
+    seed: int = flag(2023, "seed of everything but the data split; each rank adds its number", basic=True)
     local_rank: int = flag(-1, "set by the launcher")
-    num_train_epochs: Count = flag(1, "passes over the training data")
-    max_steps: CountOrZero = flag(0, "stop after so many optimizer steps; 0: at the end of the epochs")
-    logging_steps: Count = flag(10, "optimizer steps between console lines")
-    eval_steps: CountOrZero = flag(0, "optimizer steps between evaluations; 0: once an epoch")
+    num_train_epochs: Count = flag(1, "passes over the training data", basic=True)
+    max_steps: CountOrZero = flag(0, "stop after so many optimizer steps; 0: at the end of the epochs", basic=True)
+    logging_steps: Count = flag(10, "optimizer steps between console lines", basic=True)
+    eval_steps: CountOrZero = flag(0, "optimizer steps between evaluations; 0: once an epoch", basic=True)
     max_eval_batches: CountOrZero = flag(0, "batches (per device) an evaluation reads; 0: all")
-    per_device_eval_batch_size: Count = flag(16, "rows per device in evaluation")
+    per_device_eval_batch_size: Count = flag(16, "rows per device in evaluation", basic=True)
     enable_tensorboard: bool = flag(False, "write TensorBoard events too")
     tensorboard_path: str | None = flag(None, "folder for them; without it <output_dir>/tensorboard")
 
@@ -112,12 +158,12 @@ class RunFlags:
 class OptimizerFlags:
     _argument_group_name = "optimizer (AdamW)"
 
-    lr_scheduler_type: Scheduler = flag("cosine", "course of the learning rate over the optimizer steps")
+    lr_scheduler_type: Scheduler = flag("cosine", "course of the learning rate over the optimizer steps", basic=True)
     adam_beta1: BelowOne = flag(0.9, "decay of the mean gradient")
     adam_beta2: BelowOne = flag(0.95, "decay of the mean squared gradient")
     gradient_clipping: NonNegative = flag(1.0, "largest norm of the whole gradient; 0: no limit")
     gradient_accumulation_steps: Count = flag(
-        1, "steps 1, 2: micro-batches per optimizer step; step 3: multiplies --generation_batches"
+        1, "steps 1, 2: micro-batches per optimizer step; step 3: multiplies --generation_batches", basic=True
     )
 
 
@@ -125,16 +171,9 @@ class OptimizerFlags:
 class MemoryFlags:
     _argument_group_name = "memory"
 
-    offload: bool = flag(False, "optimizer states of every trained model in CPU memory (ZeRO 1-3)")
+    offload: bool = flag(False, "optimizer states of every trained model in CPU memory (ZeRO 1-3)", basic=True)
     offload_parameters: bool = flag(False, "parameters of the trained model in CPU memory too (ZeRO 3)")
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = flag(
-        None, "attention kernel; without it transformers chooses"
-    )
-
-
-@dataclass(kw_only=True)
-class OnlyLora:
-    only_optimize_lora: bool = flag(False, "train the LoRA adapters alone, nothing else")
+    attn_implementation: Attention | None = flag(None, "attention kernel; without it transformers chooses")
 
 
 # ------------------------------------------------------------------------------------------------------ steps 1 and 2
@@ -150,30 +189,35 @@ class SupervisedDataFlags(DataFlags):
 class FinetuneFlags:
     _argument_group_name = "model and training"
 
-    model_name_or_path: str = flag(help="the model to train: hub name or folder")
-    dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
+    model_name_or_path: str = flag(help="the model to train: hub name or folder", basic=True)
+    dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32", basic=True)
     bf16: bool = flag(False, "the same as --dtype bf16")
-    zero_stage: ZeroStage = flag(0, "what the ranks share out: nothing, optimizer states, + gradients, + parameters")
-    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower")
-    disable_dropout: bool = flag(False, "no dropout in training")
-    per_device_train_batch_size: Count = flag(16, "rows per device and micro-batch")
-    max_seq_len: Count = flag(512, "longest prompt + answer in tokens")
-    packing: bool = flag(
-        False, "join a micro-batch's rows before the model reads them: no padding, the same loss and gradient"
+    zero_stage: ZeroStage = flag(
+        0, "what the ranks share out: nothing, optimizer states, + gradients, + parameters", basic=True
     )
-    learning_rate: Positive = flag(1e-5, "peak learning rate")
-    weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms")
-    num_warmup_steps: CountOrZero = flag(0, "optimizer steps until the learning rate is at its peak")
+    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower", basic=True)
+    disable_dropout: bool = flag(False, "no dropout in training")
+    per_device_train_batch_size: Count = flag(16, "rows per device and micro-batch", basic=True)
+    max_seq_len: Count = flag(512, "longest prompt + answer in tokens", basic=True)
+    packing: bool = flag(
+        False,
+        "join a micro-batch's rows before the model reads them: no padding, the same loss and gradient",
+        basic=True,
+    )
+    learning_rate: Positive = flag(1e-5, "peak learning rate", basic=True)
+    weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms", basic=True)
+    num_warmup_steps: CountOrZero = flag(0, "optimizer steps until the learning rate is at its peak", basic=True)
     print_loss: bool = flag(False, "a console line for every optimizer step, whatever --logging_steps")
 
 
 @dataclass(kw_only=True)
-class LoraFlags(OnlyLora):
+class LoraFlags:
     _argument_group_name = "LoRA"
 
-    lora_dim: CountOrZero = flag(0, "rank of the adapters; 0: no LoRA")
-    lora_module_name: str = flag("decoder.layers.", "part of the names of the modules that get adapters")
+    lora_dim: CountOrZero = flag(0, "rank of the adapters; 0: no LoRA", basic=True)
+    lora_module_name: str = flag("decoder.layers.", "part of the names of the modules that get adapters", basic=True)
     lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
+    only_optimize_lora: bool = flag(False, "train the LoRA adapters alone, nothing else", basic=True)
 
 
 @dataclass(kw_only=True)
@@ -183,20 +227,31 @@ class PreferenceFlags:
     loss: Literal["ranking", "dpo", "r-dpo"] = flag(
         "ranking",
         "ranking: a reward model; dpo, r-dpo: no reward model but a policy straight from the pairs, against its start",
+        basic=True,
     )
-    use_margin: bool = flag(False, "ranking: the data's column `margin` is how much more the chosen answer must score")
-    label_smoothing: BelowOne = flag(0.0, "ranking: share of the preferences taken to be wrong")
-    center_rewards_coefficient: NonNegative = flag(0.0, "ranking: weight of (chosen + rejected score)^2")
+    use_margin: bool = flag(
+        False, "ranking: the data's column `margin` is how much more the chosen answer must score", only="ranking"
+    )
+    label_smoothing: BelowOne = flag(0.0, "ranking: share of the preferences taken to be wrong", only="ranking")
+    center_rewards_coefficient: NonNegative = flag(
+        0.0, "ranking: weight of (chosen + rejected score)^2", only="ranking"
+    )
     ranked_loss: Literal["pairs", "plackett-luce"] = flag(
         "pairs",
         "ranking, data with several ranked answers to a prompt: the mean loss of all their pairs, or the likelihood of "
         "the whole ranking; the same for two answers",
+        only="ranking",
     )
-    dpo_beta: Positive = flag(0.1, "dpo, r-dpo: reward per nat of log-ratio (the paper compares with .05)")
-    length_alpha: NonNegative = flag(0.01, "r-dpo: weight of the difference of lengths, per token")
-    reference_zero_stage: ZeroStage = flag(0, "dpo, r-dpo: 3 shares the reference's parameters out")
+    dpo_beta: Positive = flag(
+        0.1, "dpo, r-dpo: reward per nat of log-ratio (the paper compares with .05)", basic=True, only="dpo r-dpo"
+    )
+    length_alpha: NonNegative = flag(0.01, "r-dpo: weight of the difference of lengths, per token", only="r-dpo")
+    reference_zero_stage: ZeroStage = flag(0, "dpo, r-dpo: 3 shares the reference's parameters out", only="dpo r-dpo")
     offload_reference_model: bool = flag(
-        False, "dpo, r-dpo: the reference's parameters in CPU memory (makes its ZeRO stage 3)"
+        False,
+        "dpo, r-dpo: the reference's parameters in CPU memory (makes its ZeRO stage 3)",
+        basic=True,
+        only="dpo r-dpo",
     )
 
 
@@ -207,19 +262,23 @@ class PreferenceFlags:
 class ActorFlags:
     _argument_group_name = "actor (the trained policy) and reference (its frozen start)"
 
-    actor_model_name_or_path: str = flag(help="the fine-tuned model of step 1: folder or hub name")
-    actor_dtype: Dtype = flag("auto", "number format, the reference's too; auto: bf16 where the GPU has it, else fp32")
+    actor_model_name_or_path: str = flag(help="the fine-tuned model of step 1: folder or hub name", basic=True)
+    actor_dtype: Dtype = flag(
+        "auto", "number format, the reference's too; auto: bf16 where the GPU has it, else fp32", basic=True
+    )
     actor_bf16: bool = flag(False, "the same as --actor_dtype bf16")
     actor_zero_stage: ZeroStage = flag(
-        0, "what the ranks share out: nothing, optimizer states, + gradients, + parameters"
+        0, "what the ranks share out: nothing, optimizer states, + gradients, + parameters", basic=True
     )
     reference_zero_stage: ZeroStage = flag(0, "3: the reference's parameters are shared out")
-    offload_reference_model: bool = flag(False, "reference's parameters in CPU memory (makes its ZeRO stage 3)")
-    actor_gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower")
+    offload_reference_model: bool = flag(
+        False, "reference's parameters in CPU memory (makes its ZeRO stage 3)", basic=True
+    )
+    actor_gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower", basic=True)
     disable_actor_dropout: bool = flag(False, "no dropout in training")
-    actor_learning_rate: Positive = flag(9.65e-6, "peak learning rate")
+    actor_learning_rate: Positive = flag(9.65e-6, "peak learning rate", basic=True)
     actor_weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms")
-    num_warmup_steps: CountOrZero = flag(100, "optimizer steps until the learning rate is at its peak")
+    num_warmup_steps: CountOrZero = flag(100, "optimizer steps until the learning rate is at its peak", basic=True)
     best_by: Literal["reward", "objective"] = flag(
         "reward",
         "keep the model with the highest evaluation reward, or with the highest reward - kl_ctl * KL, which a reward "
@@ -230,32 +289,21 @@ class ActorFlags:
 
 
 @dataclass(kw_only=True)
-class ActorLoraFlags(OnlyLora):
+class ActorLoraFlags:
     _argument_group_name = "LoRA"
 
-    actor_lora_dim: CountOrZero = flag(0, "rank of the adapters; 0: no LoRA")
+    actor_lora_dim: CountOrZero = flag(0, "rank of the adapters; 0: no LoRA", basic=True)
     actor_lora_module_name: str = flag("decoder.layers.", "part of the names of the modules that get adapters")
     actor_lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
+    only_optimize_lora: bool = flag(False, "train the LoRA adapters alone, nothing else", basic=True)
 
 
 @dataclass(kw_only=True)
-class RewardFlags:
-    _argument_group_name = "reward (models, functions, or both; at least one)"
-
-    reward_model_name_or_path: list[str] = flag([], "reward models of step 2: folders or hub names; name:0.5 weighs")
-    normalize_reward: bool = flag(
-        False, "reward models: score minus its mean over its standard deviation, as step 2 keeps them in config.json"
-    )
-    reward_fn: list[str] = flag(
-        [], "functions of prompts and answers: module:function or file.py:function; name:-0.1 weighs, here as a penalty"
-    )
-    reward_fn_timeout: NonNegative = flag(
-        60.0, "seconds that such a function may take for a sample, or for its batch if it takes lists; 0: no limit"
-    )
+class RewardFlags(RewardSourceFlags):
     reward_dtype: Dtype = flag("auto", "number format of reward models; auto: bf16 where the GPU has it, else fp32")
     reward_bf16: bool = flag(False, "the same as --reward_dtype bf16")
     reward_zero_stage: ZeroStage = flag(0, "3: each reward model's parameters are shared out")
-    offload_reward_model: bool = flag(False, "their parameters in CPU memory (makes their ZeRO stage 3)")
+    offload_reward_model: bool = flag(False, "their parameters in CPU memory (makes their ZeRO stage 3)", basic=True)
     disable_reward_dropout: bool = flag(
         False, "no dropout in a critic made from it; the reward model itself never has any"
     )
@@ -265,21 +313,22 @@ class RewardFlags:
 class RolloutFlags:
     _argument_group_name = "rollout"
 
-    per_device_generation_batch_size: Count = flag(16, "prompts per device that are answered together")
+    per_device_generation_batch_size: Count = flag(16, "prompts per device that are answered together", basic=True)
     generation_batches: Count = flag(1, "such batches before the one optimizer step")
-    per_device_training_batch_size: Count = flag(16, "answers per device and micro-batch of the update")
-    max_prompt_seq_len: Count = flag(256, "longest prompt in tokens")
-    max_answer_seq_len: Count = flag(256, "longest answer in tokens")
-    max_greedy_seq_len: CountOrZero = flag(0, "longest greedy answer (ReMax-fast: 128); 0: as --max_answer_seq_len")
-    temperature: Positive = flag(1.0, "of the sampled answers")
-    top_p: Fraction = flag(1.0, "sample from the most probable tokens with this total probability; 1: from all")
-    top_k: CountOrZero = flag(0, "sample from the k most probable tokens; 0: from all")
+    per_device_training_batch_size: Count = flag(16, "answers per device and micro-batch of the update", basic=True)
+    max_prompt_seq_len: Count = flag(256, "longest prompt in tokens", basic=True)
+    max_answer_seq_len: Count = flag(256, "longest answer in tokens", basic=True)
+    max_greedy_seq_len: CountOrZero = flag(
+        0, "longest greedy answer (ReMax-fast: 128); 0: as --max_answer_seq_len", only="greedy"
+    )
     logprobs_of: Literal["sampling", "model"] = flag(
         "sampling",
         "what the update differentiates when temperature, top_p or top_k are set: what is drawn from (exact) "
         "or the model's own (as published; biased)",
     )
-    two_pass_rollout: bool = flag(False, "decode sampled and greedy answers one after the other instead of together")
+    two_pass_rollout: bool = flag(
+        False, "decode sampled and greedy answers one after the other instead of together", only="greedy"
+    )
     zero3_generation: Literal["gather", "synced"] = flag(
         "gather",
         "actor at ZeRO 3: collect its parameters once per rollout (must fit on each device), or layer by layer at "
@@ -291,9 +340,15 @@ class RolloutFlags:
 class AlgorithmFlags:
     _argument_group_name = "algorithm"
 
-    algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo"] = flag("remax", "how an answer's advantage is estimated")
-    samples_per_prompt: Count | None = flag(None, "answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others)")
-    baseline_decay: BelowOne = flag(0.0, "reinforce: decay of a moving-average baseline; 0: no baseline")
+    algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo"] = flag(
+        "remax", "how an answer's advantage is estimated", basic=True
+    )
+    samples_per_prompt: Count | None = flag(
+        None, "answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others)", basic=True
+    )
+    baseline_decay: BelowOne = flag(
+        0.0, "reinforce: decay of a moving-average baseline; 0: no baseline", only="baseline_decay"
+    )
     gamma: Fraction | None = flag(
         None,
         "discount per token to the answer's end; default 0.95 (remax, reinforce), 1 (others); 1 is Algorithm 1",
@@ -324,9 +379,12 @@ class KlFlags:
         "one_step: a token pays its own KL; full_step: and that of the tokens after it (with k1 the exact gradient); "
         "full_kl_...: the same with the KL over the vocabulary; the last four are older names, kl and full_kl of "
         "the full step. Default: full_step (rloo, ppo), one_step (others)",
+        basic=True,
     )
     kl_ctl: NonNegative | None = flag(
-        None, "weight of the KL, reward per nat; full_step needs about a tenth of one_step's; default 0.1 (grpo 0.04)"
+        None,
+        "weight of the KL, reward per nat; full_step needs about a tenth of one_step's; default 0.1 (grpo 0.04)",
+        basic=True,
     )
     kl_in: Literal["reward", "loss"] | None = flag(None, "where the KL enters; default: reward for k1, loss for others")
     kl_estimator: Literal["k1", "k2", "k3", "full"] | None = flag(
@@ -335,7 +393,9 @@ class KlFlags:
         "vocabulary; default: k3 (grpo), k1 (others)",
     )
     normalize_kl: bool = flag(False, "charge the mean of an answer's KL over its tokens instead of the sum")
-    target_kl: NonNegative = flag(1.0, "stop when the KL in evaluation, in nats per token, reaches this; 0: never")
+    target_kl: NonNegative = flag(
+        1.0, "stop when the KL in evaluation, in nats per token, reaches this; 0: never", basic=True
+    )
     adaptive_kl: bool = flag(False, "adapt --kl_ctl so that the KL stays near --adaptive_kl_target")
     adaptive_kl_target: Positive = flag(6.0, "in nats per answer")
     adaptive_kl_horizon: Count = flag(10_000, "answers over which a KL 20 %% off its target moves the weight by 20 %%")
@@ -345,25 +405,35 @@ class KlFlags:
 class PpoFlags:
     _argument_group_name = "ppo only"
 
-    ppo_epochs: Count = flag(1, "passes over each rollout")
-    ppo_mini_batches: Count = flag(1, "optimizer steps in one pass")
-    cliprange: Positive = flag(0.2, "the policy's ratio counts within 1 +- this")
-    cliprange_value: Positive = flag(0.2, "a value counts within this of the one at rollout time")
-    lam: Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)] = flag(0.95, "lambda of generalised advantages")
-    critic_model_name_or_path: str | None = flag(None, "start of the critic; default: the first reward model")
-    critic_learning_rate: Positive = flag(5e-6, "peak learning rate")
-    critic_weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms")
-    critic_zero_stage: ZeroStage | None = flag(None, "default: the actor's")
-    critic_dtype: Dtype | None = flag(None, "default: the actor's")
-    offload_critic: bool = flag(False, "the critic's optimizer states in CPU memory, also without --offload")
-    critic_gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower")
+    ppo_epochs: Count = flag(1, "passes over each rollout", only="epochs")
+    ppo_mini_batches: Count = flag(1, "optimizer steps in one pass", only="epochs")
+    cliprange: Positive = flag(0.2, "the policy's ratio counts within 1 +- this", only="cliprange")
+    cliprange_value: Positive = flag(
+        0.2, "a value counts within this of the one at rollout time", only="cliprange_value"
+    )
+    lam: Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)] = flag(
+        0.95, "lambda of generalised advantages", only="lam"
+    )
+    critic_model_name_or_path: str | None = flag(
+        None, "start of the critic; default: the first reward model", only="critic"
+    )
+    critic_learning_rate: Positive = flag(5e-6, "peak learning rate", only="critic")
+    critic_weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms", only="critic")
+    critic_zero_stage: ZeroStage | None = flag(None, "default: the actor's", only="critic")
+    critic_dtype: Dtype | None = flag(None, "default: the actor's", only="critic")
+    offload_critic: bool = flag(
+        False, "the critic's optimizer states in CPU memory, also without --offload", only="critic"
+    )
+    critic_gradient_checkpointing: bool = flag(
+        False, "recompute activations: less memory, a third slower", only="critic"
+    )
 
 
 @dataclass(kw_only=True)
 class WatchFlags:
     _argument_group_name = "watching and checking"
 
-    print_answers: bool = flag(False, "show a prompt with its answers at every console line")
+    print_answers: bool = flag(False, "show a prompt with its answers at every console line", basic=True)
     save_answers: bool = flag(False, "write the answers of every evaluation to <output_dir>")
     log_variance: bool = flag(False, "measure the advantages' variance under several baselines")
     log_variance_gradient_steps: CountOrZero = flag(
@@ -405,7 +475,6 @@ HYBRID_ENGINE = (
     "answers are always generated by the model's own `generate`, because DeepSpeed's hybrid engine has returned "
     "gibberish, or nothing, on several model families"
 )
-
 WHY_RETIRED = {
     "deepspeed": "DeepSpeed is always used",
     "num_padding_at_beginning": "masks come from the lengths of prompt and answer, whatever the tokenizer pads with",
@@ -418,17 +487,21 @@ WHY_RETIRED = {
     "enable_mixed_precision_lora": "ZeRO++ quantisation is left out; the base model keeps its number format under LoRA",
 }
 
+
 # -------------------------------------------------------------------------------------------------- what main.py sees
 
 
 @dataclass(kw_only=True)
-class Arguments:
+class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, ConfigFlag):
     """What the three stages have in common.
 
-    notices: one line for each retired flag that was given, and each flag that acts otherwise than it says. For rank 0
-    to print.
+    Attributes:
+        stage: its name in run.json.
+        notices: for rank 0 to print: one line for each retired flag that was given, and for each flag that acts
+            otherwise than it says.
     """
 
+    stage: ClassVar[str]
     notices: list[str] = dataclasses.field(default_factory=list, init=False)
 
     @property
@@ -446,7 +519,7 @@ class Arguments:
 
 
 @dataclass(kw_only=True)
-class FinetuneArguments(Arguments):
+class FinetuneArguments(Arguments, LoraFlags, FinetuneFlags):
     """Steps 1 and 2."""
 
     @property
@@ -456,45 +529,36 @@ class FinetuneArguments(Arguments):
 
 
 @dataclass(kw_only=True)
-class Step1Arguments(
-    FinetuneArguments, Retired, MemoryFlags, LoraFlags, RunFlags, OptimizerFlags, SupervisedDataFlags, FinetuneFlags
-):
+class Step1Arguments(FinetuneArguments, SupervisedDataFlags):
     """All flags of supervised fine-tuning."""
+
+    stage = "step1"
 
 
 @dataclass(kw_only=True)
-class Step2Arguments(
-    FinetuneArguments,
-    RetiredInStep2,
-    MemoryFlags,
-    LoraFlags,
-    RunFlags,
-    OptimizerFlags,
-    DataFlags,
-    PreferenceFlags,
-    FinetuneFlags,
-):
+class Step2Arguments(FinetuneArguments, RetiredInStep2, PreferenceFlags):
     """All flags of learning from preferences."""
+
+    stage = "step2"
 
 
 @dataclass(kw_only=True)
 class Step3Arguments(
     Arguments,
     RetiredInStep3,
-    MemoryFlags,
     ActorLoraFlags,
     WatchFlags,
-    RunFlags,
-    OptimizerFlags,
     PpoFlags,
     KlFlags,
     AlgorithmFlags,
+    SamplingFlags,
     RolloutFlags,
-    DataFlags,
     RewardFlags,
     ActorFlags,
 ):
     """All flags of reinforcement learning."""
+
+    stage = "step3"
 
     @property
     def rollout_batches(self) -> int:
@@ -504,6 +568,7 @@ class Step3Arguments(
     @property
     def answers_per_rollout(self) -> int:
         """Sampled answers on one device before an optimizer step (ppo: before its inner epochs)."""
+        assert self.samples_per_prompt is not None  # filled in by `arguments`
         return self.per_device_generation_batch_size * self.rollout_batches * self.samples_per_prompt
 
     @property

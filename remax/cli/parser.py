@@ -1,22 +1,25 @@
-"""From the command line to a typed object, flag by flag: parsing, spelling, ranges, retired flags.
+"""From the command line to a typed object, flag by flag: parsing, help, spelling, ranges, retired flags.
 
 What flags say together is for `arguments` to judge.
 """
 
 import argparse
+import dataclasses
 import difflib
+import inspect
 import os
-from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser
-
-from remax.cli.flags import WHY_RETIRED
+from remax.cli.config_file import read_config
+from remax.cli.flags import WHY_RETIRED, Range
 from utils.run import UserError
 
 AnyArguments = TypeVar("AnyArguments")
-
 USAGE = "deepspeed main.py [flags]"
+ALL_FLAGS = "(all flags: --help all)"
+SHORT = 35  # a program with fewer flags shows all of them in its --help
 
 # Flags of older DeepSpeed-Chat scripts that have another name here.
 RENAMED = {
@@ -27,40 +30,205 @@ RENAMED = {
 }
 
 
-class _Parser(HfArgumentParser):
-    """Raises UserError instead of printing the usage on every rank; only rank 0 prints the help."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a flag takes.
+
+    Attributes:
+        type: of one value.
+        several: whether it is a list of such values.
+        choices: the values that are allowed, None: all.
+        allowed: the range of a number.
+    """
+
+    type: type
+    several: bool = False
+    choices: tuple[Any, ...] | None = None
+    allowed: Range | None = None
+
+    @classmethod
+    def of(cls, annotation: Any) -> "Kind":
+        """From an annotation: `X`, `X | None`, `list[X]`, `Literal[...]` or `Annotated[X, Range]`."""
+        if get_origin(annotation) in (Union, types.UnionType):
+            (annotation,) = (part for part in get_args(annotation) if part is not types.NoneType)
+        origin, parts = get_origin(annotation), get_args(annotation)
+        if origin is Annotated:
+            return cls(parts[0], allowed=parts[1])
+        if origin is Literal:
+            return cls(type(parts[0]), choices=parts)
+        if origin is list:
+            return cls(parts[0], several=True)
+        return cls(annotation)
+
+    @property
+    def metavar(self) -> str | None:
+        return None if self.choices else {int: "N", float: "X", str: "TEXT", bool: "true|false"}[self.type]
+
+    @property
+    def words(self) -> str:
+        """What is expected, for messages."""
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[self.type]
+
+    @property
+    def convert(self) -> Callable[[str], Any]:
+        """Makes a value of a word of the command line."""
+        if self.choices:
+            known = {str(choice): choice for choice in self.choices}
+            return lambda word: known.get(word, word)
+        return _boolean if self.type is bool else self.type
+
+    def from_file(self, value: Any) -> Any:
+        """A value as yaml and json have it, converted like a word of the command line (yaml takes 1e-5 for a text).
+
+        Raises:
+            ValueError: it is of another kind, with what was expected.
+        """
+        if isinstance(value, list) and not self.several:
+            raise ValueError(f"is a list; expected {self.words}")
+        converted = []
+        for item in value if isinstance(value, list) else [value]:
+            try:
+                if self.type is str and not isinstance(item, str):
+                    raise ValueError
+                converted.append(self.convert(str(item)))
+                if self.choices and converted[-1] not in self.choices:
+                    raise ValueError
+            except (ValueError, argparse.ArgumentTypeError):
+                raise ValueError(f"is {item!r}; expected {self.words}") from None
+            if fault := self.fault(converted[-1]):
+                raise ValueError(f"is {converted[-1]}; {fault}")
+        return converted if self.several else converted[0]
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a number out of its range."""
+        if value is None or self.allowed is None or self.allowed.holds(value):
+            return None
+        return f"must be {self.allowed.words}"
+
+
+def _boolean(word: str) -> bool:
+    known = {"yes": True, "true": True, "t": True, "y": True, "1": True}
+    known |= {"no": False, "false": False, "f": False, "n": False, "0": False}
+    if word.lower() not in known:
+        raise argparse.ArgumentTypeError(f"is {word!r}; expected true or false")
+    return known[word.lower()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of a program.
+
+    Attributes:
+        group: the title that it stands under in the help, None: under no title.
+        default: MISSING: the flag is required.
+        basic: whether most runs need it.
+    """
+
+    name: str
+    kind: Kind
+    group: str | None
+    default: Any
+    help: str
+    basic: bool
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def full_help(self) -> str:
+        """The help text with the default."""
+        if self.required:
+            return f"{self.help} (required)"
+        if self.default is None or self.default is False or self.default == []:
+            return self.help
+        shown = " ".join(self.default) if self.kind.several else str(self.default)
+        return f"{self.help} (default: {shown.replace('%', '%%')})"
+
+
+def flags_of(arguments: type) -> dict[str, Flag]:
+    """The flags of a program by name. The groups that hold required flags come first, as in the help."""
+    hints = get_type_hints(arguments, include_extras=True)
+    flags = {}
+    for field in dataclasses.fields(arguments):
+        if field.init:
+            owner = next(cls for cls in arguments.__mro__ if field.name in inspect.get_annotations(cls))
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            kind, group = Kind.of(hints[field.name]), getattr(owner, "_argument_group_name", None)
+            flags[field.name] = Flag(field.name, kind, group, default, field.metadata["help"], field.metadata["basic"])
+    first = {flag.group for flag in flags.values() if flag.required}
+    return dict(sorted(flags.items(), key=lambda item: item[1].group not in first))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing the usage on every rank."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (all flags: --help)")
+        raise UserError(f"{message.removeprefix('argument ')} {ALL_FLAGS}")
 
-    def print_help(self, file: Any = None) -> None:
+
+class _Help(argparse.Action):
+    """Prints `text(everything)` on rank 0 and ends the program."""
+
+    def __init__(self, *args: Any, text: Callable[[bool], str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            super().print_help(file)
+            print(self.text(values == "all"), end="")
+        parser.exit()
 
 
-def build_parser(arguments: type, description: str, usage: str = USAGE) -> _Parser:
-    """The parser of a program: a group of flags for each dataclass that `arguments` is made of."""
-    # A dataclass keeps its fields last base first, so the groups are listed that way round too.
-    groups = [base for base in reversed(arguments.__bases__) if hasattr(base, "_argument_group_name")]
+def build_parser(
+    arguments: type, description: str, usage: str = USAGE, everything: bool = True
+) -> argparse.ArgumentParser:
+    """The parser of a program; its namespace holds the flags that were given, no defaults.
+
+    Args:
+        arguments: the program's dataclass; the base class that declares a flag names its group.
+        everything: whether the help lists every flag, or only those that most runs need.
+    """
+    flags = flags_of(arguments)
+    everything = everything or len(flags) < SHORT
+    shown = [name for name, flag in flags.items() if everything or flag.basic]
     parser = _Parser(
-        groups,
         description=description,
         usage=usage,
         allow_abbrev=False,
-        formatter_class=argparse.HelpFormatter,
+        add_help=False,
+        epilog=None if everything else f"The {len(shown)} usual flags; --help all lists all {len(flags)}.",
     )
-    for action in parser._actions:
-        if action.dest == "help":
-            continue
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=_Help,
+        default=argparse.SUPPRESS,
+        nargs="?",
+        choices=["all"],
+        metavar="all",
+        text=lambda everything: build_parser(arguments, description, usage, everything).format_help(),
+        help="show the usual flags, or all of them",
+    )
+    groups: dict[str | None, Any] = {None: parser}
+    for name, flag in flags.items():
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(flag.group)
+        options: dict[str, Any] = {"nargs": "*"} if flag.kind.several else {}
+        if flag.kind.type is bool:
+            options = {"nargs": "?", "const": True}
+        action = groups[flag.group].add_argument(
+            *dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]),
+            type=flag.kind.convert,
+            choices=flag.kind.choices,
+            metavar=flag.kind.metavar,
+            default=argparse.SUPPRESS,
+            help=flag.full_help if name in shown else argparse.SUPPRESS,
+            **options,
+        )
         action.option_strings = action.option_strings[:1]  # --some-flag works as --some_flag does, but is not listed
-        if action.required:
-            action.help += " (required)"
-        elif action.default is not None and action.default is not False and action.default != []:
-            action.help += (
-                f" (default: {' '.join(action.default) if isinstance(action.default, list) else '%(default)s'})"
-            )
-        if action.choices is None:
-            action.metavar = {int: "N", float: "X", str: "TEXT"}.get(action.type, "true|false")
     return parser
 
 
@@ -73,25 +241,70 @@ def read_flags(
     """The flags of a program (argv None: of the command line), each checked for itself.
 
     Raises:
-        UserError: an unknown flag, a value of another kind, a number out of its range.
+        UserError: an unknown flag, a value of another kind, a number out of its range; on the command line or in the
+            file of --config.
     """
+    flags = flags_of(arguments)
     namespace, unknown = build_parser(arguments, description, usage).parse_known_args(argv)
+    given = vars(namespace)
     if unknown:
-        raise UserError(unknown_flags(unknown, [f"--{name}" for name in vars(namespace)]))
-    args = arguments(**vars(namespace))
-    check_ranges(args)
+        raise UserError(unknown_flags(unknown, flags))
+    if "config" in given:
+        given = values_of_file(given["config"], flags, getattr(arguments, "stage", None)) | given
+    missing = [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]
+    if missing:
+        raise UserError(f"the following arguments are required: {', '.join(missing)} {ALL_FLAGS}")
+    args = arguments(**given)
+    for name, flag in flags.items():
+        if fault := flag.kind.fault(getattr(args, name)):
+            raise UserError(f"--{name} {getattr(args, name)}: {fault}")
     note_retired(args)
     return args
 
 
-def unknown_flags(unknown: Sequence[str], known: Sequence[str]) -> str:
+def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> dict[str, Any]:
+    """What the file of --config sets: null is the default, and the launcher's `local_rank` is left out.
+
+    Args:
+        stage: of the program, as run.json names it; None: the program is no stage.
+
+    Raises:
+        UserError: no such file, or it sets something else than flags of this program to values that they take.
+    """
+    where, config = f"--config {file}", read_config(file)
+    if config.stage is not None and config.stage != stage:
+        raise UserError(f"{where}: is a run of {config.stage}, not of {stage or 'this program'}")
+    values = {}
+    for key, value in config.values.items():
+        name = str(key).removeprefix("--").replace("-", "_")
+        if name not in flags:
+            if config.stage is not None:
+                continue  # such as the notices of a run
+            raise UserError(f"{where}: {key}: {_correction(f'--{name}', flags)}")
+        if name == "config" and config.stage is None:
+            raise UserError(f"{where}: {key}: a file cannot name another one")
+        if value is None or name in ("config", "local_rank"):
+            continue
+        try:
+            values[name] = flags[name].kind.from_file(value)
+        except ValueError as error:
+            raise UserError(f"{where}: {key}: {error}") from None
+    return values
+
+
+def unknown_flags(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """The message about words that belong to no flag."""
     name = unknown[0].split("=")[0]
     if not name.startswith("-"):
         return f"{' '.join(unknown)}: belongs to no flag; write --flag value, and quote values with spaces"
+    return f"{name}: {_correction(name, known)}"
+
+
+def _correction(name: str, known: Iterable[str]) -> str:
     if name in RENAMED:
-        return f"{name}: unknown flag; use {RENAMED[name]}"
-    close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=1)
-    return f"{name}: unknown flag" + (f"; did you mean {close[0]}?" if close else "") + " (all flags: --help)"
+        return f"unknown flag; use {RENAMED[name]}"
+    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
+    return "unknown flag" + (f"; did you mean --{close[0]}?" if close else "") + f" {ALL_FLAGS}"
 
 
 def note_retired(args: Any) -> None:
@@ -103,15 +316,3 @@ def note_retired(args: Any) -> None:
             given.setdefault(reason, []).append(f"--{name}")
     for reason, names in given.items():
         args.notices.append(f"{', '.join(names)}: without effect; {reason}")
-
-
-def check_ranges(args: Any) -> None:
-    """Each number against the Range of its annotation (also inside `X | None`)."""
-    for name, annotation in get_type_hints(type(args), include_extras=True).items():
-        candidates = [annotation] if get_origin(annotation) is Annotated else get_args(annotation)
-        for candidate in candidates:
-            if get_origin(candidate) is not Annotated:
-                continue
-            allowed, value = candidate.__metadata__[0], getattr(args, name)
-            if value is not None and not allowed.holds(value):
-                raise UserError(f"--{name} {value}: must be {allowed.words}")

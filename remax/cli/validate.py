@@ -2,18 +2,19 @@
 
 `parse_step1`, `parse_step2` and `parse_step3` return one flat, typed object whose attributes are named as the flags. By
 then everything that can be known without loading a model has been checked, "auto" values and defaults that depend on
-other flags are filled in, and retired flags have been noted; a bad flag is a UserError naming it. torch is imported
-only after the other checks, so a refusal takes about a second. The flags themselves stand in `flags`,
-their reading in `command_line`.
+other flags are filled in, and retired flags have been noted; a bad flag is a UserError naming it. `check_*`
+functions only refuse, `resolve_*` functions fill in. torch is imported after the checks that need neither a device nor
+the algorithms, so most refusals take a fraction of a second. The flags themselves stand in `flags`, their reading in
+`command_line`.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remax.cli.flags import DataFlags, PpoFlags, PreferenceFlags, Step1Arguments, Step2Arguments, Step3Arguments
+from remax.cli.flags import Dtype, FinetuneArguments, RewardSourceFlags, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.cli.model_names import check_model, looks_local
 from remax.cli.parser import read_flags
 from remax.rewards.functions import load_function
@@ -24,36 +25,47 @@ from utils.run import UserError
 if TYPE_CHECKING:
     from remax.algorithms import Algorithm
 
+StageArguments = Step1Arguments | Step2Arguments | Step3Arguments
+
 
 def parse_step1(argv: Sequence[str] | None = None) -> Step1Arguments:
     """The flags of step 1 (default: of the command line), checked and completed; UserError when something is wrong."""
     args = read_flags(Step1Arguments, argv, "Step 1: supervised fine-tuning")
-    _check_data(args, stage=0)
-    _check_finetune(args)
+    check_data(args, stage=0)
+    check_finetune(args)
+    resolve_finetune(args)
     return args
 
 
 def parse_step2(argv: Sequence[str] | None = None) -> Step2Arguments:
     """The flags of step 2, as `parse_step1`."""
     args = read_flags(Step2Arguments, argv, "Step 2: reward model")
-    _check_data(args, stage=1)
-    _check_finetune(args)
-    _check_preference_loss(args)
+    check_data(args, stage=1)
+    check_finetune(args)
+    check_preference_loss(args)
+    resolve_finetune(args)
+    resolve_frozen(args, "reference_zero_stage", "offload_reference_model")
     return args
 
 
 def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     """The flags of step 3, as `parse_step1`."""
     args = read_flags(Step3Arguments, argv, "Step 3: reinforcement learning from human feedback")
-    _check_data(args, stage=2)
-    _check_step3(args)
+    check_data(args, stage=2)
+    check_step3(args)
+    check_reward(args)
+    check_algorithm(args)
+    resolve_algorithm(args)
+    check_batches(args)
+    import_functions(args)
+    resolve_models(args)
     return args
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
+# ---------------------------------------------------------------------------------------------- checks of every stage
 
 
-def _check_data(args: Any, stage: int) -> None:
+def check_data(args: StageArguments, stage: int) -> None:
     """The split, and the data files that are named as paths."""
     try:
         shares = [float(share) for share in args.data_split.split(",")]
@@ -65,18 +77,21 @@ def _check_data(args: Any, stage: int) -> None:
         raise UserError(
             f"--data_split {args.data_split}: leaves nothing for step {stage + 1}; its share must be above 0"
         )
-    for name in ("data_path", "sft_only_data_path"):
-        for path in getattr(args, name, []):
-            source = parse_name(path, f"--{name}").name
-            if looks_local(source) and not exists(source):
-                raise UserError(f"--{name} {path}: no such file or folder (looked from {Path.cwd()})")
-    _check_streaming(args)
+    if not args.data_path:
+        raise UserError("--data_path: is empty; expected hub names, folders or files")
+    named = [("data_path", path) for path in args.data_path]
+    if isinstance(args, Step1Arguments):
+        named += [("sft_only_data_path", path) for path in args.sft_only_data_path]
+    for name, path in named:
+        source = parse_name(path, f"--{name}").name
+        if looks_local(source) and not exists(source):
+            raise UserError(f"--{name} {path}: no such file or folder (looked from {Path.cwd()})")
+    check_streaming(args)
 
 
-def _check_streaming(args: Any) -> None:
-    default = next(f.default for f in dataclasses.fields(DataFlags) if f.name == "shuffle_buffer")
+def check_streaming(args: StageArguments) -> None:
     if not args.streaming:
-        if args.shuffle_buffer != default:
+        if args.shuffle_buffer != default_of(args, "shuffle_buffer"):
             raise UserError("--shuffle_buffer: has no effect without --streaming")
         return
     if not args.max_steps:
@@ -88,60 +103,47 @@ def _check_streaming(args: Any) -> None:
         raise UserError("--preprocessing_num_workers with --streaming: nothing is prepared beforehand; leave one out")
 
 
-def _check_finetune(args: Any) -> None:
-    check_model("model_name_or_path", args.model_name_or_path)
-    _check_lora(args.lora_dim, args.only_optimize_lora, "lora_dim")
-    _check_offload(args, "zero_stage", "offload", "offload_parameters")
-    if args.packing and args.attn_implementation == "eager":
-        raise UserError("--packing with --attn_implementation eager: only sdpa and flash_attention_2 keep rows apart")
-    args.dtype = resolve_dtype("dtype", args.dtype, "bf16" if args.bf16 else None)
-    _no_bf16_without_zero(args, "dtype", "zero_stage")
+def default_of(args: StageArguments | RewardSourceFlags, name: str) -> Any:
+    return {field.name: field.default for field in dataclasses.fields(args)}[name]
 
 
-def _check_preference_loss(args: Step2Arguments) -> None:
-    """Flags that --loss does not read must be at their defaults."""
-    direct = ("dpo", "r-dpo")
-    readers = dict.fromkeys(
-        ("use_margin", "label_smoothing", "center_rewards_coefficient", "ranked_loss"), ("ranking",)
-    )
-    readers |= dict.fromkeys(("dpo_beta", "reference_zero_stage", "offload_reference_model"), direct)
-    readers["length_alpha"] = ("r-dpo",)
-    defaults = {f.name: f.default for f in dataclasses.fields(PreferenceFlags)}
-    for name, losses in readers.items():
-        if getattr(args, name) != defaults[name] and args.loss not in losses:
-            raise UserError(f"--{name} with --loss {args.loss}: only --loss {' and '.join(losses)} read it")
-    if args.ranked_loss == "plackett-luce" and args.label_smoothing:
-        raise UserError(
-            "--label_smoothing with --ranked_loss plackett-luce: it is a share of wrong pairs, and a whole ranking has "
-            "no opposite; use --ranked_loss pairs"
-        )
-    _resolve_frozen(args, "reference_zero_stage", "offload_reference_model")
-
-
-def _check_lora(dim: int, only: bool, dim_flag: str) -> None:
+def check_lora(dim: int, only: bool, dim_flag: str) -> None:
     if only and dim == 0:
         raise UserError(
             f"--only_optimize_lora: there is nothing to train without LoRA; set --{dim_flag}, for example 128"
         )
 
 
-def _check_offload(args: Any, stage_flag: str, offload_flag: str, parameters_flag: str | None = None) -> None:
-    stage = getattr(args, stage_flag)
-    if getattr(args, offload_flag) and stage == 0:
-        raise UserError(
-            f"--{offload_flag} with --{stage_flag} 0: offloading is a part of ZeRO; set --{stage_flag} 1, 2 or 3"
-        )
-    if parameters_flag and getattr(args, parameters_flag) and stage != 3:
-        raise UserError(f"--{parameters_flag} with --{stage_flag} {stage}: needs --{stage_flag} 3")
+def check_offload(stage_flag: str, stage: int, **offload: bool) -> None:
+    """Refuses offloading that the ZeRO stage does not know. offload: the flags that ask for it, with their values."""
+    for name, asked in offload.items():
+        if asked and name == "offload_parameters" and stage != 3:
+            raise UserError(f"--{name} with --{stage_flag} {stage}: needs --{stage_flag} 3")
+        if asked and stage == 0:
+            raise UserError(
+                f"--{name} with --{stage_flag} 0: offloading is a part of ZeRO; set --{stage_flag} 1, 2 or 3"
+            )
 
 
-def resolve_dtype(flag_name: str, dtype: str, alias: str | None) -> str:
-    """fp32, bf16 or fp16 from the flag, its older alias and the device."""
-    if alias is not None and dtype not in ("auto", alias):
+def check_dtype(flag_name: str, dtype: Dtype, bf16: bool) -> None:
+    """Refuses a number format that the older flag for bf16 contradicts."""
+    if bf16 and dtype not in ("auto", "bf16"):
         raise UserError(
-            f"--{flag_name} {dtype} with --{flag_name.replace('dtype', alias)}: contradict one another; give one"
+            f"--{flag_name} {dtype} with --{flag_name.replace('dtype', 'bf16')}: contradict one another; give one"
         )
-    dtype = alias or dtype
+
+
+# ----------------------------------------------------------------------------------------- defaults that follow others
+
+
+def resolve_dtype(flag_name: str, dtype: Dtype, bf16: bool = False) -> Dtype:
+    """fp32, bf16 or fp16 from the flag, the older flag for bf16, and the device.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if bf16:
+        return "bf16"
     if dtype in ("fp32", "bf16"):
         return dtype
     import torch  # two seconds: after the checks that need no device
@@ -154,28 +156,72 @@ def resolve_dtype(flag_name: str, dtype: str, alias: str | None) -> str:
     return dtype
 
 
-def _no_bf16_without_zero(args: Any, dtype_flag: str, stage_flag: str) -> None:
+def resolve_zero_of_bf16(args: FinetuneArguments | Step3Arguments, dtype_flag: str, stage_flag: str) -> None:
     """Raises stage 0 to 1 for a bf16 model that is trained: at stage 0 DeepSpeed keeps no fp32 master weights."""
     if getattr(args, dtype_flag) == "bf16" and getattr(args, stage_flag) == 0:
         setattr(args, stage_flag, 1)
         args.notices.append(f"--{stage_flag} 0: ZeRO 1 is used, since bf16 training without fp32 master weights drifts")
 
 
-# ------------------------------------------------------------------------------------------------------ checks, step 3
+def resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offload_flag: str) -> None:
+    """A frozen model has only parameters to share out: ZeRO 3, or 0."""
+    stage = getattr(args, stage_flag)
+    if getattr(args, offload_flag):
+        if stage != 3:
+            args.notices.append(
+                f"--{offload_flag} with --{stage_flag} {stage}: ZeRO 3 is used, which can offload parameters"
+            )
+        setattr(args, stage_flag, 3)
+    elif stage in (1, 2):
+        args.notices.append(f"--{stage_flag} {stage}: acts as 0, since this model is not trained")
+        setattr(args, stage_flag, 0)
 
-SEVERAL_ANSWERS = ("rloo", "grpo")
+
+# ------------------------------------------------------------------------------------------------------ steps 1 and 2
 
 
-def _check_step3(args: Step3Arguments) -> None:
-    for name in ("actor_model_name_or_path", "critic_model_name_or_path"):
-        check_model(name, getattr(args, name))
-    check_reward(args)
-    if args.algo == "ppo" and not (args.critic_model_name_or_path or args.reward_model_name_or_path):
+def check_finetune(args: FinetuneArguments) -> None:
+    check_model("model_name_or_path", args.model_name_or_path)
+    check_lora(args.lora_dim, args.only_optimize_lora, "lora_dim")
+    check_offload("zero_stage", args.zero_stage, offload=args.offload, offload_parameters=args.offload_parameters)
+    if args.packing and args.attn_implementation == "eager":
+        raise UserError("--packing with --attn_implementation eager: only sdpa and flash_attention_2 keep rows apart")
+    check_dtype("dtype", args.dtype, args.bf16)
+
+
+def resolve_finetune(args: FinetuneArguments) -> None:
+    args.dtype = resolve_dtype("dtype", args.dtype, args.bf16)
+    resolve_zero_of_bf16(args, "dtype", "zero_stage")
+
+
+def check_preference_loss(args: Step2Arguments) -> None:
+    """Flags that --loss does not read must be at their defaults."""
+    for name, losses in flags_with_readers(args):
+        if args.loss not in losses:
+            raise UserError(f"--{name} with --loss {args.loss}: only --loss {' and '.join(losses)} read it")
+    if args.ranked_loss == "plackett-luce" and args.label_smoothing:
         raise UserError(
-            "--algo ppo with --reward_fn alone: there is no reward model to make the critic from; give "
-            "--critic_model_name_or_path"
+            "--label_smoothing with --ranked_loss plackett-luce: it is a share of wrong pairs, and a whole ranking has "
+            "no opposite; use --ranked_loss pairs"
         )
-    _check_lora(args.actor_lora_dim, args.only_optimize_lora, "actor_lora_dim")
+
+
+def flags_with_readers(args: Step2Arguments | Step3Arguments) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """The flags that not every loss or algorithm reads and that are not at their defaults, each with `only`."""
+    for field in dataclasses.fields(args):
+        only = field.metadata.get("only")
+        if only and getattr(args, field.name) != field.default:
+            yield field.name, only
+
+
+# -------------------------------------------------------------------------------------------------------------- step 3
+
+
+def check_step3(args: Step3Arguments) -> None:
+    """What neither the device nor the algorithm decides."""
+    check_model("actor_model_name_or_path", args.actor_model_name_or_path)
+    check_model("critic_model_name_or_path", args.critic_model_name_or_path)
+    check_lora(args.actor_lora_dim, args.only_optimize_lora, "actor_lora_dim")
     if args.inference_tp_size is not None and args.inference_tp_size != 1:
         raise UserError(
             f"--inference_tp_size {args.inference_tp_size}: generation is not split over devices; leave it out, and "
@@ -183,8 +229,6 @@ def _check_step3(args: Step3Arguments) -> None:
         )
     if args.unsupervised_dataset_config_name and not args.unsupervised_dataset_name:
         raise UserError("--unsupervised_dataset_config_name: has no effect without --unsupervised_dataset_name")
-    if args.test_stop_step and not args.enable_test_mode:
-        args.notices.append("--test_stop_step: without effect, as --enable_test_mode is not set")
     if args.log_variance_gradient_steps and not args.log_variance:
         raise UserError("--log_variance_gradient_steps: has no effect without --log_variance")
     if args.max_greedy_seq_len > args.max_answer_seq_len:
@@ -192,15 +236,19 @@ def _check_step3(args: Step3Arguments) -> None:
             f"--max_greedy_seq_len {args.max_greedy_seq_len}: must not exceed --max_answer_seq_len "
             f"({args.max_answer_seq_len})"
         )
-    _check_other_algorithms(args)
-    _check_frozen_and_offload(args)
-    _resolve_algorithm(args)
-    _check_batches(args)
-    import_functions(args)
-    _resolve_dtypes(args)
+    stage = args.actor_zero_stage
+    check_offload("actor_zero_stage", stage, offload=args.offload, offload_parameters=args.offload_parameters)
+    if args.zero3_generation == "synced" and stage != 3:
+        raise UserError(f"--zero3_generation synced with --actor_zero_stage {stage}: is for ZeRO 3 only")
+    if args.penalty == "none":
+        for name in ("kl_in", "kl_estimator", "adaptive_kl", "normalize_kl"):
+            if getattr(args, name):
+                raise UserError(f"--{name} with --penalty none: there is no KL penalty; leave one of them out")
+    check_dtype("actor_dtype", args.actor_dtype, args.actor_bf16)
+    check_dtype("reward_dtype", args.reward_dtype, args.reward_bf16)
 
 
-def check_reward(args: Any) -> None:
+def check_reward(args: RewardSourceFlags) -> None:
     """Of step 3 and of the doctor: there is a reward; its models' folders; weights."""
     if not args.reward_model_name_or_path and not args.reward_fn:
         raise UserError("--reward_model_name_or_path or --reward_fn: one of them is required; it says what to learn")
@@ -209,61 +257,62 @@ def check_reward(args: Any) -> None:
         check_model("reward_model_name_or_path", model.name)
     if args.normalize_reward and not models:
         raise UserError("--normalize_reward with --reward_fn alone: it is for reward models, which know their mean")
-    defaults = {f.name: f.default for f in dataclasses.fields(type(args))}
-    if args.reward_fn_timeout != defaults["reward_fn_timeout"] and not args.reward_fn:
+    if args.reward_fn_timeout != default_of(args, "reward_fn_timeout") and not args.reward_fn:
         raise UserError("--reward_fn_timeout: has no effect without --reward_fn")
 
 
-def import_functions(args: Any) -> None:
+def import_functions(args: RewardSourceFlags) -> None:
     """Imports what --reward_fn names; may take seconds, as these modules import what they like."""
     for function in reward_sources(args.reward_model_name_or_path, args.reward_fn)[1]:
         load_function(function.name)
 
 
-def _check_other_algorithms(args: Step3Arguments) -> None:
-    """Flags that --algo does not read must be at their defaults."""
-    readers = {f.name: ("ppo",) for f in dataclasses.fields(PpoFlags)} | {
-        "max_greedy_seq_len": ("remax",),
-        "two_pass_rollout": ("remax",),
-        "baseline_decay": ("reinforce",),
-    }
-    defaults = {f.name: f.default for f in dataclasses.fields(Step3Arguments)}
-    for name, algorithms in readers.items():
-        if getattr(args, name) != defaults[name] and args.algo not in algorithms:
-            reason = f"only --algo {', '.join(algorithms)} reads it"
-            if name in ("ppo_epochs", "ppo_mini_batches"):
+def check_algorithm(args: Step3Arguments) -> None:
+    """What the algorithm decides: flags that it does not read (they must be at their defaults), answers, the critic."""
+    from remax.algorithms import ALGORITHMS, readers  # imports torch: after the cheaper checks
+
+    for name, (trait,) in flags_with_readers(args):
+        having = [key for key, kind in ALGORITHMS.items() if getattr(kind, trait, None) is True]
+        known = having or readers(trait)
+        if args.algo not in known:
+            reason = f"only --algo {', '.join(known)} reads it"
+            if trait == "epochs":
                 reason = (
-                    "a rollout gets one step, since the estimate holds for the policy that wrote it; only ppo has more"
+                    "a rollout gets one step, since the estimate holds for the policy that wrote it; only "
+                    f"{', '.join(known)} has more"
                 )
             raise UserError(f"--{name} {getattr(args, name)} with --algo {args.algo}: {reason}")
-
-
-def _resolve_algorithm(args: Step3Arguments) -> None:
-    """Refuses what the algorithm cannot do and fills in the flags whose default is the algorithm's."""
-    if args.gamma is None:
-        args.gamma = 0.95 if args.algo in ("remax", "reinforce") else 1.0
-    samples = args.samples_per_prompt
-    if samples == 1 and args.algo in SEVERAL_ANSWERS:
+    samples, several = args.samples_per_prompt, readers("samples_per_prompt")
+    if samples == 1 and args.algo in several:
         raise UserError(
             f"--samples_per_prompt 1 with --algo {args.algo}: it compares the answers to a prompt; 2 or more"
         )
-    if samples is not None and samples > 1 and args.algo not in SEVERAL_ANSWERS:
+    if samples is not None and samples > 1 and args.algo not in several:
         raise UserError(
             f"--samples_per_prompt {samples} with --algo {args.algo}: it takes one answer per prompt; use "
-            f"--algo {' or '.join(SEVERAL_ANSWERS)}"
+            f"--algo {' or '.join(several)}"
         )
-    if args.penalty == "none":
-        for name in ("kl_in", "kl_estimator", "adaptive_kl", "normalize_kl"):
-            if getattr(args, name):
-                raise UserError(f"--{name} with --penalty none: there is no KL penalty; leave one of them out")
+    if ALGORITHMS[args.algo].critic:
+        if not (args.critic_model_name_or_path or args.reward_model_name_or_path):
+            raise UserError(
+                f"--algo {args.algo} with --reward_fn alone: there is no reward model to make the critic from; give "
+                "--critic_model_name_or_path"
+            )
+        stage = args.actor_zero_stage if args.critic_zero_stage is None else args.critic_zero_stage
+        check_offload("critic_zero_stage", stage, offload_critic=args.offload_critic, offload=args.offload)
+
+
+def resolve_algorithm(args: Step3Arguments) -> None:
+    """Fills in the flags whose default is the algorithm's."""
     algorithm = make_algorithm(args)
-    args.samples_per_prompt = algorithm.samples_per_prompt
-    args.clip_on = algorithm.clip_on
-    args.loss_aggregation = algorithm.loss_aggregation
-    args.kl_ctl = algorithm.kl.coefficient
+    kl = algorithm.kl
+    own = {name: getattr(algorithm, name) for name in ("gamma", "samples_per_prompt", "clip_on", "loss_aggregation")}
+    own["kl_ctl"] = kl.coefficient
     if args.penalty != "none":
-        args.penalty = ("full_kl_" if algorithm.kl.estimator == "full" else "") + algorithm.kl.reach
-        args.kl_in, args.kl_estimator = algorithm.kl.where, algorithm.kl.estimator
+        own["penalty"] = ("full_kl_" if kl.estimator == "full" else "") + kl.reach
+        own |= {"kl_in": kl.where, "kl_estimator": kl.estimator}
+    for name, value in own.items():
+        setattr(args, name, value)
 
 
 def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
@@ -275,21 +324,12 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
     Raises:
         UserError: flags that contradict one another, or that this algorithm cannot follow.
     """
-    from remax.algorithms import ALGORITHMS, build_algorithm, build_penalty  # imports torch: after the cheaper checks
+    from remax.algorithms import ALGORITHMS, build_algorithm, build_penalty, readers  # imports torch
 
-    settings: dict[str, Any] = {
-        "gamma": args.gamma,
-        "clip_reward_value": args.clip_reward_value,
-        "clip_on": args.clip_on,
-        "loss_aggregation": args.loss_aggregation,
-        "entropy_coef": args.entropy_coef,
-        "samples_per_prompt": args.samples_per_prompt,
-    }
-    if args.algo == "reinforce":
-        settings["baseline_decay"] = args.baseline_decay
-    if args.algo == "ppo":
-        settings["epochs"] = args.ppo_epochs
-        settings |= {name: getattr(args, name) for name in ("lam", "cliprange", "cliprange_value")}
+    names = ["gamma", "clip_reward_value", "clip_on", "loss_aggregation", "entropy_coef", "samples_per_prompt"]
+    names += ["baseline_decay", "lam", "cliprange", "cliprange_value"]
+    settings = {name: getattr(args, name) for name in names} | {"epochs": args.ppo_epochs}
+    settings = {name: value for name, value in settings.items() if args.algo in readers(name)}
     kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl", "adaptive_kl")
     try:
         penalty = build_penalty(
@@ -310,11 +350,11 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
         raise UserError(f"{given}: {error}") from error
 
 
-def _check_batches(args: Step3Arguments) -> None:
+def check_batches(args: Step3Arguments) -> None:
     """Micro-batches, and ppo's mini-batches, must cut the rollout evenly."""
     answers, micro = args.answers_per_rollout, args.per_device_training_batch_size
     terms = "--per_device_generation_batch_size x --generation_batches x --gradient_accumulation_steps"
-    terms += " x --samples_per_prompt" if args.samples_per_prompt > 1 else ""
+    terms += " x --samples_per_prompt" if (args.samples_per_prompt or 1) > 1 else ""
     if answers % args.ppo_mini_batches:
         raise UserError(
             f"--ppo_mini_batches {args.ppo_mini_batches}: must divide the {answers} answers of a rollout ({terms})"
@@ -330,42 +370,21 @@ def _check_batches(args: Step3Arguments) -> None:
         raise UserError(f"--per_device_training_batch_size {micro}: must divide {what}; for example {fitting}")
 
 
-def _check_frozen_and_offload(args: Step3Arguments) -> None:
-    """ZeRO stages and offloading, model by model."""
-    _check_offload(args, "actor_zero_stage", "offload", "offload_parameters")
-    if args.zero3_generation == "synced" and args.actor_zero_stage != 3:
-        raise UserError(
-            f"--zero3_generation synced with --actor_zero_stage {args.actor_zero_stage}: is for ZeRO 3 only"
-        )
-    if args.critic_zero_stage is None:
-        args.critic_zero_stage = args.actor_zero_stage
-    if args.algo == "ppo":
-        _check_offload(args, "critic_zero_stage", "offload_critic")
-        _check_offload(args, "critic_zero_stage", "offload")
-        args.offload_critic = args.offload_critic or args.offload
+def resolve_models(args: Step3Arguments) -> None:
+    """ZeRO stages, offloading and number formats, model by model. A run without a critic keeps None for its own."""
+    from remax.algorithms import ALGORITHMS
+
+    critic = ALGORITHMS[args.algo].critic
+    if args.test_stop_step and not args.enable_test_mode:
+        args.notices.append("--test_stop_step: without effect, as --enable_test_mode is not set")
     for model in ("reference", "reward"):
-        _resolve_frozen(args, f"{model}_zero_stage", f"offload_{model}_model")
-
-
-def _resolve_dtypes(args: Step3Arguments) -> None:
-    """Number formats of the models."""
-    args.actor_dtype = resolve_dtype("actor_dtype", args.actor_dtype, "bf16" if args.actor_bf16 else None)
-    args.reward_dtype = resolve_dtype("reward_dtype", args.reward_dtype, "bf16" if args.reward_bf16 else None)
-    args.critic_dtype = resolve_dtype("critic_dtype", args.critic_dtype or args.actor_dtype, None)
-    _no_bf16_without_zero(args, "actor_dtype", "actor_zero_stage")
-    if args.algo == "ppo":
-        _no_bf16_without_zero(args, "critic_dtype", "critic_zero_stage")
-
-
-def _resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offload_flag: str) -> None:
-    """A frozen model has only parameters to share out: ZeRO 3, or 0."""
-    stage = getattr(args, stage_flag)
-    if getattr(args, offload_flag):
-        if stage != 3:
-            args.notices.append(
-                f"--{offload_flag} with --{stage_flag} {stage}: ZeRO 3 is used, which can offload parameters"
-            )
-        setattr(args, stage_flag, 3)
-    elif stage in (1, 2):
-        args.notices.append(f"--{stage_flag} {stage}: acts as 0, since this model is not trained")
-        setattr(args, stage_flag, 0)
+        resolve_frozen(args, f"{model}_zero_stage", f"offload_{model}_model")
+    args.actor_dtype = resolve_dtype("actor_dtype", args.actor_dtype, args.actor_bf16)
+    args.reward_dtype = resolve_dtype("reward_dtype", args.reward_dtype, args.reward_bf16)
+    if critic:
+        args.critic_zero_stage = args.actor_zero_stage if args.critic_zero_stage is None else args.critic_zero_stage
+        args.critic_dtype = resolve_dtype("critic_dtype", args.critic_dtype or args.actor_dtype)
+        args.offload_critic = args.offload_critic or args.offload
+    resolve_zero_of_bf16(args, "actor_dtype", "actor_zero_stage")
+    if critic:
+        resolve_zero_of_bf16(args, "critic_dtype", "critic_zero_stage")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from remax.checks.packing import check_packing
-from remax.cli.doctor import DoctorArguments
+from remax.cli.evaluation import DoctorArguments
 from remax.cli.flags import FinetuneArguments, Step2Arguments, Step3Arguments
 from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig

@@ -1,8 +1,8 @@
-"""From parsed flags to the small typed settings that engines, rollout and trainer take. Beyond main.py nothing else
-sees the flags.
-"""
+"""From parsed flags to the small typed settings of engines, rollout and trainer: which flag becomes which field."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from remax.cli.flags import FinetuneArguments, Step2Arguments, Step3Arguments
 from remax.core.sampling import Sampling
@@ -73,12 +73,14 @@ def actor_engine(args: Step3Arguments) -> EngineConfig:
 
 
 def critic_engine(args: Step3Arguments) -> EngineConfig:
-    return EngineConfig(
+    """The actor's, apart from what the critic has flags for. Only where the algorithm has one."""
+    assert args.critic_zero_stage is not None and args.critic_dtype is not None
+    return replace(
+        actor_engine(args),
         zero_stage=args.critic_zero_stage,
         offload=args.offload_critic,
+        offload_parameters=False,
         dtype=args.critic_dtype,
-        micro_batch_size=args.per_device_training_batch_size,
-        gradient_clipping=args.gradient_clipping,
     )
 
 
@@ -126,9 +128,13 @@ def generation(args: Step3Arguments, pad_id: int) -> GenerationSettings:
 
 
 def trainer_settings(args: Step3Arguments) -> TrainerSettings:
-    cadence = Cadence(args.num_train_epochs, args.rollout_batches, args.stop_step, args.eval_steps)
     return TrainerSettings(
-        cadence,
+        Cadence(
+            epochs=args.num_train_epochs,
+            batches_per_step=args.rollout_batches,
+            max_steps=args.stop_step,
+            evaluate_every=args.eval_steps,
+        ),
         micro_batch_size=args.per_device_training_batch_size,
         mini_batches=args.ppo_mini_batches,
         target_kl=args.target_kl,

@@ -36,15 +36,15 @@ def variance(algorithm, p: float, r1: float, r2: float) -> float:
 
 
 def reinforce() -> Reinforce:
-    return Reinforce(kl=KLPenalty(0.0), clip_reward_value=0.0)
+    return Reinforce(gamma=1.0, kl=KLPenalty(0.0), clip_reward_value=0.0)
 
 
 def remax() -> ReMax:
-    return ReMax(kl=KLPenalty(0.0), clip_reward_value=0.0)
+    return ReMax(gamma=1.0, kl=KLPenalty(0.0), clip_reward_value=0.0)
 
 
 def centred(baseline: float) -> Reinforce:
-    algorithm = Reinforce(kl=KLPenalty(0.0), clip_reward_value=0.0, baseline_decay=0.9)
+    algorithm = Reinforce(gamma=1.0, kl=KLPenalty(0.0), clip_reward_value=0.0, baseline_decay=0.9)
     algorithm.moving_average = baseline
     return algorithm
 

@@ -62,7 +62,7 @@ def test_leave_one_out_against_a_loop():
 )
 def test_aggregation_by_hand(aggregation, expected):
     x = torch.tensor([[1.0, 2.0, 3.0], [8.0, float("nan"), float("inf")]])  # what stands behind answers is ignored
-    algorithm = ReMax(loss_aggregation=aggregation)
+    algorithm = ReMax(gamma=1.0, loss_aggregation=aggregation)
     sequences = Sequences(torch.zeros(2, 5, dtype=torch.long), torch.tensor([2, 1]), torch.tensor([3, 1]))
     assert aggregate(x, MASK, aggregation, algorithm.count(sequences)).item() == pytest.approx(expected)
 
@@ -80,7 +80,7 @@ def rollout_of_two() -> Rollout:
 def test_metrics_are_sums():
     logprobs = torch.tensor([[-0.5, -1.0, -2.0], [-0.2, 0.0, 0.0]], requires_grad=True)
     entropy = torch.tensor([[0.1, 0.2, 0.3], [0.4, 9.0, 9.0]])
-    algorithm = ReMax(kl=KLPenalty(0.0))
+    algorithm = ReMax(gamma=1.0, kl=KLPenalty(0.0))
     _, metrics = algorithm.loss(algorithm.prepare(rollout_of_two()), PolicyOutput(logprobs, entropy), 2)
     # (sum, what it is divided by): 2 answers, 4 answer tokens.
     found = {name: (float(figure.total), float(figure.count)) for name, figure in metrics.items() if name != "loss"}

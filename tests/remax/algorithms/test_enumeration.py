@@ -318,6 +318,7 @@ def test_the_objectives_agree_with_each_other():
 
 
 def single_answer_algorithms(**settings):
+    settings = {"gamma": 1.0, **settings}
     yield Reinforce(clip_on="difference", **settings)
     averaged = Reinforce(baseline_decay=0.9, **settings)
     averaged.moving_average = 1.7
@@ -365,7 +366,7 @@ def stated_objective(w: World, kl: KLPenalty) -> Tensor:
 @pytest.mark.parametrize("kl", penalties(), ids=lambda kl: f"{kl.estimator}-{kl.where}-{kl.reach}")
 def test_every_kl_penalty_estimates_what_its_table_says(w_key, kl):
     w = world(*w_key)
-    algorithm = ReMax(kl=replace(kl), clip_reward_value=0.0)
+    algorithm = ReMax(gamma=1.0, kl=replace(kl), clip_reward_value=0.0)
     assert close(expected_estimate(algorithm, w_key), w.gradient(stated_objective(w, kl)))
 
 
@@ -376,13 +377,13 @@ def test_full_step_is_the_exact_kl_regularised_gradient(w_key, estimator):
     assert w.sampling.truncates or (w.expected_k3 - w.kl).abs().max() < 1e-12  # k3 only is off under truncation
     cost = w.expected_k3 if estimator == "k3" else w.kl
     exact = w.gradient((w.probability * (w.rewards - BETA * cost.sum(1))).sum())
-    assert close(expected_estimate(ReMax(kl=kl, clip_reward_value=0.0), w_key), exact)
+    assert close(expected_estimate(ReMax(gamma=1.0, kl=kl, clip_reward_value=0.0), w_key), exact)
 
 
 def test_k1_one_step_is_not_the_exact_gradient():
     w = world()
     exact = w.gradient((w.probability * (w.rewards - BETA * w.k1.sum(1))).sum())
-    one_step = expected_estimate(ReMax(kl=KLPenalty(BETA, reach="one_step"), clip_reward_value=0.0), key())
+    one_step = expected_estimate(ReMax(gamma=1.0, kl=KLPenalty(BETA, reach="one_step"), clip_reward_value=0.0), key())
     assert (one_step - exact).norm() > 0.05 * exact.norm()
 
 
@@ -393,7 +394,7 @@ def test_normalized_full_step_is_exact_for_the_mean_over_the_answer(w_key, estim
     kl = KLPenalty(BETA, estimator, where, "full_step", normalize=True)
     mean = w.costs(estimator).sum(1) / w.sequences.answer_lengths
     exact = w.gradient((w.probability * (w.rewards - BETA * mean)).sum())
-    assert close(expected_estimate(ReMax(kl=kl, clip_reward_value=0.0), w_key), exact)
+    assert close(expected_estimate(ReMax(gamma=1.0, kl=kl, clip_reward_value=0.0), w_key), exact)
 
 
 def test_the_refused_penalties_have_expected_gradient_zero(w_key):
@@ -406,19 +407,19 @@ def test_the_refused_penalties_have_expected_gradient_zero(w_key):
 
 def test_entropy_bonus_holds_the_states(w_key):
     w = world(*w_key)
-    algorithm = Reinforce(kl=NO_KL, clip_reward_value=0.0, entropy_coef=0.4)
+    algorithm = Reinforce(gamma=1.0, kl=NO_KL, clip_reward_value=0.0, entropy_coef=0.4)
     objective = (w.probability * w.rewards).sum() + 0.4 * (w.fixed * w.entropy.sum(1)).sum()
     assert close(expected_estimate(algorithm, w_key), w.gradient(objective))
 
 
 def test_the_clip_changes_the_reward_and_nothing_else():
     w, limit = world(), 0.8
-    difference = ReMax(kl=NO_KL, clip_reward_value=limit)
+    difference = ReMax(gamma=1.0, kl=NO_KL, clip_reward_value=limit)
     clipped = (w.rewards - w.greedy_rewards).clamp(-limit, limit)
     assert ((w.rewards - w.greedy_rewards).abs() > limit).any()
     assert close(expected_estimate(difference, key()), w.gradient((w.probability * clipped).sum()))
 
-    on_reward = ReMax(kl=NO_KL, clip_reward_value=2.0, clip_on="reward")
+    on_reward = ReMax(gamma=1.0, kl=NO_KL, clip_reward_value=2.0, clip_on="reward")
     assert close(expected_estimate(on_reward, key()), w.gradient((w.probability * w.rewards.clamp(-2, 2)).sum()))
 
 
@@ -466,7 +467,10 @@ def test_log_probs_of_the_model_bias_the_gradient_and_a_baseline_hides_most_of_i
         estimate = expected_estimate(algorithm, w_key, replay=replay)
         return ((estimate - exact).norm() / exact.norm()).item()
 
-    plain, greedy = Reinforce(kl=NO_KL, clip_reward_value=0.0), ReMax(kl=NO_KL, clip_reward_value=0.0)
+    plain, greedy = (
+        Reinforce(gamma=1.0, kl=NO_KL, clip_reward_value=0.0),
+        ReMax(gamma=1.0, kl=NO_KL, clip_reward_value=0.0),
+    )
     assert error(plain, replay=True) < 1e-9 and error(greedy, replay=True) < 1e-9
     assert error(plain, replay=False) > 2 * error(greedy, replay=False) > 0.02  # 1.72 and 0.50 of the gradient's norm
 
@@ -550,7 +554,7 @@ def test_first_step_of_the_moving_average_leaves_the_expectation_alone():
 
     pairs = torch.tensor(list(product(first, second)))
     # A step's loss is a mean over its 2 answers, one to each prompt, and `gradient` divides by the 2 prompts again.
-    estimate = 2 * expected_estimate(EachPair(kl=NO_KL), w_key, groups=pairs)
+    estimate = 2 * expected_estimate(EachPair(gamma=1.0, kl=NO_KL), w_key, groups=pairs)
     assert close(estimate, w.gradient((w.probability * w.rewards).sum()))
 
 

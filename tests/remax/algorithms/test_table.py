@@ -34,3 +34,8 @@ def test_a_setting_that_does_nothing_is_refused_with_its_readers():
 
 def test_what_an_algorithm_does_anyway_may_be_said():
     assert build_algorithm("remax", samples_per_prompt=1, epochs=1) == build_algorithm("remax")
+
+
+def test_the_discount_of_the_program_is_the_one_of_the_library():
+    gammas = {name: kind().gamma for name, kind in ALGORITHMS.items()}
+    assert gammas == {"remax": 0.95, "reinforce": 0.95, "rloo": 1.0, "grpo": 1.0, "ppo": 1.0}
