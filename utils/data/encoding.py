@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.cache import cache_file, code_of, fingerprint_of
+from utils.data.cache import cache_file, fingerprint_of
 from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
 from utils.data.shapes import dense, distinct, distinct_texts, unranked
 from utils.data.tokens import (
@@ -39,6 +39,7 @@ FEATURES = {
     ),
     "prompts": Features({"input_ids": IDS, "prompt": Value("string")}),
 }
+ENCODING_VERSION = 1  # of the tokens: to be raised with every change, see tests/utils/data/test_golden.py
 OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has them
 # What happened to a row, and the length that its prompt would have had: read again from the cache at every start.
 FATE = Features(
@@ -349,7 +350,7 @@ def encode_rows(
     """
     check_serves(rows, kind, names)
     options = encoder_options(kind, overlong, train_on)
-    made_by = (code_of("encoding", "shapes", "tokens"), tokenizer_fingerprint(tokenizer))
+    made_by = (ENCODING_VERSION, tokenizer_fingerprint(tokenizer))
     fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(options.items()))
     encoded = rows.map(
         partial(ENCODERS[kind], tokenizer=tokenizer, max_len=max_len, **options),
