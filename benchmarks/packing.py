@@ -28,6 +28,7 @@ from remax.modeling import PolicyModel
 from remax.packing import token_slots
 from remax.reward_model import RewardModel
 from remax.sequences import Sequences
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.data.preferences import load_data_set
 from utils.demo import tiny_config, train_tokenizer
@@ -120,14 +121,12 @@ def make_tokenizer(data_path: list[str], vocabulary: int, cache: str, rows: int 
 def read_batches(args: argparse.Namespace, stage: int, tokenizer: PreTrainedTokenizerBase, cache: str) -> list[Batch]:
     rows = args.rows // (1 + stage)  # a pair is two answers
     loader, _ = build_loaders(
+        DataConfig(data_path=args.data_path, cache_dir=cache, data_split="1,1,1"),
         stage=stage,
         tokenizer=tokenizer,
-        data_path=args.data_path,
-        data_output_path=cache,
         max_len=args.max_seq_len,
         train_batch_size=rows,
         eval_batch_size=rows,
-        data_split="1,1,1",
     )
     return list(islice(loader, args.batches))
 

@@ -3,11 +3,12 @@ flags.
 """
 
 from remax.arguments import parse_step1
-from remax.assembly import build_supervised_task, finetune_loaders
+from remax.assembly import build_supervised_task
 from remax.finetune import total_steps
 from remax.finetune_stage import train_and_export
 from remax.modeling import check_length, load_config, quiet_libraries
 from remax.settings import finetune_settings
+from remax.stage_data import finetune_loaders
 from utils.distributed import init_distributed, print0, set_seed
 from utils.run import run_main, start_run
 from utils.tokenizer import load_tokenizer

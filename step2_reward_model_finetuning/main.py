@@ -4,12 +4,13 @@
 """
 
 from remax.arguments import parse_step2
-from remax.assembly import build_preference_task, finetune_loaders
+from remax.assembly import build_preference_task
 from remax.finetune import total_steps
 from remax.finetune_stage import train_and_export
 from remax.modeling import check_length, load_config, quiet_libraries
 from remax.reward_model import prepare_pad_token
 from remax.settings import finetune_settings
+from remax.stage_data import finetune_loaders
 from utils.distributed import init_distributed, print0, set_seed
 from utils.run import run_main, start_run
 from utils.tokenizer import load_tokenizer

@@ -10,7 +10,6 @@ from remax.assembly import (
     build_engines,
     check_models,
     examine_engines,
-    load_data,
     try_reward_functions,
 )
 from remax.checkpoint import export, export_and_exit, note
@@ -20,6 +19,7 @@ from remax.flags import Step3Arguments
 from remax.modeling import quiet_libraries
 from remax.sentinel import Sentinel, TrainingStopped
 from remax.settings import trainer_settings
+from remax.stage_data import load_data
 from remax.trainer import Trainer
 from remax.variance import VarianceMeter
 from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks

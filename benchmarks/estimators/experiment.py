@@ -29,6 +29,7 @@ from remax.reward_model import RewardModel, load_reward_model
 from remax.rollout import GenerationSettings, rollout
 from remax.sequences import Prompts, Rollout, Sequences
 from remax.trainer import Trainer, TrainerSettings
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.demo import mean_true_reward
 from utils.distributed import init_distributed, set_seed
@@ -126,15 +127,12 @@ def load_scorer(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> RewardM
 
 def prompt_loaders(setting: Setting, tokenizer: PreTrainedTokenizerBase, prompts: int, seed: int):
     return build_loaders(
+        DataConfig(data_path=[setting.data], data_split=setting.data_split, cache_dir=setting.cache, seed=seed),
         stage=2,
         tokenizer=tokenizer,
-        data_path=[setting.data],
-        data_split=setting.data_split,
-        data_output_path=setting.cache,
         max_len=setting.max_prompt,
         train_batch_size=prompts,
         eval_batch_size=400,
-        seed=seed,
     )
 
 

@@ -213,9 +213,9 @@ def test_column_names_are_those_that_were_given():
     ],
 )
 def test_a_flag_exists_only_when_code_reads_it(arguments, stage):
-    # main.py reads it, or settings.py or assembly.py do, or one of what arguments.py derives for main.py does.
+    # main.py reads it, or a module that it hands its flags to, or one of what arguments.py derives for main.py does.
     derived = (Arguments, FinetuneArguments, Step3Arguments, make_algorithm)
-    files = (ROOT / stage / "main.py", ROOT / "remax/settings.py", ROOT / "remax/assembly.py")
+    files = [ROOT / stage / "main.py", *(ROOT / f"remax/{name}.py" for name in ("settings", "assembly", "stage_data"))]
     source = "".join(file.read_text() for file in files) + "".join(inspect.getsource(part) for part in derived)
     others = {"bf16", "actor_bf16", "reward_bf16"} | {field.name for field in dataclasses.fields(RetiredInStep3)}
     names = [field.name for field in dataclasses.fields(arguments) if field.init and field.name not in others]

@@ -26,6 +26,7 @@ from remax.logprobs import PolicyOutput
 from remax.reward_model import load_reward_model
 from remax.sentinel import TrainingStopped
 from remax.sequences import Sequences
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.metrics import MetricsLogger
 from utils.run import UserError
@@ -187,8 +188,9 @@ def test_rankings_are_learned_from_a_file(loss, tmp_path, make_scorer):
     folder = str(make_scorer("llama"))
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, "--model", dtype=torch.float32, tokenizer=tokenizer)
-    options = {"data_path": [str(tmp_path)], "data_output_path": str(tmp_path), "data_split": "0,1,0", "max_len": 96}
-    train, held_out = build_loaders(stage=1, tokenizer=tokenizer, train_batch_size=4, eval_batch_size=16, **options)
+    config = DataConfig(data_path=[str(tmp_path)], cache_dir=str(tmp_path), data_split="0,1,0")
+    sizes = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 16}
+    train, held_out = build_loaders(config, stage=1, tokenizer=tokenizer, **sizes)
     task, metrics = Ranking(Trained(model, 2e-3), held_out, ranked_loss=loss), MetricsLogger(tmp_path)
     results = finetune(task, train, FinetuneSettings(epochs=3), metrics)
     metrics.close()

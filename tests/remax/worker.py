@@ -34,6 +34,7 @@ from remax.rewards import CompositeReward, FunctionReward, Part
 from remax.rollout import GenerationSettings
 from remax.sequences import Prompts, Rollout, Sequences
 from remax.trainer import Timer, Trainer, TrainerSettings
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
@@ -403,15 +404,12 @@ def export_reward(folder: Path, name: str, texts: list[list[str]], **spread) -> 
 
 def loaders(stage: int, spread: Spread, data: str, batch: int, cache: str):
     return build_loaders(
+        DataConfig(data_path=[data], cache_dir=cache, data_split="1,1,1", seed=0),
         stage=stage,
         tokenizer=spread.tokenizer,
-        data_path=[data],
-        data_output_path=cache,
         max_len=96,
         train_batch_size=batch,
         eval_batch_size=2,
-        data_split="1,1,1",
-        seed=0,
         rank=rank(),
         world_size=world_size(),
     )

@@ -6,14 +6,14 @@ behind the first prompt.
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import cache_file, fingerprint_of
+from utils.data.config import Overlong, TrainOn
 from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
 from utils.data.shapes import dense, distinct, distinct_texts, unranked
 from utils.data.tokens import (
@@ -53,26 +53,54 @@ NEEDS = {
     "prompts": ("prompt", "step 3 starts from prompts; plain text serves step 1 and --unsupervised_dataset_name"),
 }
 TOO_LONG = "whose prompt alone fills --max_seq_len"
-TRAIN_ON = ("last", "all")
-Overlong = Literal["cut", "drop"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches of rows, for Dataset.map
 
 
-def supervised_batch(
-    batch: dict[str, list],
-    tokenizer: PreTrainedTokenizerBase,
-    max_len: int,
-    overlong: Overlong = "drop",
-    train_on: str = "last",
-) -> dict[str, list]:
+@dataclass(frozen=True)
+class Encoder:
+    """How one stage makes token ids of text rows.
+
+    Attributes:
+        kind: "supervised" {input_ids, prompt_length, loss_mask}, "ranking" {chosen_ids, rejected_ids, prompt_length,
+            margin}, "ranked" {answers_ids, ranks, prompt_length}, or "prompts" {input_ids, prompt}.
+        max_len: in tokens; of prompt and answer together, or of the prompt for "prompts".
+        overlong: what becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
+            "drop" for the others.
+        train_on: the "last" answer of a dialogue or "all"; for "supervised".
+    """
+
+    kind: str
+    tokenizer: PreTrainedTokenizerBase
+    max_len: int
+    overlong: Overlong | None = None
+    train_on: TrainOn = "last"
+
+    @property
+    def drops_overlong(self) -> bool:
+        """Whether rows with too long a prompt are left out."""
+        return self.kind != "prompts" if self.overlong is None else self.overlong == "drop"
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What decides about the tokens beside the length, for the cache and data.json."""
+        options = {"overlong": "drop" if self.drops_overlong else "cut"}
+        return options | ({"train_on": self.train_on} if self.kind == "supervised" else {})
+
+    def encode(self, batch: dict[str, list]) -> dict[str, list]:
+        """Columns of text -> columns of FEATURES[kind] and FATE."""
+        return ENCODERS[self.kind](batch, self)
+
+
+def supervised_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
     """Rows with prompt and chosen -> input_ids, prompt_length, loss_mask and their fate.
 
     loss_mask: of the tokens behind the prompt; None where all of them are learned.
     """
     rows = []
+    tokenizer, max_len = encoder.tokenizer, encoder.max_len
     prompts, answers = batch["prompt"], batch["chosen"]
     first = beginning(tokenizer)
     plain = plain_ids(tokenizer, [prompt or "" for prompt in prompts])
@@ -81,15 +109,15 @@ def supervised_batch(
     places = batch.get("earlier") or [[]] * len(prompts)
     for prompt, answer, head, tail, earlier in zip(prompts, answers, heads, tails, places, strict=True):
         mask, dropped = None, unusable(prompt, [answer])
-        if not dropped and train_on == "all" and earlier is None:
+        if not dropped and encoder.train_on == "all" and earlier is None:
             dropped = "whose earlier answers the chat template rewrites (--train_on last takes such rows)"
-        elif not dropped and train_on == "all" and earlier:
+        elif not dropped and encoder.train_on == "all" and earlier:
             start, mask = split_turns(tokenizer, prompt, earlier, head)
             head, tail, mask = head[:start], head[start:] + tail, mask[start:] + [True] * len(tail)
         elif not dropped and prompt is None:  # plain text: its first token is the prompt
             head, tail = split_text(tokenizer, answer, first)
         full_length = len(head)
-        dropped = dropped or no_token(head) or (too_long(head, max_len) if overlong == "drop" else None)
+        dropped = dropped or no_token(head) or too_long(head, encoder)
         head = make_room(head, [tail], max_len, first)
         ids = join(head, tail, max_len, tokenizer.eos_token_id)
         if mask is not None:
@@ -106,7 +134,7 @@ def supervised_batch(
                 "full_length": full_length,
             }
         )
-    return columns(rows)
+    return to_columns(rows)
 
 
 def split_turns(
@@ -153,11 +181,10 @@ def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list
     return keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
 
 
-def ranking_batch(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "drop"
-) -> dict[str, list]:
+def ranking_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
     """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length, margin and their fate."""
     rows = []
+    tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first = beginning(tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
     plain = plain_ids(tokenizer, prompts)
@@ -172,8 +199,7 @@ def ranking_batch(
     ):
         full_length = len(head)
         dropped = unusable(prompt, []) or (None if several[i] is None else unranked(several[i], ranks[i]))
-        dropped = dropped or unusable(prompt, [chosen, rejected]) or no_token(head)
-        dropped = dropped or (too_long(head, max_len) if overlong == "drop" else None)
+        dropped = dropped or unusable(prompt, [chosen, rejected]) or no_token(head) or too_long(head, encoder)
         head = make_room(head, ends, max_len, first)
         ids = [join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
         if not dropped and chosen.strip() == rejected.strip():
@@ -192,18 +218,17 @@ def ranking_batch(
                 "full_length": full_length,
             }
         )
-    return columns(rows)
+    return to_columns(rows)
 
 
-def ranked_batch(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "drop"
-) -> dict[str, list]:
+def ranked_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
     """Rows with prompt, answers and ranks -> answers_ids, ranks, prompt_length, left_out and their fate.
 
     A row without `answers` is a pair: chosen before rejected. left_out: how many answers of a used row are not used,
     being not `distinct`, as texts or after the cut.
     """
     rows = []
+    tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first, eos = beginning(tokenizer), tokenizer.eos_token_id
     prompts = [prompt or "" for prompt in batch["prompt"]]
     plain = plain_ids(tokenizer, prompts)
@@ -217,8 +242,7 @@ def ranked_batch(
         full_length, is_pair = len(head), batch["answers"][i] is None
         ranks = [1, 2] if is_pair else batch["ranks"][i]
         kept = distinct_texts(answers[i], ranks)
-        dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head)
-        dropped = dropped or (too_long(head, max_len) if overlong == "drop" else None)
+        dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head) or too_long(head, encoder)
         if not dropped and (reason := unranked(answers[i], ranks)):
             dropped = "with equal answers" if is_pair else reason
         head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
@@ -238,19 +262,18 @@ def ranked_batch(
                 "full_length": full_length,
             }
         )
-    return columns(rows)
+    return to_columns(rows)
 
 
-def prompts_batch(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "cut"
-) -> dict[str, list]:
+def prompts_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
     """Rows with prompt -> input_ids, the text, and their fate."""
+    tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first = beginning(tokenizer)
     rows = []
     prompts = [prompt or "" for prompt in batch["prompt"]]
     for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True):
         dropped = unusable(prompt, []) or no_token(ids)
-        if not dropped and overlong == "drop" and len(ids) > max_len:
+        if not dropped and encoder.drops_overlong and len(ids) > max_len:
             dropped = "whose prompt is longer than --max_prompt_seq_len"
         rows.append(
             {
@@ -262,7 +285,7 @@ def prompts_batch(
                 "full_length": len(ids),
             }
         )
-    return columns(rows)
+    return to_columns(rows)
 
 
 def unusable(prompt: str | None, answers: list[str | None]) -> str | None:
@@ -280,9 +303,9 @@ def no_token(prompt_ids: list[int]) -> str | None:
     return None if prompt_ids else "whose prompt has no token"
 
 
-def too_long(prompt_ids: list[int], max_len: int) -> str | None:
-    """A prompt that leaves no room for a token of the answer."""
-    return TOO_LONG if len(prompt_ids) >= max_len else None
+def too_long(prompt_ids: list[int], encoder: Encoder) -> str | None:
+    """A prompt that leaves no room for a token of the answer, where such rows are dropped."""
+    return TOO_LONG if encoder.drops_overlong and len(prompt_ids) >= encoder.max_len else None
 
 
 ENCODERS = {
@@ -293,13 +316,7 @@ ENCODERS = {
 }
 
 
-def encoder_options(kind: str, overlong: Overlong | None, train_on: str) -> dict[str, str]:
-    """What the encoder of this kind takes beside the length, the defaults filled in; see `encode_rows`."""
-    options = {"overlong": overlong or ("cut" if kind == "prompts" else "drop")}
-    return options | ({"train_on": train_on} if kind == "supervised" else {})
-
-
-def columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+def to_columns(rows: list[dict[str, Any]]) -> dict[str, list]:
     """Rows -> columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -319,15 +336,11 @@ class Names:
 
 def encode_rows(
     rows: Dataset,
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_len: int,
+    encoder: Encoder,
     *,
     cache_dir: str | None,
     names: Names,
     num_proc: int | None = None,
-    overlong: Overlong | None = None,
-    train_on: str = "last",
     record: list[dict] | None = None,
     in_memory: bool = False,
 ) -> Dataset:
@@ -335,25 +348,25 @@ def encode_rows(
 
     Args:
         rows: columns prompt, chosen, rejected; for "ranked" also answers and ranks.
-        kind: "supervised" {input_ids, prompt_length}, with loss_mask where some row has one; "ranking" {chosen_ids,
-            rejected_ids, prompt_length}, with margin where some row has one; "ranked" {answers_ids, ranks,
-            prompt_length}; or "prompts" {input_ids, prompt}.
-        max_len: in tokens; of prompt and answer together, or of the prompt for "prompts".
-        overlong: what becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
-            "drop" for the others.
-        train_on: the "last" answer of a dialogue or "all"; for "supervised".
+        encoder: says the columns of the result, of which those in OPTIONAL are left out where no row has them.
+        cache_dir: where the Arrow files go; None: the datasets library's own folder.
+        names: what messages call the rows and the flags.
+        num_proc: processes that encode; None: this one.
         record: gets an entry: how many rows were dropped and cut.
         in_memory: write nothing to the cache.
+
+    Returns:
+        The usable rows, with the columns of FEATURES.
 
     Raises:
         UserError: the rows lack what this stage needs, or no row is left.
     """
+    kind, max_len = encoder.kind, encoder.max_len
     check_serves(rows, kind, names)
-    options = encoder_options(kind, overlong, train_on)
-    made_by = (ENCODING_VERSION, tokenizer_fingerprint(tokenizer))
-    fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(options.items()))
+    made_by = (ENCODING_VERSION, tokenizer_fingerprint(encoder.tokenizer))
+    fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(encoder.options.items()))
     encoded = rows.map(
-        partial(ENCODERS[kind], tokenizer=tokenizer, max_len=max_len, **options),
+        encoder.encode,
         batched=True,
         remove_columns=rows.column_names,
         features=Features({**FEATURES[kind], **FATE}),
@@ -382,14 +395,14 @@ def encode_rows(
             )
         raise UserError(f"{names.data_flag}: no usable row is left for {names.data}: {as_words(dropped)}")
     dropped = {reason.replace("--max_seq_len", names.length_flag): found for reason, found in dropped.items()}
-    report_dropped(f"{names.data_flag} ({names.data})", dropped, len(encoded))
     what = f"{names.data_flag} ({names.data})"
+    report_dropped(what, dropped, len(encoded))
     cuts = (first_rows(mask, rows) for mask in (prompt_cut, cut))
     report_cut(f"{names.length_flag} {max_len}", what, *cuts, longest, len(rows))
     left_out = np.asarray(table["left_out"][:]) if kind == "ranked" else np.zeros(len(encoded), dtype=int)
     report_left_out(what, int(left_out.sum()), first_rows(left_out, rows))
     if record is not None:
-        used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **options}
+        used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **encoder.options}
         counts = {"rows": len(encoded), "kept": int(kept.sum()), "dropped": as_record(dropped)}
         counts |= {"answers_left_out": int(left_out.sum())} if kind == "ranked" else {}
         record.append({**used, **counts, "cut_prompts": int(prompt_cut.sum()), "cut_answers": int(cut.sum())})

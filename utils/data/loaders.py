@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from utils.data.cache import fingerprint_of
 from utils.data.chat import template_of
 from utils.data.collate import collate_prompts, collate_ranked, collate_ranking, collate_supervised
-from utils.data.encoding import ENCODING_VERSION, Names, Overlong, encode_rows, has_rankings
+from utils.data.config import DataConfig
+from utils.data.encoding import ENCODING_VERSION, Encoder, Names, encode_rows, has_rankings
 from utils.data.names import parse_name
 from utils.data.preferences import READING_VERSION, load_data_set
 from utils.data.shapes import Form
@@ -50,50 +51,27 @@ BATCH_FLAGS = ("--per_device_train_batch_size", "--per_device_train_batch_size",
 
 
 def build_loaders(
+    config: DataConfig,
     *,
     stage: int,
     tokenizer: PreTrainedTokenizerBase,
-    data_path: Sequence[str],
     max_len: int,
     train_batch_size: int,
     eval_batch_size: int,
-    data_split: str = "2,4,4",
-    data_output_path: str | None = None,
-    sft_only_data_path: Sequence[str] = (),
-    seed: int = 2023,
-    data_seed: int = 1234,
     rank: int = 0,
     world_size: int = 1,
-    num_proc: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    overlong: Overlong | None = None,
-    train_on: str = "last",
-    need_margin: bool = False,
-    best_and_worst: bool = False,
-    record_in: str | Path | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """The loaders (train, eval) of one stage on one rank.
 
     Each data set is split over the stages on its own, by whole prompts, and then blended with the others by the weights
-    in their names. Its eval rows serve every stage: nothing is trained on them.
+    in their names. Its eval rows serve every stage: nothing is trained on them. Where some row of the data has several
+    ranked answers, the batches of stage 1 are those of `collate_ranked`, unless `config.best_and_worst` is set.
 
     Args:
         stage: 0 supervised, 1 ranking, 2 prompts.
         max_len: tokens; of prompt and answer together (stages 0 and 1) or of the prompt (stage 2).
-        train_batch_size, eval_batch_size: rows per rank.
-        data_output_path: folder of the cache; None: the datasets library's own.
-        sft_only_data_path: data sets that serve stage 0 wholly, and no other stage.
-        seed: of the order of the training rows.
-        data_seed: of the split over the stages.
-        num_proc: processes that encode; None: this one.
-        columns: {"prompt": its name in the data, ...}, see `Form`. Lists of messages are written by the tokenizer's
-            chat template where it has one.
-        overlong, train_on: see `encode_rows`.
-        need_margin: stage 1 learns from `margin`: refuses data without one.
-        best_and_worst: of several ranked answers stage 1 takes the best and the worst, as a pair. Otherwise, where some
-            row of the data has ranked answers, its batches are those of `collate_ranked`.
-        record_in: folder for data.json: what was read, dropped and cut, and the fingerprints of data, tokenizer and
-            code.
+        train_batch_size: rows per rank.
+        eval_batch_size: rows per rank.
 
     Returns:
         train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` says where
@@ -103,40 +81,16 @@ def build_loaders(
     Raises:
         UserError: see `load_data_set` and `encode_rows`; or fewer training rows than one step takes.
     """
-    record: list[dict] = []
     with local_rank_zero_first():
-        kind, train, evaluation = encode_data_sets(
-            stage,
-            tokenizer,
-            data_path=data_path,
-            max_len=max_len,
-            data_split=data_split,
-            cache_dir=data_output_path,
-            sft_only_data_path=sft_only_data_path,
-            data_seed=data_seed,
-            num_proc=num_proc,
-            columns=columns,
-            overlong=overlong,
-            train_on=train_on,
-            best_and_worst=best_and_worst,
-            record=record,
-        )
-    if need_margin and kind == "ranked":
-        raise UserError("--use_margin: the data ranks several answers to a prompt, without margins; leave the flag out")
-    if need_margin and "margin" not in train.column_names:
+        kind, train, evaluation, record = encode_data_sets(config, stage, tokenizer, max_len)
+    check_margins(config, kind)
+    if config.need_margin and "margin" not in train.column_names:
         raise UserError("--use_margin: no row of the data has a number in a column `margin`; leave the flag out")
-    if record_in is not None and this_rank() == 0:
-        split = {"stage": stage, "data_split": data_split, "data_seed": data_seed, "order_seed": seed}
-        rows = {"train_rows": len(train), "eval_rows": len(evaluation)}
-        write_record(Path(record_in), {**split, **rows, "data": record}, tokenizer)
-    global_batch = train_batch_size * world_size
-    if len(train) < global_batch:
-        raise UserError(
-            f"{BATCH_FLAGS[stage]} {train_batch_size}: {len(train)} training rows are too few for one batch of "
-            f"{global_batch} on {world_size} rank{'s' * (world_size > 1)}; lower it, or give more data"
-        )
+    counts = {"train_rows": len(train), "eval_rows": len(evaluation)}
+    write_record(config, stage, tokenizer, {**counts, "data": record})
+    check_fills_a_batch(len(train), stage, train_batch_size, world_size)
     collate = partial(COLLATORS[kind], pad_id=tokenizer.pad_token_id)
-    order = EpochSampler(len(train), train_batch_size, rank=rank, world_size=world_size, seed=seed)
+    order = EpochSampler(len(train), train_batch_size, rank=rank, world_size=world_size, seed=config.seed)
     return (
         make_loader(train, order, train_batch_size, collate),
         make_loader(evaluation, EvalSampler(len(evaluation), rank, world_size), eval_batch_size, collate),
@@ -144,35 +98,36 @@ def build_loaders(
 
 
 def build_answers_loader(
-    *,
+    config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    data_path: Sequence[str],
+    *,
     max_len: int,
     batch_size: int,
-    data_output_path: str | None = None,
     rank: int = 0,
     world_size: int = 1,
-    num_proc: int | None = None,
-    columns: Mapping[str, str] | None = None,
     held_out: Sequence[Dataset] | None = None,
 ) -> DataLoader | None:
-    """Held-out prompts with their chosen answers, for the perplexity in stage 2; None where the data have prompts only.
+    """Held-out prompts with their chosen answers, for the perplexity in stage 2; None where the data has prompts only.
 
-    max_len: tokens of prompt and answer. Batches as the supervised ones of `build_loaders`.
-    held_out: the rows to evaluate of each data set, where they are at hand; nothing is read then.
+    Args:
+        max_len: tokens of prompt and answer. Batches as the supervised ones of `build_loaders`.
+        batch_size: rows per rank.
+        held_out: the rows to evaluate of each data set, where they are at hand; nothing is read then.
     """
-    encoded = []
-    form = Form(columns or {}, template_of(tokenizer))
+    cache_dir, num_proc, encoded = config.cache_dir, config.num_proc, []
+    form, encoder = form_of(config, tokenizer), Encoder("supervised", tokenizer, max_len)
     with local_rank_zero_first():
-        options = {"cache_dir": data_output_path, "num_proc": num_proc}
-        for k, name in enumerate(data_path):
-            rows = held_out[k] if held_out else load_data_set(name, announce=False, form=form, **options)[1]
+        for k, name in enumerate(config.data_path):
+            if held_out:
+                rows = held_out[k]
+            else:
+                _, rows = load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, announce=False, form=form)
             if rows.with_format("arrow")["chosen"][:].null_count == len(rows):
                 continue
             names = Names("eval", f"--data_path {name}", "--max_prompt_seq_len + --max_answer_seq_len")
             in_memory = held_out is not None
             encoded.append(
-                encode_rows(rows, "supervised", tokenizer, max_len, names=names, in_memory=in_memory, **options)
+                encode_rows(rows, encoder, cache_dir=cache_dir, names=names, num_proc=num_proc, in_memory=in_memory)
             )
     if not encoded:
         return None
@@ -182,72 +137,90 @@ def build_answers_loader(
 
 
 def encode_data_sets(
-    stage: int,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    data_path: Sequence[str],
-    max_len: int,
-    data_split: str,
-    cache_dir: str | None,
-    sft_only_data_path: Sequence[str] = (),
-    data_seed: int = 1234,
-    num_proc: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    overlong: Overlong | None = None,
-    train_on: str = "last",
-    best_and_worst: bool = False,
-    record: list[dict] | None = None,
-) -> tuple[str, Dataset, Dataset]:
-    """All data sets of one stage, encoded and blended: (kind of the rows, train, eval)."""
-    sources, weights = data_sources(stage, data_path, sft_only_data_path)
-    form = Form(columns or {}, template_of(tokenizer))
+    config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerBase, max_len: int
+) -> tuple[str, Dataset, Dataset, list[dict]]:
+    """All data sets of one stage, encoded and blended.
+
+    Returns:
+        The kind of the rows, those to train on, those to evaluate, and what data.json says about them.
+    """
+    sources, weights = data_sources(config, stage)
+    cache_dir, num_proc, form = config.cache_dir, config.num_proc, form_of(config, tokenizer)
+    record: list[dict] = []
     loaded = [
         load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, form=form, record=record)
         for flag, name in sources
     ]
-    several = stage == 1 and not best_and_worst and any(has_rankings(rows) for parts in loaded for rows in parts)
-    kind = "ranked" if several else KINDS[stage]
+    kind = kind_of(config, stage, (rows for splits in loaded for rows in splits))
+    encoder = Encoder(kind, tokenizer, max_len, config.overlong, config.train_on)
     encoded: dict[str, list[Dataset]] = {"train": [], "eval": []}
     for (flag, name), (train, evaluation) in zip(sources, loaded, strict=True):
         if flag == "--data_path":
-            train = train.select(stage_indices(list(prompt_keys(train)), data_split, stage, data_seed, name))
-        for data, rows in (("train", train), ("eval", evaluation)):
-            names = Names(data, f"{flag} {name}", LENGTH_FLAGS[stage])
-            options = {"num_proc": num_proc, "overlong": overlong, "train_on": train_on, "record": record}
-            encoded[data].append(
-                encode_rows(rows, kind, tokenizer, max_len, cache_dir=cache_dir, names=names, **options)
+            prompts = list(prompt_keys(train))
+            train = train.select(stage_indices(prompts, config.data_split, stage, config.data_seed, name))
+        for split, rows in (("train", train), ("eval", evaluation)):
+            names = Names(split, f"{flag} {name}", LENGTH_FLAGS[stage])
+            encoded[split].append(
+                encode_rows(rows, encoder, cache_dir=cache_dir, names=names, num_proc=num_proc, record=record)
             )
     if len(sources) > 1 and None not in weights:
-        rows_of = blend([len(rows) for rows in encoded["train"]], weights, data_seed)
-        for k, ((flag, name), rows) in enumerate(zip(sources, rows_of, strict=True)):
-            print0(f"{flag} {name}: {len(rows)} of {len(encoded['train'][k])} rows in the blend")
-            if record is not None:
-                used = {"data": f"{flag} {name}", "blend": len(rows), "of": len(encoded["train"][k])}
-                record.append({**used, "fingerprint": fingerprint_of(rows)})
-            encoded["train"][k] = encoded["train"][k].select(rows)
-    train, evaluation = (datasets.concatenate_datasets(encoded[data]) for data in ("train", "eval"))
-    return kind, train, evaluation
+        rows_of = blend([len(rows) for rows in encoded["train"]], weights, config.data_seed)
+        for k, ((flag, name), indices) in enumerate(zip(sources, rows_of, strict=True)):
+            total = len(encoded["train"][k])
+            print0(f"{flag} {name}: {len(indices)} of {total} rows in the blend")
+            used = {"data": f"{flag} {name}", "blend": len(indices), "of": total}
+            record.append({**used, "fingerprint": fingerprint_of(indices)})
+            encoded["train"][k] = encoded["train"][k].select(indices)
+    train, evaluation = (datasets.concatenate_datasets(encoded[split]) for split in ("train", "eval"))
+    return kind, train, evaluation, record
 
 
-def data_sources(
-    stage: int, data_path: Sequence[str], sft_only_data_path: Sequence[str]
-) -> tuple[list[tuple[str, str]], list[float | None]]:
+def form_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Form:
+    """Lists of messages are written by the tokenizer's chat template where it has one."""
+    return Form(config.columns, template_of(tokenizer))
+
+
+def kind_of(config: DataConfig, stage: int, data_sets: Iterable[Dataset]) -> str:
+    """The kind of a stage's rows, which in stage 1 depends on the data; see `Encoder`."""
+    ranked = stage == 1 and not config.best_and_worst and any(map(has_rankings, data_sets))
+    return "ranked" if ranked else KINDS[stage]
+
+
+def check_margins(config: DataConfig, kind: str) -> None:
+    """Refuses --use_margin for ranked answers."""
+    if config.need_margin and kind == "ranked":
+        raise UserError("--use_margin: the data ranks several answers to a prompt, without margins; leave the flag out")
+
+
+def check_fills_a_batch(n_rows: int, stage: int, train_batch_size: int, world_size: int) -> None:
+    """Refuses fewer training rows than one step takes."""
+    if n_rows < train_batch_size * world_size:
+        raise UserError(
+            f"{BATCH_FLAGS[stage]} {train_batch_size}: {n_rows} training rows are too few for one batch of "
+            f"{train_batch_size * world_size} on {world_size} rank{'s' * (world_size > 1)}; lower it, or give more data"
+        )
+
+
+def data_sources(config: DataConfig, stage: int) -> tuple[list[tuple[str, str]], list[float | None]]:
     """(flag, name) of the data sets of a stage, and their weights: of all, or of none.
 
     Raises:
         UserError: some have a weight and some have none.
     """
-    sources = [("--data_path", name) for name in data_path]
+    sources = [("--data_path", name) for name in config.data_path]
     if stage == 0:
-        sources += [("--sft_only_data_path", name) for name in sft_only_data_path]
+        sources += [("--sft_only_data_path", name) for name in config.sft_only_data_path]
     weights = [parse_name(name, flag).weight for flag, name in sources]
     if None in weights and any(weights):
         raise UserError(f"{sources[weights.index(None)][0]}: give each data set a weight (name:0.3), or none")
     return sources, weights
 
 
-def write_record(folder: Path, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """data.json: equal for two runs that are given the same batches."""
+def write_record(config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+    """Writes data.json, where it is wanted, on rank 0: equal for two runs that are given the same batches."""
+    if config.record_in is None or this_rank() != 0:
+        return
+    split = {"stage": stage, "data_split": config.data_split, "data_seed": config.data_seed, "order_seed": config.seed}
     template = template_of(tokenizer)
     made_by = {
         "tokenizer": {
@@ -257,8 +230,9 @@ def write_record(folder: Path, record: dict[str, Any], tokenizer: PreTrainedToke
         },
         "code": {"reading": READING_VERSION, "encoding": ENCODING_VERSION, "order": ORDER_VERSION},
     }
+    folder = Path(config.record_in)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**record, **made_by}, indent=2, ensure_ascii=False)
+    text = json.dumps({**split, **record, **made_by}, indent=2, ensure_ascii=False)
     (folder / "data.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -22,15 +22,15 @@ from utils.data.shapes import Row
 from utils.data.sources import (
     READ_ERRORS,
     SHAPES,
-    Part,
+    Shard,
     csv_header,
     file_format,
     first_line,
     is_json_list,
     json_rows,
     not_json,
+    open_file,
 )
-from utils.data.sources import open_text as open_file
 from utils.run import UserError
 
 AT_ONCE = 1000  # rows that a library decodes together
@@ -38,7 +38,7 @@ BLOCK = 2**20  # bytes of a JSON list
 LONGEST_ROW = 2**26  # characters
 
 
-def raw_rows(part: Part, flag: str) -> Iterator[tuple[str, Row]]:
+def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
     """(name, row) of each row; "line 7" of a JSON-lines file, "row 7" elsewhere.
 
     Raises:
@@ -46,21 +46,21 @@ def raw_rows(part: Part, flag: str) -> Iterator[tuple[str, Row]]:
     """
     empty = True
     try:
-        for name, row in READERS[file_format(part.file)](part.file) if part.file else numbered(iterate(part.rows)):
+        for name, row in READERS[file_format(shard.file)](shard.file) if shard.file else numbered(iterate(shard.rows)):
             if not isinstance(row, dict):
                 raise UserError(
-                    f"{flag}: {part.place}, {name}: found {type(row).__name__}, expected an object of columns"
+                    f"{flag}: {shard.place}, {name}: found {type(row).__name__}, expected an object of columns"
                 )
             empty = False
             yield name, row
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         if hasattr(error, "place"):
-            raise UserError(f"{flag}: {part.place}, {not_json(error)}") from error
-        raise UserError(f"{flag}: {part.place} holds text that is not UTF-8 ({error.reason})") from error
+            raise UserError(f"{flag}: {shard.place}, {not_json(error)}") from error
+        raise UserError(f"{flag}: {shard.place} holds text that is not UTF-8 ({error.reason})") from error
     except (*READ_ERRORS, zlib.error) as error:
-        raise UserError(f"{flag}: {part.place} cannot be read: {first_line(error)}") from error
+        raise UserError(f"{flag}: {shard.place} cannot be read: {first_line(error)}") from error
     if empty:
-        raise UserError(f"{flag}: {part.place} has no rows; expected {SHAPES}")
+        raise UserError(f"{flag}: {shard.place} has no rows; expected {SHAPES}")
 
 
 def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:

@@ -41,7 +41,7 @@ READ_ERRORS = (OSError, EOFError, ValueError, TypeError, StopIteration, datasets
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """The rows of one file or of one split of a data set, as they were read.
 
     rows: None, or for the hub an iterable data set, where they are streamed.
@@ -53,8 +53,8 @@ class Part:
     label: str = ""  # what tells the file's rows from those of the other files of its split
 
 
-def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Part]]:
-    """{"train": parts} and, where the data set has its own, {"test": parts}.
+def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Shard]]:
+    """{"train": shards} and, where the data set has its own, {"test": shards}.
 
     Args:
         entry: see `utils.data.names.parse_name`; a weight is left aside.
@@ -108,7 +108,7 @@ def pick_splits(found: dict[str, Any], chosen: DataName, place: str, flag: str) 
     return {"train": found[train]} if test is None else {"train": found[train], "test": found[test]}
 
 
-def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Part]]:
+def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Shard]]:
     """A folder written by `save_to_disk`."""
     try:
         saved = datasets.load_from_disk(str(path))
@@ -116,12 +116,12 @@ def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Part]]
         raise UserError(f"{flag}: cannot read {path} as a saved data set: {first_line(error)}") from error
     found = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     splits = pick_splits(found, chosen, str(path), flag)
-    return {split: [not_empty(Part(rows, f"{path} ({split})"), flag)] for split, rows in splits.items()}
+    return {split: [not_empty(Shard(rows, f"{path} ({split})"), flag)] for split, rows in splits.items()}
 
 
 def read_folder(
     path: Path, chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False
-) -> dict[str, list[Part]]:
+) -> dict[str, list[Shard]]:
     """A folder with files named after their split: its own, those in `data/`, or, as in a hub snapshot, deeper ones."""
     for files in (sorted(path.iterdir()), sorted((path / "data").glob("*")), sorted(path.rglob("*"))):
         usable = [file for file in files if file.is_file() and file_format(file) and not file.name.startswith(".")]
@@ -171,7 +171,7 @@ def file_format(path: Path) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = False) -> Part:
+def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = False) -> Shard:
     """The rows of one file; streaming: the file alone.
 
     Raises:
@@ -183,7 +183,7 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
     if path.stat().st_size == 0:
         raise UserError(f"{flag}: {path} is empty; expected rows of {SHAPES}")
     if streaming:
-        return Part(None, str(path), path)
+        return Shard(None, str(path), path)
     options: dict[str, Any] = {}
     try:
         if reader == "json" and starts_with_null(path):
@@ -200,7 +200,7 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
             rows = rows.remove_columns(column).add_column(column, texts, feature=feature)
     except READ_ERRORS as error:
         raise UserError(f"{flag}: {path}{why_unreadable(path, reader, error)}") from error
-    return not_empty(Part(rows, str(path), path), flag)
+    return not_empty(Shard(rows, str(path), path), flag)
 
 
 def is_date(kind: Any) -> bool:
@@ -220,21 +220,21 @@ def quiet_library() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
 
 
-def not_empty(part: Part, flag: str) -> Part:
-    """The part, when it has rows."""
-    if len(part.rows) == 0:
-        raise UserError(f"{flag}: {part.place} has no rows; expected {SHAPES}")
-    return part
+def not_empty(shard: Shard, flag: str) -> Shard:
+    """The shard, when it has rows."""
+    if len(shard.rows) == 0:
+        raise UserError(f"{flag}: {shard.place} has no rows; expected {SHAPES}")
+    return shard
 
 
-def open_text(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     """The file's bytes, decompressed."""
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def starts_with_null(path: Path) -> bool:
     """Whether the first row of a JSON file is null, at which the library's reader crashes, and Python with it."""
-    with open_text(path) as file:
+    with open_file(path) as file:
         return re.match(rb"\s*(\[\s*)?null\b", file.read(4096).removeprefix(codecs.BOM_UTF8)) is not None
 
 
@@ -248,7 +248,7 @@ def csv_header(path: Path) -> list[str]:
     first = pandas.read_csv(path, dtype=str, nrows=1, encoding="utf-8-sig")
     if len(first) and not isinstance(first.index, pandas.RangeIndex):
         raise ValueError(f"row 1 has more fields than the header names columns ({len(first.columns)})")
-    with open_text(path) as file:
+    with open_file(path) as file:
         lines = (line.decode("utf-8-sig") for line in file)
         return next(csv.reader(lines))
 
@@ -256,7 +256,7 @@ def csv_header(path: Path) -> list[str]:
 def why_unreadable(path: Path, reader: str, error: Exception) -> str:
     """What follows the file's name in the error: the first bad line where one is found, else the reader's words."""
     try:
-        with open_text(path) as file:
+        with open_file(path) as file:
             if not any(line.strip() for line in file):
                 return f" is empty; expected rows of {SHAPES}"
         problem = first_bad_row(path) if reader == "json" else None
@@ -304,12 +304,12 @@ def converted_on_reading(file: Path | None, index: int, column: str) -> str | No
     return first_bad_row(file) if isinstance(row, dict) and isinstance(row.get(column), str) else None
 
 
-def undecodable(splits: dict[str, list[Part]], name: str) -> str:
+def undecodable(splits: dict[str, list[Shard]], name: str) -> str:
     """The place of text that is not UTF-8."""
-    for part in (part for parts in splits.values() for part in parts):
-        problem = first_bad_row(part.file) if part.file and file_format(part.file) == "json" else None
+    for shard in (shard for shards in splits.values() for shard in shards):
+        problem = first_bad_row(shard.file) if shard.file and file_format(shard.file) == "json" else None
         if problem:
-            return f"{part.place}, {problem}"
+            return f"{shard.place}, {problem}"
     return f"{name} holds text that is not UTF-8"
 
 
@@ -319,7 +319,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         json.JSONDecodeError, UnicodeDecodeError: with the attribute `place`.
     """
-    with open_text(path) as file:
+    with open_file(path) as file:
         if is_json_list(file):
             yield from ((f"row {i}", row) for i, row in enumerate(decode_json(file.read(), None), 1))
             return
@@ -355,13 +355,13 @@ def row_name(file: Path | None, index: int) -> str:
 @functools.lru_cache(maxsize=1)
 def filled_lines(file: Path, modified: int) -> Sequence[int] | None:
     """The numbers of the lines that hold a row; None for a JSON list. Read once per state of the file."""
-    with open_text(file) as lines:
+    with open_file(file) as lines:
         if is_json_list(lines):
             return None
         return array("q", (number for number, line in enumerate(lines, 1) if line.strip()))
 
 
-def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Part]]:
+def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Shard]]:
     """A data set of the Hugging Face hub, or its copy in the cache when the hub is out of reach."""
     name = chosen.name
     repository, usual = HUB_REPOSITORIES.get(name, (name, None))
@@ -383,8 +383,8 @@ def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool
             "reached; download it on a machine with access and give its folder"
         ) from error
     splits = pick_splits(dict(loaded), chosen, name, flag)
-    parts = {split: Part(rows, f"{name} ({split})") for split, rows in splits.items()}
-    return {split: [part if streaming else not_empty(part, flag)] for split, part in parts.items()}
+    shards = {split: Shard(rows, f"{name} ({split})") for split, rows in splits.items()}
+    return {split: [shard if streaming else not_empty(shard, flag)] for split, shard in shards.items()}
 
 
 def first_line(error: BaseException) -> str:

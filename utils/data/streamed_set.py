@@ -6,7 +6,7 @@ rows, the number of ranks and the flags of the other stages.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -20,14 +20,15 @@ from utils.data.preferences import (
     HOLD_OUT_SEED,
     REPEATS,
     TEXT,
+    Conversion,
     choose_conversion,
     normalise_rows,
     rename,
 )
 from utils.data.raw import raw_rows
 from utils.data.report import Dropped, count_dropped, report_dropped
-from utils.data.shapes import Conversation, Example, Form, Row
-from utils.data.sources import READ_ERRORS, Part, first_bad_row, first_line, read_splits
+from utils.data.shapes import Form, Row
+from utils.data.sources import READ_ERRORS, Shard, first_bad_row, first_line, read_splits
 from utils.distributed import print0
 from utils.run import UserError
 
@@ -78,35 +79,32 @@ class Repeats:
 class StreamedSet:
     """One data set of which nothing is read but what is asked for.
 
-    parts: as of `read_splits`.   columns: those of the first rows, which every row gets.   held_out: rows to evaluate,
+    shards: as of `read_splits`.   columns: those of the first rows, which every row gets.   held_out: rows to evaluate,
     with the columns of TEXT and ABOUT.   whole: all its training rows serve stage 0.
     """
 
     name: str
     flag: str
     weight: float | None
-    parts: dict[str, list[Part]]
+    shards: dict[str, list[Shard]]
     columns: list[str]
-    shape: str
-    convert: Callable[[Row], Example | Conversation]
-    form: Form
+    conversion: Conversion
     whole: bool = False
     held_out: Dataset | None = None
 
     def texts(self, split: str, counts: Counts) -> Iterator[Row]:
         """The usable rows of a split in their order, with the columns of `normalise_rows`; the others are counted."""
         repeats = Repeats(REMEMBERED)
-        for part in self.parts[split]:
-            rows = raw_rows(part, self.flag)
+        for shard in self.shards[split]:
+            rows = raw_rows(shard, self.flag)
             while chunk := list(islice(rows, TOGETHER)):
                 names, raw = zip(*chunk, strict=True)
-                yield from self.usable(self.normalised(part, names, raw), repeats, counts)
+                yield from self.usable(self.normalised(shard, names, raw), repeats, counts)
 
-    def normalised(self, part: Part, names: Sequence[str], raw: Sequence[Row]) -> dict[str, list]:
-        complete = ({**dict.fromkeys(self.columns), **renamed(row, self.form.columns)} for row in raw)
-        label = f"{part.file.name} " if part.file and len(self.parts["train"]) > 1 else ""
-        part = replace(part, rows=None, label=label)
-        return normalise_rows(complete, names, convert=self.convert, part=part, flag=self.flag, form=self.form)
+    def normalised(self, shard: Shard, names: Sequence[str], raw: Sequence[Row]) -> dict[str, list]:
+        complete = ({**dict.fromkeys(self.columns), **renamed(row, self.conversion.form.columns)} for row in raw)
+        label = f"{shard.file.name} " if shard.file and len(self.shards["train"]) > 1 else ""
+        return normalise_rows(complete, names, self.conversion, replace(shard, rows=None, label=label))
 
     def usable(self, columns: dict[str, list], repeats: Repeats, counts: Counts) -> Iterator[Row]:
         for values in zip(*columns.values(), strict=True):
@@ -122,7 +120,7 @@ class StreamedSet:
     def training_texts(self, stage: int, shares: Sequence[float], seed: int, counts: Counts) -> Iterator[Row]:
         """The usable training rows of one stage."""
         for row in self.texts("train", counts):
-            if "test" not in self.parts and is_held_out(row["asked"]):
+            if "test" not in self.shards and is_held_out(row["asked"]):
                 counts.held_out += 1
             elif not self.whole and stage_of(row["asked"], shares, seed) != stage:
                 counts.other_stages += 1
@@ -162,20 +160,20 @@ def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag
     Raises:
         UserError: nothing there, unreadable first rows, columns of no known shape, or no row to evaluate.
     """
-    parts = read_splits(entry, cache_dir, flag, streaming=True)
-    first = parts["train"][0]
+    shards = read_splits(entry, cache_dir, flag, streaming=True)
+    first = shards["train"][0]
     _, raw = zip(*islice(raw_rows(first, flag), TOGETHER), strict=True)
     try:
         sample = Dataset.from_list(with_all_columns(raw))
     except READ_ERRORS as error:
         problem = first_bad_row(first.file) if first.file else None
         raise UserError(f"{flag}: {first.place}, {problem or first_line(error)}") from error
-    part = rename(replace(first, rows=sample), form.columns, flag)
-    shape, convert, chosen_form = choose_conversion(entry, part, flag, form)
+    shard = rename(replace(first, rows=sample), form.columns, flag)
+    conversion = choose_conversion(entry, shard, flag, form)
     whole = flag != "--data_path"
-    stream = StreamedSet(entry, flag, weight, parts, part.rows.column_names, shape, convert, chosen_form, whole)
+    stream = StreamedSet(entry, flag, weight, shards, shard.rows.column_names, conversion, whole)
     held_out = held_out_rows(stream)
-    print0(f"{flag} {entry}: {shape}; streamed, {len(held_out)} rows to evaluate")
+    print0(f"{flag} {entry}: {conversion.shape}; streamed, {len(held_out)} rows to evaluate")
     return replace(stream, held_out=held_out)
 
 
@@ -188,7 +186,7 @@ def with_all_columns(rows: Sequence[Row]) -> list[Row]:
 def held_out_rows(stream: StreamedSet) -> Dataset:
     """The first rows that nothing is trained on; what was dropped among a test split's is reported."""
     counts = Counts()
-    own = "test" in stream.parts
+    own = "test" in stream.shards
     rows = stream.texts("test" if own else "train", counts)
     if not own:
         rows = (row for row in rows if is_held_out(row["asked"]))

@@ -33,7 +33,7 @@ def plain_text_batches(
     block: int,
     batch_size: int,
     seed: int,
-    data_output_path: str | None = None,
+    cache_dir: str | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[str, Tensor]]:
@@ -46,11 +46,9 @@ def plain_text_batches(
     """
     with local_rank_zero_first():
         chosen = DataName(name, configuration)
-        splits = (
-            read_hub(chosen, data_output_path, FLAG) if configuration else read_splits(name, data_output_path, FLAG)
-        )
-        parts = [to_blocks(part.rows, part.place, tokenizer, block, data_output_path) for part in splits["train"]]
-    rows = datasets.concatenate_datasets(parts)
+        splits = read_hub(chosen, cache_dir, FLAG) if configuration else read_splits(name, cache_dir, FLAG)
+        blocks_of = [to_blocks(shard.rows, shard.place, tokenizer, block, cache_dir) for shard in splits["train"]]
+    rows = datasets.concatenate_datasets(blocks_of)
     if len(rows) < batch_size * world_size:
         raise UserError(
             f"{FLAG} {name}: {len(rows)} blocks of {block} tokens are too few for {batch_size} on each of {world_size} "

@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset
 
-from utils.data.encoding import Names, encode_rows
+from utils.data.encoding import Encoder, Names, encode_rows
 from utils.data.tokens import beginning, encode_pair, encode_prompts
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
@@ -17,8 +17,8 @@ def rows(*examples: tuple) -> Dataset:
 
 
 def encode(tmp_path, data, kind, tokenizer, max_len=64, overlong=None, **names):
-    options = {"cache_dir": str(tmp_path), "names": Names("train", **names), "overlong": overlong}
-    return encode_rows(data, kind, tokenizer, max_len, **options)
+    encoder = Encoder(kind, tokenizer, max_len, overlong)
+    return encode_rows(data, encoder, cache_dir=str(tmp_path), names=Names("train", **names))
 
 
 def test_supervised_rows(tmp_path, tokenizer):
@@ -68,8 +68,8 @@ def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, 
     data = ranked_rows(*((PROMPT, None, None, answers, ranks) for answers, ranks, *_ in cases))
     data = data.add_column("origin", [f"line {k}" for k in range(len(cases))])
     record = []
-    names = Names("train")
-    encoded = encode_rows(data, "ranked", gpt2, length + 12, cache_dir=str(tmp_path), names=names, record=record)
+    encoder, names = Encoder("ranked", gpt2, length + 12), Names("train")
+    encoded = encode_rows(data, encoder, cache_dir=str(tmp_path), names=names, record=record)
     texts = [[gpt2.decode(ids[length:], skip_special_tokens=True) for ids in row] for row in encoded["answers_ids"]]
     kept = [
         [gpt2.decode(encode_pair(gpt2, PROMPT, a, length + 12)[0][length:], skip_special_tokens=True) for a in used]
@@ -217,7 +217,7 @@ def test_a_length_that_no_prompt_fits_is_refused(tmp_path, gpt2, kind):
 
 def test_long_eval_prompts_are_only_cut(tmp_path, gpt2):
     names = Names("eval", length_flag="--max_prompt_seq_len")
-    encoded = encode_rows(rows((PROMPT,)), "prompts", gpt2, 4, cache_dir=str(tmp_path), names=names)
+    encoded = encode_rows(rows((PROMPT,)), Encoder("prompts", gpt2, 4), cache_dir=str(tmp_path), names=names)
     assert encoded[0]["input_ids"] == encode_prompts(gpt2, [PROMPT])[0][-4:]
 
 
@@ -250,7 +250,7 @@ def test_the_cache_is_used_and_knows_what_it_depends_on(tmp_path, tokenizer_fold
     data = rows((PROMPT, ANSWER), (PROMPT, " "))
     first = encode(tmp_path, data, "supervised", gpt2)
     report = capsys.readouterr().out
-    monkeypatch.setattr("utils.data.encoding.columns", lambda rows: pytest.fail("mapped again"))
+    monkeypatch.setattr("utils.data.encoding.to_columns", lambda rows: pytest.fail("mapped again"))
     second = encode(tmp_path, data, "supervised", gpt2)
     assert second.to_dict() == first.to_dict() and capsys.readouterr().out == report != ""
     for other in ({"tokenizer": qwen}, {"max_len": 32}, {"kind": "prompts"}, {"data": rows((PROMPT, " other"))}):

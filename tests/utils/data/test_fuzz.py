@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.run import UserError
 
@@ -124,11 +125,11 @@ def to_batches(tokenizer, data: bytes, suffix: str, stage: int, **options) -> tu
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"rows{suffix}"
         file.write_bytes(data)
-        options |= {"data_path": [str(file)], "data_output_path": f"{folder}/cache", "record_in": folder}
-        options |= {"max_len": 40, "train_batch_size": 1, "eval_batch_size": 2}
         split = ",".join("1" if k == stage else "0" for k in range(3))
+        options |= {"cache_dir": f"{folder}/cache", "record_in": folder, "data_split": split}
+        config, sizes = DataConfig(data_path=[str(file)], **options), {"train_batch_size": 1, "eval_batch_size": 2}
         try:
-            loaders = build_loaders(stage=stage, tokenizer=tokenizer, data_split=split, **options)
+            loaders = build_loaders(config, stage=stage, tokenizer=tokenizer, max_len=40, **sizes)
         except UserError as error:
             assert str(error).startswith("--") and "\n" not in str(error)
             return None

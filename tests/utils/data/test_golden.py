@@ -14,7 +14,7 @@ import pytest
 
 from utils.data.adapters import ADAPTERS
 from utils.data.chat import ChatTemplate
-from utils.data.encoding import ENCODERS, ENCODING_VERSION
+from utils.data.encoding import ENCODING_VERSION, Encoder
 from utils.data.loaders import ORDER_VERSION, EpochSampler
 from utils.data.preferences import READING_VERSION, load_data_set
 from utils.data.shapes import Form, finish
@@ -165,7 +165,7 @@ def test_encoding(texts, bpe):
     found = {}
     for kind, options in OPTIONS:
         rows = [
-            ENCODERS[kind]({name: [row[name] for row in some] for name in some[0]}, bpe, max_len, **options)
+            Encoder(kind, bpe, max_len, **options).encode({name: [row[name] for row in some] for name in some[0]})
             for some in chain.from_iterable(texts.values())
             for max_len in (24, 60, 300)
         ]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from utils.data.config import DataConfig
 from utils.data.loaders import EpochSampler, EvalSampler, build_loaders, local_rank_zero_first
 from utils.data.tokens import encode_pair, encode_prompts
 from utils.run import UserError
@@ -28,15 +29,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+SIZES = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 4, "rank": 0, "world_size": 1}
+
+
 def build(folder, tokenizer, stage, **changes):
-    arguments = {
-        "data_path": [str(folder)],
-        "data_output_path": str(folder / "cache"),
-        "max_len": 96,
-        "train_batch_size": 4,
-        "eval_batch_size": 4,
-    }
-    return build_loaders(stage=stage, tokenizer=tokenizer, **{**arguments, **changes})
+    sizes = {name: changes.pop(name, usual) for name, usual in SIZES.items()}
+    config = DataConfig(**{"data_path": [str(folder)], "cache_dir": str(folder / "cache"), **changes})
+    return build_loaders(config, stage=stage, tokenizer=tokenizer, **sizes)
 
 
 def texts(loader, tokenizer, ids="input_ids", lengths="lengths") -> list[list[str]]:
@@ -404,7 +403,7 @@ def test_the_record_says_what_was_read_and_is_the_same_for_the_same_data(folder,
     assert read["rows"] == 42 and read["kept"] == 41
     assert read["dropped"] == {"that repeat an earlier row": {"rows": 1, "first": ["line 41"]}}
     assert first["train_rows"] <= 9 and first["eval_rows"] == 10 and first["data_split"] == "2,4,4"
-    assert record() == first == record(data_output_path=str(tmp_path / "elsewhere"))
+    assert record() == first == record(cache_dir=str(tmp_path / "elsewhere"))
     qwen = record(tokenizer=load_tokenizer(str(tokenizer_folders["qwen"])))
     assert qwen["tokenizer"]["fingerprint"] != first["tokenizer"]["fingerprint"] and qwen["code"] == first["code"]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:40]))
@@ -435,7 +434,7 @@ def test_a_rank_that_waits_says_so(monkeypatch, capsys):
 
 def test_a_second_start_maps_nothing(folder, gpt2, monkeypatch):
     first = [batch["prompt"] for loader in build(folder, gpt2, 2) for batch in loader]
-    for name in ("preferences.normalise_batch", "encoding.columns"):
+    for name in ("preferences.normalise_batch", "encoding.to_columns"):
         monkeypatch.setattr(f"utils.data.{name}", lambda *_, **__: pytest.fail("mapped again"))
     assert [batch["prompt"] for loader in build(folder, gpt2, 2) for batch in loader] == first
 

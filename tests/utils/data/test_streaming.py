@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.data.streaming import blended, build_streaming_loaders, open_streams, shuffled
 from utils.run import UserError
@@ -30,11 +31,15 @@ def write(path, rows) -> str:
     return str(path)
 
 
-def build(tokenizer, stage, data_path, sft_only_data_path=(), columns=None, **changes):
-    paths = {"data_path": data_path, "sft_only_data_path": sft_only_data_path, "columns": columns}
-    streams = open_streams(stage, tokenizer, **paths)
-    arguments = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 4, "shuffle_buffer": 20, "batches": 100}
-    return build_streaming_loaders(streams, stage=stage, tokenizer=tokenizer, **{**arguments, **changes})
+SIZES = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 4, "batches": 100, "rank": 0, "world_size": 1}
+
+
+def build(tokenizer, stage, data_path, more=(), **changes):
+    sizes = {name: changes.pop(name, usual) for name, usual in SIZES.items()}
+    options = {"data_path": data_path, "sft_only_data_path": more, "streaming": True, "shuffle_buffer": 20}
+    config = DataConfig(**{**options, **changes})
+    streams = open_streams(config, stage, tokenizer)
+    return build_streaming_loaders(streams, config, stage=stage, tokenizer=tokenizer, **sizes)
 
 
 def rows_of(loader, pad: int) -> list[tuple]:
@@ -68,15 +73,13 @@ def test_the_batches_hold_the_same_rows_as_without_streaming(folder, gpt2, stage
     odd += [{**ROWS[8], "chosen": " long" * 60}, {**ROWS[9], "rejected": ROWS[9]["chosen"]}]
     write(folder / "train.jsonl", ROWS[:240] + odd)
     split = ",".join("1" if k == stage else "0" for k in range(3))
-    options = {"train_batch_size": 1, "data_split": split, "record_in": folder / "run"}
-    options |= {"eval_batch_size": 4, "max_len": 96}
-    streamed = build(gpt2, stage, [str(folder)], **options)
+    options = {"data_split": split, "record_in": folder / "run"}
+    streamed = build(gpt2, stage, [str(folder)], train_batch_size=1, **options)
     rows = [rows_of(loader, gpt2.pad_token_id) for loader in streamed]
     reported = capsys.readouterr().out
     record = json.loads((folder / "run" / "data.json").read_text())
-    stored = build_loaders(
-        stage=stage, tokenizer=gpt2, data_path=[str(folder)], data_output_path=str(folder / "cache"), **options
-    )
+    config = DataConfig(data_path=[str(folder)], cache_dir=str(folder / "cache"), **options)
+    stored = build_loaders(config, stage=stage, tokenizer=gpt2, max_len=96, train_batch_size=1, eval_batch_size=4)
     expected = [rows_of(loader, gpt2.pad_token_id) for loader in stored]
     assert sorted(rows[0]) == sorted(expected[0]) and rows[1] == expected[1]
     # What was dropped and cut is told in the same words, and stands in the record.
@@ -98,13 +101,13 @@ def test_ranked_answers_reach_the_batches(tmp_path, gpt2, capsys):
     ]
     write(tmp_path / "train.jsonl", rows[:240])
     write(tmp_path / "test.jsonl", rows[240:])
-    options = {"stage": 1, "tokenizer": gpt2, "train_batch_size": 1, "eval_batch_size": 1, "data_split": "0,1,0"}
-    options |= {"max_len": 96, "record_in": tmp_path}
-    expected = build_loaders(data_path=[str(tmp_path)], data_output_path=str(tmp_path / "cache"), **options)[0]
+    options = {"data_split": "0,1,0", "record_in": tmp_path}
+    config = DataConfig(data_path=[str(tmp_path)], cache_dir=str(tmp_path / "cache"), **options)
+    sizes = {"max_len": 96, "train_batch_size": 1, "eval_batch_size": 1}
+    expected = build_loaders(config, stage=1, tokenizer=gpt2, **sizes)[0]
     said = capsys.readouterr().out
     stored = json.loads((tmp_path / "data.json").read_text())["data"]
-    del options["stage"], options["tokenizer"]
-    train = build(gpt2, 1, [str(tmp_path)], **options)[0]
+    train = build(gpt2, 1, [str(tmp_path)], train_batch_size=1, **options)[0]
     as_lists = [sorted([batch[name].tolist() for name in batch] for batch in loader) for loader in (train, expected)]
     assert as_lists[0] == as_lists[1] and len(as_lists[0]) == 240
     assert "(train): 240 answers of 240 rows left out" in said and "(train): 240 answers of" in capsys.readouterr().out
@@ -288,14 +291,16 @@ def test_a_training_that_ends_early_has_its_report_too(folder, gpt2, capsys):
 
 MEASURE = """
 import resource, sys
+from utils.data.config import DataConfig
 from utils.data.streaming import build_streaming_loaders, open_streams
 from utils.tokenizer import load_tokenizer
 
 tokenizer = load_tokenizer(sys.argv[1])
 for folder in sys.argv[2:]:
-    streams = open_streams(2, tokenizer, data_path=[folder])
-    options = dict(max_len=64, train_batch_size=50, eval_batch_size=50, shuffle_buffer=500, batches=9)
-    train, _ = build_streaming_loaders(streams, stage=2, tokenizer=tokenizer, **options)
+    config = DataConfig(data_path=[folder], shuffle_buffer=500)
+    streams = open_streams(config, 2, tokenizer)
+    sizes = dict(max_len=64, train_batch_size=50, eval_batch_size=50, batches=9)
+    train, _ = build_streaming_loaders(streams, config, stage=2, tokenizer=tokenizer, **sizes)
     rows = sum(len(batch["prompt"]) for batch in train)
     print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
