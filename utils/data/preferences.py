@@ -20,7 +20,7 @@ from utils.data.chat import write_plain
 from utils.data.names import parse_name
 from utils.data.report import as_record, as_words, report_dropped, tally
 from utils.data.shapes import PLAIN, Conversation, Example, Form, Row, RowRefused, RowSkipped, find_shape, finish
-from utils.data.sources import SHAPES, Shard, converted_on_reading, read_splits, row_name, undecodable
+from utils.data.sources import SHAPES, Shard, check_numbers, converted_on_reading, read_splits, row_name, undecodable
 from utils.data.splits import prompt_key, prompt_keys
 from utils.distributed import print0
 from utils.run import UserError
@@ -156,7 +156,10 @@ def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Convers
         bare = prompts_are_bare(shard.rows)
         convert = partial(convert, bare=bare)
         shape += ", bare prompts written as Human/Assistant dialogue" if bare else ""
-    return Conversion(shape + (how if of_messages else ""), convert, form, flag)
+    shape += how if of_messages else ""
+    if "answers" in shard.rows.column_names and "chosen/rejected" in shape:
+        shape += "; the column answers is not read (to learn from it, leave out chosen and rejected)"
+    return Conversion(shape, convert, form, flag)
 
 
 def prompts_are_bare(rows: Dataset, look_at: int = 1000) -> bool:
@@ -200,6 +203,8 @@ def normalise_batch(
         indices: of the rows in their file.
         shard: where the rows are from; its own rows are not read.
     """
+    if conversion.shape.startswith("prompt/answers"):
+        check_numbers(shard, batch, conversion.flag)
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     names = [row_name(shard.file, i) for i in indices]
 

@@ -8,7 +8,7 @@ import gzip
 import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -302,6 +302,32 @@ def converted_on_reading(file: Path | None, index: int, column: str) -> str | No
         return None
     row = next((row for i, (_, row) in enumerate(json_rows(file)) if i == index), None)
     return first_bad_row(file) if isinstance(row, dict) and isinstance(row.get(column), str) else None
+
+
+@functools.lru_cache(maxsize=16)
+def text_among_numbers(file: Path, column: str, modified: int) -> str | None:
+    """Place and problem of the first text in the lists of a JSON column, of which the reader has made a number.
+
+    Args:
+        modified: when the file was, so that each state of it is read once.
+    """
+    try:
+        for place, row in json_rows(file):
+            values = row.get(column) if isinstance(row, dict) else None
+            for value in values if isinstance(values, list) else ():
+                if isinstance(value, str):
+                    return f"{place}, column {column!r}: found str {value[:40]!r}, expected a number"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        pass  # a layout that only the datasets library understands
+    return None
+
+
+def check_numbers(shard: Shard, columns: Iterable[str], flag: str) -> None:
+    """Refuses texts among the scores and ranks of a JSON file, which Arrow reads as numbers where others are."""
+    if shard.file is not None and file_format(shard.file) == "json":
+        for column in {"scores", "ranks"}.intersection(columns):
+            if problem := text_among_numbers(shard.file, column, shard.file.stat().st_mtime_ns):
+                raise UserError(f"{flag}: {shard.place}, {problem}")
 
 
 def undecodable(splits: dict[str, list[Shard]], name: str) -> str:

@@ -47,7 +47,8 @@ def stage_indices(
     It depends on these arguments alone: every rank, on any number of ranks, finds the same rows. Prompts with several
     rows come first, those with most rows before the others, each to the stage that lacks most rows; prompts with one
     row then fill the stages up in a random order. A stage exceeds its share by less than the rows of one prompt, and
-    none is left without a prompt.
+    none whose share comes to a row is left without a prompt. A stage whose share rounds to no row is refused: one
+    prompt would be more than was asked for, and too few to learn from.
 
     Where there are fewer prompts than stages with a share, rows are divided instead, and a line says so.
 

@@ -28,7 +28,7 @@ from utils.data.preferences import (
 from utils.data.raw import raw_rows
 from utils.data.report import Dropped, count_dropped, report_dropped
 from utils.data.shapes import Form, Row
-from utils.data.sources import READ_ERRORS, Shard, first_bad_row, first_line, read_splits
+from utils.data.sources import READ_ERRORS, Shard, check_numbers, first_bad_row, first_line, read_splits
 from utils.distributed import print0
 from utils.run import UserError
 
@@ -166,6 +166,7 @@ def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag
     try:
         sample = Dataset.from_list(with_all_columns(raw))
     except READ_ERRORS as error:
+        check_numbers(first, raw[0], flag)
         problem = first_bad_row(first.file) if first.file else None
         raise UserError(f"{flag}: {first.place}, {problem or first_line(error)}") from error
     shard = rename(replace(first, rows=sample), form.columns, flag)
