@@ -78,10 +78,9 @@ def _open_data(
     train_batch_size: int,
     eval_batch_size: int,
 ) -> tuple[list[StreamedSet], DataLoader, DataLoader]:
-    """The data sets that are streamed, if any; the loaders of training and evaluation.
+    """The data sets that are streamed, if any, and the loaders of training and evaluation.
 
-    Args:
-        batches: micro-batches of a training whose data is streamed.
+    The length of a training whose data is streamed is given in `batches`, which are micro-batches.
     """
     streams = open_streams(config, stage, tokenizer) if config.streaming else []
     build = partial(build_streaming_loaders, streams, batches=batches) if streams else build_loaders

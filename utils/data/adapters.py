@@ -1,4 +1,4 @@
-"""Data sets known by name: a small function each, from a row to an `Example`, in the table `ADAPTERS`.
+"""Data sets known by name, in the table ADAPTERS: one small function each, from a row to an `Example`.
 
 To add one, write a function and name it in that table.
 """
@@ -132,7 +132,7 @@ ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
 
 
 def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
-    """Whether a folder that is called like a known data set has its columns too, and in them what it has there."""
+    """Whether a row of a folder with a known data set's name also has that data set's columns and values."""
     try:
         adapter(row)
     except RowSkipped:
@@ -143,7 +143,7 @@ def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
 
 
 def known_name(name: str) -> str | None:
-    """The data set of ADAPTERS that `name` means: the name itself, or a folder called like it."""
+    """The data set of ADAPTERS that `name` means: the name itself, or a folder with that name."""
     path = Path(name)
     if name in ADAPTERS:
         return name

@@ -31,7 +31,7 @@ def cache_folder(cache_dir: str | None) -> Path:
     """The folder of the converted tables.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: The folder cannot be made or written.
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "converted"
     try:

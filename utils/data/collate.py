@@ -1,6 +1,6 @@
 """Encoded rows -> one padded batch.
 
-Prompts alone are padded on the left, since generation goes on behind them; everything else on the right.
+Prompts alone are padded on the left, since generation continues after them; everything else on the right.
 """
 
 from typing import Any
@@ -48,9 +48,10 @@ def collate_ranking(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.
 
 
 def collate_ranked(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """All N answers of the B rows, one row's after the other's, each with its prompt: input_ids (N, T) right-padded,
-    lengths, prompt_lengths (N,), row (N,) the number of its row, ranks (N,) 1 for the best and equal for ties.
-    weight (B,) is of the rows.
+    """All N answers of the B rows, one row's after the other's, each with its prompt.
+
+    input_ids (N, T) right-padded, lengths, prompt_lengths (N,), row (N,) the index of its row, ranks (N,) 1 for the
+    best and equal for ties. weight (B,) is of the rows.
     """
     ids, lengths = pad([answer for row in rows for answer in row["answers_ids"]], pad_id)
     counts = torch.tensor([len(row["ranks"]) for row in rows])  # (B,)

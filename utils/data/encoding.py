@@ -1,12 +1,12 @@
 """Text rows -> token ids, for each of the three stages.
 
-An answer's end token follows it, unless the answer was cut: a cut answer must not teach the model to stop there. In a
-dialogue of several turns step 1 learns the last answer, or all of them: a `loss_mask` then says which of the tokens
-behind the first prompt.
+An answer is followed by the end token unless it was cut: a cut answer must not teach the model to stop there. From a
+dialogue of several turns step 1 learns the last answer or all of them: a `loss_mask` then marks the learned ones among
+the tokens after the first prompt.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.data.cache import cache_file, fingerprint_of
 from utils.data.config import Overlong, TrainOn
 from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
-from utils.data.shapes import dense, distinct, distinct_texts, unranked
+from utils.data.shapes import Row, dense, unranked, usable_answers, usable_texts
 from utils.data.tokens import (
     beginning,
     encode_answers,
@@ -41,7 +41,7 @@ FEATURES = {
 }
 ENCODING_VERSION = 1  # of the tokens: to be raised with every change, see tests/utils/data/test_golden.py
 OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has them
-# What happened to a row, and the length that its prompt would have had: read again from the cache at every start.
+# What became of a row, and how long its prompt was before the cut: read from the cache at every start.
 FATE = Features(
     {"dropped": Value("string"), "cut": Value("bool"), "prompt_cut": Value("bool"), "full_length": Value("int32")}
 )
@@ -91,13 +91,13 @@ class Encoder:
 
     def encode(self, batch: dict[str, list]) -> dict[str, list]:
         """Columns of text -> columns of FEATURES[kind] and FATE."""
-        return ENCODERS[self.kind](batch, self)
+        return to_columns(ENCODERS[self.kind](batch, self))
 
 
-def supervised_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
+def supervised_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     """Rows with prompt and chosen -> input_ids, prompt_length, loss_mask and their fate.
 
-    loss_mask: of the tokens behind the prompt; None where all of them are learned.
+    The loss_mask covers the tokens after the prompt; it is None where all of them are learned.
     """
     rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
@@ -128,34 +128,36 @@ def supervised_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list
                 "input_ids": [] if dropped else ids,
                 "prompt_length": len(head),
                 "loss_mask": None if dropped else mask,
-                "dropped": dropped,
-                "cut": len(head) + len(tail) >= max_len,
-                "prompt_cut": len(head) < full_length,
-                "full_length": full_length,
+                **fate(dropped, len(head) + len(tail) >= max_len, len(head), full_length),
             }
         )
-    return to_columns(rows)
+    return rows
 
 
 def split_turns(
     tokenizer: PreTrainedTokenizerBase, prompt: str, earlier: list[list[int]], head: list[int]
 ) -> tuple[int, list[bool]]:
-    """(tokens before the first answer, which tokens of `head` belong to an answer).
+    """Finds the earlier answers among a prompt's tokens.
 
-    The tokens stay those of the whole prompt; one that reaches over an answer's border belongs to the answer.
+    The tokens stay those of the whole prompt; one that crosses an answer's boundary belongs to the answer.
 
     Args:
+        tokenizer: made the tokens.
+        prompt: as text.
         earlier: (start, end) of the earlier answers, in characters of the prompt; at least one.
         head: the prompt's ids, with the tokenizer's beginning.
+
+    Returns:
+        The number of tokens before the first answer, and for each token of `head` whether it belongs to an answer.
     """
     (plain,) = plain_ids(tokenizer, [prompt])
-    borders = plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
+    boundaries = plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
     offset = len(head) - len(plain)  # the tokenizer's beginning
     mask = [False] * len(head)
     starts = []
-    for before, upto in zip(borders[::2], borders[1::2], strict=True):
-        start, end = shared_length(before, plain), shared_length(upto, plain)
-        end += end < len(upto)  # its last token goes on behind the border
+    for before, up_to in zip(boundaries[::2], boundaries[1::2], strict=True):
+        start, end = shared_length(before, plain), shared_length(up_to, plain)
+        end += end < len(up_to)  # the last token crosses the boundary
         starts.append(max(offset + start, 1))
         mask[starts[-1] : offset + end] = [True] * (offset + end - starts[-1])
     return starts[0], mask
@@ -174,14 +176,14 @@ def split_text(tokenizer: PreTrainedTokenizerBase, text: str, first: list[int]) 
 
 
 def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list[int]) -> list[int]:
-    """A prompt that fills `max_len` alone keeps its end, and leaves the answers their length, at most half of it."""
+    """Cuts a prompt that fills `max_len` alone: it keeps its end, and leaves the answers up to half of the room."""
     if len(head) < max_len:
         return head
     longest = max(len(tail) for tail in tails) + 1
     return keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
 
 
-def ranking_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
+def ranking_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length, margin and their fate."""
     rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
@@ -212,20 +214,17 @@ def ranking_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
                 "rejected_ids": [] if dropped else ids[1],
                 "prompt_length": len(head),
                 "margin": margin,
-                "dropped": dropped,
-                "cut": max(len(head) + len(tail) for tail in ends) >= max_len,
-                "prompt_cut": len(head) < full_length,
-                "full_length": full_length,
+                **fate(dropped, len(head) + max(map(len, ends)) >= max_len, len(head), full_length),
             }
         )
-    return to_columns(rows)
+    return rows
 
 
-def ranked_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
+def ranked_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     """Rows with prompt, answers and ranks -> answers_ids, ranks, prompt_length, left_out and their fate.
 
-    A row without `answers` is a pair: chosen before rejected. left_out: how many answers of a used row are not used,
-    being not `distinct`, as texts or after the cut.
+    A row without `answers` is a pair: chosen before rejected. left_out counts the answers of a used row that are not
+    among its `usable_answers`, as texts or after the cut.
     """
     rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
@@ -241,13 +240,13 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
     for i, head in enumerate(with_beginning(first, plain)):
         full_length, is_pair = len(head), batch["answers"][i] is None
         ranks = [1, 2] if is_pair else batch["ranks"][i]
-        kept = distinct_texts(answers[i], ranks)
+        kept = usable_texts(answers[i], ranks)
         dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head) or too_long(head, encoder)
         if not dropped and (reason := unranked(answers[i], ranks)):
             dropped = "with equal answers" if is_pair else reason
         head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
         ids = [tuple(join(head, tail, max_len, eos)) for tail in tails[i]]
-        used = [kept[k] for k in distinct([ids[k] for k in kept], [ranks[k] for k in kept])]
+        used = [kept[k] for k in usable_answers([ids[k] for k in kept], [ranks[k] for k in kept])]
         if not dropped and len({ranks[k] for k in used}) < 2:
             dropped = "whose answers are equal after the cut"
         rows.append(
@@ -256,16 +255,13 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
                 "ranks": [] if dropped else dense([ranks[k] for k in used]),
                 "prompt_length": len(head),
                 "left_out": 0 if dropped else len(ranks) - len(used),
-                "dropped": dropped,
-                "cut": any(len(head) + len(tails[i][k]) >= max_len for k in used),
-                "prompt_cut": len(head) < full_length,
-                "full_length": full_length,
+                **fate(dropped, any(len(head) + len(tails[i][k]) >= max_len for k in used), len(head), full_length),
             }
         )
-    return to_columns(rows)
+    return rows
 
 
-def prompts_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
+def prompts_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     """Rows with prompt -> input_ids, the text, and their fate."""
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first = beginning(tokenizer)
@@ -275,21 +271,18 @@ def prompts_batch(batch: dict[str, list], encoder: Encoder) -> dict[str, list]:
         dropped = unusable(prompt, []) or no_token(ids)
         if not dropped and encoder.drops_overlong and len(ids) > max_len:
             dropped = "whose prompt is longer than --max_prompt_seq_len"
-        rows.append(
-            {
-                "input_ids": keep_end(ids, max_len, first),
-                "prompt": prompt,
-                "dropped": dropped,
-                "cut": False,
-                "prompt_cut": len(ids) > max_len,
-                "full_length": len(ids),
-            }
-        )
-    return to_columns(rows)
+        kept = keep_end(ids, max_len, first)
+        rows.append({"input_ids": kept, "prompt": prompt, **fate(dropped, False, len(kept), len(ids))})
+    return rows
+
+
+def fate(dropped: str | None, cut: bool, length: int, full_length: int) -> Row:
+    """What became of a row with a prompt of this length, after and before the cut; see FATE."""
+    return {"dropped": dropped, "cut": cut, "prompt_cut": length < full_length, "full_length": full_length}
 
 
 def unusable(prompt: str | None, answers: list[str | None]) -> str | None:
-    """Why the texts of a row cannot be used; without a prompt (None) the answer is a plain text."""
+    """Why the texts of a row cannot be used, or None; without a prompt (None) the answer is a plain text."""
     if prompt is not None and not prompt.strip():
         return "with an empty prompt"
     if any(answer is None for answer in answers):
@@ -299,16 +292,16 @@ def unusable(prompt: str | None, answers: list[str | None]) -> str | None:
 
 
 def no_token(prompt_ids: list[int]) -> str | None:
-    """A prompt of characters that the tokenizer leaves out."""
+    """Why a prompt is unusable that consists of characters which the tokenizer ignores; None for others."""
     return None if prompt_ids else "whose prompt has no token"
 
 
 def too_long(prompt_ids: list[int], encoder: Encoder) -> str | None:
-    """A prompt that leaves no room for a token of the answer, where such rows are dropped."""
+    """Why a prompt is unusable that leaves no room for an answer, where such rows are dropped; None for others."""
     return TOO_LONG if encoder.drops_overlong and len(prompt_ids) >= encoder.max_len else None
 
 
-ENCODERS = {
+ENCODERS: dict[str, Callable[[dict[str, list], Encoder], list[Row]]] = {
     "supervised": supervised_batch,
     "ranking": ranking_batch,
     "ranked": ranked_batch,
@@ -316,7 +309,7 @@ ENCODERS = {
 }
 
 
-def to_columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+def to_columns(rows: list[Row]) -> dict[str, list]:
     """Rows -> columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -327,7 +320,7 @@ def to_columns(rows: list[dict[str, Any]]) -> dict[str, list]:
 
 @dataclass(frozen=True)
 class Names:
-    """How messages call things."""
+    """What messages call the rows and the flags."""
 
     data: str  # "train" or "eval"
     data_flag: str = "--data_path"
@@ -377,16 +370,16 @@ def encode_rows(
         desc=f"Encoding {names.data}",
     )
     table = encoded.with_format("arrow")
-    fate = {name: table[name][:] for name in FATE}
-    kept = np.asarray(fate["dropped"].is_null())
-    cut, prompt_cut = (np.asarray(fate[name]) & kept for name in ("cut", "prompt_cut"))
-    longest = int(np.asarray(fate["full_length"]).max())
-    if kind == "prompts" and np.asarray(fate["prompt_cut"]).all() and names.data.startswith("train"):
+    kept = np.asarray(table["dropped"][:].is_null())
+    was_cut, prompt_was_cut = (np.asarray(table[name][:]) for name in ("cut", "prompt_cut"))
+    cut, prompt_cut = was_cut & kept, prompt_was_cut & kept
+    longest = int(np.asarray(table["full_length"][:]).max())
+    if kind == "prompts" and prompt_was_cut.all() and names.data.startswith("train"):
         raise UserError(
             f"{names.length_flag} {max_len}: every prompt of {names.data_flag} is longer (up to {longest} tokens); "
             "raise it, or shorten the prompts"
         )
-    dropped = tally(fate["dropped"].to_pylist(), rows)
+    dropped = tally(table["dropped"][:].to_pylist(), rows)
     if not kept.any():
         if set(dropped) == {TOO_LONG}:
             raise UserError(

@@ -1,15 +1,15 @@
 """Encoded rows -> padded batches for every rank.
 
-The rows of one step are the same set on 1 or n ranks (with the same global batch), their order depends on the seed and
-the epoch alone, and nothing is drawn from the global random generators, so that a run can go on exactly where another
-one stopped.
+With the same global batch, a step has the same set of rows on any number of ranks. Their order depends on the seed and
+the epoch alone, and nothing is drawn from the global random generators, so that a run can continue exactly where
+another one stopped.
 """
 
 import json
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -68,14 +68,18 @@ def build_loaders(
     ranked answers, the batches of stage 1 are those of `collate_ranked`, unless `config.best_and_worst` is set.
 
     Args:
+        config: the data and how it is prepared.
         stage: 0 supervised, 1 ranking, 2 prompts.
+        tokenizer: of the model that is trained.
         max_len: tokens; of prompt and answer together (stages 0 and 1) or of the prompt (stage 2).
         train_batch_size: rows per rank.
         eval_batch_size: rows per rank.
+        rank: of this process.
+        world_size: number of processes.
 
     Returns:
-        train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` says where
-            it stands.
+        train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` is its
+            position.
         eval_loader: the same number of batches on every rank, in a fixed order; filler rows have weight 0.
 
     Raises:
@@ -83,9 +87,7 @@ def build_loaders(
     """
     with local_rank_zero_first():
         kind, train, evaluation, record = encode_data_sets(config, stage, tokenizer, max_len)
-    check_margins(config, kind)
-    if config.need_margin and "margin" not in train.column_names:
-        raise UserError("--use_margin: no row of the data has a number in a column `margin`; leave the flag out")
+    check_margins(config, kind, train.column_names, "no row of the data")
     counts = {"train_rows": len(train), "eval_rows": len(evaluation)}
     write_record(config, stage, tokenizer, {**counts, "data": record})
     check_fills_a_batch(len(train), stage, train_batch_size, world_size)
@@ -109,10 +111,8 @@ def build_answers_loader(
 ) -> DataLoader | None:
     """Held-out prompts with their chosen answers, for the perplexity in stage 2; None where the data has prompts only.
 
-    Args:
-        max_len: tokens of prompt and answer. Batches as the supervised ones of `build_loaders`.
-        batch_size: rows per rank.
-        held_out: the rows to evaluate of each data set, where they are at hand; nothing is read then.
+    The arguments and batches are like those of `build_loaders` for stage 0. `held_out` are the rows to evaluate of each
+    data set, where they have been read already.
     """
     cache_dir, num_proc, encoded = config.cache_dir, config.num_proc, []
     form, encoder = form_of(config, tokenizer), Encoder("supervised", tokenizer, max_len)
@@ -186,10 +186,12 @@ def kind_of(config: DataConfig, stage: int, data_sets: Iterable[Dataset]) -> str
     return "ranked" if ranked else KINDS[stage]
 
 
-def check_margins(config: DataConfig, kind: str) -> None:
-    """Refuses --use_margin for ranked answers."""
+def check_margins(config: DataConfig, kind: str, columns: Collection[str], who: str) -> None:
+    """Refuses --use_margin for ranked answers, and for rows without margins."""
     if config.need_margin and kind == "ranked":
         raise UserError("--use_margin: the data ranks several answers to a prompt, without margins; leave the flag out")
+    if config.need_margin and "margin" not in columns:
+        raise UserError(f"--use_margin: {who} has a number in a column `margin`; leave the flag out")
 
 
 def check_fills_a_batch(n_rows: int, stage: int, train_batch_size: int, world_size: int) -> None:
@@ -202,7 +204,7 @@ def check_fills_a_batch(n_rows: int, stage: int, train_batch_size: int, world_si
 
 
 def data_sources(config: DataConfig, stage: int) -> tuple[list[tuple[str, str]], list[float | None]]:
-    """(flag, name) of the data sets of a stage, and their weights: of all, or of none.
+    """The flag and name of each data set of a stage, and the weights: all of them have one, or none.
 
     Raises:
         UserError: some have a weight and some have none.
@@ -238,12 +240,12 @@ def write_record(config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerB
 
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """The first rank of each machine runs the block alone and fills the cache; then the others, who find it full.
+    """Lets the first rank of each machine run the block alone and fill the cache; the others follow and find it full.
 
-    An error on the first rank lets the others go on, into the same error.
+    An error on the first rank lets the others continue, into the same error.
 
     Raises:
-        UserError: on a rank that has waited for as long as the process group allows.
+        UserError: a rank has waited for as long as the process group allows.
     """
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not first:
@@ -260,7 +262,7 @@ def local_rank_zero_first() -> Iterator[None]:
 
 
 def waiting(seconds: float | None) -> str:
-    """What a rank says that waits for the data, or has waited in vain (None)."""
+    """The message of a rank that has waited so long for the data, or in vain (None)."""
     so_far = "in vain" if seconds is None else f"for {seconds / 60:.0f} minutes"
     return (
         f"rank {this_rank()} has waited {so_far} for the first rank of its machine to prepare the data; it waits up to "
@@ -271,7 +273,7 @@ def waiting(seconds: float | None) -> str:
 
 @contextmanager
 def reminding() -> Iterator[None]:
-    """Says every few minutes what is waited for: a process group may end one that waits too long without a word."""
+    """Prints every few minutes what this rank waits for: a process group may end one that waits too long."""
     done = threading.Event()
 
     def remind() -> None:
@@ -292,45 +294,47 @@ def reminding() -> Iterator[None]:
 
 
 class ResumableSampler(Sampler, ABC):
-    """The training rows of one rank, in an order that the epoch decides: step s takes rows s * G .. (s + 1) * G of it,
-    G the global batch; the ranks share them in turn. The incomplete last step is left out.
+    """The training rows of one rank, in an order that depends on the epoch.
 
-    State: the epoch, and how many rows all ranks together have handed out in it: the same on every rank, and right
-    on another number of ranks too.
+    Step s takes rows s * G .. (s + 1) * G of that order, G the global batch; the ranks take turns among them. The
+    incomplete last step is left out. The state is the epoch, and how many rows all ranks together have drawn in it: it
+    is the same on every rank, and valid on another number of ranks too.
     """
 
     def __init__(self, *, rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self.handed_out = 0
+        self.drawn = 0
         self.resume_at = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's order; another epoch starts at its first row."""
+        """Chooses the epoch's order; a new epoch starts at its first row."""
         if epoch != self.epoch:
-            self.epoch, self.handed_out, self.resume_at = epoch, 0, 0
+            self.epoch, self.drawn, self.resume_at = epoch, 0, 0
 
     @abstractmethod
     def rows(self) -> Iterator[Any]:
         """This rank's rows of the whole epoch."""
 
     def __iter__(self) -> Iterator[Any]:
+        """This rank's rows of the epoch, from where a loaded state left off."""
         start, self.resume_at = self.resume_at, 0
         for k, row in enumerate(islice(self.rows(), start, None), start):
-            self.handed_out = k + 1
+            self.drawn = k + 1
             yield row
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.handed_out * self.world_size}
+        """The epoch and the position in it, in rows of all ranks."""
+        return {"epoch": self.epoch, "position": self.drawn * self.world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration goes on at this state; later ones start at the epoch's first row."""
+        """Lets the next iteration continue at this state; later ones start at the epoch's first row."""
         self.epoch = state["epoch"]
-        self.handed_out = self.resume_at = state["position"] // self.world_size
+        self.drawn = self.resume_at = state["position"] // self.world_size
 
 
 class EpochSampler(ResumableSampler):
-    """The numbers of rows that are all at hand, shuffled with `seed`."""
+    """The indices of stored rows, shuffled with `seed`."""
 
     def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0):
         super().__init__(rank=rank, world_size=world_size)
@@ -338,6 +342,7 @@ class EpochSampler(ResumableSampler):
         self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
 
     def rows(self) -> Iterator[int]:
+        """This rank's indices of the whole epoch."""
         generator = torch.Generator().manual_seed((self.seed % 2**40 << 20) + self.epoch)
         order = torch.randperm(self.n_rows, generator=generator).tolist()
         return iter(order[self.rank :: self.world_size][: self.rows_per_rank])
@@ -347,7 +352,10 @@ class EpochSampler(ResumableSampler):
 
 
 class EvalSampler(Sampler[int]):
-    """All rows in order, shared by the ranks in turn; numbers beyond the last row are fillers, so that ranks agree."""
+    """The indices of all rows in order, which the ranks take in turn.
+
+    Indices beyond the last row stand for fillers, so that all ranks have equally many.
+    """
 
     def __init__(self, n_rows: int, rank: int = 0, world_size: int = 1):
         self.rows_per_rank = -(-n_rows // world_size)
@@ -361,7 +369,7 @@ class EvalSampler(Sampler[int]):
 
 
 class WeightedRows(torch.utils.data.Dataset):
-    """Rows with a weight: 1, and 0 for the filler rows that stand at numbers beyond the last one."""
+    """Rows with a weight: 1, and 0 for the filler rows at indices beyond the last one."""
 
     def __init__(self, rows: Dataset):
         self.rows = rows
@@ -382,7 +390,7 @@ class WeightedRows(torch.utils.data.Dataset):
 
 
 def make_loader(rows: Dataset, sampler: Sampler[int], batch_size: int, collate: Callable[..., Any]) -> DataLoader:
-    """A loader in this process. Its own generator: a DataLoader would draw a seed from the global one."""
+    """A loader in this process, with its own generator, since a DataLoader would draw a seed from the global one."""
     return DataLoader(
         WeightedRows(rows), batch_size=batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator()
     )

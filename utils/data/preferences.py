@@ -33,7 +33,7 @@ TEXT = Features(
     {name: Value("string") for name in ("prompt", "chosen", "rejected")}
     | {"margin": Value("float64"), "answers": List(Value("string")), "ranks": List(Value("int32"))}
 )
-# earlier: places of earlier answers in the prompt.   origin: the row's name in its file, for messages.
+# earlier: places of earlier answers in the prompt; origin: what messages call the row.
 ABOUT = Features({"earlier": List(List(Value("int32"))), "origin": Value("string")})
 NORMALISED = Features({**TEXT, **ABOUT, "key": Value("int64"), "skipped": Value("string")})
 READING_VERSION = 1  # of what these columns hold: to be raised with every change, see tests/utils/data/test_golden.py
@@ -44,7 +44,7 @@ def load_preferences(
 ) -> tuple[Dataset, Dataset]:
     """All data sets of `--data_path`, one after the other: (train, eval) with the columns of TEXT and ABOUT.
 
-    All but `prompt` are None where a data set has none. Weights are left aside.
+    All but `prompt` are None where a data set has none. Weights are ignored.
 
     Raises:
         UserError: a data set cannot be read; see `load_data_set`.
@@ -94,7 +94,7 @@ def load_data_set(
             splits[split], counts = drop_skipped(joined, name, split, flag, announce)
             if record is not None:
                 record.append({"data": f"{flag} {name}", "split": split, "shape": conversion.shape, **counts})
-    except UnicodeDecodeError as error:  # Arrow keeps such bytes, and trips over them when they become text
+    except UnicodeDecodeError as error:  # Arrow keeps such bytes, and fails when they become text
         raise UserError(f"{flag}: {undecodable(shards_of, name)}") from error
     train, evaluation = (splits["train"], splits["test"]) if "test" in splits else hold_out(splits["train"], name, flag)
     if announce:
@@ -162,13 +162,12 @@ def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Convers
     return Conversion(shape, convert, form, flag)
 
 
-def prompts_are_bare(rows: Dataset, look_at: int = 1000) -> bool:
+def prompts_are_bare(rows: Dataset, first: int = 1000) -> bool:
     """Whether text prompts are plain questions.
 
-    A template leaves its mark at the end of every prompt ("Assistant:", "### Response:", "[/INST]"); questions do not
-    end alike.
+    Prompts written in a template all end alike ("Assistant:", "### Response:", "[/INST]"); plain questions do not.
     """
-    prompts = [value for value in rows[: min(look_at, len(rows))]["prompt"] if isinstance(value, str)]
+    prompts = [value for value in rows[: min(first, len(rows))]["prompt"] if isinstance(value, str)]
     written = sum(prompt.rstrip().endswith("Assistant:") for prompt in prompts)
     if not prompts or 2 * written >= len(prompts):
         return False
@@ -197,12 +196,7 @@ def normalise(shard: Shard, conversion: Conversion, cache_dir: str | None, num_p
 def normalise_batch(
     batch: dict[str, list], indices: list[int], *, conversion: Conversion, shard: Shard
 ) -> dict[str, list]:
-    """Rows of any shape -> columns of NORMALISED.
-
-    Args:
-        indices: of the rows in their file.
-        shard: where the rows are from; its own rows are not read.
-    """
+    """Rows of any shape, at these indices of their shard -> columns of NORMALISED."""
     if conversion.shape.startswith("prompt/answers"):
         check_numbers(shard, batch, conversion.flag)
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
@@ -225,9 +219,11 @@ def normalise_rows(
     """Columns of NORMALISED, and `asked`: a number that rows of the same prompt share, whatever the chat template.
 
     Args:
-        names: of the rows in their file.
+        rows: of any shape.
+        names: what messages call each row.
+        conversion: makes texts of a row.
         shard: where the rows are from, for messages.
-        other_cause: (number of a refused row, column) -> where the fault really lies, if elsewhere.
+        other_cause: (number of a refused row, column) -> where the fault really is, if elsewhere.
     """
     flag = conversion.flag
     columns: dict[str, list] = {name: [] for name in (*NORMALISED, "asked")}
@@ -245,7 +241,12 @@ def normalise_rows(
         except KeyError as missing:
             found = ", ".join(row)
             raise UserError(f"{flag}: {shard.place} has no column {missing}; it has {found}") from None
-        except (TypeError, ValueError, AttributeError, IndexError) as error:  # of an adapter, which trusts its data set
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+        ) as error:  # of an adapter, which relies on its data set
             kind = f"{type(error).__name__}: {error}"
             raise UserError(
                 f"{flag}: {shard.place}, {names[k]} is not like the rows of this data set ({kind})"
@@ -261,13 +262,13 @@ def normalise_rows(
 
 
 def asked_key(row: Example | Conversation) -> int:
-    """`prompt_key` of the prompt before any template: steps 1 and 2 may train models with different ones."""
+    """The `prompt_key` of the prompt before any template, since the models of the stages may have different ones."""
     prompt = write_plain(row.messages)[0] if isinstance(row, Conversation) else row.prompt
     return prompt_key(prompt, row.chosen)
 
 
 def row_key(example: Example) -> int:
-    """A number that rows of equal texts share; of ranked answers all count, and the order of ties does not."""
+    """A number that rows of equal texts share, with all their ranked answers; the order of ties does not matter."""
     if example.answers is None:
         return content_key(example.prompt, example.chosen, example.rejected)
     ranking = sorted(zip(example.ranks, example.answers, strict=True))
@@ -310,7 +311,7 @@ def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
     groups: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompt_keys(rows)):
         groups.setdefault(prompt, []).append(i)
-    order = np.random.RandomState(HOLD_OUT_SEED)  # its stream is the same in every numpy version
+    order = np.random.RandomState(HOLD_OUT_SEED)  # the same stream in every numpy version
     held: list[int] = []
     prompts = list(groups.values())
     for k in order.permutation(len(prompts)):

@@ -1,8 +1,7 @@
-"""The rows of a file or data set as they stand, one after the other: for data that is neither converted nor held.
+"""The rows of a file or data set as they are, one after the other, for data that fits neither the disk nor memory.
 
-Each kind of file has a reader that goes through it once with a bounded part of it in memory. JSON is read as it is
-written, line by line or, in a list, row by row; csv, parquet and Arrow files by the libraries that the datasets library
-reads them with.
+Each kind of file has a reader that goes through it once and keeps a bounded part of it in memory. JSON is read line by
+line or, in a list, row by row; csv, parquet and Arrow files are read by the libraries that the datasets library uses.
 """
 
 import codecs
@@ -42,7 +41,7 @@ def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
     """(name, row) of each row; "line 7" of a JSON-lines file, "row 7" elsewhere.
 
     Raises:
-        UserError: no rows, or content that is not what the file's suffix says; where a row is to blame, its place.
+        UserError: there are no rows, or the content does not fit the file's suffix; the message names the faulty row.
     """
     empty = True
     try:
@@ -99,7 +98,7 @@ def json_items(file: Any) -> Iterator[Any]:
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parser, text, at, count = json.JSONDecoder(), "", 0, 0
-    before = re.compile(r"\s*\[\s*")  # what stands before an item: the bracket, then commas
+    before = re.compile(r"\s*\[\s*")  # what precedes an item: the bracket, then commas
     while True:
         try:
             found = before.match(text, at)
@@ -126,7 +125,7 @@ def json_items(file: Any) -> Iterator[Any]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    """csv knows no types: "4" is an answer, and so is "NA"."""
+    """Rows of texts, since csv has no types: "4" is an answer, and so is "NA"."""
     csv_header(path)  # refuses rows that pandas would shift
     tables = pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=AT_ONCE, encoding="utf-8-sig")
     with tables:
@@ -134,7 +133,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    """A part of a row group at a time. The file is read from its end, so it must lie uncompressed."""
+    """Rows of a part of a row group at a time. Reading starts at the file's end, so it cannot be inside a .gz."""
     if path.suffix.lower() == ".gz":
         raise ValueError("parquet cannot be streamed out of .gz; unpack it (its columns are compressed as they are)")
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -142,7 +141,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def read_arrow(path: Path) -> Iterator[tuple[str, Row]]:
-    """Arrow's file format, or its stream format, which the datasets library writes."""
+    """Rows of Arrow's file format, or of its stream format, which the datasets library writes."""
     with open_file(path) as file:
         if file.peek(6)[:6] == b"ARROW1":
             table = pyarrow.ipc.open_file(file)

@@ -1,7 +1,7 @@
-"""The rows of a file as they are: every one, in order, with its own columns.
+"""The rows of a file as they are: every one, in order, with its own columns; for evaluation.
 
-For scoring and asking. The loaders of training drop, shuffle, split and hold out; here nothing gets lost, and what
-cannot be used says why.
+The loaders of training drop, shuffle, split and hold out rows. Here none is lost, and those that cannot be used carry
+the reason.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from utils.run import UserError
 
 @dataclass(frozen=True)
 class TextRow:
-    """A row as it was read, and its texts; `skipped` says why it has none (`example` is then empty)."""
+    """A row as it was read, and its texts; `skipped` is the reason where it has none (`example` is then empty)."""
 
     original: dict[str, Any]
     example: Example
@@ -25,7 +25,7 @@ class TextRow:
 
 
 def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", form: Form = PLAIN) -> list[TextRow]:
-    """All rows of a file; of a folder or hub data set those of its test split, or of the training split without one.
+    """All rows of a file; of a folder or hub data set those of its test split, else those of its training split.
 
     Args:
         name: anything that `utils.data.preferences.load_data_set` reads.
@@ -54,18 +54,17 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
 
 
 def without_labels(shard: Shard) -> Shard:
-    """The shard without a column `label` of true and false: training leaves out the unwanted answers, this does not."""
+    """The shard without a column `label` of true and false: unlike training, evaluation keeps unwanted answers."""
     if shard.rows.features.get("label") != Value("bool"):
         return shard
     return replace(shard, rows=shard.rows.remove_columns("label"))
 
 
 def original_rows(shard: Shard) -> list[dict[str, Any]]:
-    """The shard's rows with the values that stand in its file.
+    """The shard's rows with the values of its file.
 
-    Arrow makes dates of texts that look like some and fractions of integers that stand beside one, and gives every row
-    the columns of all others. So JSON is read again as it stands, unless its layout is one that only the datasets
-    library understands.
+    Arrow turns texts that look like dates into dates and, beside a fraction, integers into fractions, and gives every
+    row the columns of all others. So JSON is read again, unless only the datasets library understands its layout.
     """
     if shard.file is not None and file_format(shard.file) == "json":
         rows = [row for _, row in json_rows(shard.file)]

@@ -44,21 +44,27 @@ READ_ERRORS = (OSError, EOFError, ValueError, TypeError, StopIteration, datasets
 class Shard:
     """The rows of one file or of one split of a data set, as they were read.
 
-    rows: None, or for the hub an iterable data set, where they are streamed.
+    Attributes:
+        rows: with streaming None, or for the hub an iterable data set.
+        place: what messages call it.
+        file: None where the rows are of no single file.
+        label: tells the rows of this file from those of the others of its split, for messages.
     """
 
     rows: Dataset | IterableDataset | None
-    place: str  # for messages
+    place: str
     file: Path | None = None
-    label: str = ""  # what tells the file's rows from those of the other files of its split
+    label: str = ""
 
 
 def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Shard]]:
     """{"train": shards} and, where the data set has its own, {"test": shards}.
 
     Args:
-        entry: see `utils.data.names.parse_name`; a weight is left aside.
-        streaming: say where the rows are, but read none of them and write nothing: `utils.data.raw` reads them.
+        entry: see `utils.data.names.parse_name`; a weight is ignored.
+        cache_dir: where the Arrow files go; None: the datasets library's own folder.
+        flag: the flag that errors name.
+        streaming: find the files, but read and write nothing; `utils.data.raw` reads the rows.
     """
     chosen = parse_name(entry, flag)
     name = chosen.name
@@ -96,7 +102,7 @@ def jsonfile_folder(flag: str) -> Path:
 def pick_splits(found: dict[str, Any], chosen: DataName, place: str, flag: str) -> dict[str, Any]:
     """{"train": ..., "test": ...} out of the splits that a data set has, by their usual names or as chosen.
 
-    The test split of a chosen one is its counterpart (test_sft of train_sft), else the usual one.
+    A chosen split is tested on its counterpart (test_sft for train_sft), else on the usual one.
     """
     names = [chosen.split] if chosen.split else [name for name in TRAIN_SPLITS if name in found]
     if not names or names[0] not in found:
@@ -122,7 +128,7 @@ def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Shard]
 def read_folder(
     path: Path, chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False
 ) -> dict[str, list[Shard]]:
-    """A folder with files named after their split: its own, those in `data/`, or, as in a hub snapshot, deeper ones."""
+    """A folder with files named after their split: directly in it, in `data/`, or deeper, as in a hub snapshot."""
     for files in (sorted(path.iterdir()), sorted((path / "data").glob("*")), sorted(path.rglob("*"))):
         usable = [file for file in files if file.is_file() and file_format(file) and not file.name.startswith(".")]
         found: dict[str, list[Path]] = {}
@@ -144,12 +150,9 @@ def read_folder(
 
 
 def split_of(name: str, chosen: str | None = None) -> str | None:
-    """The split that the name of a file or folder tells, or None.
+    """The split that a file or folder is named after, or None; `chosen` is a split of any name that is asked for.
 
     "train_prefs" of train_prefs-00000-of-00002.parquet, "test" of my.test.jsonl.gz.
-
-    Args:
-        chosen: a split of any name that is asked for.
     """
     stem = name.lower()
     for suffix in [*FORMATS, ".gz"]:
@@ -172,7 +175,7 @@ def file_format(path: Path) -> str | None:
 
 
 def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = False) -> Shard:
-    """The rows of one file; streaming: the file alone.
+    """The rows of one file; with streaming the file alone.
 
     Raises:
         UserError: an unknown suffix, an empty file, or content that is not what the suffix says.
@@ -188,7 +191,7 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
     try:
         if reader == "json" and starts_with_null(path):
             raise ValueError("the first row is null")
-        if reader == "csv":  # csv knows no types: "4" is an answer, and so is "NA"
+        if reader == "csv":  # csv has no types: "4" is an answer, and so is "NA"
             options = {"features": Features({c: Value("string") for c in csv_header(path)}), "keep_default_na": False}
         with quiet_library():
             rows = datasets.load_dataset(
@@ -204,7 +207,7 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
 
 
 def is_date(kind: Any) -> bool:
-    """A column of texts, or of lists of them, that all look like dates, which Arrow makes of them: JSON knows none."""
+    """Whether Arrow made dates of a JSON column of texts, or of lists of texts; JSON itself has no dates."""
     kind = kind.feature if isinstance(kind, List) else kind
     return isinstance(kind, Value) and kind.dtype.startswith(("timestamp", "date", "time"))
 
@@ -242,8 +245,8 @@ def csv_header(path: Path) -> list[str]:
     """The column names in the first line.
 
     Raises:
-        ValueError: the first row has more fields than that: pandas would take the surplus for an index, and give each
-            column the values of its neighbour.
+        ValueError: the first row has more fields: pandas would take the surplus for an index, and give each column the
+            values of its neighbour.
     """
     first = pandas.read_csv(path, dtype=str, nrows=1, encoding="utf-8-sig")
     if len(first) and not isinstance(first.index, pandas.RangeIndex):
@@ -254,7 +257,7 @@ def csv_header(path: Path) -> list[str]:
 
 
 def why_unreadable(path: Path, reader: str, error: Exception) -> str:
-    """What follows the file's name in the error: the first bad line where one is found, else the reader's words."""
+    """What follows the file's name in the error: the first bad line where one is found, else the reader's message."""
     try:
         with open_file(path) as file:
             if not any(line.strip() for line in file):
@@ -270,7 +273,7 @@ def why_unreadable(path: Path, reader: str, error: Exception) -> str:
 
 
 def first_bad_row(path: Path) -> str | None:
-    """Place and problem of the first row of a JSON file that does not fit the rows before it; None where all do."""
+    """Place and problem of the first row of a JSON file that does not fit the rows before it; None where all fit."""
     kinds: dict[str, tuple[str, str]] = {}
     try:
         for place, row in json_rows(path):
@@ -294,9 +297,9 @@ def not_json(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
 
 
 def converted_on_reading(file: Path | None, index: int, column: str) -> str | None:
-    """Place and problem of the row for whose sake the reader turned the texts of a JSON column into numbers.
+    """Place and problem of the row because of which the reader turned the texts of a JSON column into numbers.
 
-    None when the row at `index` holds no text in `column` itself.
+    None when the row at `index` itself has no text in `column`.
     """
     if file is None or file_format(file) != "json":
         return None
@@ -306,11 +309,7 @@ def converted_on_reading(file: Path | None, index: int, column: str) -> str | No
 
 @functools.lru_cache(maxsize=16)
 def text_among_numbers(file: Path, column: str, modified: int) -> str | None:
-    """Place and problem of the first text in the lists of a JSON column, of which the reader has made a number.
-
-    Args:
-        modified: when the file was, so that each state of it is read once.
-    """
+    """Place and problem of the first text in the lists of a JSON column. Read once per state of the file."""
     try:
         for place, row in json_rows(file):
             values = row.get(column) if isinstance(row, dict) else None
@@ -323,7 +322,7 @@ def text_among_numbers(file: Path, column: str, modified: int) -> str | None:
 
 
 def check_numbers(shard: Shard, columns: Iterable[str], flag: str) -> None:
-    """Refuses texts among the scores and ranks of a JSON file, which Arrow reads as numbers where others are."""
+    """Refuses texts among the scores and ranks of a JSON file, which Arrow turns into numbers beside others."""
     if shard.file is not None and file_format(shard.file) == "json":
         for column in {"scores", "ranks"}.intersection(columns):
             if problem := text_among_numbers(shard.file, column, shard.file.stat().st_mtime_ns):
@@ -355,7 +354,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def decode_json(content: bytes, place: str | None) -> Any:
-    """The value; an error tells its place: the given one, or the line that the parser names."""
+    """Decodes a value; an error carries its `place`: the given one, or the line that the parser names."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -368,12 +367,12 @@ def decode_json(content: bytes, place: str | None) -> Any:
 
 
 def is_json_list(file: Any) -> bool:
-    """Whether the file holds one JSON list, and not an object a line."""
+    """Whether the file holds one JSON list rather than one object a line."""
     return file.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def row_name(file: Path | None, index: int) -> str:
-    """A row for messages, from 1: "line 7" of a JSON-lines file, "row 7" elsewhere (a csv header is no row)."""
+    """What messages call a row: "line 7" of a JSON-lines file, "row 7" elsewhere, from 1 and without a csv header."""
     lines = filled_lines(file, file.stat().st_mtime_ns) if file and file_format(file) == "json" else None
     return f"row {index + 1}" if lines is None or index >= len(lines) else f"line {lines[index]}"
 

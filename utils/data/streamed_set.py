@@ -1,8 +1,8 @@
-"""One data set of which rows are read as they are asked for (--streaming): its shape, its usable rows, what they serve.
+"""One data set whose rows are read when they are needed (--streaming): its shape, its usable rows, their stages.
 
-The rows are converted by the functions that `preferences` is made of. What otherwise takes all rows at once is decided
-row by row: a hash of its prompt says which stage a row serves and whether it is held out, whatever the order of the
-rows, the number of ranks and the flags of the other stages.
+The rows are converted by the functions of `preferences`. What takes all rows at once there is decided row by row: a
+hash of its prompt says which stage a row serves and whether it is held out, whatever the order of the rows, the number
+of ranks and the flags of the other stages.
 """
 
 import hashlib
@@ -32,16 +32,20 @@ from utils.data.sources import READ_ERRORS, Shard, check_numbers, first_bad_row,
 from utils.distributed import print0
 from utils.run import UserError
 
-TOGETHER = 1000  # rows that are converted or encoded in one go, and that tell the shape
+TOGETHER = 1000  # rows that are converted or encoded at a time, and from which the shape is found
 HELD_OUT_ROWS = 1000  # of each data set, at most
-REMEMBERED = 500_000  # rows that a row is compared with at least
+REMEMBERED = 500_000  # at least so many earlier rows are compared with a row
 
 
 @dataclass
 class Counts:
-    """What has become of the rows of one data set, up to now; for the report and data.json.
+    """What has become of the rows of one data set so far, for the report and data.json.
 
-    dropped: on conversion.   unusable: of the rows that serve this stage, on encoding.
+    Attributes:
+        dropped: on conversion.
+        unusable: of the rows that serve this stage, on encoding.
+        cut: under "prompt_cut", "cut" and "left_out", the names of the encoder.
+        left_out: answers.
     """
 
     read: int = 0
@@ -51,14 +55,14 @@ class Counts:
     other_stages: int = 0
     dropped: Dropped = field(default_factory=dict)
     unusable: Dropped = field(default_factory=dict)
-    cut: Dropped = field(default_factory=dict)  # "prompt_cut", "cut" and "left_out", as the encoder calls them
-    left_out: int = 0  # answers
+    cut: Dropped = field(default_factory=dict)
+    left_out: int = 0
     longest: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=12))
 
 
 class Repeats:
-    """Remembers the keys of at least the last `size` rows, and of twice as many at most: about 100 bytes each."""
+    """Remembers the keys of at least the last `size` rows, and at most of twice as many, in about 100 bytes each."""
 
     def __init__(self, size: int):
         self.size = size
@@ -66,7 +70,7 @@ class Repeats:
         self.older: set[int] = set()
 
     def has(self, key: int) -> bool:
-        """Whether the key was there before; it is from now on."""
+        """Whether the key came before; from now on it has."""
         if key in self.recent or key in self.older:
             return True
         if len(self.recent) == self.size:
@@ -77,10 +81,13 @@ class Repeats:
 
 @dataclass(frozen=True)
 class StreamedSet:
-    """One data set of which nothing is read but what is asked for.
+    """One data set of which only the rows that are needed are read.
 
-    shards: as of `read_splits`.   columns: those of the first rows, which every row gets.   held_out: rows to evaluate,
-    with the columns of TEXT and ABOUT.   whole: all its training rows serve stage 0.
+    Attributes:
+        shards: as of `read_splits`.
+        columns: those of the first rows, which every row gets.
+        whole: all training rows serve stage 0.
+        held_out: rows to evaluate, with the columns of TEXT and ABOUT.
     """
 
     name: str
@@ -93,7 +100,7 @@ class StreamedSet:
     held_out: Dataset | None = None
 
     def texts(self, split: str, counts: Counts) -> Iterator[Row]:
-        """The usable rows of a split in their order, with the columns of `normalise_rows`; the others are counted."""
+        """The usable rows of a split in order, with the columns of `normalise_rows`; the others are counted."""
         repeats = Repeats(REMEMBERED)
         for shard in self.shards[split]:
             rows = raw_rows(shard, self.flag)
@@ -102,11 +109,13 @@ class StreamedSet:
                 yield from self.usable(self.normalised(shard, names, raw), repeats, counts)
 
     def normalised(self, shard: Shard, names: Sequence[str], raw: Sequence[Row]) -> dict[str, list]:
+        """Rows of a shard as the columns of `normalise_rows`."""
         complete = ({**dict.fromkeys(self.columns), **renamed(row, self.conversion.form.columns)} for row in raw)
         label = f"{shard.file.name} " if shard.file and len(self.shards["train"]) > 1 else ""
         return normalise_rows(complete, names, self.conversion, replace(shard, rows=None, label=label))
 
     def usable(self, columns: dict[str, list], repeats: Repeats, counts: Counts) -> Iterator[Row]:
+        """The rows without a reason to be dropped; all are counted."""
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
             counts.read += 1
@@ -137,25 +146,25 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def stage_of(prompt: int, shares: Sequence[float], seed: int) -> int:
-    """The stage that the rows of a prompt serve, by a hash in [0, 1) against the shares."""
+    """The stage that the rows of a prompt serve: where a hash in [0, 1) falls among the shares."""
     place = hashed(prompt, seed) * sum(shares)
     bounds = np.cumsum(shares)
     return min(int(np.searchsorted(bounds, place, side="right")), max(i for i, share in enumerate(shares) if share))
 
 
 def is_held_out(prompt: int) -> bool:
-    """Whether the rows of a prompt are for evaluation alone, in a data set without a test split; in every stage."""
+    """Whether the rows of a prompt are only evaluated, in every stage; for data sets without a test split."""
     return hashed(prompt, "held out", HOLD_OUT_SEED) < HOLD_OUT
 
 
 def hashed(prompt: int, *salt: object) -> float:
-    """A number in [0, 1) that the prompt and the salt decide."""
+    """A number in [0, 1) that depends on the prompt and the salt alone."""
     digest = hashlib.blake2b(repr((prompt, *salt)).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little") / 2**56
 
 
 def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag: str, form: Form) -> StreamedSet:
-    """Finds the shape and the rows to evaluate: those of the test split, else the held-out ones; the first of them.
+    """Finds the shape of a data set, and the rows to evaluate: the first of the test split, else of the held-out ones.
 
     Raises:
         UserError: nothing there, unreadable first rows, columns of no known shape, or no row to evaluate.

@@ -1,8 +1,8 @@
 """Training rows straight from their files or from the hub (--streaming), for data that is larger than the disk.
 
-Nothing is written, and what is held does not grow with the data: each data set is read from its beginning in every
-epoch, converted and encoded in chunks by the functions of the other way, blended, and shuffled in a buffer. The loaders
-are like those of `loaders`, but for the length: nobody knows that of an epoch.
+Nothing is written, and memory does not grow with the data: each data set is read from its beginning in every epoch,
+converted and encoded in chunks by the functions that stored data uses, blended, and shuffled in a buffer. The loaders
+are like those of `loaders`, except that the length of an epoch is unknown.
 """
 
 import sys
@@ -58,7 +58,7 @@ class Recipe:
         """The encoded training rows of a data set, in the order of its texts."""
         shares = stage_shares(self.config.data_split)
         texts = stream.training_texts(self.stage, shares, self.config.data_seed, counts)
-        wanted = set(FEATURES[self.encoder.kind])  # the same of every data set: a batch may hold rows of two
+        wanted = set(FEATURES[self.encoder.kind])  # the same for all data sets, whose rows share batches
         wanted -= {"loss_mask"} if self.encoder.train_on != "all" else set()
         wanted -= {"margin", "left_out"} if not self.config.need_margin else {"left_out"}
         while chunk := list(islice(texts, TOGETHER)):
@@ -69,7 +69,7 @@ class Recipe:
                 yield {name: compact(name, values[k]) for name, values in encoded.items() if name in wanted}
 
     def counted(self, k: int, text: Row, encoded: dict[str, list], counts: Counts) -> bool:
-        """Counts row k, of this text, of an encoded chunk; whether it is kept."""
+        """Counts row k of an encoded chunk, which was this text, and says whether it is kept."""
         counts.encoded += 1
         counts.longest = max(counts.longest, encoded["full_length"][k])
         if encoded["dropped"][k]:
@@ -97,15 +97,15 @@ def compact(name: str, value: Any) -> Any:
 def blended(streams: Sequence[Iterator[Row]], weights: Sequence[float | None]) -> Iterator[Row]:
     """Rows of several data sets in turn, at every moment in the proportions of the weights.
 
-    It ends with the data set that ends first, as otherwise the proportions would. Without weights all take the same
-    turns as long as they have rows, and it ends with the last.
+    It ends with the data set that ends first, since the proportions cannot be kept after that. Without weights all data
+    sets take equal turns as long as they have rows, and it ends with the last.
     """
     weighted = None not in weights
     shares = [weight / sum(weights) if weighted else 1 / len(weights) for weight in weights]
     taken = [0] * len(streams)
-    going_on = list(range(len(streams)))
-    while going_on:
-        k = max(going_on, key=lambda k: shares[k] * (sum(taken) + 1) - taken[k])
+    unfinished = list(range(len(streams)))
+    while unfinished:
+        k = max(unfinished, key=lambda k: shares[k] * (sum(taken) + 1) - taken[k])
         row = next(streams[k], None)
         if row is not None:
             taken[k] += 1
@@ -113,12 +113,12 @@ def blended(streams: Sequence[Iterator[Row]], weights: Sequence[float | None]) -
         elif weighted:
             return
         else:
-            going_on.remove(k)
+            unfinished.remove(k)
 
 
 def shuffled(rows: Iterator[Row], size: int, *seed: int) -> Iterator[Row]:
     """Draws each row from a buffer of `size` rows, which is filled up from the stream."""
-    random = np.random.RandomState([part % 2**32 for part in seed])  # its stream is the same in every numpy version
+    random = np.random.RandomState([part % 2**32 for part in seed])  # the same stream in every numpy version
     buffer = list(islice(rows, size))
     for row in rows:
         k = random.randint(len(buffer))
@@ -129,13 +129,10 @@ def shuffled(rows: Iterator[Row], size: int, *seed: int) -> Iterator[Row]:
 
 
 class StreamSampler(ResumableSampler):
-    """One rank's rows themselves, not their numbers. Every rank goes through the whole stream.
+    """One rank's rows themselves, not their indices. Every rank goes through the whole stream.
 
-    To go on from a state reads the epoch again from its beginning, and hands out what follows.
-
-    Args:
-        open_epoch: the rows of an epoch by its number, the same on every rank.
-        batches: how many a whole training takes: all that `len` of the loader can tell.
+    To continue from a state, the epoch is read again from its beginning, and what follows the state is drawn.
+    `open_epoch` gives the rows of an epoch, the same on every rank; `batches` is what the whole training takes.
     """
 
     def __init__(
@@ -145,6 +142,7 @@ class StreamSampler(ResumableSampler):
         self.open_epoch, self.batch_size, self.batches = open_epoch, batch_size, batches
 
     def rows(self) -> Iterator[Row]:
+        """This rank's rows of the whole epoch."""
         rows = self.open_epoch(self.epoch)
         global_batch = self.batch_size * self.world_size
         while len(step := list(islice(rows, global_batch))) == global_batch:
@@ -155,7 +153,7 @@ class StreamSampler(ResumableSampler):
 
 
 class RowsThemselves(torch.utils.data.Dataset):
-    """Where a sampler draws rows and not their numbers: hands them on, with weight 1."""
+    """The data set for a sampler that draws rows, not their indices: passes them on with weight 1."""
 
     def __getitems__(self, rows: list[Row]) -> list[Row]:
         return [{**row, "weight": 1.0} for row in rows]
@@ -180,7 +178,7 @@ class StreamReport:
     eval_rows: int
 
     def watch(self, rows: Iterator[Row], counts: Sequence[Counts]) -> Iterator[Row]:
-        """The rows; data.json is written whenever twice as many have been read, and once nobody asks for more."""
+        """The rows; data.json is written each time the number of rows read has doubled, and at the end."""
         complete, due = False, 1
         try:
             for row in rows:
@@ -261,12 +259,9 @@ def build_streaming_loaders(
     rank: int = 0,
     world_size: int = 1,
 ) -> tuple[DataLoader, DataLoader]:
-    """As `loaders.build_loaders`, of data sets that are streamed.
+    """Like `loaders.build_loaders`, which explains the arguments, for the data sets of `open_streams`.
 
-    Args:
-        streams: as of `open_streams`.
-        batches: the length of the train loader: of the whole training, as nobody knows that of an epoch. An epoch ends
-            where the data does.
+    The length of the train loader is `batches`, that of the whole training, since that of an epoch is unknown.
 
     Raises:
         UserError: the first rows are of no use to this stage, or fewer rows than one step takes; a faulty row only when
@@ -274,7 +269,6 @@ def build_streaming_loaders(
     """
     first = [first_texts(stream, config, stage) for stream in streams]
     kind = kind_of(config, stage, (*first, *(stream.held_out for stream in streams)))
-    check_margins(config, kind)
     recipe = Recipe(config, stage, Encoder(kind, tokenizer, max_len, config.overlong, config.train_on))
     held_out, record, columns = [], [], set()
     for stream, rows in zip(streams, first, strict=True):
@@ -282,8 +276,7 @@ def build_streaming_loaders(
         names = Names(f"train, the first {len(rows)} rows", name, LENGTH_FLAGS[stage])
         columns |= set(recipe.encode(rows, names).column_names)
         held_out.append(recipe.encode(stream.held_out, Names("eval", name, LENGTH_FLAGS[stage]), record))
-    if config.need_margin and "margin" not in columns:
-        raise UserError("--use_margin: none of the first rows has a number in a column `margin`; leave the flag out")
+    check_margins(config, kind, columns, "none of the first rows")
     evaluation = datasets.concatenate_datasets(held_out)
 
     def epoch_rows(counts: Sequence[Counts]) -> Iterator[Row]:
@@ -313,7 +306,7 @@ def build_streaming_loaders(
 
 
 def first_texts(stream: StreamedSet, config: DataConfig, stage: int) -> Dataset:
-    """The first rows of a stage: what they show is refused, and reported, before anything else happens."""
+    """The first rows of a stage, so that their faults are refused, and reported, before anything else happens."""
     counts, shares = Counts(), stage_shares(config.data_split)
     texts = list(islice(stream.training_texts(stage, shares, config.data_seed, counts), TOGETHER))
     if not texts:

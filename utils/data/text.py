@@ -9,6 +9,7 @@ from itertools import chain, count
 import datasets
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from utils.data.cache import cache_file, fingerprint_of
@@ -39,7 +40,7 @@ def plain_text_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Endless batches of blocks of `block` tokens, in a new order every epoch; supervised batches with prompt length 1.
 
-    The first token of a block is its context, all others are learned; documents are joined by the EOS token.
+    The first token of a block is its context, and all others are learned; documents are joined by the EOS token.
 
     Raises:
         UserError: no such data, no text column, or less text than one batch on every rank.
@@ -60,7 +61,7 @@ def plain_text_batches(
     return endless(loader)
 
 
-def endless(loader) -> Iterator[dict[str, Tensor]]:
+def endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
     """The loader's batches, epoch after epoch."""
     for epoch in count():
         loader.sampler.set_epoch(epoch)
@@ -70,7 +71,7 @@ def endless(loader) -> Iterator[dict[str, Tensor]]:
 def to_blocks(
     rows: Dataset, place: str, tokenizer: PreTrainedTokenizerBase, block: int, cache_dir: str | None
 ) -> Dataset:
-    """Rows of text -> rows {input_ids: `block` ids, prompt_length: 1}; the rest of each 1000 documents is left out."""
+    """Rows of text -> rows {input_ids: `block` ids, prompt_length: 1}; what remains of 1000 documents is left out."""
     column = next((c for c in COLUMNS if c in rows.column_names), None)
     if column is None:
         raise UserError(f"{FLAG}: {place} has the columns {', '.join(rows.column_names)}; expected `text`")

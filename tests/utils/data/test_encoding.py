@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 
 from utils.data.encoding import Encoder, Names, encode_rows
-from utils.data.tokens import beginning, encode_pair, encode_prompts
+from utils.data.tokens import beginning, encode_prompts
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -21,7 +21,7 @@ def encode(tmp_path, data, kind, tokenizer, max_len=64, overlong=None, **names):
     return encode_rows(data, encoder, cache_dir=str(tmp_path), names=Names("train", **names))
 
 
-def test_supervised_rows(tmp_path, tokenizer):
+def test_supervised_rows(tmp_path, tokenizer, encode_pair):
     data = rows((PROMPT, ANSWER), (PROMPT, " yes"))
     encoded = encode(tmp_path, data, "supervised", tokenizer)
     assert encoded.column_names == ["input_ids", "prompt_length"]
@@ -29,7 +29,7 @@ def test_supervised_rows(tmp_path, tokenizer):
     assert list(zip(encoded["input_ids"], encoded["prompt_length"], strict=True)) == expected
 
 
-def test_ranking_rows_share_their_prompt(tmp_path, tokenizer):
+def test_ranking_rows_share_their_prompt(tmp_path, tokenizer, encode_pair):
     encoded = encode(tmp_path, rows((PROMPT, ANSWER, " no")), "ranking", tokenizer)
     row = encoded[0]
     assert (row["chosen_ids"], row["prompt_length"]) == encode_pair(tokenizer, PROMPT, ANSWER, 64)
@@ -41,7 +41,7 @@ def ranked_rows(*examples: tuple) -> Dataset:
     return Dataset.from_dict({name: [example[k] for example in examples] for k, name in enumerate(names)})
 
 
-def test_ranked_rows(tmp_path, tokenizer):
+def test_ranked_rows(tmp_path, tokenizer, encode_pair):
     answers = [" yes", ANSWER, "x", " no"]
     data = ranked_rows((PROMPT, " yes", " no", answers, [1, 2, 2, 3]), (PROMPT, ANSWER, " no", None, None))
     encoded = encode(tmp_path, data, "ranked", tokenizer)
@@ -51,7 +51,7 @@ def test_ranked_rows(tmp_path, tokenizer):
     assert set(encoded["prompt_length"]) == {encode_pair(tokenizer, PROMPT, "x", 64)[1]}
 
 
-def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, capsys):
+def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, capsys, encode_pair):
     length = len(encode_prompts(gpt2, [PROMPT])[0])
     long = " no" * 40
     cases = [
@@ -110,7 +110,7 @@ def test_prompt_rows_are_cut_on_the_left_and_reported(tmp_path, tokenizer, capsy
     )
 
 
-def test_dropped_rows_are_counted_by_reason(tmp_path, gpt2, capsys):
+def test_dropped_rows_are_counted_by_reason(tmp_path, gpt2, capsys, encode_pair):
     long = "What is it? " * 40
     data = rows(
         (PROMPT, " one", " two"),
@@ -152,7 +152,9 @@ LONG = "\n\nHuman: " + "What is it? " * 20 + "\n\nAssistant:"
 
 
 @pytest.mark.parametrize("kind", ["supervised", "ranking"])
-def test_long_prompts_that_are_cut_keep_their_end_and_leave_room_for_the_answer(tmp_path, tokenizer, kind, capsys):
+def test_long_prompts_that_are_cut_keep_their_end_and_leave_room_for_the_answer(
+    tmp_path, tokenizer, kind, capsys, encode_pair
+):
     data = rows((LONG, " yes", " no"), (PROMPT, " yes", " no"))
     row = encode(tmp_path, data, kind, tokenizer, 40, overlong="cut")[0]
     ids = row["input_ids" if kind == "supervised" else "chosen_ids"]

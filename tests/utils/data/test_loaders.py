@@ -8,7 +8,7 @@ import torch
 
 from utils.data.config import DataConfig
 from utils.data.loaders import EpochSampler, EvalSampler, build_loaders, local_rank_zero_first
-from utils.data.tokens import encode_pair, encode_prompts
+from utils.data.tokens import encode_prompts
 from utils.run import UserError
 
 ROWS = [
@@ -49,7 +49,7 @@ def texts(loader, tokenizer, ids="input_ids", lengths="lengths") -> list[list[st
 # --------------------------------------------------------------------------------------------------------- batches
 
 
-def test_supervised_batches(folder, tokenizer):
+def test_supervised_batches(folder, tokenizer, encode_pair):
     train, evaluation = build(folder, tokenizer, 0)
     assert len(train) == 2 and len(evaluation) == 3  # 40 * 2/10 / 4; ceil(10 / 4)
     pairs = {tuple(encode_pair(tokenizer, row["prompt"], row["chosen"], 96)[0]): row for row in ROWS}
@@ -64,7 +64,7 @@ def test_supervised_batches(folder, tokenizer):
             assert row[:prompt_length] == encode_prompts(tokenizer, [example["prompt"]])[0]
 
 
-def test_ranking_batches(folder, gpt2):
+def test_ranking_batches(folder, gpt2, encode_pair):
     train, evaluation = build(folder, gpt2, 1)
     assert len(train) == 4 and len(evaluation) == 3
     for batch in [*train, *evaluation]:
