@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from remax.deepspeed_config import EngineConfig
 from remax.engines import Actor, Reference, Reward, TrainedReward, check_packing, loading
-from remax.evaluation import Batch
 from remax.examination import examine
 from remax.findings import Report
 from remax.finetune import DirectPreference, Ranking, Supervised
@@ -35,6 +34,7 @@ from remax.settings import (
     reward_engine,
 )
 from remax.stage_data import PromptData, data_config
+from utils.data.batches import Batch, PromptBatch
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer, same_vocabulary
 
@@ -246,11 +246,11 @@ def _critic(args: Step3Arguments, tokenizer: Tokenizer, steps: int) -> TrainedRe
     return TrainedReward(model, config, critic_optimizer(args, steps))
 
 
-def try_reward_functions(args: Step3Arguments, tokenizer: Tokenizer, held_out: Iterable[Batch]) -> None:
+def try_reward_functions(args: Step3Arguments, tokenizer: Tokenizer, held_out: Iterable[PromptBatch]) -> None:
     """Asks the functions of --reward_fn about two held-out prompts, before any weights are read."""
     functions = [part.scorer for part in reward_functions(args, tokenizer)]
     if functions:
-        try_functions(functions, next(iter(held_out))["prompt"][:2])
+        try_functions(functions, next(iter(held_out)).prompts[:2])
 
 
 def examine_engines(
@@ -276,7 +276,7 @@ def examine_engines(
         actor,
         reward,
         tokenizer,
-        Prompts(prompts["input_ids"], prompts["lengths"]),
+        Prompts(prompts.input_ids, prompts.lengths),
         reference=reference,
         pairs=pairs,
         max_prompt_tokens=args.max_prompt_seq_len,

@@ -23,9 +23,8 @@ from remax.logprobs import Sampling
 from remax.modeling import evaluating
 from remax.rewards import CompositeReward
 from remax.sequences import Prompts, Sequences, learned_mask
+from utils.data.batches import Batch, PairBatch, PromptBatch, SomeBatch, SupervisedBatch
 from utils.distributed import device, gather_objects, is_main, rank, sum_across_ranks
-
-Batch = dict[str, Tensor]  # a loader's batch; prompts also carry their text, a list
 
 
 class First:
@@ -38,23 +37,18 @@ class First:
         return islice(self.loader, self.limit or None)
 
 
-def to_device(batch: Batch) -> Batch:
-    return {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def to_device(batch: SomeBatch) -> SomeBatch:
+    """The batch on this process's device."""
+    return batch.to(device())
 
 
-def paired(batch: Batch) -> Sequences:
-    """The chosen answers' B rows, then the rejected ones'."""
-    chosen, rejected = Sequences.from_batch(batch, "chosen"), Sequences.from_batch(batch, "rejected")
-    return Sequences.concatenate([chosen, rejected], pad_id=0)  # what stands behind a row's end is never read
-
-
-def pair_scores(engine: TrainedReward, batch: Batch) -> tuple[Tensor, Tensor]:
+def pair_scores(engine: TrainedReward, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(B,) scores of the chosen and of the rejected answers, from one forward over 2B rows."""
-    return engine.score(paired(batch)).chunk(2)
+    return engine.score(Sequences.from_pairs(batch)).chunk(2)
 
 
 @torch.no_grad()
-def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
+def perplexity(actor: Actor, loader: Iterable[SupervisedBatch]) -> dict[str, float]:
     """exp of the mean negative log-likelihood per answer token, EOS included, and that mean as `loss` (nats per
     token).
     """
@@ -62,7 +56,7 @@ def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
     with evaluating(actor.model):
         for batch in map(to_device, loader):
             sequences = Sequences.from_batch(batch)
-            weight = batch["weight"][:, None] * learned_mask(batch, sequences)  # (B, A)
+            weight = batch.weight[:, None] * learned_mask(batch, sequences)  # (B, A)
             logprobs = actor.logprobs(sequences, sampling=Sampling()).logprobs  # the model's, at any temperature
             sums["nll"] -= (logprobs * weight).sum().double()
             sums["tokens"] += float(weight.sum())
@@ -128,11 +122,11 @@ def evaluate_policy(
     actor: Actor,
     reference: Reference,
     reward: Reward | CompositeReward,
-    loader: Iterable[Batch],
+    loader: Iterable[PromptBatch],
     tokenizer: PreTrainedTokenizerBase,
     *,
     greedy: bool = False,
-    answers: Iterable[Batch] | None = None,
+    answers: Iterable[SupervisedBatch] | None = None,
     seed: int = 0,
 ) -> PolicyEvaluation:
     """Answers held-out prompts (sampled, or greedy) and measures them -> PolicyEvaluation.
@@ -151,13 +145,13 @@ def evaluate_policy(
     with evaluating(actor.model), own_noise(seed):
         for batch in map(to_device, loader):
             sampled, best = actor.rollout(
-                Prompts(batch["input_ids"], batch["lengths"]), samples=0 if greedy else 1, greedy=greedy
+                Prompts(batch.input_ids, batch.lengths), samples=0 if greedy else 1, greedy=greedy
             )
             sequences = best if greedy else sampled
             score, parts = reward.score_parts(sequences)  # (B,), and each part's by name
             output = actor.logprobs(sequences, entropy=True)
             reference_logprobs = reference.logprobs(sequences)
-            weight = batch["weight"]  # (B,)
+            weight = batch.weight  # (B,)
             token_weight = weight[:, None] * sequences.answer_mask  # (B, A)
             last = sequences.input_ids.gather(1, sequences.end_index[:, None]).squeeze(1)
             additions = {
@@ -178,7 +172,7 @@ def evaluate_policy(
             for i in weight.nonzero().flatten().tolist():
                 rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}
                 answer = {"answer": found[i].text, "length": found[i].tokens}
-                readable.append({"prompt": batch["prompt"][i]} | answer | rounded)
+                readable.append({"prompt": batch.prompts[i]} | answer | rounded)
     total = sum_across_ranks(sums)
     n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
     mean = total["reward"] / n

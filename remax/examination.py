@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from remax.checkpoint import export
 from remax.engines import Actor, FrozenEngine, Reference, TrainedEngine
-from remax.evaluation import Batch
 from remax.findings import EXACT, FAILURE, SKIPPED, TOLERANCE, WARNING, Finding, Report, combine, finding, gap
 from remax.inference import FrozenActor
 from remax.logprobs import Sampling
@@ -31,6 +30,7 @@ from remax.reward_checks import called, check_ranking, check_scores
 from remax.rewards import CompositeReward
 from remax.rollout import rollout
 from remax.sequences import Prompts, Sequences
+from utils.data.batches import PairBatch
 from utils.data.collate import pad
 from utils.data.shapes import as_dialogue
 from utils.data.tokens import encode_prompts
@@ -54,7 +54,7 @@ def examine(
     prompts: Prompts,
     *,
     reference: Reference | None = None,
-    pairs: Iterable[Batch] | None = None,
+    pairs: Iterable[PairBatch] | None = None,
     max_prompt_tokens: int,
     resumed: bool = False,
     reload_limit: int = 500_000_000,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from remax.engines import TrainedEngine
-from remax.evaluation import Batch, pair_scores, to_device
+from remax.evaluation import pair_scores, to_device
 from remax.losses import ordered_pairs
 from remax.modeling import evaluating
 from remax.sequences import Sequences
+from utils.data.batches import PairBatch, RankedBatch
 from utils.distributed import sum_across_ranks
 
 SIDES = {"longer_chosen": 1, "shorter_chosen": -1, "equal_length": 0}  # sign of chosen length - rejected length
@@ -25,8 +26,8 @@ SIDES = {"longer_chosen": 1, "shorter_chosen": -1, "equal_length": 0}  # sign of
 @torch.no_grad()
 def ranking_accuracy(
     engine: TrainedEngine,
-    loader: Iterable[Batch],
-    scores: Callable[[TrainedEngine, Batch], tuple[Tensor, Tensor]] | None = None,
+    loader: Iterable[PairBatch | RankedBatch],
+    scores: Callable[[TrainedEngine, PairBatch], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, float]:
     """`pair_figures`, mean and spread of all scores, and for batches of several ranked answers `ranked_figures`.
 
@@ -38,12 +39,14 @@ def ranking_accuracy(
     sums: dict[str, float] = {}
     with evaluating(engine.model):
         for batch in map(to_device, loader):
-            if "ranks" in batch:
-                additions = ranked_sums(engine.score(Sequences.from_batch(batch)), batch)
+            if isinstance(batch, RankedBatch):
+                additions = ranked_sums(
+                    engine.score(Sequences.from_batch(batch)), batch.row, batch.ranks, batch.lengths, batch.weight
+                )
             else:
                 chosen, rejected = (scores or pair_scores)(engine, batch)  # (B,)
-                weight = batch["weight"]
-                lengths = (batch["chosen_lengths"], batch["rejected_lengths"])
+                weight = batch.weight
+                lengths = (batch.chosen_lengths, batch.rejected_lengths)
                 additions = pair_sums(chosen, rejected, *lengths, weight)
                 additions |= score_sums(torch.cat([chosen, rejected]), weight.repeat(2))
             for name, value in additions.items():
@@ -103,9 +106,8 @@ def score_sums(scores: Tensor, weight: Tensor) -> dict[str, float]:
     return {name: float(values.double().sum()) for name, values in terms.items()}
 
 
-def ranked_sums(scores: Tensor, batch: Batch) -> dict[str, float]:
-    """The sums of a batch of rankings, from the (N,) scores of all their answers."""
-    row, ranks, lengths, weight = batch["row"], batch["ranks"], batch["lengths"], batch["weight"]
+def ranked_sums(scores: Tensor, row: Tensor, ranks: Tensor, lengths: Tensor, weight: Tensor) -> dict[str, float]:
+    """The sums of B rankings with N answers: scores, row, ranks and lengths (N,) as of a `RankedBatch`, weight (B,)."""
     better, worse = ordered_pairs(row, ranks)
     pairs = pair_sums(scores[better], scores[worse], lengths[better], lengths[worse], weight[row[better]])
     of_rows = torch.zeros_like(weight)  # (B,)

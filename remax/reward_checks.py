@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from remax.evaluation import Batch, pair_scores, to_device
+from remax.evaluation import pair_scores, to_device
 from remax.findings import FAILURE, SKIPPED, WARNING, Finding, finding
 from remax.rewards import CompositeReward, Part
 from remax.sequences import Sequences
+from utils.data.batches import PairBatch
 from utils.data.collate import collate_ranking
 from utils.data.config import DataConfig
 from utils.data.encoding import Encoder
@@ -59,7 +60,7 @@ def check_scores(reward: CompositeReward, answers: Sequence[Sequences]) -> list[
     return findings
 
 
-def check_ranking(reward: CompositeReward, pairs: Iterable[Batch] | None) -> list[Finding]:
+def check_ranking(reward: CompositeReward, pairs: Iterable[PairBatch] | None) -> list[Finding]:
     """Each reward model prefers the better of two held-out answers, and not only because it is longer."""
     skipped = "no held-out pairs: give --data_path with the columns chosen and rejected"
     if not reward.models:
@@ -71,8 +72,8 @@ def check_ranking(reward: CompositeReward, pairs: Iterable[Batch] | None) -> lis
         rows = []
         for batch in map(to_device, pairs):
             chosen, rejected = pair_scores(part.scorer, batch)
-            real = batch["weight"] > 0
-            columns = (chosen, rejected, batch["chosen_lengths"], batch["rejected_lengths"])
+            real = batch.weight > 0
+            columns = (chosen, rejected, batch.chosen_lengths, batch.rejected_lengths)
             rows.append(torch.stack([column[real].double().cpu() for column in columns]))  # (4, b)
         every = torch.cat([share for shares in gather_objects(rows) for share in shares], 1)
         findings += ranking_findings(*every, name=called("reward model", part, reward))

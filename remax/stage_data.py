@@ -11,8 +11,9 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from remax.evaluation import Batch, First
+from remax.evaluation import First
 from remax.flags import Step1Arguments, Step2Arguments, Step3Arguments
+from utils.data.batches import SupervisedBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import build_answers_loader, build_loaders
 from utils.data.streamed_set import StreamedSet
@@ -112,7 +113,7 @@ class PromptData:
     train: DataLoader
     evaluation: First
     answers: First | None
-    plain_text: Iterator[Batch] | None
+    plain_text: Iterator[SupervisedBatch] | None
     held_out: Dataset | None = None
 
 

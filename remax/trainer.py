@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from remax.algorithms import Algorithm, mean_metrics
 from remax.ema import WeightAverage
 from remax.engines import Actor, Reference, Reward, StepResult, TrainedReward
-from remax.evaluation import Batch, PolicyEvaluation, to_device
+from remax.evaluation import PolicyEvaluation, to_device
 from remax.finetune import batches_of_steps, ended_early, steps_per_epoch
 from remax.logprobs import Sampling
 from remax.losses import supervised_loss
 from remax.rewards import CompositeReward
 from remax.sentinel import Sentinel
 from remax.sequences import Prompts, Rollout, Sequences
+from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger, progress
 from utils.run import UserError
@@ -93,7 +94,7 @@ class Trainer:
     metrics: MetricsLogger
     pad_id: int
     critic: TrainedReward | None = None
-    unsupervised: Iterator[Batch] | None = None
+    unsupervised: Iterator[SupervisedBatch] | None = None
     average: WeightAverage | None = None
     on_evaluation: Callable[[int, PolicyEvaluation, bool], None] = lambda step, evaluation, best: None
     sentinel: Sentinel | None = None
@@ -102,7 +103,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
 
-    def step(self, batches: list[Batch]) -> tuple[Rollout, dict[str, float]]:
+    def step(self, batches: list[PromptBatch]) -> tuple[Rollout, dict[str, float]]:
         """Collects answers to the batches of prompts and learns from them once; the rollout, and figures reduced over
         ranks.
         """
@@ -125,7 +126,7 @@ class Trainer:
         return rollout, self.figures(total, means, result)
 
     @torch.no_grad()
-    def collect(self, batch: Batch, timer: Timer, tally: dict[str, float | Tensor]) -> Rollout:
+    def collect(self, batch: PromptBatch, timer: Timer, tally: dict[str, float | Tensor]) -> Rollout:
         """Samples answers, and greedy ones where the algorithm needs them, and scores them in micro-batches.
 
         Adds to `tally` the tokens that were generated, and the sampled answers' scores by each part of the reward.
@@ -133,7 +134,7 @@ class Trainer:
         batch = to_device(batch)
         with timer("generation"):
             sampled, greedy = self.actor.rollout(
-                Prompts(batch["input_ids"], batch["lengths"]),
+                Prompts(batch.input_ids, batch.lengths),
                 samples=self.algorithm.samples_per_prompt,
                 greedy=self.algorithm.greedy,
             )
@@ -299,7 +300,7 @@ class Trainer:
             evaluate(step)
         return results
 
-    def epochs(self, loader: DataLoader) -> Iterator[list[Batch]]:
+    def epochs(self, loader: DataLoader) -> Iterator[list[PromptBatch]]:
         """The prompt batches of one step after the other, epoch by epoch."""
         for epoch in range(self.settings.epochs):
             loader.sampler.set_epoch(epoch)

@@ -229,8 +229,8 @@ def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
             ranks += levels
     if not numbers:
         return {}
-    batch = {"row": torch.tensor(of_row), "ranks": torch.tensor(ranks), "lengths": lengths[numbers]}
-    return ranked_sums(scores[numbers], batch | {"weight": torch.ones(of_row[-1] + 1)})
+    rankings = (torch.tensor(of_row), torch.tensor(ranks), lengths[numbers], torch.ones(of_row[-1] + 1))
+    return ranked_sums(scores[numbers], *rankings)
 
 
 def table(lines: list[tuple[str, str]], note: str) -> str:

@@ -29,6 +29,7 @@ from remax.reward_model import RewardModel, load_reward_model
 from remax.rollout import GenerationSettings, rollout
 from remax.sequences import Prompts, Rollout, Sequences
 from remax.trainer import Trainer, TrainerSettings
+from utils.data.batches import PromptBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.demo import mean_true_reward
@@ -136,13 +137,15 @@ def prompt_loaders(setting: Setting, tokenizer: PreTrainedTokenizerBase, prompts
     )
 
 
-def batches_for_ever(loader) -> Iterator[dict]:
+def batches_for_ever(loader) -> Iterator[PromptBatch]:
     for epoch in count():
         loader.sampler.set_epoch(epoch)
         yield from loader
 
 
-def build_trainer(run: Run, setting: Setting, folder: Path) -> tuple[Trainer, Iterator[dict], PreTrainedTokenizerBase]:
+def build_trainer(
+    run: Run, setting: Setting, folder: Path
+) -> tuple[Trainer, Iterator[PromptBatch], PreTrainedTokenizerBase]:
     """-> trainer, endless batches of prompts, tokenizer. The trainer's `evaluate` gives the figures alone."""
     estimator = ESTIMATORS[run.estimator]
     tokenizer = load_tokenizer(setting.actor)
@@ -274,8 +277,8 @@ class FixedPolicy:
         self.reward = Reward(load_scorer(setting, self.tokenizer), frozen)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
-    def answer(self, batch: dict, samples: int, greedy: bool) -> tuple[Sequences, Sequences | None]:
-        prompts = Prompts(batch["input_ids"], batch["lengths"])
+    def answer(self, batch: PromptBatch, samples: int, greedy: bool) -> tuple[Sequences, Sequences | None]:
+        prompts = Prompts(batch.input_ids, batch.lengths)
         generation = GenerationSettings(self.setting.max_answer, self.pad_id)
         return rollout(self.model.hf, prompts, generation, samples=samples, greedy=greedy)
 
@@ -297,7 +300,7 @@ class FixedPolicy:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)])
 
 
-def fit_critic(fixed: FixedPolicy, batches: Iterator[dict], steps: int, rate: float) -> RewardModel:
+def fit_critic(fixed: FixedPolicy, batches: Iterator[PromptBatch], steps: int, rate: float) -> RewardModel:
     """The reward model, turned into the fixed policy's critic by PPO's own value loss."""
     critic = load_scorer(fixed.setting, fixed.tokenizer)
     algorithm = make_algorithm(ESTIMATORS["ppo"], fixed.setting.kl)
@@ -314,7 +317,7 @@ def fit_critic(fixed: FixedPolicy, batches: Iterator[dict], steps: int, rate: fl
 
 
 @torch.no_grad()
-def reward_figures(fixed: FixedPolicy, batches: list[dict]) -> dict[str, float]:
+def reward_figures(fixed: FixedPolicy, batches: list[PromptBatch]) -> dict[str, float]:
     """What a baseline has to guess: mean of the rewards, their spread among the answers to one prompt and among prompts
     (of the prompts' own means, without what the few answers add to it), mean of the greedy answers, mean KL.
     """
@@ -345,7 +348,7 @@ class Block:
 
 
 def probe_block(
-    fixed: FixedPolicy, probes: dict[str, Probe], critics: dict[bool, RewardModel], batch: dict, mean: float
+    fixed: FixedPolicy, probes: dict[str, Probe], critics: dict[bool, RewardModel], batch: PromptBatch, mean: float
 ) -> dict[str, Block]:
     """Every probe's block on the same answers. mean: the policy's mean reward, for the moving average."""
     sampled, greedy = fixed.answer(batch, samples=SAMPLES, greedy=True)
@@ -358,7 +361,7 @@ def probe_block(
         algorithm, block = make_algorithm(estimator, fixed.setting.kl), Block(torch.zeros(size))
         whole = rollouts[probe.fitted_critic]
         whole = replace(whole, rewards=whole.rewards + probe.shift, baseline=baseline + probe.shift)
-        for prompt in range(len(batch["lengths"])):
+        for prompt in range(len(batch)):
             for rows in units(estimator, SAMPLES):
                 part = whole.select(slice(prompt * SAMPLES + rows.start, prompt * SAMPLES + rows.stop))
                 tokens = int(part.sequences.answer_lengths.sum())

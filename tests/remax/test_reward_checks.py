@@ -80,7 +80,7 @@ def data(path, **options) -> DataConfig:
 
 def test_pairs_of_a_data_set(corpus, tokenizer):
     pairs = held_out_pairs(data(corpus), tokenizer, max_len=200, limit=10, batch_size=4)
-    assert sum(int(batch["weight"].sum()) for batch in pairs) == 10
+    assert sum(int(batch.weight.sum()) for batch in pairs) == 10
     # a reward model that knows how far down the vocabulary an answer reaches: some score, differing between answers
     ranks, length = check_ranking(scorer(lambda s: s.input_ids.float().mean(1)), pairs)
     assert ranks.numbers["pairs"] == 10
@@ -95,8 +95,8 @@ def test_the_best_and_the_worst_of_ranked_answers_are_a_pair(tmp_path, tokenizer
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (batch,) = held_out_pairs(data(tmp_path / "rows.jsonl", cache_dir=str(tmp_path)), tokenizer, max_len=100)
     texts = [
-        tokenizer.decode(batch[f"{name}_ids"][0][: batch[f"{name}_lengths"][0]], skip_special_tokens=True)
-        for name in ("chosen", "rejected")
+        tokenizer.decode(ids[0][: lengths[0]], skip_special_tokens=True)
+        for ids, lengths in ((batch.chosen_ids, batch.chosen_lengths), (batch.rejected_ids, batch.rejected_lengths))
     ]
     assert [text.split("Assistant:")[1] for text in texts] == [" best", " worst answer"]
 

@@ -34,6 +34,7 @@ from remax.rewards import CompositeReward, FunctionReward, Part
 from remax.rollout import GenerationSettings
 from remax.sequences import Prompts, Rollout, Sequences
 from remax.trainer import Timer, Trainer, TrainerSettings
+from utils.data.batches import SupervisedBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
@@ -212,7 +213,8 @@ def plain_texts(paths: list[str]):
     """Batches of this rank's share of the rows of one file after the other."""
     for path in paths:
         rows = load_rows(path).select(mine(range(8)))
-        yield {"input_ids": rows.input_ids, "lengths": rows.lengths, "prompt_lengths": rows.prompt_lengths}
+        lengths = {"lengths": rows.lengths, "prompt_lengths": rows.prompt_lengths}
+        yield SupervisedBatch(input_ids=rows.input_ids, **lengths, weight=torch.ones(len(rows)))
 
 
 def trainer_update(

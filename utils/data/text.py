@@ -8,10 +8,10 @@ from itertools import chain, count
 
 import datasets
 from datasets import Dataset
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.batches import SupervisedBatch
 from utils.data.cache import cache_file, fingerprint_of
 from utils.data.collate import collate_supervised
 from utils.data.loaders import EpochSampler, local_rank_zero_first, make_loader
@@ -37,7 +37,7 @@ def plain_text_batches(
     cache_dir: str | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[SupervisedBatch]:
     """Endless batches of blocks of `block` tokens, in a new order every epoch; supervised batches with prompt length 1.
 
     The first token of a block is its context, and all others are learned; documents are joined by the EOS token.
@@ -61,7 +61,7 @@ def plain_text_batches(
     return endless(loader)
 
 
-def endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+def endless(loader: DataLoader) -> Iterator[SupervisedBatch]:
     """The loader's batches, epoch after epoch."""
     for epoch in count():
         loader.sampler.set_epoch(epoch)

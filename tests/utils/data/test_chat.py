@@ -132,13 +132,13 @@ def test_batches_carry_the_mask(tmp_path, tokenizer):
     config = DataConfig(data_path=[str(tmp_path)], cache_dir=str(tmp_path / "c"), data_split="1,0,0", train_on="all")
     sizes = {"max_len": 200, "train_batch_size": 10, "eval_batch_size": 4, "stage": 0, "tokenizer": tokenizer}
     (batch,), (held_out,) = build_loaders(config, **sizes)
-    mask, answers = batch["loss_mask"], batch["lengths"] - batch["prompt_lengths"]
-    assert mask.shape == (10, answers.max()) and "loss_mask" not in held_out
+    mask, answers = batch.loss_mask, batch.lengths - batch.prompt_lengths
+    assert mask.shape == (10, answers.max()) and held_out.loss_mask is None
     whole = mask.sum(1) == answers  # dialogues of one answer: every token of it
     assert whole.sum() == 8 and (mask.sum(1) <= answers).all()
     assert not mask[answers[:, None] <= torch.arange(mask.shape[1])].any()
     (last,), _ = build_loaders(replace(config, train_on="last"), **sizes)
-    assert "loss_mask" not in last and int(last["lengths"].sum()) == int(batch["lengths"].sum())
+    assert last.loss_mask is None and int(last.lengths.sum()) == int(batch.lengths.sum())
 
 
 def test_a_second_start_writes_nothing_anew_but_another_template_does(tmp_path, tokenizer_folders, monkeypatch):

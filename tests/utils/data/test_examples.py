@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from utils.data.batches import RankedBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.run import UserError
@@ -41,8 +42,8 @@ def test_an_example_serves_the_steps_that_the_table_says(tmp_path, gpt2, name):
         train, held_out = build_loaders(config, stage=stage, tokenizer=gpt2, **sizes)
         assert len(train) in (1, 2) and len(held_out) == 1  # six rows, one of them held out, over three steps
         for batch in (*train, *held_out):
-            text = "".join(gpt2.decode(batch[ids][0]) for ids in batch if ids.endswith("_ids"))
-            assert ("ranks" in batch) == (stage == 1 and name in ("ranked.jsonl", "best_first.json"))
+            text = "".join(gpt2.decode(ids[0]) for name, ids in vars(batch).items() if name.endswith("_ids"))
+            assert (isinstance(batch, RankedBatch)) == (stage == 1 and name in ("ranked.jsonl", "best_first.json"))
             assert name == "text.jsonl" or ("Human: " in text and text.count("Assistant:") >= 1)
 
 
@@ -62,4 +63,4 @@ def test_real_data_of_every_shape_gives_batches(tmp_path, gpt2, name, stages):
         sizes = {"max_len": 256, "train_batch_size": 8, "eval_batch_size": 8}
         train, _ = build_loaders(config, stage=stage, tokenizer=gpt2, **sizes)
         batch = next(iter(train))
-        assert len(batch["weight"]) == 8 and ("margin" in batch) == (name.startswith("alpaca"))
+        assert len(batch.weight) == 8 and (batch.margin is not None) == (name.startswith("alpaca"))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from utils.data.batches import PromptBatch, RankedBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.run import UserError
@@ -136,7 +137,7 @@ def to_batches(tokenizer, data: bytes, suffix: str, stage: int, **options) -> tu
         batched = 0
         for loader in loaders:
             for batch in loader:
-                batched += int(batch["weight"].sum())
+                batched += int(batch.weight.sum())
                 check(batch)
         entries = json.loads((Path(folder) / "data.json").read_text(encoding="utf-8"))["data"]
         dropped = sum(reason["rows"] for entry in entries for reason in entry["dropped"].values())
@@ -145,20 +146,20 @@ def to_batches(tokenizer, data: bytes, suffix: str, stage: int, **options) -> tu
 
 def check(batch) -> None:
     """No batch holds a row without a prompt or, where answers are learned, without a token of one."""
-    if "prompt_lengths" not in batch:
-        assert (batch["lengths"] >= 1).all()
+    if isinstance(batch, PromptBatch):
+        assert (batch.lengths >= 1).all()
         return
-    assert (batch["prompt_lengths"] >= 1).all()
-    if "ranks" in batch:  # every row has answers of at least two ranks
-        for row in range(len(batch["weight"])):
-            assert len(batch["ranks"][batch["row"] == row].unique()) >= 2
+    assert (batch.prompt_lengths >= 1).all()
+    if isinstance(batch, RankedBatch):  # every row has answers of at least two ranks
+        for row in range(len(batch)):
+            assert len(batch.ranks[batch.row == row].unique()) >= 2
     for name in ("lengths", "chosen_lengths", "rejected_lengths"):
-        if name in batch:
-            assert (batch[name] > batch["prompt_lengths"]).all() and (batch[name] <= 40).all()
-    if "loss_mask" in batch:
-        assert (batch["loss_mask"].sum(1) >= 1).all()
-    if "margin" in batch:
-        assert batch["margin"].isfinite().all()
+        if (lengths := getattr(batch, name, None)) is not None:
+            assert (lengths > batch.prompt_lengths).all() and (lengths <= 40).all()
+    if getattr(batch, "loss_mask", None) is not None:
+        assert (batch.loss_mask.sum(1) >= 1).all()
+    if getattr(batch, "margin", None) is not None:
+        assert batch.margin.isfinite().all()
 
 
 @pytest.fixture(scope="module")

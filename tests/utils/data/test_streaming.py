@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+from utils.data.batches import PairBatch, PromptBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.data.streaming import blended, build_streaming_loaders, open_streams, shuffled
@@ -46,8 +47,8 @@ def rows_of(loader, pad: int) -> list[tuple]:
     """What each row of the batches holds, without its padding."""
     rows = []
     for batch in loader:
-        for k in range(len(batch["weight"])):
-            row = {name: values[k].tolist() for name, values in batch.items() if torch.is_tensor(values)}
+        for k in range(len(batch.weight)):
+            row = {name: values[k].tolist() for name, values in vars(batch).items() if torch.is_tensor(values)}
             row = {k: [i for i in v if i != pad] if isinstance(v, list) else v for k, v in row.items()}
             rows.append(tuple(sorted((name, str(value)) for name, value in row.items())))
     return rows
@@ -57,9 +58,10 @@ def texts(tokenizer, loader) -> list[list[str]]:
     """The first answer, or the prompt, of each row of each batch."""
     found = []
     for batch in loader:
-        ids, lengths = ("input_ids", "lengths") if "input_ids" in batch else ("chosen_ids", "chosen_lengths")
-        answers = (tokenizer.decode(row[:n]) for row, n in zip(batch[ids], batch[lengths].tolist(), strict=True))
-        found.append(batch["prompt"] if "prompt" in batch else list(answers))
+        pairs = isinstance(batch, PairBatch)
+        ids, lengths = (batch.chosen_ids, batch.chosen_lengths) if pairs else (batch.input_ids, batch.lengths)
+        answers = (tokenizer.decode(row[:n]) for row, n in zip(ids, lengths.tolist(), strict=True))
+        found.append(batch.prompts if isinstance(batch, PromptBatch) else list(answers))
     return found
 
 
@@ -108,13 +110,15 @@ def test_ranked_answers_reach_the_batches(tmp_path, gpt2, capsys):
     said = capsys.readouterr().out
     stored = json.loads((tmp_path / "data.json").read_text())["data"]
     train = build(gpt2, 1, [str(tmp_path)], train_batch_size=1, **options)[0]
-    as_lists = [sorted([batch[name].tolist() for name in batch] for batch in loader) for loader in (train, expected)]
+    as_lists = [
+        sorted([value.tolist() for value in vars(batch).values()] for batch in loader) for loader in (train, expected)
+    ]
     assert as_lists[0] == as_lists[1] and len(as_lists[0]) == 240
     assert "(train): 240 answers of 240 rows left out" in said and "(train): 240 answers of" in capsys.readouterr().out
     entry = json.loads((tmp_path / "data.json").read_text())["data"][0]
     assert entry["kind"] == "ranked" and entry["answers_left_out"] == 240 in [e.get("answers_left_out") for e in stored]
     pairs = build(gpt2, 1, [str(tmp_path)], best_and_worst=True, data_split="0,1,0")[0]
-    assert "chosen_ids" in next(iter(pairs))
+    assert isinstance(next(iter(pairs)), PairBatch)
     with pytest.raises(UserError, match="--use_margin: the data ranks several answers to a prompt"):
         build(gpt2, 1, [str(tmp_path)], need_margin=True)
 
@@ -125,15 +129,15 @@ def test_learned_turns_and_margins_reach_the_batches(tmp_path, gpt2):
 
     turns = [{"messages": [message(i, r) for r in ("user", "assistant") * 2]} for i in range(100)]
     train, _ = build(gpt2, 0, [write(tmp_path / "x.jsonl", turns)], train_on="all", data_split="1,0,0")
-    assert all(batch["loss_mask"].any(1).all() for batch in train)
+    assert all(batch.loss_mask.any(1).all() for batch in train)
     rows = [{**row, "margin": i / 4} for i, row in enumerate(ROWS)]
     train, _ = build(gpt2, 1, [write(tmp_path / "y.jsonl", rows)], need_margin=True, train_batch_size=1)
     for batch, (text,) in zip(train, texts(gpt2, train), strict=True):
         number = text.split("It is ")[1].split(".")[0]
-        assert batch["margin"].tolist() == [int(number) / 4]
+        assert batch.margin.tolist() == [int(number) / 4]
     with pytest.raises(UserError, match="--use_margin: none of the first rows has a number in a column `margin`"):
         build(gpt2, 1, [write(tmp_path / "z.jsonl", ROWS)], need_margin=True)
-    assert "margin" not in next(iter(build(gpt2, 1, [str(tmp_path / "y.jsonl")])[0]))
+    assert next(iter(build(gpt2, 1, [str(tmp_path / "y.jsonl")])[0])).margin is None
 
 
 def test_more_data_for_step_1_serves_it_wholly(tmp_path, folder, gpt2):
@@ -144,7 +148,7 @@ def test_more_data_for_step_1_serves_it_wholly(tmp_path, folder, gpt2):
     train, held_out = build(gpt2, 0, [str(folder)], [str(tmp_path / "more")], train_batch_size=1)
     found = [text for (text,) in texts(gpt2, train)]
     assert sum("More" in text for text in found) == 60 and 20 < len(found) - 60 < 80  # a fifth of 240: 48 +- 6
-    assert sum(batch["weight"].sum() for batch in held_out) == 11
+    assert sum(batch.weight.sum() for batch in held_out) == 11
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
@@ -182,7 +186,7 @@ def test_a_loader_goes_on_where_another_stopped(folder, gpt2, world_size):
         resumed = loader(rank, world_size)
         resumed.sampler.load_state_dict(state)
         resumed.sampler.set_epoch(1)
-        rests.append([batch["prompt"] for batch in resumed])
+        rests.append([batch.prompts for batch in resumed])
         resumed.sampler.set_epoch(2)
         assert len(list(resumed)) == len(expected)  # the next epoch is whole again
     steps = [sorted(sum(step, [])) for step in zip(*rests, strict=True)]
@@ -301,7 +305,7 @@ for folder in sys.argv[2:]:
     streams = open_streams(config, 2, tokenizer)
     sizes = dict(max_len=64, train_batch_size=50, eval_batch_size=50, batches=9)
     train, _ = build_streaming_loaders(streams, config, stage=2, tokenizer=tokenizer, **sizes)
-    rows = sum(len(batch["prompt"]) for batch in train)
+    rows = sum(len(batch.prompts) for batch in train)
     print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
