@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ from utils.data.collate import collate_ranking
 from utils.data.config import DataConfig
 from utils.data.encoding import Encoder
 from utils.data.loaders import EvalSampler, form_of, make_loader
-from utils.data.preferences import load_preferences
+from utils.data.preferences import load_data_set
 from utils.distributed import gather_objects, rank, world_size
 
 ENOUGH_PAIRS = 200  # fewer can only raise a warning: of 200 fair coins, 88 to 112 are heads
@@ -151,7 +151,8 @@ def held_out_pairs(
     """
     if rows is None:
         form = form_of(config, tokenizer)
-        _, rows = load_preferences(config.data_path, cache_dir=config.cache_dir, form=form, announce=announce)
+        options = {"cache_dir": config.cache_dir, "form": form, "announce": announce}
+        rows = concatenate_datasets([load_data_set(name, **options)[1] for name in config.data_path])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     batch = rows.select(sorted(order[: 2 * limit]))[:]
     encoded = Encoder("ranking", tokenizer, max_len).encode(batch)

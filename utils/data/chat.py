@@ -61,10 +61,7 @@ class ChatTemplate:
 
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except (
-            TemplateError,
-            TypeError,
-        ) as error:  # the template's own refusal, or something that it misses
+        except (TemplateError, TypeError) as error:  # the template's own refusal, or something that it misses
             raise TemplateRefuses(" ".join(str(error).split()) or type(error).__name__) from error
 
     def prompt(self, messages: Messages) -> tuple[str, Spans | None]:

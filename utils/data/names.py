@@ -17,19 +17,12 @@ WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>[+-]?[0-9.]+([eE][+-]?[0-9]+)?)")
 
 @dataclass(frozen=True)
 class DataName:
-    """A file, folder or hub name, and which part of it is meant.
-
-    Attributes:
-        name: of the file, the folder or the hub data set.
-        configuration: of a hub data set; a subfolder of a local one.
-        split: the one to train on.
-        weight: the share in a blend of several data sets; None: all rows.
-    """
+    """A file, folder or hub name, and which part of it is meant."""
 
     name: str
-    configuration: str | None = None
-    split: str | None = None
-    weight: float | None = None
+    configuration: str | None = None  # of a hub data set; a subfolder of a local one
+    split: str | None = None  # the one to train on
+    weight: float | None = None  # the share in a blend of several data sets; None: all rows
 
 
 def split_weight(entry: str, flag: str, *, negative: bool = False) -> tuple[str, float | None]:

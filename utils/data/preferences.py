@@ -39,20 +39,6 @@ NORMALISED = Features({**TEXT, **ABOUT, "key": Value("int64"), "skipped": Value(
 READING_VERSION = 1  # of what these columns hold: to be raised with every change, see tests/utils/data/test_golden.py
 
 
-def load_preferences(
-    data_path: Sequence[str], *, cache_dir: str | None, form: Form = PLAIN, announce: bool = True
-) -> tuple[Dataset, Dataset]:
-    """All data sets of `--data_path`, one after the other: (train, eval) with the columns of TEXT and ABOUT.
-
-    All but `prompt` are None where a data set has none. Weights are ignored.
-
-    Raises:
-        UserError: a data set cannot be read; see `load_data_set`.
-    """
-    loaded = [load_data_set(name, cache_dir=cache_dir, form=form, announce=announce) for name in data_path]
-    return tuple(datasets.concatenate_datasets(list(parts)) for parts in zip(*loaded, strict=True))
-
-
 def load_data_set(
     name: str,
     *,
@@ -116,19 +102,12 @@ def rename(shard: Shard, columns: Mapping[str, str], flag: str) -> Shard:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How the rows of one data set become text.
+    """How the rows of one data set become text."""
 
-    Attributes:
-        shape: what its rows look like, in words.
-        convert: from a row to its texts.
-        form: as given; without the template where no column holds lists of messages.
-        flag: the flag that errors name.
-    """
-
-    shape: str
+    shape: str  # what its rows look like, in words
     convert: Callable[[Row], Example | Conversation]
-    form: Form
-    flag: str
+    form: Form  # without the template where no column holds lists of messages
+    flag: str  # the flag that errors name
 
 
 def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Conversion:

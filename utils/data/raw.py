@@ -148,13 +148,8 @@ def read_arrow(path: Path) -> Iterator[tuple[str, Row]]:
             batches = (table.get_batch(i) for i in range(table.num_record_batches))
         else:
             batches = pyarrow.ipc.open_stream(file)
-        yield from numbered(row for batch in batches for row in in_slices(batch))
-
-
-def in_slices(batch: pyarrow.RecordBatch) -> Iterator[Row]:
-    """The rows, several at a time."""
-    for start in range(0, batch.num_rows, AT_ONCE):
-        yield from batch.slice(start, AT_ONCE).to_pylist()
+        slices = (batch.slice(start, AT_ONCE) for batch in batches for start in range(0, batch.num_rows, AT_ONCE))
+        yield from numbered(row for rows in slices for row in rows.to_pylist())
 
 
 READERS = {"json": read_json, "csv": read_csv, "parquet": read_parquet, "arrow": read_arrow}

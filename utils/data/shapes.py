@@ -20,23 +20,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text.
+    """One row as text; of several ranked answers, chosen and rejected are the best and the worst."""
 
-    Attributes:
-        prompt: None for plain text, which is in `chosen`.
-        chosen: the good answer, and `rejected` the bad one; of several ranked answers the best and the worst.
-        margin: by how much the chosen answer is better, where the data set knows it.
-        earlier: where the assistant's earlier answers are in the prompt; None when that is unknown.
-        answers: all answers, where several are ranked, and their `ranks`, 1 for the best and equal for ties.
-    """
-
-    prompt: str | None
+    prompt: str | None  # None for plain text, which is in `chosen`
     chosen: str | None
     rejected: str | None
-    margin: float | None = None
-    earlier: Spans | None = ()
-    answers: Sequence[str] | None = None
-    ranks: Sequence[int] | None = None
+    margin: float | None = None  # by how much the chosen answer is better, where the data set knows it
+    earlier: Spans | None = ()  # where the assistant's earlier answers are in the prompt; None when that is unknown
+    answers: Sequence[str] | None = None  # all of them, where several are ranked
+    ranks: Sequence[int] | None = None  # of these, 1 for the best and equal for ties
 
 
 @dataclass(frozen=True)
@@ -53,15 +45,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Form:
-    """How rows become text.
+    """How rows become text."""
 
-    Attributes:
-        columns: {"prompt": its name in the data, ...}, for data that calls prompt, chosen or rejected otherwise.
-        template: writes lists of messages; None: they become Human/Assistant dialogue.
-    """
-
+    # {"prompt": its name in the data, ...}, for data that calls prompt, chosen or rejected otherwise
     columns: Mapping[str, str] = field(default_factory=dict)
-    template: ChatTemplate | None = None
+    template: ChatTemplate | None = None  # writes lists of messages; None: they become Human/Assistant dialogue
 
 
 PLAIN = Form()

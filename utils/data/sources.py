@@ -42,19 +42,12 @@ READ_ERRORS = (OSError, EOFError, ValueError, TypeError, StopIteration, datasets
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows of one file or of one split of a data set, as they were read.
+    """The rows of one file or of one split of a data set, as they were read."""
 
-    Attributes:
-        rows: with streaming None, or for the hub an iterable data set.
-        place: what messages call it.
-        file: None where the rows are of no single file.
-        label: tells the rows of this file from those of the others of its split, for messages.
-    """
-
-    rows: Dataset | IterableDataset | None
-    place: str
-    file: Path | None = None
-    label: str = ""
+    rows: Dataset | IterableDataset | None  # with streaming None, or for the hub an iterable data set
+    place: str  # what messages call it
+    file: Path | None = None  # None where the rows are of no single file
+    label: str = ""  # precedes the names of its rows, where its split has several files
 
 
 def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Shard]]:

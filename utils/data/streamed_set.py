@@ -39,24 +39,17 @@ REMEMBERED = 500_000  # at least so many earlier rows are compared with a row
 
 @dataclass
 class Counts:
-    """What has become of the rows of one data set so far, for the report and data.json.
-
-    Attributes:
-        dropped: on conversion.
-        unusable: of the rows that serve this stage, on encoding.
-        cut: under "prompt_cut", "cut" and "left_out", the names of the encoder.
-        left_out: answers.
-    """
+    """What has become of the rows of one data set so far, for the report and data.json."""
 
     read: int = 0
     kept: int = 0
     encoded: int = 0
     held_out: int = 0
     other_stages: int = 0
-    dropped: Dropped = field(default_factory=dict)
-    unusable: Dropped = field(default_factory=dict)
-    cut: Dropped = field(default_factory=dict)
-    left_out: int = 0
+    dropped: Dropped = field(default_factory=dict)  # on conversion
+    unusable: Dropped = field(default_factory=dict)  # of the rows that serve this stage, on encoding
+    cut: Dropped = field(default_factory=dict)  # under the encoder's names "prompt_cut", "cut" and "left_out"
+    left_out: int = 0  # answers
     longest: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=12))
 
@@ -81,23 +74,16 @@ class Repeats:
 
 @dataclass(frozen=True)
 class StreamedSet:
-    """One data set of which only the rows that are needed are read.
-
-    Attributes:
-        shards: as of `read_splits`.
-        columns: those of the first rows, which every row gets.
-        whole: all training rows serve stage 0.
-        held_out: rows to evaluate, with the columns of TEXT and ABOUT.
-    """
+    """One data set of which only the rows that are needed are read."""
 
     name: str
     flag: str
     weight: float | None
-    shards: dict[str, list[Shard]]
-    columns: list[str]
+    shards: dict[str, list[Shard]]  # as of `read_splits`
+    columns: list[str]  # those of the first rows, which every row gets
     conversion: Conversion
-    whole: bool = False
-    held_out: Dataset | None = None
+    whole: bool = False  # all training rows serve stage 0
+    held_out: Dataset | None = None  # rows to evaluate, with the columns of TEXT and ABOUT
 
     def texts(self, split: str, counts: Counts) -> Iterator[Row]:
         """The usable rows of a split in order, with the columns of `normalise_rows`; the others are counted."""

@@ -165,16 +165,11 @@ class RowsThemselves(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class StreamReport:
-    """Says what has become of the rows, when the first epoch or the training ends, and keeps data.json up to date.
-
-    Attributes:
-        evaluation: what data.json says about the rows to evaluate.
-        eval_rows: how many they are.
-    """
+    """Says what has become of the rows, when the first epoch or the training ends, and keeps data.json up to date."""
 
     streams: Sequence[StreamedSet]
     recipe: Recipe
-    evaluation: list[dict]
+    evaluation: list[dict]  # what data.json says about the rows to evaluate
     eval_rows: int
 
     def watch(self, rows: Iterator[Row], counts: Sequence[Counts]) -> Iterator[Row]:

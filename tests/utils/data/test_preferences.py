@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from utils.data.preferences import load_data_set, load_preferences
+from utils.data.preferences import load_data_set
 from utils.data.shapes import Form
 from utils.data.streamed_set import open_stream
 from utils.run import UserError
@@ -183,7 +183,8 @@ def test_several_data_sets_follow_one_another(tmp_path):
         write(tmp_path / f"{k}/train.jsonl", rows[:15])
         write(tmp_path / f"{k}/test.jsonl", rows[15:])
         names.append(str(tmp_path / str(k)))
-    train, evaluation = load_preferences(names, cache_dir=str(tmp_path / "cache"))
+    splits = zip(*(load_data_set(name, cache_dir=str(tmp_path / "cache")) for name in names), strict=True)
+    train, evaluation = (datasets.concatenate_datasets(list(parts)) for parts in splits)
     assert texts(train) == PAIRS[:15] * 2 and texts(evaluation) == PAIRS[15:] * 2
 
 
