@@ -151,8 +151,10 @@ def held_out_pairs(
     """
     if rows is None:
         form = form_of(config, tokenizer)
-        options = {"cache_dir": config.cache_dir, "form": form, "announce": announce}
-        rows = concatenate_datasets([load_data_set(name, **options)[1] for name in config.data_path])
+        data_sets = (
+            load_data_set(name, cache_dir=config.cache_dir, form=form, announce=announce) for name in config.data_path
+        )
+        rows = concatenate_datasets([held_out for _, held_out in data_sets])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     batch = rows.select(sorted(order[: 2 * limit]))[:]
     encoded = Encoder("ranking", tokenizer, max_len).encode(batch)

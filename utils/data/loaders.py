@@ -301,7 +301,7 @@ class ResumableSampler(Sampler, ABC):
     is the same on every rank, and valid on another number of ranks too.
     """
 
-    def __init__(self, *, rank: int, world_size: int):
+    def __init__(self, *, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.drawn = 0
@@ -336,7 +336,7 @@ class ResumableSampler(Sampler, ABC):
 class EpochSampler(ResumableSampler):
     """The indices of stored rows, shuffled with `seed`."""
 
-    def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0):
+    def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
         super().__init__(rank=rank, world_size=world_size)
         self.n_rows, self.seed = n_rows, seed
         self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
@@ -357,7 +357,7 @@ class EvalSampler(Sampler[int]):
     Indices beyond the last row stand for fillers, so that all ranks have equally many.
     """
 
-    def __init__(self, n_rows: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, n_rows: int, rank: int = 0, world_size: int = 1) -> None:
         self.rows_per_rank = -(-n_rows // world_size)
         self.rank, self.world_size = rank, world_size
 
@@ -371,7 +371,7 @@ class EvalSampler(Sampler[int]):
 class WeightedRows(torch.utils.data.Dataset):
     """Rows with a weight: 1, and 0 for the filler rows at indices beyond the last one."""
 
-    def __init__(self, rows: Dataset):
+    def __init__(self, rows: Dataset) -> None:
         self.rows = rows
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pandas
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from utils.data.shapes import Row
 from utils.data.sources import (
@@ -67,7 +67,7 @@ def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"row {i}", row) for i, row in enumerate(rows, 1))
 
 
-def iterate(rows: Any) -> Iterator[Row]:
+def iterate(rows: Dataset | IterableDataset) -> Iterator[Row]:
     """The rows of a data set on the disk, several at a time, or of an iterable one."""
     if not isinstance(rows, Dataset):
         yield from rows

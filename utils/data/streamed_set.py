@@ -57,7 +57,7 @@ class Counts:
 class Repeats:
     """Remembers the keys of at least the last `size` rows, and at most of twice as many, in about 100 bytes each."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self.size = size
         self.recent: set[int] = set()
         self.older: set[int] = set()

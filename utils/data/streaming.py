@@ -137,7 +137,7 @@ class StreamSampler(ResumableSampler):
 
     def __init__(
         self, open_epoch: Callable[[int], Iterator[Row]], batch_size: int, batches: int, *, rank: int, world_size: int
-    ):
+    ) -> None:
         super().__init__(rank=rank, world_size=world_size)
         self.open_epoch, self.batch_size, self.batches = open_epoch, batch_size, batches
 
