@@ -22,18 +22,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from remax.core.batches import paired
 from remax.core.losses import ranking_loss, supervised_loss
 from remax.core.sequences import Sequences
 from remax.demo.tiny_models import tiny_config, train_tokenizer
 from remax.models.packing import token_slots
 from remax.models.policy import PolicyModel
 from remax.models.reward_model import RewardModel
+from utils.data.batches import PairBatch, SupervisedBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.data.preferences import load_data_set
 
 WAYS = ("padded to --max_seq_len", "padded to the longest row", "packed")
-Batch = dict[str, Tensor]
 
 
 def supervised(model: PolicyModel, sequences: Sequences) -> Tensor:
@@ -49,7 +49,7 @@ def ranking(model: RewardModel, sequences: Sequences) -> Tensor:
 # name: stage of the data, rows of a batch, model, loss
 STEPS: dict[str, tuple[int, Callable, type, type, Callable]] = {
     "supervised": (0, Sequences.from_batch, AutoModelForCausalLM, PolicyModel, supervised),
-    "reward": (1, paired, AutoModelForSequenceClassification, RewardModel, ranking),
+    "reward": (1, Sequences.from_pairs, AutoModelForSequenceClassification, RewardModel, ranking),
 }
 
 
@@ -117,17 +117,17 @@ def make_tokenizer(data_path: list[str], vocabulary: int, cache: str, rows: int 
     return train_tokenizer((row["prompt"] + row["chosen"] for row in rows_of), vocabulary)
 
 
-def read_batches(args: argparse.Namespace, stage: int, tokenizer: PreTrainedTokenizerBase, cache: str) -> list[Batch]:
+def read_batches(
+    args: argparse.Namespace, stage: int, tokenizer: PreTrainedTokenizerBase, cache: str
+) -> list[SupervisedBatch | PairBatch]:
     rows = args.rows // (1 + stage)  # a pair is two answers
     loader, _ = build_loaders(
+        DataConfig(data_path=args.data_path, cache_dir=cache, data_split="1,1,1"),
         stage=stage,
         tokenizer=tokenizer,
-        data_path=args.data_path,
-        data_output_path=cache,
         max_len=args.max_seq_len,
         train_batch_size=rows,
         eval_batch_size=rows,
-        data_split="1,1,1",
     )
     return list(islice(loader, args.batches))
 

@@ -23,6 +23,7 @@ from remax.models.policy import load_policy
 from remax.rewards.composite import try_functions
 from remax.rewards.sources import reward_sources
 from remax.stages.models import build_reward, reward_functions
+from utils.data.config import DataConfig
 from utils.distributed import print0
 from utils.run import run_main
 from utils.tokenizer import load_tokenizer
@@ -45,12 +46,11 @@ def examine_folders(args: DoctorArguments) -> Report:
     pairs = None
     if args.data_path and reward.models:
         pairs = held_out_pairs(
-            args.data_path,
+            DataConfig(data_path=args.data_path, cache_dir=args.data_output_path),
             tokenizer,
             max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
             limit=args.pairs,
             batch_size=args.batch_size,
-            cache_dir=args.data_output_path,
         )
     return examine(
         Actor(FrozenEngine(policy, config), generation=generation),

@@ -1,36 +1,17 @@
-"""Step 1: supervised fine-tuning of a causal language model on the chosen answers. `deepspeed main.py --help` lists the
-flags.
+"""Step 1: supervised fine-tuning of a causal language model on the chosen answers.
+
+`deepspeed main.py --help` lists the flags; `remax/stages/finetune.py` holds the way from them to the trained model.
 """
 
 from remax.cli.validate import parse_step1
-from utils.run import run_main, start_run
+from utils.run import run_main
 
 
 def main() -> None:
     args = parse_step1()
-    # Seconds of imports, which a wrong flag need not wait for.
-    from remax.models.loading import check_length, load_config, quiet_libraries
-    from remax.stages.data import finetune_loaders
-    from remax.stages.finetune import build_supervised_task, train_and_export
-    from remax.stages.settings import finetune_settings
-    from remax.training.finetune import total_steps
-    from utils.distributed import init_distributed, print0, set_seed
-    from utils.tokenizer import load_tokenizer
+    from remax.stages.finetune import run_finetuning  # seconds of imports, which a wrong flag need not wait for
 
-    quiet_libraries()
-    check_length(load_config(args.model_name_or_path, "--model_name_or_path"), args.max_seq_len, "--max_seq_len")
-    tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)
-    init_distributed(args.local_rank)
-    set_seed(args.seed)
-    start_run(args.output_dir, args, args.stage)
-    for notice in args.notices:
-        print0(notice)
-
-    train_loader, held_out = finetune_loaders(args, tokenizer, stage=0)
-    settings = finetune_settings(args)
-    steps = total_steps(settings, len(train_loader))
-    task = build_supervised_task(args, tokenizer, held_out, steps)
-    train_and_export(args, task, train_loader, settings, tokenizer)
+    run_finetuning(args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from remax.models.reward_model import load_reward_model
 from utils.data.chat import template_of
 from utils.data.loaders import local_rank_zero_first
 from utils.data.rows import TextRow, read_rows
-from utils.data.shapes import Example, Form, as_dialogue, dense, distinct_texts
+from utils.data.shapes import Example, Form, as_dialogue, dense, usable_texts
 from utils.distributed import init_distributed, is_main, print0, shutdown, world_size
 from utils.run import UserError, run_main
 from utils.tokenizer import load_tokenizer
@@ -209,7 +209,7 @@ def report(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor, config: 
 def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> dict[str, float]:
     """The sums that figures are made of; none where there are only single answers.
 
-    Of several ranked answers those count that training would use, as texts: see `utils.data.shapes.distinct_texts`.
+    Of several ranked answers those count that training would use, as texts: see `utils.data.shapes.usable_texts`.
     """
     index, lengths = texts.index(), torch.tensor([len(text.ids) for text in texts.encoded])
     if texts.pairs:
@@ -222,7 +222,7 @@ def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
     for i, row in enumerate(rows):
         if row.example.answers is None or texts.reasons[i] is not None:
             continue
-        kept = distinct_texts(row.example.answers, row.example.ranks)
+        kept = usable_texts(row.example.answers, row.example.ranks)
         levels = dense([row.example.ranks[k] for k in kept])
         if len(set(levels)) > 1:
             numbers += [index[i, k] for k in kept]
@@ -230,8 +230,8 @@ def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
             ranks += levels
     if not numbers:
         return {}
-    batch = {"row": torch.tensor(of_row), "ranks": torch.tensor(ranks), "lengths": lengths[numbers]}
-    return ranked_sums(scores[numbers], batch | {"weight": torch.ones(of_row[-1] + 1)})
+    rankings = (torch.tensor(of_row), torch.tensor(ranks), lengths[numbers], torch.ones(of_row[-1] + 1))
+    return ranked_sums(scores[numbers], *rankings)
 
 
 def table(lines: list[tuple[str, str]], note: str) -> str:

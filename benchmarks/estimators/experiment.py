@@ -35,6 +35,8 @@ from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
 from remax.models.reward_model import RewardModel, load_reward_model
 from remax.training.trainer import Trainer, TrainerSettings
+from utils.data.batches import PromptBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.distributed import init_distributed, set_seed
 from utils.metrics import MetricsLogger
@@ -131,25 +133,24 @@ def load_scorer(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> RewardM
 
 def prompt_loaders(setting: Setting, tokenizer: PreTrainedTokenizerBase, prompts: int, seed: int):
     return build_loaders(
+        DataConfig(data_path=[setting.data], data_split=setting.data_split, cache_dir=setting.cache, seed=seed),
         stage=2,
         tokenizer=tokenizer,
-        data_path=[setting.data],
-        data_split=setting.data_split,
-        data_output_path=setting.cache,
         max_len=setting.max_prompt,
         train_batch_size=prompts,
         eval_batch_size=400,
-        seed=seed,
     )
 
 
-def batches_for_ever(loader) -> Iterator[dict]:
+def batches_for_ever(loader) -> Iterator[PromptBatch]:
     for epoch in count():
         loader.sampler.set_epoch(epoch)
         yield from loader
 
 
-def build_trainer(run: Run, setting: Setting, folder: Path) -> tuple[Trainer, Iterator[dict], PreTrainedTokenizerBase]:
+def build_trainer(
+    run: Run, setting: Setting, folder: Path
+) -> tuple[Trainer, Iterator[PromptBatch], PreTrainedTokenizerBase]:
     """-> trainer, endless batches of prompts, tokenizer. The trainer's `evaluate` gives the figures alone."""
     estimator = ESTIMATORS[run.estimator]
     tokenizer = load_tokenizer(setting.actor)
@@ -279,8 +280,8 @@ class FixedPolicy:
         self.reward = Reward(load_scorer(setting, self.tokenizer), frozen)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
-    def answer(self, batch: dict, samples: int, greedy: bool) -> tuple[Sequences, Sequences | None]:
-        prompts = Prompts(batch["input_ids"], batch["lengths"])
+    def answer(self, batch: PromptBatch, samples: int, greedy: bool) -> tuple[Sequences, Sequences | None]:
+        prompts = Prompts(batch.input_ids, batch.lengths)
         generation = GenerationSettings(self.setting.max_answer, self.pad_id)
         return rollout(self.model.hf, prompts, generation, samples=samples, greedy=greedy)
 
@@ -302,7 +303,7 @@ class FixedPolicy:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)])
 
 
-def fit_critic(fixed: FixedPolicy, batches: Iterator[dict], steps: int, rate: float) -> RewardModel:
+def fit_critic(fixed: FixedPolicy, batches: Iterator[PromptBatch], steps: int, rate: float) -> RewardModel:
     """The reward model, turned into the fixed policy's critic by PPO's own value loss."""
     critic = load_scorer(fixed.setting, fixed.tokenizer)
     algorithm = make_algorithm(ESTIMATORS["ppo"], fixed.setting.kl)
@@ -319,7 +320,7 @@ def fit_critic(fixed: FixedPolicy, batches: Iterator[dict], steps: int, rate: fl
 
 
 @torch.no_grad()
-def reward_figures(fixed: FixedPolicy, batches: list[dict]) -> dict[str, float]:
+def reward_figures(fixed: FixedPolicy, batches: list[PromptBatch]) -> dict[str, float]:
     """What a baseline has to guess: mean of the rewards, their spread among the answers to one prompt and among prompts
     (of the prompts' own means, without what the few answers add to it), mean of the greedy answers, mean KL.
     """
@@ -350,7 +351,7 @@ class Block:
 
 
 def probe_block(
-    fixed: FixedPolicy, probes: dict[str, Probe], critics: dict[bool, RewardModel], batch: dict, mean: float
+    fixed: FixedPolicy, probes: dict[str, Probe], critics: dict[bool, RewardModel], batch: PromptBatch, mean: float
 ) -> dict[str, Block]:
     """Every probe's block on the same answers. mean: the policy's mean reward, for the moving average."""
     sampled, greedy = fixed.answer(batch, samples=SAMPLES, greedy=True)
@@ -363,7 +364,7 @@ def probe_block(
         algorithm, block = make_algorithm(estimator, fixed.setting.kl), Block(torch.zeros(size))
         whole = rollouts[probe.fitted_critic]
         whole = replace(whole, rewards=whole.rewards + probe.shift, baseline=baseline + probe.shift)
-        for prompt in range(len(batch["lengths"])):
+        for prompt in range(len(batch)):
             for rows in units(estimator, SAMPLES):
                 part = whole.select(slice(prompt * SAMPLES + rows.start, prompt * SAMPLES + rows.stop))
                 tokens = int(part.sequences.answer_lengths.sum())

@@ -103,7 +103,7 @@ def export_and_exit(
     sys.exit(STOPPED)
 
 
-def note(folder: str | Path, name: str, values: dict) -> None:
+def write_note(folder: str | Path, name: str, values: dict) -> None:
     """A small json file beside an export, on rank 0: why it was saved and how good it is."""
     if is_main():
         (Path(folder) / name).write_text(json.dumps(values, indent=2) + "\n")

@@ -26,10 +26,10 @@ from remax.checks.generation import (
 )
 from remax.checks.models import check_fit, check_ranks, check_reload, check_sampling, check_tokens
 from remax.checks.rewards import check_ranking, check_scores
-from remax.core.batches import Batch
 from remax.core.sequences import Prompts
 from remax.engines.policy import Actor, Reference
 from remax.rewards.composite import CompositeReward
+from utils.data.batches import PairBatch
 from utils.data.collate import pad
 from utils.data.shapes import as_dialogue
 from utils.data.tokens import encode_prompts
@@ -50,7 +50,7 @@ def examine(
     prompts: Prompts,
     *,
     reference: Reference | None = None,
-    pairs: Iterable[Batch] | None = None,
+    pairs: Iterable[PairBatch] | None = None,
     max_prompt_tokens: int,
     resumed: bool = False,
     reload_limit: int = 500_000_000,

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from remax.checks.findings import FAILURE, SKIPPED, WARNING, Finding, finding
-from remax.core.batches import Batch, to_device
+from remax.core.batches import to_device
 from remax.core.sequences import Sequences
 from remax.evaluation.ranking import pair_scores
 from remax.rewards.composite import CompositeReward, Part
-from utils.data.chat import template_of
+from utils.data.batches import PairBatch
 from utils.data.collate import collate_ranking
-from utils.data.encoding import ranking_batch
-from utils.data.loaders import EvalSampler, make_loader
-from utils.data.preferences import load_preferences
-from utils.data.shapes import Form
+from utils.data.config import DataConfig
+from utils.data.encoding import Encoder
+from utils.data.loaders import EvalSampler, form_of, make_loader
+from utils.data.preferences import load_data_set
 from utils.distributed import gather_objects, rank, world_size
 
 ENOUGH_PAIRS = 200  # fewer can only raise a warning: of 200 fair coins, 88 to 112 are heads
@@ -63,7 +63,7 @@ def check_scores(reward: CompositeReward, answers: Sequence[Sequences]) -> list[
     return findings
 
 
-def check_ranking(reward: CompositeReward, pairs: Iterable[Batch] | None) -> list[Finding]:
+def check_ranking(reward: CompositeReward, pairs: Iterable[PairBatch] | None) -> list[Finding]:
     """Each reward model prefers the better of two held-out answers, and not only because it is longer."""
     skipped = "no held-out pairs: give --data_path with the columns chosen and rejected"
     if not reward.models:
@@ -75,8 +75,8 @@ def check_ranking(reward: CompositeReward, pairs: Iterable[Batch] | None) -> lis
         rows = []
         for batch in map(to_device, pairs):
             chosen, rejected = pair_scores(part.scorer, batch)
-            real = batch["weight"] > 0
-            columns = (chosen, rejected, batch["chosen_lengths"], batch["rejected_lengths"])
+            real = batch.weight > 0
+            columns = (chosen, rejected, batch.chosen_lengths, batch.rejected_lengths)
             rows.append(torch.stack([column[real].double().cpu() for column in columns]))  # (4, b)
         every = torch.cat([share for shares in gather_objects(rows) for share in shares], 1)
         findings += ranking_findings(*every, name=called("reward model", part, reward))
@@ -132,33 +132,40 @@ def ranking_findings(
 
 
 def held_out_pairs(
-    data_path: list[str],
+    config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_len: int,
     limit: int = 256,
     batch_size: int = 16,
-    cache_dir: str | None = None,
-    columns: Mapping[str, str] | None = None,
     announce: bool = True,
     rows: Dataset | None = None,
 ) -> DataLoader | None:
     """Up to `limit` held-out pairs, shared out over the ranks; None where the data has none.
 
-    max_len: tokens of prompt and answer together.   columns: see `Form`.   announce: print what was read.
-    rows: the held-out rows, where they are at hand; nothing is read then.
+    Args:
+        config: names the data.
+        tokenizer: the actor's.
+        max_len: tokens of prompt and answer together.
+        limit: pairs.
+        batch_size: pairs per rank.
+        announce: print what was read.
+        rows: the held-out rows, where they are at hand; nothing is read then.
     """
     if rows is None:
-        form = Form(columns=columns or {}, template=template_of(tokenizer))
-        _, rows = load_preferences(data_path, cache_dir=cache_dir, form=form, announce=announce)
+        form = form_of(config, tokenizer)
+        data_sets = (
+            load_data_set(name, cache_dir=config.cache_dir, form=form, announce=announce) for name in config.data_path
+        )
+        rows = concatenate_datasets([held_out for _, held_out in data_sets])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     batch = rows.select(sorted(order[: 2 * limit]))[:]
-    encoded = ranking_batch(batch, tokenizer, max_len)
+    encoded = Encoder("ranking", tokenizer, max_len).encode(batch)
     kept = [i for i, dropped in enumerate(encoded["dropped"]) if dropped is None][:limit]
     if not kept:
         return None
-    columns = ("chosen_ids", "rejected_ids", "prompt_length")
-    pairs = Dataset.from_dict({name: [encoded[name][i] for i in kept] for name in columns})
+    names = ("chosen_ids", "rejected_ids", "prompt_length")
+    pairs = Dataset.from_dict({name: [encoded[name][i] for i in kept] for name in names})
     return make_loader(
         pairs,
         EvalSampler(len(pairs), rank(), world_size()),

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
-from torch import Tensor
-
-from remax.core.sequences import Sequences
+from utils.data.batches import SomeBatch
 from utils.distributed import device
 
-Batch = dict[str, Tensor]  # a loader's batch; prompts also carry their text, a list
+T = TypeVar("T")
 
 
-class First:
+class First(Generic[T]):
     """The first `limit` batches of a loader, every time it is iterated; all of them when 0."""
 
-    def __init__(self, loader: Iterable[Batch], limit: int):
+    def __init__(self, loader: Iterable[T], limit: int):
         self.loader, self.limit = loader, limit
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[T]:
         return islice(self.loader, self.limit or None)
 
 
-def to_device(batch: Batch) -> Batch:
-    return {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def paired(batch: Batch) -> Sequences:
-    """The chosen answers' B rows, then the rejected ones'."""
-    chosen, rejected = Sequences.from_batch(batch, "chosen"), Sequences.from_batch(batch, "rejected")
-    return Sequences.concatenate([chosen, rejected], pad_id=0)  # what stands behind a row's end is never read
-
-
-T = TypeVar("T")
+def to_device(batch: SomeBatch) -> SomeBatch:
+    """The batch on this process's device."""
+    return batch.to(device())
 
 
 def groups(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -18,19 +18,21 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from utils.data.batches import PairBatch, RankedBatch, SupervisedBatch
+
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
     """(B,) lengths -> (B, width) bool, True in the first `lengths[i]` columns of row i."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def learned_mask(batch: dict[str, Tensor], sequences: Sequences) -> Tensor:
+def learned_mask(batch: SupervisedBatch, sequences: Sequences) -> Tensor:
     """(B, A) bool: the answer tokens that supervised learning counts: all, or those of the batch's `loss_mask` (B, A).
 
     The mask comes with dialogues: what stands behind the first prompt holds the user's later turns as well.
     """
     mask = sequences.answer_mask
-    return mask & batch["loss_mask"] if "loss_mask" in batch else mask
+    return mask if batch.loss_mask is None else mask & batch.loss_mask
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,16 @@ class Sequences:
         return Sequences(self.input_ids.to(device), self.prompt_lengths.to(device), self.answer_lengths.to(device))
 
     @classmethod
-    def from_batch(cls, batch: dict[str, Tensor], prefix: str = "") -> Sequences:
-        """From a loader's batch: `input_ids` and `lengths` (or `chosen_ids`, `chosen_lengths`), and
-        `prompt_lengths`.
-        """
-        ids, lengths = (f"{prefix}_ids", f"{prefix}_lengths") if prefix else ("input_ids", "lengths")
-        return cls(batch[ids], batch["prompt_lengths"], batch[lengths] - batch["prompt_lengths"])
+    def from_batch(cls, batch: SupervisedBatch | RankedBatch) -> Sequences:
+        """The rows of a loader's batch."""
+        return cls(batch.input_ids, batch.prompt_lengths, batch.lengths - batch.prompt_lengths)
+
+    @classmethod
+    def from_pairs(cls, batch: PairBatch) -> Sequences:
+        """The chosen answers' B rows, then the rejected ones'."""
+        sides = ((batch.chosen_ids, batch.chosen_lengths), (batch.rejected_ids, batch.rejected_lengths))
+        both = [cls(ids, batch.prompt_lengths, lengths - batch.prompt_lengths) for ids, lengths in sides]
+        return cls.concatenate(both, pad_id=0)  # padding is never read
 
     @classmethod
     def from_generation(cls, prompts: Prompts, answers: Tensor, eos_ids: Sequence[int], pad_id: int) -> Sequences:

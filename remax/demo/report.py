@@ -46,7 +46,7 @@ from remax.generation.decode import GenerationSettings
 from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
-from utils.data.encoding import Names, encode_rows
+from utils.data.encoding import Encoder, Names, encode_rows
 from utils.data.loaders import COLLATORS, KINDS, EvalSampler, make_loader
 from utils.data.preferences import load_data_set
 from utils.run import UserError, describe_run, run_main
@@ -157,7 +157,7 @@ def measure(
     rows = load_data_set(str(data), cache_dir=None, announce=False)[1]
 
     def loader(stage: int, tokenizer: PreTrainedTokenizerBase, max_len: int):
-        encoded = encode_rows(rows, KINDS[stage], tokenizer, max_len, cache_dir=None, names=Names("eval"))
+        encoded = encode_rows(rows, Encoder(KINDS[stage], tokenizer, max_len), cache_dir=None, names=Names("eval"))
         collate = partial(COLLATORS[KINDS[stage]], pad_id=tokenizer.pad_token_id)
         return make_loader(encoded, EvalSampler(len(encoded)), BATCH_SIZE, collate)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from remax.core.batches import Batch, to_device
+from remax.core.batches import to_device
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences, learned_mask
 from remax.engines.policy import Actor, Reference
@@ -23,11 +23,12 @@ from remax.engines.scorer import Reward
 from remax.evaluation.answers import read_answers
 from remax.models.loading import evaluating
 from remax.rewards.composite import CompositeReward
+from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import device, gather_objects, rank, sum_across_ranks
 
 
 @torch.no_grad()
-def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
+def perplexity(actor: Actor, loader: Iterable[SupervisedBatch]) -> dict[str, float]:
     """exp of the mean negative log-likelihood per answer token, EOS included, and that mean as `loss` (nats per
     token).
     """
@@ -35,7 +36,7 @@ def perplexity(actor: Actor, loader: Iterable[Batch]) -> dict[str, float]:
     with evaluating(actor.model):
         for batch in map(to_device, loader):
             sequences = Sequences.from_batch(batch)
-            weight = batch["weight"][:, None] * learned_mask(batch, sequences)  # (B, A)
+            weight = batch.weight[:, None] * learned_mask(batch, sequences)  # (B, A)
             logprobs = actor.logprobs(sequences, sampling=Sampling()).logprobs  # the model's, at any temperature
             sums["nll"] -= (logprobs * weight).sum().double()
             sums["tokens"] += float(weight.sum())
@@ -73,11 +74,11 @@ def evaluate_policy(
     actor: Actor,
     reference: Reference,
     reward: Reward | CompositeReward,
-    loader: Iterable[Batch],
+    loader: Iterable[PromptBatch],
     tokenizer: PreTrainedTokenizerBase,
     *,
     greedy: bool = False,
-    answers: Iterable[Batch] | None = None,
+    answers: Iterable[SupervisedBatch] | None = None,
     seed: int = 0,
 ) -> PolicyEvaluation:
     """Answers held-out prompts (sampled, or greedy) and measures them -> PolicyEvaluation.
@@ -96,13 +97,13 @@ def evaluate_policy(
     with evaluating(actor.model), own_noise(seed):
         for batch in map(to_device, loader):
             sampled, best = actor.rollout(
-                Prompts(batch["input_ids"], batch["lengths"]), samples=0 if greedy else 1, greedy=greedy
+                Prompts(batch.input_ids, batch.lengths), samples=0 if greedy else 1, greedy=greedy
             )
             sequences = best if greedy else sampled
             score, parts = reward.score_parts(sequences)  # (B,), and each part's by name
             output = actor.logprobs(sequences, entropy=True)
             reference_logprobs = reference.logprobs(sequences)
-            weight = batch["weight"]  # (B,)
+            weight = batch.weight  # (B,)
             token_weight = weight[:, None] * sequences.answer_mask  # (B, A)
             last = sequences.input_ids.gather(1, sequences.end_index[:, None]).squeeze(1)
             additions = {
@@ -123,7 +124,7 @@ def evaluate_policy(
             for i in weight.nonzero().flatten().tolist():
                 rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}
                 answer = {"answer": found[i].text, "length": found[i].tokens}
-                readable.append({"prompt": batch["prompt"][i]} | answer | rounded)
+                readable.append({"prompt": batch.prompts[i]} | answer | rounded)
     total = sum_across_ranks(sums)
     n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
     mean = total["reward"] / n

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remax.core.batches import Batch, paired, to_device
+from remax.core.batches import to_device
 from remax.core.losses import ordered_pairs
 from remax.core.sequences import Sequences
 from remax.engines.policy import Actor
 from remax.engines.scorer import Reward, TrainedReward
 from remax.models.loading import evaluating
+from utils.data.batches import PairBatch, RankedBatch
 from utils.distributed import sum_across_ranks
 
 SIDES = {"longer_chosen": 1, "shorter_chosen": -1, "equal_length": 0}  # sign of chosen length - rejected length
@@ -27,8 +28,8 @@ SIDES = {"longer_chosen": 1, "shorter_chosen": -1, "equal_length": 0}  # sign of
 @torch.no_grad()
 def ranking_accuracy(
     role: Actor | Reward | TrainedReward,
-    loader: Iterable[Batch],
-    scores: Callable[[Any, Batch], tuple[Tensor, Tensor]] | None = None,
+    loader: Iterable[PairBatch | RankedBatch],
+    scores: Callable[[Any, PairBatch], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, float]:
     """`pair_figures`, mean and spread of all scores, and for batches of several ranked answers `ranked_figures`.
 
@@ -40,12 +41,13 @@ def ranking_accuracy(
     sums: dict[str, float] = {}
     with evaluating(role.model):
         for batch in map(to_device, loader):
-            if "ranks" in batch:
-                additions = ranked_sums(role.score(Sequences.from_batch(batch)), batch)
+            if isinstance(batch, RankedBatch):
+                scored = role.score(Sequences.from_batch(batch))
+                additions = ranked_sums(scored, batch.row, batch.ranks, batch.lengths, batch.weight)
             else:
                 chosen, rejected = (scores or pair_scores)(role, batch)  # (B,)
-                weight = batch["weight"]
-                lengths = (batch["chosen_lengths"], batch["rejected_lengths"])
+                weight = batch.weight
+                lengths = (batch.chosen_lengths, batch.rejected_lengths)
                 additions = pair_sums(chosen, rejected, *lengths, weight)
                 additions |= score_sums(torch.cat([chosen, rejected]), weight.repeat(2))
             for name, value in additions.items():
@@ -105,9 +107,8 @@ def score_sums(scores: Tensor, weight: Tensor) -> dict[str, float]:
     return {name: float(values.double().sum()) for name, values in terms.items()}
 
 
-def ranked_sums(scores: Tensor, batch: Batch) -> dict[str, float]:
-    """The sums of a batch of rankings, from the (N,) scores of all their answers."""
-    row, ranks, lengths, weight = batch["row"], batch["ranks"], batch["lengths"], batch["weight"]
+def ranked_sums(scores: Tensor, row: Tensor, ranks: Tensor, lengths: Tensor, weight: Tensor) -> dict[str, float]:
+    """The sums of B rankings with N answers: scores, row, ranks and lengths (N,) as of a `RankedBatch`, weight (B,)."""
     better, worse = ordered_pairs(row, ranks)
     pairs = pair_sums(scores[better], scores[worse], lengths[better], lengths[worse], weight[row[better]])
     of_rows = torch.zeros_like(weight)  # (B,)
@@ -137,6 +138,6 @@ def ranked_figures(sums: dict[str, float]) -> dict[str, float]:
     return {name: sums[name] / max(sums["rankings"], 1.0) for name in ("best_of_k_accuracy", "best_of_k_chance")}
 
 
-def pair_scores(scorer: Reward | TrainedReward, batch: Batch) -> tuple[Tensor, Tensor]:
+def pair_scores(scorer: Reward | TrainedReward, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(B,) scores of the chosen and of the rejected answers, from one forward over 2B rows."""
-    return scorer.score(paired(batch)).chunk(2)
+    return scorer.score(Sequences.from_pairs(batch)).chunk(2)

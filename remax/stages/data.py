@@ -1,123 +1,142 @@
-"""From flags to the batches of a stage."""
+"""From flags to data: which rows each stage reads, and in which batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
-from remax.cli.flags import FinetuneArguments, Step1Arguments, Step2Arguments, Step3Arguments
-from remax.core.batches import Batch, First
-from remax.stages.models import Tokenizer
+from remax.cli.flags import Step1Arguments, Step2Arguments, Step3Arguments
+from remax.core.batches import First
+from utils.data.batches import SupervisedBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import build_answers_loader, build_loaders
 from utils.data.streamed_set import StreamedSet
 from utils.data.streaming import build_streaming_loaders, open_streams
 from utils.data.text import plain_text_batches
 from utils.distributed import rank, world_size
 
+Tokenizer = PreTrainedTokenizerBase
 
-def finetune_loaders(
-    args: Step1Arguments | Step2Arguments, tokenizer: Tokenizer, stage: int
-) -> tuple[DataLoader, First]:
-    """Training rows and held-out rows of stage 0 (step 1) or 1 (step 2); what was read is recorded in the run's
-    folder.
+
+def data_config(
+    args: Step1Arguments | Step2Arguments | Step3Arguments, record_in: str | Path | None = None
+) -> DataConfig:
+    """What the flags say about the data.
+
+    Args:
+        args: the flags of a stage.
+        record_in: folder for data.json.
     """
-    if isinstance(args, Step1Arguments):
-        of_this_stage = {"sft_only_data_path": args.sft_only_data_path, "train_on": args.train_on}
-    else:
-        of_this_stage = {"need_margin": args.use_margin, "best_and_worst": args.loss != "ranking"}
+    first, second = isinstance(args, Step1Arguments), isinstance(args, Step2Arguments)
+    return DataConfig(
+        data_path=args.data_path,
+        sft_only_data_path=args.sft_only_data_path if first else (),
+        columns=args.columns,
+        data_split=args.data_split,
+        data_seed=args.data_seed,
+        seed=args.seed,
+        cache_dir=args.data_output_path,
+        num_proc=args.preprocessing_num_workers,
+        overlong=args.overlong,
+        train_on=args.train_on if first else "last",
+        need_margin=second and args.use_margin,
+        best_and_worst=second and args.loss != "ranking",
+        streaming=args.streaming,
+        shuffle_buffer=args.shuffle_buffer,
+        record_in=record_in,
+    )
+
+
+def finetune_loaders(args: Step1Arguments | Step2Arguments, tokenizer: Tokenizer) -> tuple[DataLoader, First]:
+    """Training rows and held-out rows of step 1 or 2; the run's folder keeps a record of them."""
     _, train, evaluation = _open_data(
-        args,
-        stage,
+        data_config(args, args.output_dir),
+        0 if isinstance(args, Step1Arguments) else 1,
         tokenizer,
-        args.output_dir,
         batches=args.max_steps * args.gradient_accumulation_steps,
         max_len=args.max_seq_len,
         train_batch_size=args.per_device_train_batch_size,
-        **of_this_stage,
+        eval_batch_size=args.per_device_eval_batch_size,
     )
     return train, First(evaluation, args.max_eval_batches)
 
 
 def _open_data(
-    args: FinetuneArguments | Step3Arguments,
+    config: DataConfig,
     stage: int,
     tokenizer: Tokenizer,
-    output: str | Path,
     *,
     batches: int,
-    sft_only_data_path: Sequence[str] = (),
-    **of_this_stage,
-) -> tuple[list[StreamedSet] | None, DataLoader, DataLoader]:
-    """The data sets where they are streamed, else None; the loaders of training and evaluation.
+    max_len: int,
+    train_batch_size: int,
+    eval_batch_size: int,
+) -> tuple[list[StreamedSet], DataLoader, DataLoader]:
+    """The data sets that are streamed, if any, and the loaders of training and evaluation.
 
-    batches: micro-batches of a training whose data are streamed.   of_this_stage: see `build_loaders`.
+    The length of a training whose data is streamed is given in `batches`, which are micro-batches.
     """
-    options = of_this_stage | {
-        "stage": stage,
-        "tokenizer": tokenizer,
-        "data_split": args.data_split,
-        "eval_batch_size": args.per_device_eval_batch_size,
-        "seed": args.seed,
-        "data_seed": args.data_seed,
-        "rank": rank(),
-        "world_size": world_size(),
-        "overlong": args.overlong,
-        "record_in": output,
-    }
-    reading = {
-        "data_path": args.data_path,
-        "sft_only_data_path": sft_only_data_path,
-        "data_output_path": args.data_output_path,
-        "columns": args.columns,
-    }
-    if not args.streaming:
-        return None, *build_loaders(**options, **reading, num_proc=args.preprocessing_num_workers)
-    streams = open_streams(stage, tokenizer, **reading)
-    options |= {"shuffle_buffer": args.shuffle_buffer, "batches": batches}
-    return streams, *build_streaming_loaders(streams, **options)
+    streams = open_streams(config, stage, tokenizer) if config.streaming else []
+    build = partial(build_streaming_loaders, streams, batches=batches) if streams else build_loaders
+    loaders = build(
+        config,
+        stage=stage,
+        tokenizer=tokenizer,
+        max_len=max_len,
+        train_batch_size=train_batch_size,
+        eval_batch_size=eval_batch_size,
+        rank=rank(),
+        world_size=world_size(),
+    )
+    return streams, *loaders
 
 
 @dataclass(frozen=True)
 class PromptData:
     """What step 3 reads.
 
-    train: prompts.   evaluation: held-out prompts.   answers: those with their chosen answers, where the data has some.
-    plain_text: endless batches for the language-modelling mix, where asked for.   streams: the data sets, with
-    --streaming.
+    Attributes:
+        train: prompts.
+        evaluation: held-out prompts.
+        answers: those with their chosen answers, where the data has some.
+        plain_text: endless batches for the language-modelling mix, where they are asked for.
+        held_out: the rows of the evaluation as text, with --streaming.
     """
 
     train: DataLoader
     evaluation: First
     answers: First | None
-    plain_text: Iterator[Batch] | None
-    streams: list[StreamedSet] | None = None
+    plain_text: Iterator[SupervisedBatch] | None
+    held_out: Dataset | None = None
 
 
 def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> PromptData:
     """The data of step 3; what was read is recorded in `output`."""
     longest = args.max_prompt_seq_len + args.max_answer_seq_len
+    config = data_config(args, output)
     streams, train, evaluation = _open_data(
-        args,
+        config,
         2,
         tokenizer,
-        output,
         batches=args.max_steps * args.rollout_batches,
         max_len=args.max_prompt_seq_len,
         train_batch_size=args.per_device_generation_batch_size,
+        eval_batch_size=args.per_device_eval_batch_size,
     )
-    ranks = {"rank": rank(), "world_size": world_size(), "data_output_path": args.data_output_path}
+    held_out = [stream.held_out for stream in streams]
     answers = build_answers_loader(
-        tokenizer=tokenizer,
-        data_path=args.data_path,
+        config,
+        tokenizer,
         max_len=longest,
         batch_size=args.per_device_eval_batch_size,
-        num_proc=args.preprocessing_num_workers,
-        columns=args.columns,
-        held_out=[stream.held_out for stream in streams] if streams else None,
-        **ranks,
+        rank=rank(),
+        world_size=world_size(),
+        held_out=held_out or None,
     )
     plain_text = None
     if args.unsupervised_dataset_name:
@@ -128,8 +147,15 @@ def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> Promp
             block=longest,
             batch_size=args.per_device_training_batch_size,
             seed=args.seed,
-            **ranks,
+            cache_dir=args.data_output_path,
+            rank=rank(),
+            world_size=world_size(),
         )
     limit = args.max_eval_batches
-    answers = First(answers, limit) if answers else None
-    return PromptData(train, First(evaluation, limit), answers, plain_text, streams)
+    return PromptData(
+        train,
+        First(evaluation, limit),
+        First(answers, limit) if answers else None,
+        plain_text,
+        concatenate_datasets(held_out) if held_out else None,
+    )

@@ -1,42 +1,80 @@
-"""What steps 1 and 2 do alike once the model is on its engine: train, write the model, end."""
+"""Steps 1 and 2 from their flags to the trained model: what is learned is a task, the rest is the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
-from remax.checkpoint.export import export, export_and_exit, note
+from remax.checkpoint.export import export, export_and_exit, write_note
 from remax.cli.flags import FinetuneArguments, Step1Arguments, Step2Arguments
-from remax.core.batches import Batch
+from remax.core.batches import First
 from remax.engines.base import FrozenEngine
 from remax.engines.policy import Reference
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.ranking import SIDES
-from remax.models.policy import load_policy
-from remax.models.reward_model import (
-    store_score_statistics,
-)
-from remax.stages.models import Tokenizer, _load, _trained_policy, _trained_reward
-from remax.stages.settings import (
-    reference_engine,
-)
+from remax.models.loading import check_length, load_config, quiet_libraries
+from remax.models.reward_model import prepare_pad_token, store_score_statistics
+from remax.stages.data import finetune_loaders
+from remax.stages.models import Tokenizer, load_policy_model, trained_policy, trained_reward
+from remax.stages.settings import finetune_cadence, finetune_model, finetune_optimizer, finetune_reference
 from remax.training.finetune import finetune
 from remax.training.loop import Cadence
-from remax.training.tasks import DirectPreference, Ranking, Supervised, Task
-from utils.distributed import print0, shutdown
+from remax.training.tasks import DirectPreference, Ranking, Supervised
+from utils.distributed import init_distributed, print0, set_seed, shutdown
 from utils.metrics import MetricsLogger
-from utils.run import TrainingStopped
+from utils.run import TrainingStopped, start_run
+from utils.tokenizer import load_tokenizer
+
+
+def run_finetuning(args: Step1Arguments | Step2Arguments) -> None:
+    """Step 1 or 2: reads model and data, trains, and writes the model to --output_dir."""
+    quiet_libraries()
+    check_length(load_config(args.model_name_or_path, "--model_name_or_path"), args.max_seq_len, "--max_seq_len")
+    tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)
+    if isinstance(args, Step2Arguments) and args.loss == "ranking":
+        prepare_pad_token(tokenizer)
+    init_distributed(args.local_rank)
+    set_seed(args.seed)
+    start_run(args.output_dir, args, args.stage)
+    for notice in args.notices:
+        print0(notice)
+
+    train_loader, held_out = finetune_loaders(args, tokenizer)
+    cadence = finetune_cadence(args)
+    task = build_task(args, tokenizer, held_out, cadence.total_steps(len(train_loader)))
+    train_and_export(args, task, train_loader, cadence, tokenizer)
+
+
+def build_task(
+    args: Step1Arguments | Step2Arguments, tokenizer: Tokenizer, held_out: First, steps: int
+) -> Supervised | Ranking | DirectPreference:
+    """What the flags say is learned, with its models loaded. steps: of the optimizer."""
+    trained, optimizer = finetune_model(args), finetune_optimizer(args, steps)
+    if isinstance(args, Step1Arguments):
+        return Supervised(trained_policy(trained, optimizer, tokenizer, args.max_seq_len), held_out)
+    if args.loss == "ranking":
+        return Ranking(
+            trained_reward(trained, optimizer, tokenizer, args.max_seq_len),
+            held_out,
+            use_margin=args.use_margin,
+            label_smoothing=args.label_smoothing,
+            centring=args.center_rewards_coefficient,
+            ranked_loss=args.ranked_loss,
+        )
+    frozen = finetune_reference(args)
+    reference = Reference(FrozenEngine(load_policy_model(frozen, tokenizer), frozen.engine))
+    policy = trained_policy(trained, optimizer, tokenizer, args.max_seq_len)
+    alpha = args.length_alpha if args.loss == "r-dpo" else 0.0
+    return DirectPreference(policy, reference, held_out, args.dpo_beta, alpha)
 
 
 def train_and_export(
     args: FinetuneArguments,
-    task: Task,
+    task: Supervised | Ranking | DirectPreference,
     loader: DataLoader,
     cadence: Cadence,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
 ) -> None:
     """Trains and writes model, tokenizer and results to --output_dir.
 
@@ -61,32 +99,6 @@ def train_and_export(
     if isinstance(learner, TrainedReward):
         store_score_statistics(learner.model, results["after"])
     export(learner.model, tokenizer, output, zero3=learner.zero3)
-    note(output, "results.json", results)
+    write_note(output, "results.json", results)
     print0(f"model written to {output}")
     shutdown()
-
-
-def build_supervised_task(
-    args: Step1Arguments, tokenizer: Tokenizer, eval_loader: Iterable[Batch], steps: int
-) -> Supervised:
-    """Step 1: the model on its engine, with what it learns. steps: of the optimizer."""
-    return Supervised(_trained_policy(args, tokenizer, steps), eval_loader)
-
-
-def build_preference_task(
-    args: Step2Arguments, tokenizer: Tokenizer, eval_loader: Iterable[Batch], steps: int
-) -> Ranking | DirectPreference:
-    """Step 2: a reward model, or with --loss dpo a policy and its reference."""
-    if args.loss == "ranking":
-        return Ranking(
-            _trained_reward(args, tokenizer, steps),
-            eval_loader,
-            use_margin=args.use_margin,
-            label_smoothing=args.label_smoothing,
-            centring=args.center_rewards_coefficient,
-            ranked_loss=args.ranked_loss,
-        )
-    config = reference_engine(args)
-    reference = Reference(FrozenEngine(_load(load_policy, args, config, tokenizer), config))
-    alpha = args.length_alpha if args.loss == "r-dpo" else 0.0
-    return DirectPreference(_trained_policy(args, tokenizer, steps), reference, eval_loader, args.dpo_beta, alpha)

@@ -1,17 +1,18 @@
-"""From flags to loaded models on their engines."""
+"""From typed settings to loaded models in their roles, and which models go together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from remax.checks.packing import check_packing
 from remax.cli.evaluation import DoctorArguments
-from remax.cli.flags import FinetuneArguments, Step2Arguments, Step3Arguments
+from remax.cli.flags import Step3Arguments
 from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.optimizer import OptimizerConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward, TrainedReward
 from remax.engines.zero import loading
@@ -23,15 +24,14 @@ from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.functions import load_function
 from remax.rewards.sources import reward_sources
 from remax.stages.settings import (
-    actor_engine,
+    ModelSpec,
+    actor_model,
     actor_optimizer,
-    critic_engine,
+    critic_model,
     critic_optimizer,
     evaluated_distribution,
-    finetune_engine,
-    finetune_optimizer,
     generation,
-    reference_engine,
+    reference_model,
     reward_engine,
 )
 from utils.run import UserError
@@ -40,78 +40,105 @@ from utils.tokenizer import load_tokenizer, same_vocabulary
 Tokenizer = PreTrainedTokenizerBase
 
 
-def _trained_policy(args: FinetuneArguments, tokenizer: Tokenizer, steps: int) -> Actor:
-    config = finetune_engine(args)
-    model = _load(load_policy, args, config, tokenizer, **_training_options(args))
-    _add_adapters(model, args)
-    actor = Actor(TrainedEngine(model, config, finetune_optimizer(args, steps)))
-    if args.packing:
-        check_packing(actor.engine, args.max_seq_len, hidden_only=True)
-    return actor
-
-
-def _trained_reward(args: Step2Arguments, tokenizer: Tokenizer, steps: int) -> TrainedReward:
-    config = finetune_engine(args)
-    model = _load(load_reward_model, args, config, tokenizer, new_head=True, **_training_options(args))
-    _add_adapters(model, args)
-    reward = TrainedReward(TrainedEngine(model, config, finetune_optimizer(args, steps)))
-    if args.packing:
-        check_packing(reward.engine, args.max_seq_len, every_token=True)
-    return reward
-
-
-def _load(load_model: Callable, args: FinetuneArguments, config: EngineConfig, tokenizer: Tokenizer, **options):
-    name, flag = args.model_name_or_path, "--model_name_or_path"
-    return _load_from(load_model, name, flag, args, config, tokenizer, packing=args.packing, **options)
-
-
-def _load_from(
-    load_model: Callable,
-    name: str,
-    flag: str,
-    args: FinetuneArguments | Step3Arguments | DoctorArguments,
-    config: EngineConfig,
-    tokenizer: Tokenizer,
-    **options,
-):
-    """The model `name` of `flag`, partitioned as its engine wants it."""
-    attention = args.attn_implementation
-    with loading(config):
-        return load_model(
-            name, flag, dtype=config.torch_dtype, tokenizer=tokenizer, attn_implementation=attention, **options
+def load_policy_model(spec: ModelSpec, tokenizer: Tokenizer) -> PolicyModel:
+    """A causal language model, partitioned as its engine wants it, with its adapters."""
+    with loading(spec.engine):
+        model = load_policy(
+            spec.name,
+            spec.flag,
+            dtype=spec.engine.torch_dtype,
+            tokenizer=tokenizer,
+            disable_dropout=spec.disable_dropout,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            attn_implementation=spec.attn_implementation,
+            packing=spec.packing,
         )
+    _add_adapters(model, spec)
+    return model
 
 
-def _training_options(args: FinetuneArguments) -> dict[str, bool]:
-    return {"disable_dropout": args.disable_dropout, "gradient_checkpointing": args.gradient_checkpointing}
+def load_scorer(spec: ModelSpec, tokenizer: Tokenizer, *, new_head: bool = False) -> RewardModel:
+    """A reward model, in the same way. `new_head`: see `load_reward_model`."""
+    with loading(spec.engine):
+        model = load_reward_model(
+            spec.name,
+            spec.flag,
+            dtype=spec.engine.torch_dtype,
+            tokenizer=tokenizer,
+            new_head=new_head,
+            disable_dropout=spec.disable_dropout,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            attn_implementation=spec.attn_implementation,
+            packing=spec.packing,
+        )
+    _add_adapters(model, spec)
+    return model
 
 
-def _add_adapters(model: PolicyModel | RewardModel, args: FinetuneArguments) -> None:
-    if args.lora_dim:
-        add_lora(model.hf, args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
+def _add_adapters(model: PolicyModel | RewardModel, spec: ModelSpec) -> None:
+    if spec.lora is not None:
+        add_lora(model.hf, spec.lora.dim, spec.lora.module_name, spec.lora.only, spec.lora.flag)
+
+
+def trained_policy(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokenizer, max_len: int) -> Actor:
+    """A policy that learns given answers, of rows of at most `max_len` tokens."""
+    engine = TrainedEngine(load_policy_model(spec, tokenizer), spec.engine, optimizer)
+    if spec.packing:
+        check_packing(engine, max_len, hidden_only=True)
+    return Actor(engine)
+
+
+def trained_reward(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokenizer, max_len: int) -> TrainedReward:
+    """A reward model that learns; its head may be new."""
+    engine = TrainedEngine(load_scorer(spec, tokenizer, new_head=True), spec.engine, optimizer)
+    if spec.packing:
+        check_packing(engine, max_len, every_token=True)
+    return TrainedReward(engine)
+
+
+# ------------------------------------------------------------------------------------------------------------- step 3
 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """actor: also the reference's.   rewards: of each reward model, in the order of their flag.   critic: PPO's."""
+    """The tokenizers of step 3.
+
+    Attributes:
+        actor: also the reference's.
+        rewards: of each reward model, in the order of their flag.
+        critic: PPO's.
+    """
 
     actor: Tokenizer
     rewards: list[Tokenizer]
     critic: Tokenizer | None
 
 
+@dataclass(frozen=True)
+class Models:
+    """The roles of step 3. critic: PPO's."""
+
+    actor: Actor
+    reference: Reference
+    reward: CompositeReward
+    critic: TrainedReward | None = None
+
+
 def check_models(args: Step3Arguments) -> Tokenizers:
     """Reads configurations and tokenizers before any weights, and refuses models that do not go together."""
+    from remax.algorithms import ALGORITHMS
+
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     tokenizer = load_tokenizer(
         args.actor_model_name_or_path, "--actor_model_name_or_path", chat_template=args.chat_template
     )
     _check_length(args, args.actor_model_name_or_path, "--actor_model_name_or_path")
     rewards = [_check_scorer(args, model.name, "--reward_model_name_or_path", tokenizer) for model in models]
-    if args.algo != "ppo":
-        return Tokenizers(tokenizer, rewards, None)
-    name, flag = args.critic_model_name_or_path, "--critic_model_name_or_path"
-    return Tokenizers(tokenizer, rewards, _check_scorer(args, name, flag, tokenizer) if name else rewards[0])
+    critic = None
+    if ALGORITHMS[args.algo].critic:
+        name, flag = args.critic_model_name_or_path, "--critic_model_name_or_path"
+        critic = _check_scorer(args, name, flag, tokenizer) if name else rewards[0]
+    return Tokenizers(tokenizer, rewards, critic)
 
 
 def _check_length(args: Step3Arguments, name: str, flag: str) -> PreTrainedConfig:
@@ -154,61 +181,44 @@ def reward_functions(args: Step3Arguments | DoctorArguments, tokenizer: Tokenize
 
 
 def build_reward(
-    args: Step3Arguments | DoctorArguments, config: EngineConfig, tokenizer: Tokenizer, own: list[Tokenizer]
+    args: Step3Arguments | DoctorArguments, engine: EngineConfig, tokenizer: Tokenizer, own: Sequence[Tokenizer]
 ) -> CompositeReward:
-    """All parts of the reward. own: the reward models' tokenizers."""
+    """All parts of the reward.
+
+    Args:
+        engine: of each reward model.
+        tokenizer: the actor's.
+        own: the reward models' tokenizers.
+    """
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     flag, parts = "--reward_model_name_or_path", []
-    statistics = [(0.0, 1.0)] * len(models)
-    if args.normalize_reward:
-        statistics = [score_statistics(load_config(model.name, flag), model.name, flag) for model in models]
-    for source, (mean, std), its in zip(models, statistics, own, strict=True):
-        model = _load_from(load_reward_model, source.name, flag, args, config, its)
-        parts.append(Part(source.label, Reward(FrozenEngine(model, config)), source.weight, mean, std, its))
+    for source, of_model in zip(models, own, strict=True):
+        mean, std = 0.0, 1.0
+        if args.normalize_reward:
+            mean, std = score_statistics(load_config(source.name, flag), source.name, flag)
+        model = load_scorer(ModelSpec(source.name, flag, engine, args.attn_implementation), of_model)
+        parts.append(Part(source.label, Reward(FrozenEngine(model, engine)), source.weight, mean, std, of_model))
     return CompositeReward([*parts, *reward_functions(args, tokenizer)])
 
 
-def build_engines(
-    args: Step3Arguments, tokenizers: Tokenizers, steps: int
-) -> tuple[Actor, Reference, CompositeReward, TrainedReward | None]:
+def build_models(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Models:
     """Actor, reference, reward, and for PPO a critic; each is loaded by its own ZeRO stage. steps: of the optimizer."""
-    tokenizer = tokenizers.actor
-
-    def policy(config: EngineConfig, **options) -> PolicyModel:
-        name, flag = args.actor_model_name_or_path, "--actor_model_name_or_path"
-        return _load_from(load_policy, name, flag, args, config, tokenizer, **options)
-
-    model = policy(
-        actor_engine(args),
-        disable_dropout=args.disable_actor_dropout,
-        gradient_checkpointing=args.actor_gradient_checkpointing,
-    )
-    if args.actor_lora_dim:
-        flag = "--actor_lora_module_name"
-        add_lora(model.hf, args.actor_lora_dim, args.actor_lora_module_name, args.only_optimize_lora, flag)
+    tokenizer, spec = tokenizers.actor, actor_model(args)
     distribution, chunk_size = evaluated_distribution(args), args.logprob_chunk_size
     actor = Actor(
-        TrainedEngine(model, actor_engine(args), actor_optimizer(args, steps)),
+        TrainedEngine(load_policy_model(spec, tokenizer), spec.engine, actor_optimizer(args, steps)),
         generation=generation(args, tokenizer.pad_token_id),
         sampling=distribution,
         chunk_size=chunk_size,
         gather_for_generation=args.zero3_generation == "gather",
     )
-    config = reference_engine(args)
-    reference = Reference(FrozenEngine(policy(config), config), sampling=distribution, chunk_size=chunk_size)
+    spec = reference_model(args)
+    frozen = FrozenEngine(load_policy_model(spec, tokenizer), spec.engine)
+    reference = Reference(frozen, sampling=distribution, chunk_size=chunk_size)
     reward = build_reward(args, reward_engine(args), tokenizer, tokenizers.rewards)
-    critic = _critic(args, tokenizers.critic, steps) if args.algo == "ppo" else None
-    return actor, reference, reward, critic
-
-
-def _critic(args: Step3Arguments, tokenizer: Tokenizer, steps: int) -> TrainedReward:
-    config, name, flag = critic_engine(args), args.critic_model_name_or_path, "--critic_model_name_or_path"
-    if not name:
-        models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
-        name, flag = models[0].name, "--reward_model_name_or_path"
-    options = {
-        "disable_dropout": args.disable_reward_dropout,
-        "gradient_checkpointing": args.critic_gradient_checkpointing,
-    }
-    model = _load_from(load_reward_model, name, flag, args, config, tokenizer, **options)
-    return TrainedReward(TrainedEngine(model, config, critic_optimizer(args, steps)))
+    if tokenizers.critic is None:
+        return Models(actor, reference, reward)
+    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    spec = critic_model(args, models[0].name if models else "")
+    engine = TrainedEngine(load_scorer(spec, tokenizers.critic), spec.engine, critic_optimizer(args, steps))
+    return Models(actor, reference, reward, TrainedReward(engine))

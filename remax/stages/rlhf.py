@@ -1,57 +1,148 @@
-"""What step 3 asks before it trains."""
+"""Step 3 from its flags to the trained policy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from datasets import concatenate_datasets
-
+from remax.checkpoint.ema import WeightAverage
+from remax.checkpoint.export import export, export_and_exit, write_note
 from remax.checks.examination import examine
 from remax.checks.findings import Report
 from remax.checks.rewards import held_out_pairs
 from remax.cli.flags import Step3Arguments
-from remax.core.batches import Batch
+from remax.cli.validate import make_algorithm
 from remax.core.sequences import Prompts
-from remax.engines.policy import Actor, Reference
-from remax.rewards.composite import CompositeReward, try_functions
-from remax.stages.data import PromptData
-from remax.stages.models import Tokenizer, reward_functions
+from remax.evaluation.answers import write_answers
+from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
+from remax.models.loading import quiet_libraries
+from remax.rewards.composite import FunctionReward, try_functions
+from remax.stages.data import PromptData, data_config, load_data
+from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, reward_functions
+from remax.stages.settings import trainer_settings
+from remax.training.sentinel import Sentinel
+from remax.training.trainer import Trainer, Watcher
+from remax.training.variance import VarianceMeter
+from utils.data.batches import PromptBatch
+from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
+from utils.metrics import MetricsLogger
+from utils.run import TrainingStopped, start_run
+
+CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
 
 
-def try_reward_functions(args: Step3Arguments, tokenizer: Tokenizer, held_out: Iterable[Batch]) -> None:
+def run_rlhf(args: Step3Arguments) -> None:
+    """Reads models and data, examines them, trains, and writes the best policy to --output_dir/actor."""
+    quiet_libraries()
+    tokenizers = check_models(args)
+    tokenizer = tokenizers.actor
+    init_distributed(args.local_rank)
+    set_seed(args.seed)
+    output = start_run(args.output_dir, args, args.stage)
+    for notice in args.notices:
+        print0(notice)
+
+    data = load_data(args, tokenizer, output)
+    try_reward_functions(args, tokenizer, data.evaluation)
+    algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)
+    settings = trainer_settings(args)
+    steps = settings.cadence.total_steps(len(data.train))
+    models = build_models(args, tokenizers, steps * settings.optimizer_steps(algorithm))
+    if not args.skip_doctor:
+        report = examine_models(args, models, tokenizer, data)
+        print0(report.table())
+        report.refuse_failures()
+    actor, reward = models.actor, models.reward
+    metrics = MetricsLogger(
+        output,
+        tensorboard_dir=args.tensorboard_dir,
+        console_every=args.logging_steps,
+        total_steps=steps,
+        console=("reward", *(f"reward/{name}" for name in reward.part_names), *CONSOLE),
+        drop_after=-1,
+    )
+
+    def measure() -> PolicyEvaluation:
+        return evaluate_policy(actor, models.reference, reward, data.evaluation, tokenizer, answers=data.answers)
+
+    def on_evaluation(step: int, evaluation: PolicyEvaluation, best: bool) -> None:
+        if args.save_answers:
+            write_answers(output / "answers" / f"step_{step:06d}.jsonl", evaluation.answers)
+        if args.print_answers:
+            print0(evaluation.sample())
+        if best:
+            export(actor.model, tokenizer, output / "actor", zero3=actor.zero3)
+            write_note(output / "actor", "evaluation.json", {"step": step, **evaluation.figures})
+
+    watchers: list[Watcher] = []
+    if args.log_variance:
+        steps_between = args.log_variance_gradient_steps
+        watchers.append(VarianceMeter(actor, algorithm.samples_per_prompt, algorithm.gamma, steps_between))
+    trainer = Trainer(
+        actor,
+        models.reference,
+        reward,
+        algorithm,
+        settings,
+        measure=measure,
+        metrics=metrics,
+        pad_id=tokenizer.pad_token_id,
+        critic=models.critic,
+        unsupervised=data.plain_text,
+        average=WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None,
+        on_evaluation=on_evaluation,
+        sentinel=Sentinel(len(tokenizer)),
+        watchers=watchers,
+    )
+    try:
+        state = trainer.train(data.train)
+    except TrainingStopped as stopped:
+        metrics.close()
+        export_and_exit(stopped, actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
+    metrics.close()
+    save_final(args, output, trainer, tokenizers)
+    write_note(output, "results.json", state.results)
+    print0(f"best model (by evaluation {args.best_by}) in {output / 'actor'}")
+    shutdown()
+
+
+def try_reward_functions(args: Step3Arguments, tokenizer: Tokenizer, held_out: Iterable[PromptBatch]) -> None:
     """Asks the functions of --reward_fn about two held-out prompts, before any weights are read."""
-    functions = [part.scorer for part in reward_functions(args, tokenizer)]
+    scorers = [part.scorer for part in reward_functions(args, tokenizer)]
+    functions = [scorer for scorer in scorers if isinstance(scorer, FunctionReward)]
     if functions:
-        try_functions(functions, next(iter(held_out))["prompt"][:2])
+        try_functions(functions, next(iter(held_out)).prompts[:2])
 
 
-def examine_engines(
-    args: Step3Arguments,
-    actor: Actor,
-    reward: CompositeReward,
-    reference: Reference,
-    tokenizer: Tokenizer,
-    data: PromptData,
-) -> Report:
+def examine_models(args: Step3Arguments, models: Models, tokenizer: Tokenizer, data: PromptData) -> Report:
     """The doctor's report on the models as they are about to be trained with."""
     prompts = next(iter(data.evaluation))
     pairs = None
-    if reward.models:
+    if models.reward.models:
         pairs = held_out_pairs(
-            args.data_path,
+            data_config(args),
             tokenizer,
             max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
-            cache_dir=args.data_output_path,
-            columns=args.columns,
             announce=False,
-            rows=concatenate_datasets([stream.held_out for stream in data.streams]) if data.streams else None,
+            rows=data.held_out,
         )
     return examine(
-        actor,
-        reward,
+        models.actor,
+        models.reward,
         tokenizer,
-        Prompts(prompts["input_ids"], prompts["lengths"]),
-        reference=reference,
+        Prompts(prompts.input_ids, prompts.lengths),
+        reference=models.reference,
         pairs=pairs,
         max_prompt_tokens=args.max_prompt_seq_len,
     )
+
+
+def save_final(args: Step3Arguments, output: Path, trainer: Trainer, tokenizers: Tokenizers) -> None:
+    """The last actor (--save_at_final), its moving average (--enable_ema), and PPO's critic."""
+    model, zero3 = trainer.actor.model, trainer.actor.zero3
+    if args.save_at_final:
+        export(model, tokenizers.actor, output / "actor_final", zero3=zero3)
+        if trainer.critic is not None and tokenizers.critic is not None:
+            export(trainer.critic.model, tokenizers.critic, output / "critic", zero3=trainer.critic.zero3)
+    if trainer.average is not None:
+        export(model, tokenizers.actor, output / "actor_ema", zero3=zero3, state=trainer.average.state())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from remax.cli.flags import FinetuneArguments, Step2Arguments, Step3Arguments
 from remax.core.sampling import Sampling
@@ -13,6 +13,35 @@ from remax.training.loop import Cadence
 from remax.training.trainer import TrainerSettings
 
 Arguments = FinetuneArguments | Step3Arguments
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Adapters to add, see `add_lora`; `flag` is the one that errors name."""
+
+    dim: int
+    module_name: str
+    only: bool
+    flag: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to load: where it is, how it is spread over the ranks, and what is done to it.
+
+    Attributes:
+        name: folder or hub name.
+        flag: the flag that errors name.
+    """
+
+    name: str
+    flag: str
+    engine: EngineConfig
+    attn_implementation: str | None = None
+    disable_dropout: bool = True
+    gradient_checkpointing: bool = False
+    packing: bool = False
+    lora: LoraSpec | None = None
 
 
 def _optimizer(args: Arguments, steps: int, **rates: float) -> OptimizerConfig:
@@ -37,6 +66,27 @@ def finetune_engine(args: FinetuneArguments) -> EngineConfig:
         micro_batch_size=args.per_device_train_batch_size,
         gradient_clipping=args.gradient_clipping,
     )
+
+
+def finetune_model(args: FinetuneArguments) -> ModelSpec:
+    """The model that steps 1 and 2 train."""
+    lora = LoraSpec(args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
+    return ModelSpec(
+        args.model_name_or_path,
+        "--model_name_or_path",
+        finetune_engine(args),
+        args.attn_implementation,
+        disable_dropout=args.disable_dropout,
+        gradient_checkpointing=args.gradient_checkpointing,
+        packing=args.packing,
+        lora=lora if args.lora_dim else None,
+    )
+
+
+def finetune_reference(args: Step2Arguments) -> ModelSpec:
+    """The frozen start that step 2 compares with (--loss dpo)."""
+    name, flag = args.model_name_or_path, "--model_name_or_path"
+    return ModelSpec(name, flag, reference_engine(args), args.attn_implementation, packing=args.packing)
 
 
 def finetune_optimizer(args: FinetuneArguments, steps: int) -> OptimizerConfig:
@@ -91,6 +141,40 @@ def reference_engine(args: Step2Arguments | Step3Arguments) -> EngineConfig:
 
 def reward_engine(args: Step3Arguments) -> EngineConfig:
     return EngineConfig(args.reward_zero_stage, offload_parameters=args.offload_reward_model, dtype=args.reward_dtype)
+
+
+def actor_model(args: Step3Arguments) -> ModelSpec:
+    """The policy that learns."""
+    flag = "--actor_lora_module_name"
+    lora = LoraSpec(args.actor_lora_dim, args.actor_lora_module_name, args.only_optimize_lora, flag)
+    return ModelSpec(
+        args.actor_model_name_or_path,
+        "--actor_model_name_or_path",
+        actor_engine(args),
+        args.attn_implementation,
+        disable_dropout=args.disable_actor_dropout,
+        gradient_checkpointing=args.actor_gradient_checkpointing,
+        lora=lora if args.actor_lora_dim else None,
+    )
+
+
+def reference_model(args: Step3Arguments) -> ModelSpec:
+    """The policy's frozen start."""
+    name, flag = args.actor_model_name_or_path, "--actor_model_name_or_path"
+    return ModelSpec(name, flag, reference_engine(args), args.attn_implementation)
+
+
+def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
+    """Where the critic starts: its own model, or else the first reward model."""
+    own = args.critic_model_name_or_path
+    return ModelSpec(
+        own or first_reward_model,
+        "--critic_model_name_or_path" if own else "--reward_model_name_or_path",
+        critic_engine(args),
+        args.attn_implementation,
+        disable_dropout=args.disable_reward_dropout,
+        gradient_checkpointing=args.critic_gradient_checkpointing,
+    )
 
 
 def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:

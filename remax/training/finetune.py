@@ -7,10 +7,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from remax.core.batches import Batch, to_device
+from remax.core.batches import to_device
 from remax.core.sums import Figure, Figures, add, reduce
 from remax.training.loop import Cadence, TrainState, train
 from remax.training.tasks import Task
@@ -19,7 +20,7 @@ from utils.metrics import MetricsLogger
 from utils.run import TrainingStopped
 
 
-def optimizer_step(task: Task, batches: list[Batch]) -> dict[str, float]:
+def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
     """One optimizer step over several micro-batches, normalised by one count over all of them and all ranks.
 
     Returns:
@@ -69,7 +70,7 @@ class Finetuning:
         """See `Task.headline`."""
         return self.task.headline
 
-    def learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
         """See `optimizer_step`."""
         self.task.learner.train()
         return optimizer_step(self.task, batches)

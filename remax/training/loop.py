@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
-from remax.core.batches import Batch, groups
+from remax.core.batches import groups
 from utils.distributed import print0
 from utils.metrics import MetricsLogger, progress
 from utils.run import TrainingStopped, UserError
@@ -97,7 +97,7 @@ class Learner(Protocol):
     label: str  # of the progress bar
     headline: str  # the figure of `evaluate` that people look at, and that the best model is chosen by
 
-    def learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
         """One step on its batches; figures, equal on every rank."""
 
     def check(self, step: int, figures: dict[str, float]) -> None:
@@ -158,7 +158,7 @@ def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: Metri
     return state
 
 
-def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) -> Iterator[list[Batch]]:
+def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) -> Iterator[list[Any]]:
     """The batches of one step after the other, epoch by epoch; counts the epochs in `state`.
 
     Raises:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from remax.core.batches import Batch, paired
 from remax.core.losses import (
     answer_logprob,
     dpo_losses,
@@ -24,6 +23,7 @@ from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.policy import perplexity
 from remax.evaluation.ranking import pair_scores, ranking_accuracy
+from utils.data.batches import PairBatch, RankedBatch, SupervisedBatch
 
 
 class Task(Protocol):
@@ -32,13 +32,13 @@ class Task(Protocol):
     learner: Actor | TrainedReward
     headline: str  # the metric of `evaluate` that people look at
 
-    def sequences(self, batch: Batch) -> Sequences:
+    def sequences(self, batch: Any) -> Sequences:
         """The rows that the model reads: both answers of a pair."""
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: Any) -> int:
         """What the loss is a mean of, in this batch: answer tokens, pairs, or prompts with their answers."""
 
-    def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Any, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's summed loss over `denominator`, and sums of other figures over what `count` counts."""
 
     def evaluate(self) -> dict[str, float]:
@@ -50,16 +50,16 @@ class Supervised:
     """Step 1: next-token loss on the answers only, EOS included; prompt and padding masked."""
 
     learner: Actor
-    eval_loader: Iterable[Batch]
+    eval_loader: Iterable[SupervisedBatch]
     headline: str = "perplexity"
 
-    def sequences(self, batch: Batch) -> Sequences:
+    def sequences(self, batch: SupervisedBatch) -> Sequences:
         return Sequences.from_batch(batch)
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: SupervisedBatch) -> int:
         return int(learned_mask(batch, self.sequences(batch)).sum())
 
-    def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: SupervisedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = self.sequences(batch)
         output = self.learner.logprobs(sequences)
         return supervised_loss(output.logprobs, learned_mask(batch, sequences), denominator), {}
@@ -75,32 +75,33 @@ class Ranking:
     """
 
     learner: TrainedReward
-    eval_loader: Iterable[Batch]
+    eval_loader: Iterable[PairBatch | RankedBatch]
     use_margin: bool = False  # the data's `margin` column
     label_smoothing: float = 0.0
     centring: float = 0.0
     ranked_loss: Literal["pairs", "plackett-luce"] = "pairs"  # of batches with several ranked answers
     headline: str = "accuracy"
 
-    def sequences(self, batch: Batch) -> Sequences:
-        return Sequences.from_batch(batch) if "ranks" in batch else paired(batch)
+    def sequences(self, batch: PairBatch | RankedBatch) -> Sequences:
+        ranked = isinstance(batch, RankedBatch)
+        return Sequences.from_batch(batch) if ranked else Sequences.from_pairs(batch)
 
-    def count(self, batch: Batch) -> int:
-        return len(batch["weight"] if "ranks" in batch else batch["prompt_lengths"])
+    def count(self, batch: PairBatch | RankedBatch) -> int:
+        return len(batch)
 
-    def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-        if "ranks" in batch:
+    def loss(self, batch: PairBatch | RankedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        if isinstance(batch, RankedBatch):
             return self.loss_of_rankings(batch, denominator)
         chosen, rejected = pair_scores(self.learner, batch)
         figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).detach().sum()}
-        margin = batch["margin"] if self.use_margin else None
+        margin = batch.margin if self.use_margin else None
         options = {"label_smoothing": self.label_smoothing, "centring": self.centring}
         return ranking_loss(chosen, rejected, denominator, margin, **options), figures
 
-    def loss_of_rankings(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of_rankings(self, batch: RankedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         """A prompt with its answers counts once, however many they are; the figures are means over its pairs."""
         scores = self.learner.score(self.sequences(batch))  # (N,)
-        row, ranks, rows = batch["row"], batch["ranks"], self.count(batch)
+        row, ranks, rows = batch.row, batch.ranks, self.count(batch)
         if self.ranked_loss == "plackett-luce":
             losses = plackett_luce_losses(scores, row, ranks, rows, centring=self.centring)
         else:
@@ -125,18 +126,18 @@ class DirectPreference:
 
     learner: Actor
     reference: Reference
-    eval_loader: Iterable[Batch]
+    eval_loader: Iterable[PairBatch]
     beta: float = 0.1
     alpha: float = 0.0
     headline: str = "accuracy"
 
-    def sequences(self, batch: Batch) -> Sequences:
-        return paired(batch)
+    def sequences(self, batch: PairBatch) -> Sequences:
+        return Sequences.from_pairs(batch)
 
-    def count(self, batch: Batch) -> int:
-        return len(batch["prompt_lengths"])
+    def count(self, batch: PairBatch) -> int:
+        return len(batch)
 
-    def loss(self, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: PairBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         policy, reference, lengths = self.answers(batch)
         losses = dpo_losses(
             *policy,
@@ -153,12 +154,12 @@ class DirectPreference:
     def evaluate(self) -> dict[str, float]:
         return ranking_accuracy(self.learner, self.eval_loader, self.implicit_rewards)
 
-    def implicit_rewards(self, learner: Actor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def implicit_rewards(self, learner: Actor, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """(B,) of the chosen and of the rejected answers."""
         policy, reference, _ = self.answers(batch)
         return tuple(self.beta * (p - r) for p, r in zip(policy, reference, strict=True))
 
-    def answers(self, batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def answers(self, batch: PairBatch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(chosen, rejected) log-probs of whole answers under the policy, under the reference, and their lengths."""
         both = self.sequences(batch)
         policy = answer_logprob(self.learner.logprobs(both).logprobs, both.answer_mask)  # (2B,)

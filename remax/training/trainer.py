@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from remax.algorithms import Algorithm
 from remax.checkpoint.ema import WeightAverage
-from remax.core.batches import Batch, to_device
+from remax.core.batches import to_device
 from remax.core.losses import supervised_loss
 from remax.core.rollout import Rollout
 from remax.core.sampling import Sampling
@@ -27,6 +27,7 @@ from remax.evaluation.policy import PolicyEvaluation
 from remax.rewards.composite import CompositeReward
 from remax.training.loop import Cadence, TrainState, train
 from remax.training.sentinel import Sentinel
+from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 
@@ -97,7 +98,7 @@ class Trainer:
     metrics: MetricsLogger
     pad_id: int
     critic: TrainedReward | None = None
-    unsupervised: Iterator[Batch] | None = None
+    unsupervised: Iterator[SupervisedBatch] | None = None
     average: WeightAverage | None = None
     on_evaluation: Callable[[int, PolicyEvaluation, bool], None] = lambda step, evaluation, best: None
     sentinel: Sentinel | None = None
@@ -108,7 +109,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ Algorithm 1
 
-    def step(self, batches: list[Batch]) -> tuple[Rollout, dict[str, float]]:
+    def step(self, batches: list[PromptBatch]) -> tuple[Rollout, dict[str, float]]:
         """Collects answers to the batches of prompts x and learns from them.
 
         Returns:
@@ -137,10 +138,10 @@ class Trainer:
                 self.average.update()
         return rollout, self.summarise(rollout, figures, timer, result)
 
-    def answer(self, batch: Batch) -> tuple[Sequences, Sequences | None]:
+    def answer(self, batch: PromptBatch) -> tuple[Sequences, Sequences | None]:
         """Sampled answers to a batch of prompts, and greedy ones where the algorithm needs them."""
         batch = to_device(batch)
-        prompts = Prompts(batch["input_ids"], batch["lengths"])
+        prompts = Prompts(batch.input_ids, batch.lengths)
         samples, greedy = self.algorithm.samples_per_prompt, self.algorithm.greedy
         return self.actor.rollout(prompts, samples=samples, greedy=greedy)
 
@@ -219,7 +220,7 @@ class Trainer:
             self.critic.step()
         return result, figures
 
-    def learn_plain_text(self, batch: Batch) -> Figures:
+    def learn_plain_text(self, batch: SupervisedBatch) -> Figures:
         """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
         sequences = Sequences.from_batch(to_device(batch))
         tokens = sum_across_ranks({"tokens": sequences.answer_lengths.sum()})["tokens"]
@@ -278,7 +279,7 @@ class Trainer:
         """The figure that the best model is chosen by."""
         return self.settings.best_by
 
-    def learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def learn(self, step: int, batches: list[PromptBatch]) -> dict[str, float]:
         """A step, and what those who watch make of it."""
         rollout, figures = self.step(batches)
         for watch in [*self.watchers, *([self.sentinel] if self.sentinel else [])]:

@@ -45,6 +45,8 @@ from remax.training.finetune import finetune
 from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Ranking, Supervised
 from remax.training.trainer import Trainer, TrainerSettings
+from utils.data.batches import SupervisedBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
@@ -234,7 +236,8 @@ def plain_texts(paths: list[str]):
     """Batches of this rank's share of the rows of one file after the other."""
     for path in paths:
         rows = load_rows(path).select(mine(range(8)))
-        yield {"input_ids": rows.input_ids, "lengths": rows.lengths, "prompt_lengths": rows.prompt_lengths}
+        lengths = {"lengths": rows.lengths, "prompt_lengths": rows.prompt_lengths}
+        yield SupervisedBatch(input_ids=rows.input_ids, **lengths, weight=torch.ones(len(rows)))
 
 
 @check
@@ -437,15 +440,12 @@ def export_reward(folder: Path, name: str, texts: list[list[str]], **spread) -> 
 
 def loaders(stage: int, spread: Spread, data: str, batch: int, cache: str):
     return build_loaders(
+        DataConfig(data_path=[data], cache_dir=cache, data_split="1,1,1", seed=0),
         stage=stage,
         tokenizer=spread.tokenizer,
-        data_path=[data],
-        data_output_path=cache,
         max_len=96,
         train_batch_size=batch,
         eval_batch_size=2,
-        data_split="1,1,1",
-        seed=0,
         rank=rank(),
         world_size=world_size(),
     )

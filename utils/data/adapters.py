@@ -1,4 +1,4 @@
-"""Data sets known by name: a small function each, from a row to an `Example`, in the table `ADAPTERS`.
+"""Data sets known by name, in the table ADAPTERS: one small function each, from a row to an `Example`.
 
 To add one, write a function and name it in that table.
 """
@@ -28,21 +28,24 @@ from utils.data.shapes import (
 
 
 def rm_static(row: Row) -> Example:
+    """Finished prompts and two answers."""
     return pair(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"), margin(row))
 
 
 def synthetic_instruct(row: Row) -> Example:
+    """Bare questions and two answers."""
     return ask(row["prompt"], row["chosen"], row["rejected"])
 
 
 def rlhf_reward_datasets(row: Row) -> Example:
-    # The prompt stops before "Assistant:"; the answers may repeat the dialogue.
+    """Dialogues without their last "Assistant:"; the answers may repeat the dialogue."""
     prompt = text(row, "prompt").removesuffix("Assistant:") + "Assistant:"
     chosen, rejected = (text(row, column).split("Assistant:")[-1] for column in ("chosen", "rejected"))
     return pair(prompt, chosen, rejected)
 
 
 def webgpt(row: Row) -> Example:
+    """Two scored answers with marks of the passages they cite."""
     scores = numbers({"scores": [row["score_0"], row["score_1"]]}, "scores", 2)
     scored = zip(scores, (row["answer_0"], row["answer_1"]), strict=True)
     # Without the passages they cite, marks such as " [1, 2]" mean nothing.
@@ -53,54 +56,65 @@ def webgpt(row: Row) -> Example:
 
 
 def shp(row: Row) -> Example:
+    """Two answers of people, and a label for the better one."""
     a, b = row["human_ref_A"], row["human_ref_B"]
     return ask(row["history"], *((a, b) if int(row["labels"]) == 1 else (b, a)))
 
 
 def sharegpt_vicuna(row: Row) -> Example:
+    """USER/ASSISTANT dialogues and one answer."""
     if not row["prompt"] or not row["label"]:
         raise RowSkipped("no question or no answer")
     return pair(row["prompt"].replace("USER", "Human").replace("ASSISTANT", "Assistant"), row["label"])
 
 
 def zhihu(row: Row) -> Example:
+    """Questions and one answer."""
     return ask(row["INSTRUCTION"], row["RESPONSE"])
 
 
 def miracl(row: Row) -> Example:
+    """Queries and passages that answer them, or do not."""
     passages = (row["positive_passages"], row["negative_passages"])
     return ask(row["query"], *(found[0]["text"] if found else None for found in passages))
 
 
 def hc3(row: Row) -> Example:
+    """Questions and answers of people."""
     return ask(row["question"], next(iter(row["human_answers"] or []), None))
 
 
 def mkqa(row: Row, *, language: str) -> Example:
+    """Questions and answers in several languages, of which one is taken."""
     answers = row["answers"][language]
     return ask(row["queries"][language], answers[0]["text"] if answers else None)
 
 
 def qg_jaquad(row: Row) -> Example:
+    """Questions and the sentence that answers them."""
     return ask(row["question"], row["sentence"])
 
 
 def qag_jaquad(row: Row) -> Example:
+    """Several questions, of which the first is taken, and the paragraph that answers them."""
     return ask(next(iter(row["questions"] or []), None), row["paragraph"])
 
 
 def ultrafeedback(row: Row) -> Conversation:
+    """Two whole dialogues with a score each."""
     better, worse = numbers({"scores": [row["score_chosen"], row["score_rejected"]]}, "scores", 2)
     return replace(conversation(row, ["chosen", "rejected"]), margin=better - worse)
 
 
 def nectar(row: Row) -> Example:
+    """Finished prompts and several ranked answers."""
     answers = row["answers"] or []
     ranks = numbers({"ranks": [found["rank"] for found in answers]}, "ranks", len(answers))
     return ranked(text(row, "prompt").rstrip(" "), [found["answer"] or "" for found in answers], ranks)
 
 
 def ultrafeedback_completions(row: Row) -> Example:
+    """Bare questions and several scored answers."""
     found = row["completions"] or []
     scores = numbers({"scores": [completion["overall_score"] for completion in found]}, "scores", len(found))
     answers = [completion["response"] or "" for completion in found]
@@ -132,7 +146,7 @@ ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
 
 
 def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
-    """Whether a folder that is called like a known data set has its columns too, and in them what it has there."""
+    """Whether a row of a folder with a known data set's name also has that data set's columns and values."""
     try:
         adapter(row)
     except RowSkipped:
@@ -143,7 +157,7 @@ def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
 
 
 def known_name(name: str) -> str | None:
-    """The data set of ADAPTERS that `name` means: the name itself, or a folder called like it."""
+    """The data set of ADAPTERS that `name` means: the name itself, or a folder with that name."""
     path = Path(name)
     if name in ADAPTERS:
         return name

@@ -27,16 +27,11 @@ def fingerprint_of(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def code_of(*modules: str) -> bytes:
-    """The source text of modules of this package: results that they made are not read again once they change."""
-    return b"".join(Path(__file__).with_name(f"{module}.py").read_bytes() for module in modules)
-
-
 def cache_folder(cache_dir: str | None) -> Path:
     """The folder of the converted tables.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: The folder cannot be made or written.
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "converted"
     try:

@@ -20,7 +20,7 @@ Spans = tuple[tuple[int, int], ...]  # (start, end) of each earlier answer, in c
 
 
 class TemplateRefuses(Exception):
-    """The chat template cannot write these messages; the text says why."""
+    """The chat template cannot write these messages; the message of the exception says why."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ class TemplateRefuses(Exception):
 
 
 def write_plain(messages: Messages) -> tuple[str, Spans]:
-    """Messages as a prompt in Human/Assistant form, and its earlier answers; a system message stands first, bare."""
+    """Messages as a Human/Assistant prompt, and where its earlier answers stand; a system message comes first, bare."""
     text, spans = "", []
     for message in messages:
         if message["role"] == "assistant":
@@ -61,28 +61,25 @@ class ChatTemplate:
 
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except (
-            TemplateError,
-            TypeError,
-        ) as error:  # its own refusal, or what is missing
+        except (TemplateError, TypeError) as error:  # the template's own refusal, or something that it misses
             raise TemplateRefuses(" ".join(str(error).split()) or type(error).__name__) from error
 
     def prompt(self, messages: Messages) -> tuple[str, Spans | None]:
-        """The messages as a prompt, and its earlier answers with what ends them.
+        """The messages as a prompt, and where its earlier answers stand, each with the token that ends it.
 
-        None for the answers when the template rewrites them, so that their places cannot be told.
+        None instead of the places when the template rewrites the answers, so that they cannot be found.
         """
         text = self.render(messages, ask=True)
-        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not numbers:
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
             return text, ()
         marked = [
-            {**message, "content": MARK.format(i)} if i in numbers else message for i, message in enumerate(messages)
+            {**message, "content": MARK.format(i)} if i in turns else message for i, message in enumerate(messages)
         ]
-        pieces = re.split("|".join(MARK.format(i) for i in numbers), self.render(marked, ask=True))
-        if len(pieces) != len(numbers) + 1:
+        pieces = re.split("|".join(MARK.format(i) for i in turns), self.render(marked, ask=True))
+        if len(pieces) != len(turns) + 1:
             return text, None
-        contents = [messages[i]["content"] for i in numbers]
+        contents = [messages[i]["content"] for i in turns]
         for answers in (contents, [content.strip() for content in contents]):  # some templates strip
             written, spans = pieces[0], []
             for answer, after in zip(answers, pieces[1:], strict=True):
@@ -100,14 +97,14 @@ class ChatTemplate:
             raise TemplateRefuses("it writes the prompt in another way when an answer follows")
         text = whole[len(prompt) :]
         kept, end, rest = text.rpartition(self.tokenizer.eos_token)
-        if end and not rest.strip():  # what stands behind the end token belongs to the next turn
+        if end and not rest.strip():  # what follows the end token belongs to the next turn
             return kept + end
         closing = self.closing
         return text[: -len(closing)] + closing.rstrip() if closing.strip() and text.endswith(closing) else text
 
     @cached_property
     def closing(self) -> str:
-        """What the template writes behind an answer."""
+        """What the template writes after an answer."""
         mark = MARK.format(0)
         probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
         try:
@@ -116,7 +113,7 @@ class ChatTemplate:
             return ""
 
     def state(self) -> list[Any]:
-        """What the text depends on."""
+        """Everything that decides how the template writes, for the names of caches."""
         names = sorted(self.tokenizer.special_tokens_map.items(), key=str)
         return [self.tokenizer.chat_template, names]
 

@@ -1,21 +1,21 @@
 """Text rows -> token ids, for each of the three stages.
 
-An answer's end token follows it, unless the answer was cut: a cut answer must not teach the model to stop there. In a
-dialogue of several turns step 1 learns the last answer, or all of them: a `loss_mask` then says which of the tokens
-behind the first prompt.
+An answer is followed by the end token unless it was cut: a cut answer must not teach the model to stop there. From a
+dialogue of several turns step 1 learns the last answer or all of them: a `loss_mask` then marks the learned ones among
+the tokens after the first prompt.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.cache import cache_file, code_of, fingerprint_of
+from utils.data.cache import cache_file, fingerprint_of
+from utils.data.config import Overlong, TrainOn
 from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
-from utils.data.shapes import dense, distinct, distinct_texts, unranked
+from utils.data.shapes import Row, dense, unranked, usable_answers, usable_texts
 from utils.data.tokens import (
     beginning,
     encode_answers,
@@ -39,8 +39,9 @@ FEATURES = {
     ),
     "prompts": Features({"input_ids": IDS, "prompt": Value("string")}),
 }
+ENCODING_VERSION = 1  # of the tokens: to be raised with every change, see tests/utils/data/test_golden.py
 OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has them
-# What happened to a row, and the length that its prompt would have had: read again from the cache at every start.
+# What became of a row, and how long its prompt was before the cut: read from the cache at every start.
 FATE = Features(
     {"dropped": Value("string"), "cut": Value("bool"), "prompt_cut": Value("bool"), "full_length": Value("int32")}
 )
@@ -52,26 +53,54 @@ NEEDS = {
     "prompts": ("prompt", "step 3 starts from prompts; plain text serves step 1 and --unsupervised_dataset_name"),
 }
 TOO_LONG = "whose prompt alone fills --max_seq_len"
-TRAIN_ON = ("last", "all")
-Overlong = Literal["cut", "drop"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches of rows, for Dataset.map
 
 
-def supervised_batch(
-    batch: dict[str, list],
-    tokenizer: PreTrainedTokenizerBase,
-    max_len: int,
-    overlong: Overlong = "drop",
-    train_on: str = "last",
-) -> dict[str, list]:
+@dataclass(frozen=True)
+class Encoder:
+    """How one stage makes token ids of text rows.
+
+    Attributes:
+        kind: "supervised" {input_ids, prompt_length, loss_mask}, "ranking" {chosen_ids, rejected_ids, prompt_length,
+            margin}, "ranked" {answers_ids, ranks, prompt_length}, or "prompts" {input_ids, prompt}.
+        max_len: in tokens; of prompt and answer together, or of the prompt for "prompts".
+        overlong: what becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
+            "drop" for the others.
+        train_on: the "last" answer of a dialogue or "all"; for "supervised".
+    """
+
+    kind: str
+    tokenizer: PreTrainedTokenizerBase
+    max_len: int
+    overlong: Overlong | None = None
+    train_on: TrainOn = "last"
+
+    @property
+    def drops_overlong(self) -> bool:
+        """Whether rows with too long a prompt are left out."""
+        return self.kind != "prompts" if self.overlong is None else self.overlong == "drop"
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What decides about the tokens beside the length, for the cache and data.json."""
+        options = {"overlong": "drop" if self.drops_overlong else "cut"}
+        return options | ({"train_on": self.train_on} if self.kind == "supervised" else {})
+
+    def encode(self, batch: dict[str, list]) -> dict[str, list]:
+        """Columns of text -> columns of FEATURES[kind] and FATE."""
+        return to_columns(ENCODERS[self.kind](batch, self))
+
+
+def supervised_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     """Rows with prompt and chosen -> input_ids, prompt_length, loss_mask and their fate.
 
-    loss_mask: of the tokens behind the prompt; None where all of them are learned.
+    The loss_mask covers the tokens after the prompt; it is None where all of them are learned.
     """
     rows = []
+    tokenizer, max_len = encoder.tokenizer, encoder.max_len
     prompts, answers = batch["prompt"], batch["chosen"]
     first = beginning(tokenizer)
     plain = plain_ids(tokenizer, [prompt or "" for prompt in prompts])
@@ -80,15 +109,15 @@ def supervised_batch(
     places = batch.get("earlier") or [[]] * len(prompts)
     for prompt, answer, head, tail, earlier in zip(prompts, answers, heads, tails, places, strict=True):
         mask, dropped = None, unusable(prompt, [answer])
-        if not dropped and train_on == "all" and earlier is None:
+        if not dropped and encoder.train_on == "all" and earlier is None:
             dropped = "whose earlier answers the chat template rewrites (--train_on last takes such rows)"
-        elif not dropped and train_on == "all" and earlier:
+        elif not dropped and encoder.train_on == "all" and earlier:
             start, mask = split_turns(tokenizer, prompt, earlier, head)
             head, tail, mask = head[:start], head[start:] + tail, mask[start:] + [True] * len(tail)
         elif not dropped and prompt is None:  # plain text: its first token is the prompt
             head, tail = split_text(tokenizer, answer, first)
         full_length = len(head)
-        dropped = dropped or no_token(head) or (too_long(head, max_len) if overlong == "drop" else None)
+        dropped = dropped or no_token(head) or too_long(head, encoder)
         head = make_room(head, [tail], max_len, first)
         ids = join(head, tail, max_len, tokenizer.eos_token_id)
         if mask is not None:
@@ -99,34 +128,36 @@ def supervised_batch(
                 "input_ids": [] if dropped else ids,
                 "prompt_length": len(head),
                 "loss_mask": None if dropped else mask,
-                "dropped": dropped,
-                "cut": len(head) + len(tail) >= max_len,
-                "prompt_cut": len(head) < full_length,
-                "full_length": full_length,
+                **fate(dropped, len(head) + len(tail) >= max_len, len(head), full_length),
             }
         )
-    return columns(rows)
+    return rows
 
 
 def split_turns(
     tokenizer: PreTrainedTokenizerBase, prompt: str, earlier: list[list[int]], head: list[int]
 ) -> tuple[int, list[bool]]:
-    """(tokens before the first answer, which tokens of `head` belong to an answer).
+    """Finds the earlier answers among a prompt's tokens.
 
-    The tokens stay those of the whole prompt; one that reaches over an answer's border belongs to the answer.
+    The tokens stay those of the whole prompt; one that crosses an answer's boundary belongs to the answer.
 
     Args:
+        tokenizer: made the tokens.
+        prompt: as text.
         earlier: (start, end) of the earlier answers, in characters of the prompt; at least one.
         head: the prompt's ids, with the tokenizer's beginning.
+
+    Returns:
+        The number of tokens before the first answer, and for each token of `head` whether it belongs to an answer.
     """
     (plain,) = plain_ids(tokenizer, [prompt])
-    borders = plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
+    boundaries = plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
     offset = len(head) - len(plain)  # the tokenizer's beginning
     mask = [False] * len(head)
     starts = []
-    for before, upto in zip(borders[::2], borders[1::2], strict=True):
-        start, end = shared_length(before, plain), shared_length(upto, plain)
-        end += end < len(upto)  # its last token goes on behind the border
+    for before, up_to in zip(boundaries[::2], boundaries[1::2], strict=True):
+        start, end = shared_length(before, plain), shared_length(up_to, plain)
+        end += end < len(up_to)  # the last token crosses the boundary
         starts.append(max(offset + start, 1))
         mask[starts[-1] : offset + end] = [True] * (offset + end - starts[-1])
     return starts[0], mask
@@ -145,18 +176,17 @@ def split_text(tokenizer: PreTrainedTokenizerBase, text: str, first: list[int]) 
 
 
 def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list[int]) -> list[int]:
-    """A prompt that fills `max_len` alone keeps its end, and leaves the answers their length, at most half of it."""
+    """Cuts a prompt that fills `max_len` alone: it keeps its end, and leaves the answers up to half of the room."""
     if len(head) < max_len:
         return head
     longest = max(len(tail) for tail in tails) + 1
     return keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
 
 
-def ranking_batch(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "drop"
-) -> dict[str, list]:
+def ranking_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length, margin and their fate."""
     rows = []
+    tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first = beginning(tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
     plain = plain_ids(tokenizer, prompts)
@@ -171,8 +201,7 @@ def ranking_batch(
     ):
         full_length = len(head)
         dropped = unusable(prompt, []) or (None if several[i] is None else unranked(several[i], ranks[i]))
-        dropped = dropped or unusable(prompt, [chosen, rejected]) or no_token(head)
-        dropped = dropped or (too_long(head, max_len) if overlong == "drop" else None)
+        dropped = dropped or unusable(prompt, [chosen, rejected]) or no_token(head) or too_long(head, encoder)
         head = make_room(head, ends, max_len, first)
         ids = [join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
         if not dropped and chosen.strip() == rejected.strip():
@@ -185,24 +214,20 @@ def ranking_batch(
                 "rejected_ids": [] if dropped else ids[1],
                 "prompt_length": len(head),
                 "margin": margin,
-                "dropped": dropped,
-                "cut": max(len(head) + len(tail) for tail in ends) >= max_len,
-                "prompt_cut": len(head) < full_length,
-                "full_length": full_length,
+                **fate(dropped, len(head) + max(map(len, ends)) >= max_len, len(head), full_length),
             }
         )
-    return columns(rows)
+    return rows
 
 
-def ranked_batch(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "drop"
-) -> dict[str, list]:
+def ranked_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     """Rows with prompt, answers and ranks -> answers_ids, ranks, prompt_length, left_out and their fate.
 
-    A row without `answers` is a pair: chosen before rejected. left_out: how many answers of a used row are not used,
-    being not `distinct`, as texts or after the cut.
+    A row without `answers` is a pair: chosen before rejected. left_out counts the answers of a used row that are not
+    among its `usable_answers`, as texts or after the cut.
     """
     rows = []
+    tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first, eos = beginning(tokenizer), tokenizer.eos_token_id
     prompts = [prompt or "" for prompt in batch["prompt"]]
     plain = plain_ids(tokenizer, prompts)
@@ -215,14 +240,13 @@ def ranked_batch(
     for i, head in enumerate(with_beginning(first, plain)):
         full_length, is_pair = len(head), batch["answers"][i] is None
         ranks = [1, 2] if is_pair else batch["ranks"][i]
-        kept = distinct_texts(answers[i], ranks)
-        dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head)
-        dropped = dropped or (too_long(head, max_len) if overlong == "drop" else None)
+        kept = usable_texts(answers[i], ranks)
+        dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head) or too_long(head, encoder)
         if not dropped and (reason := unranked(answers[i], ranks)):
             dropped = "with equal answers" if is_pair else reason
         head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
         ids = [tuple(join(head, tail, max_len, eos)) for tail in tails[i]]
-        used = [kept[k] for k in distinct([ids[k] for k in kept], [ranks[k] for k in kept])]
+        used = [kept[k] for k in usable_answers([ids[k] for k in kept], [ranks[k] for k in kept])]
         if not dropped and len({ranks[k] for k in used}) < 2:
             dropped = "whose answers are equal after the cut"
         rows.append(
@@ -231,41 +255,34 @@ def ranked_batch(
                 "ranks": [] if dropped else dense([ranks[k] for k in used]),
                 "prompt_length": len(head),
                 "left_out": 0 if dropped else len(ranks) - len(used),
-                "dropped": dropped,
-                "cut": any(len(head) + len(tails[i][k]) >= max_len for k in used),
-                "prompt_cut": len(head) < full_length,
-                "full_length": full_length,
+                **fate(dropped, any(len(head) + len(tails[i][k]) >= max_len for k in used), len(head), full_length),
             }
         )
-    return columns(rows)
+    return rows
 
 
-def prompts_batch(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_len: int, overlong: Overlong = "cut"
-) -> dict[str, list]:
+def prompts_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     """Rows with prompt -> input_ids, the text, and their fate."""
+    tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first = beginning(tokenizer)
     rows = []
     prompts = [prompt or "" for prompt in batch["prompt"]]
     for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True):
         dropped = unusable(prompt, []) or no_token(ids)
-        if not dropped and overlong == "drop" and len(ids) > max_len:
+        if not dropped and encoder.drops_overlong and len(ids) > max_len:
             dropped = "whose prompt is longer than --max_prompt_seq_len"
-        rows.append(
-            {
-                "input_ids": keep_end(ids, max_len, first),
-                "prompt": prompt,
-                "dropped": dropped,
-                "cut": False,
-                "prompt_cut": len(ids) > max_len,
-                "full_length": len(ids),
-            }
-        )
-    return columns(rows)
+        kept = keep_end(ids, max_len, first)
+        rows.append({"input_ids": kept, "prompt": prompt, **fate(dropped, False, len(kept), len(ids))})
+    return rows
+
+
+def fate(dropped: str | None, cut: bool, length: int, full_length: int) -> Row:
+    """What became of a row with a prompt of this length, after and before the cut; see FATE."""
+    return {"dropped": dropped, "cut": cut, "prompt_cut": length < full_length, "full_length": full_length}
 
 
 def unusable(prompt: str | None, answers: list[str | None]) -> str | None:
-    """Why the texts of a row cannot be used; without a prompt (None) the answer is a plain text."""
+    """Why the texts of a row cannot be used, or None; without a prompt (None) the answer is a plain text."""
     if prompt is not None and not prompt.strip():
         return "with an empty prompt"
     if any(answer is None for answer in answers):
@@ -275,16 +292,16 @@ def unusable(prompt: str | None, answers: list[str | None]) -> str | None:
 
 
 def no_token(prompt_ids: list[int]) -> str | None:
-    """A prompt of characters that the tokenizer leaves out."""
+    """Why a prompt is unusable that consists of characters which the tokenizer ignores; None for others."""
     return None if prompt_ids else "whose prompt has no token"
 
 
-def too_long(prompt_ids: list[int], max_len: int) -> str | None:
-    """A prompt that leaves no room for a token of the answer."""
-    return TOO_LONG if len(prompt_ids) >= max_len else None
+def too_long(prompt_ids: list[int], encoder: Encoder) -> str | None:
+    """Why a prompt is unusable that leaves no room for an answer, where such rows are dropped; None for others."""
+    return TOO_LONG if encoder.drops_overlong and len(prompt_ids) >= encoder.max_len else None
 
 
-ENCODERS = {
+ENCODERS: dict[str, Callable[[dict[str, list], Encoder], list[Row]]] = {
     "supervised": supervised_batch,
     "ranking": ranking_batch,
     "ranked": ranked_batch,
@@ -292,13 +309,7 @@ ENCODERS = {
 }
 
 
-def encoder_options(kind: str, overlong: Overlong | None, train_on: str) -> dict[str, str]:
-    """What the encoder of this kind takes beside the length, the defaults filled in; see `encode_rows`."""
-    options = {"overlong": overlong or ("cut" if kind == "prompts" else "drop")}
-    return options | ({"train_on": train_on} if kind == "supervised" else {})
-
-
-def columns(rows: list[dict[str, Any]]) -> dict[str, list]:
+def to_columns(rows: list[Row]) -> dict[str, list]:
     """Rows -> columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -309,7 +320,7 @@ def columns(rows: list[dict[str, Any]]) -> dict[str, list]:
 
 @dataclass(frozen=True)
 class Names:
-    """How messages call things."""
+    """What messages call the rows and the flags."""
 
     data: str  # "train" or "eval"
     data_flag: str = "--data_path"
@@ -318,15 +329,11 @@ class Names:
 
 def encode_rows(
     rows: Dataset,
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_len: int,
+    encoder: Encoder,
     *,
     cache_dir: str | None,
     names: Names,
     num_proc: int | None = None,
-    overlong: Overlong | None = None,
-    train_on: str = "last",
     record: list[dict] | None = None,
     in_memory: bool = False,
 ) -> Dataset:
@@ -334,25 +341,25 @@ def encode_rows(
 
     Args:
         rows: columns prompt, chosen, rejected; for "ranked" also answers and ranks.
-        kind: "supervised" {input_ids, prompt_length}, with loss_mask where some row has one; "ranking" {chosen_ids,
-            rejected_ids, prompt_length}, with margin where some row has one; "ranked" {answers_ids, ranks,
-            prompt_length}; or "prompts" {input_ids, prompt}.
-        max_len: in tokens; of prompt and answer together, or of the prompt for "prompts".
-        overlong: what becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
-            "drop" for the others.
-        train_on: the "last" answer of a dialogue or "all"; for "supervised".
+        encoder: says the columns of the result, of which those in OPTIONAL are left out where no row has them.
+        cache_dir: where the Arrow files go; None: the datasets library's own folder.
+        names: what messages call the rows and the flags.
+        num_proc: processes that encode; None: this one.
         record: gets an entry: how many rows were dropped and cut.
         in_memory: write nothing to the cache.
+
+    Returns:
+        The usable rows, with the columns of FEATURES.
 
     Raises:
         UserError: the rows lack what this stage needs, or no row is left.
     """
+    kind, max_len = encoder.kind, encoder.max_len
     check_serves(rows, kind, names)
-    options = encoder_options(kind, overlong, train_on)
-    made_by = (code_of("encoding", "shapes", "tokens"), tokenizer_fingerprint(tokenizer))
-    fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(options.items()))
+    made_by = (ENCODING_VERSION, tokenizer_fingerprint(encoder.tokenizer))
+    fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(encoder.options.items()))
     encoded = rows.map(
-        partial(ENCODERS[kind], tokenizer=tokenizer, max_len=max_len, **options),
+        encoder.encode,
         batched=True,
         remove_columns=rows.column_names,
         features=Features({**FEATURES[kind], **FATE}),
@@ -363,16 +370,16 @@ def encode_rows(
         desc=f"Encoding {names.data}",
     )
     table = encoded.with_format("arrow")
-    fate = {name: table[name][:] for name in FATE}
-    kept = np.asarray(fate["dropped"].is_null())
-    cut, prompt_cut = (np.asarray(fate[name]) & kept for name in ("cut", "prompt_cut"))
-    longest = int(np.asarray(fate["full_length"]).max())
-    if kind == "prompts" and np.asarray(fate["prompt_cut"]).all() and names.data.startswith("train"):
+    kept = np.asarray(table["dropped"][:].is_null())
+    was_cut, prompt_was_cut = (np.asarray(table[name][:]) for name in ("cut", "prompt_cut"))
+    cut, prompt_cut = was_cut & kept, prompt_was_cut & kept
+    longest = int(np.asarray(table["full_length"][:]).max())
+    if kind == "prompts" and prompt_was_cut.all() and names.data.startswith("train"):
         raise UserError(
             f"{names.length_flag} {max_len}: every prompt of {names.data_flag} is longer (up to {longest} tokens); "
             "raise it, or shorten the prompts"
         )
-    dropped = tally(fate["dropped"].to_pylist(), rows)
+    dropped = tally(table["dropped"][:].to_pylist(), rows)
     if not kept.any():
         if set(dropped) == {TOO_LONG}:
             raise UserError(
@@ -381,14 +388,14 @@ def encode_rows(
             )
         raise UserError(f"{names.data_flag}: no usable row is left for {names.data}: {as_words(dropped)}")
     dropped = {reason.replace("--max_seq_len", names.length_flag): found for reason, found in dropped.items()}
-    report_dropped(f"{names.data_flag} ({names.data})", dropped, len(encoded))
     what = f"{names.data_flag} ({names.data})"
+    report_dropped(what, dropped, len(encoded))
     cuts = (first_rows(mask, rows) for mask in (prompt_cut, cut))
     report_cut(f"{names.length_flag} {max_len}", what, *cuts, longest, len(rows))
     left_out = np.asarray(table["left_out"][:]) if kind == "ranked" else np.zeros(len(encoded), dtype=int)
     report_left_out(what, int(left_out.sum()), first_rows(left_out, rows))
     if record is not None:
-        used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **options}
+        used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **encoder.options}
         counts = {"rows": len(encoded), "kept": int(kept.sum()), "dropped": as_record(dropped)}
         counts |= {"answers_left_out": int(left_out.sum())} if kind == "ranked" else {}
         record.append({**used, **counts, "cut_prompts": int(prompt_cut.sum()), "cut_answers": int(cut.sum())})

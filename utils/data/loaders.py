@@ -1,15 +1,15 @@
 """Encoded rows -> padded batches for every rank.
 
-The rows of one step are the same set on 1 or n ranks (with the same global batch), their order depends on the seed and
-the epoch alone, and nothing is drawn from the global random generators, so that a run can go on exactly where another
-one stopped.
+With the same global batch, a step has the same set of rows on any number of ranks. Their order depends on the seed and
+the epoch alone, and nothing is drawn from the global random generators, so that a run can continue exactly where
+another one stopped.
 """
 
 import json
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -22,12 +22,13 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.cache import code_of, fingerprint_of
+from utils.data.cache import fingerprint_of
 from utils.data.chat import template_of
 from utils.data.collate import collate_prompts, collate_ranked, collate_ranking, collate_supervised
-from utils.data.encoding import Names, Overlong, encode_rows, has_rankings
+from utils.data.config import DataConfig
+from utils.data.encoding import ENCODING_VERSION, Encoder, Names, encode_rows, has_rankings
 from utils.data.names import parse_name
-from utils.data.preferences import load_data_set
+from utils.data.preferences import READING_VERSION, load_data_set
 from utils.data.shapes import Form
 from utils.data.splits import blend, prompt_keys, stage_indices
 from utils.data.tokens import tokenizer_fingerprint
@@ -43,102 +44,55 @@ COLLATORS = {
     "ranked": collate_ranked,
     "prompts": collate_prompts,
 }
-MODULES = (
-    *("adapters", "cache", "chat", "collate", "encoding", "loaders", "names", "preferences", "shapes", "sources"),
-    *("raw", "splits", "streamed_set", "streaming", "tokens"),
-)
+# Of which rows serve what and their order: to be raised with every change, see tests/utils/data/test_golden.py
+ORDER_VERSION = 1
 REMIND_AFTER = 300.0  # seconds
 BATCH_FLAGS = ("--per_device_train_batch_size", "--per_device_train_batch_size", "--per_device_generation_batch_size")
 
 
 def build_loaders(
+    config: DataConfig,
     *,
     stage: int,
     tokenizer: PreTrainedTokenizerBase,
-    data_path: Sequence[str],
     max_len: int,
     train_batch_size: int,
     eval_batch_size: int,
-    data_split: str = "2,4,4",
-    data_output_path: str | None = None,
-    sft_only_data_path: Sequence[str] = (),
-    seed: int = 2023,
-    data_seed: int = 1234,
     rank: int = 0,
     world_size: int = 1,
-    num_proc: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    overlong: Overlong | None = None,
-    train_on: str = "last",
-    need_margin: bool = False,
-    best_and_worst: bool = False,
-    record_in: str | Path | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """The loaders (train, eval) of one stage on one rank.
 
     Each data set is split over the stages on its own, by whole prompts, and then blended with the others by the weights
-    in their names. Its eval rows serve every stage: nothing is trained on them.
+    in their names. Its eval rows serve every stage: nothing is trained on them. Where some row of the data has several
+    ranked answers, the batches of stage 1 are those of `collate_ranked`, unless `config.best_and_worst` is set.
 
     Args:
+        config: the data and how it is prepared.
         stage: 0 supervised, 1 ranking, 2 prompts.
+        tokenizer: of the model that is trained.
         max_len: tokens; of prompt and answer together (stages 0 and 1) or of the prompt (stage 2).
-        train_batch_size, eval_batch_size: rows per rank.
-        data_output_path: folder of the cache; None: the datasets library's own.
-        sft_only_data_path: data sets that serve stage 0 wholly, and no other stage.
-        seed: of the order of the training rows.
-        data_seed: of the split over the stages.
-        num_proc: processes that encode; None: this one.
-        columns: {"prompt": its name in the data, ...}, see `Form`. Lists of messages are written by the tokenizer's
-            chat template where it has one.
-        overlong, train_on: see `encode_rows`.
-        need_margin: stage 1 learns from `margin`: refuses data without one.
-        best_and_worst: of several ranked answers stage 1 takes the best and the worst, as a pair. Otherwise, where some
-            row of the data has ranked answers, its batches are those of `collate_ranked`.
-        record_in: folder for data.json: what was read, dropped and cut, and the fingerprints of data, tokenizer and
-            code.
+        train_batch_size: rows per rank.
+        eval_batch_size: rows per rank.
+        rank: of this process.
+        world_size: number of processes.
 
     Returns:
-        train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` says where
-            it stands.
+        train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` is its
+            position.
         eval_loader: the same number of batches on every rank, in a fixed order; filler rows have weight 0.
 
     Raises:
         UserError: see `load_data_set` and `encode_rows`; or fewer training rows than one step takes.
     """
-    record: list[dict] = []
     with local_rank_zero_first():
-        kind, train, evaluation = encode_data_sets(
-            stage,
-            tokenizer,
-            data_path=data_path,
-            max_len=max_len,
-            data_split=data_split,
-            cache_dir=data_output_path,
-            sft_only_data_path=sft_only_data_path,
-            data_seed=data_seed,
-            num_proc=num_proc,
-            columns=columns,
-            overlong=overlong,
-            train_on=train_on,
-            best_and_worst=best_and_worst,
-            record=record,
-        )
-    if need_margin and kind == "ranked":
-        raise UserError("--use_margin: the data ranks several answers to a prompt, without margins; leave the flag out")
-    if need_margin and "margin" not in train.column_names:
-        raise UserError("--use_margin: no row of the data has a number in a column `margin`; leave the flag out")
-    if record_in is not None and this_rank() == 0:
-        split = {"stage": stage, "data_split": data_split, "data_seed": data_seed, "order_seed": seed}
-        rows = {"train_rows": len(train), "eval_rows": len(evaluation)}
-        write_record(Path(record_in), {**split, **rows, "data": record}, tokenizer)
-    global_batch = train_batch_size * world_size
-    if len(train) < global_batch:
-        raise UserError(
-            f"{BATCH_FLAGS[stage]} {train_batch_size}: {len(train)} training rows are too few for one batch of "
-            f"{global_batch} on {world_size} rank{'s' * (world_size > 1)}; lower it, or give more data"
-        )
+        kind, train, evaluation, record = encode_data_sets(config, stage, tokenizer, max_len)
+    check_margins(config, kind, train.column_names, "no row of the data")
+    counts = {"train_rows": len(train), "eval_rows": len(evaluation)}
+    write_record(config, stage, tokenizer, {**counts, "data": record})
+    check_fills_a_batch(len(train), stage, train_batch_size, world_size)
     collate = partial(COLLATORS[kind], pad_id=tokenizer.pad_token_id)
-    order = EpochSampler(len(train), train_batch_size, rank=rank, world_size=world_size, seed=seed)
+    order = EpochSampler(len(train), train_batch_size, rank=rank, world_size=world_size, seed=config.seed)
     return (
         make_loader(train, order, train_batch_size, collate),
         make_loader(evaluation, EvalSampler(len(evaluation), rank, world_size), eval_batch_size, collate),
@@ -146,35 +100,34 @@ def build_loaders(
 
 
 def build_answers_loader(
-    *,
+    config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    data_path: Sequence[str],
+    *,
     max_len: int,
     batch_size: int,
-    data_output_path: str | None = None,
     rank: int = 0,
     world_size: int = 1,
-    num_proc: int | None = None,
-    columns: Mapping[str, str] | None = None,
     held_out: Sequence[Dataset] | None = None,
 ) -> DataLoader | None:
-    """Held-out prompts with their chosen answers, for the perplexity in stage 2; None where the data have prompts only.
+    """Held-out prompts with their chosen answers, for the perplexity in stage 2; None where the data has prompts only.
 
-    max_len: tokens of prompt and answer. Batches as the supervised ones of `build_loaders`.
-    held_out: the rows to evaluate of each data set, where they are at hand; nothing is read then.
+    The arguments and batches are like those of `build_loaders` for stage 0. `held_out` are the rows to evaluate of each
+    data set, where they have been read already.
     """
-    encoded = []
-    form = Form(columns or {}, template_of(tokenizer))
+    cache_dir, num_proc, encoded = config.cache_dir, config.num_proc, []
+    form, encoder = form_of(config, tokenizer), Encoder("supervised", tokenizer, max_len)
     with local_rank_zero_first():
-        options = {"cache_dir": data_output_path, "num_proc": num_proc}
-        for k, name in enumerate(data_path):
-            rows = held_out[k] if held_out else load_data_set(name, announce=False, form=form, **options)[1]
+        for k, name in enumerate(config.data_path):
+            if held_out:
+                rows = held_out[k]
+            else:
+                _, rows = load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, announce=False, form=form)
             if rows.with_format("arrow")["chosen"][:].null_count == len(rows):
                 continue
             names = Names("eval", f"--data_path {name}", "--max_prompt_seq_len + --max_answer_seq_len")
             in_memory = held_out is not None
             encoded.append(
-                encode_rows(rows, "supervised", tokenizer, max_len, names=names, in_memory=in_memory, **options)
+                encode_rows(rows, encoder, cache_dir=cache_dir, names=names, num_proc=num_proc, in_memory=in_memory)
             )
     if not encoded:
         return None
@@ -184,72 +137,92 @@ def build_answers_loader(
 
 
 def encode_data_sets(
-    stage: int,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    data_path: Sequence[str],
-    max_len: int,
-    data_split: str,
-    cache_dir: str | None,
-    sft_only_data_path: Sequence[str] = (),
-    data_seed: int = 1234,
-    num_proc: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    overlong: Overlong | None = None,
-    train_on: str = "last",
-    best_and_worst: bool = False,
-    record: list[dict] | None = None,
-) -> tuple[str, Dataset, Dataset]:
-    """All data sets of one stage, encoded and blended: (kind of the rows, train, eval)."""
-    sources, weights = data_sources(stage, data_path, sft_only_data_path)
-    form = Form(columns or {}, template_of(tokenizer))
+    config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerBase, max_len: int
+) -> tuple[str, Dataset, Dataset, list[dict]]:
+    """All data sets of one stage, encoded and blended.
+
+    Returns:
+        The kind of the rows, those to train on, those to evaluate, and what data.json says about them.
+    """
+    sources, weights = data_sources(config, stage)
+    cache_dir, num_proc, form = config.cache_dir, config.num_proc, form_of(config, tokenizer)
+    record: list[dict] = []
     loaded = [
         load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, form=form, record=record)
         for flag, name in sources
     ]
-    several = stage == 1 and not best_and_worst and any(has_rankings(rows) for parts in loaded for rows in parts)
-    kind = "ranked" if several else KINDS[stage]
+    kind = kind_of(config, stage, (rows for splits in loaded for rows in splits))
+    encoder = Encoder(kind, tokenizer, max_len, config.overlong, config.train_on)
     encoded: dict[str, list[Dataset]] = {"train": [], "eval": []}
     for (flag, name), (train, evaluation) in zip(sources, loaded, strict=True):
         if flag == "--data_path":
-            train = train.select(stage_indices(list(prompt_keys(train)), data_split, stage, data_seed, name))
-        for data, rows in (("train", train), ("eval", evaluation)):
-            names = Names(data, f"{flag} {name}", LENGTH_FLAGS[stage])
-            options = {"num_proc": num_proc, "overlong": overlong, "train_on": train_on, "record": record}
-            encoded[data].append(
-                encode_rows(rows, kind, tokenizer, max_len, cache_dir=cache_dir, names=names, **options)
+            prompts = list(prompt_keys(train))
+            train = train.select(stage_indices(prompts, config.data_split, stage, config.data_seed, name))
+        for split, rows in (("train", train), ("eval", evaluation)):
+            names = Names(split, f"{flag} {name}", LENGTH_FLAGS[stage])
+            encoded[split].append(
+                encode_rows(rows, encoder, cache_dir=cache_dir, names=names, num_proc=num_proc, record=record)
             )
     if len(sources) > 1 and None not in weights:
-        rows_of = blend([len(rows) for rows in encoded["train"]], weights, data_seed)
-        for k, ((flag, name), rows) in enumerate(zip(sources, rows_of, strict=True)):
-            print0(f"{flag} {name}: {len(rows)} of {len(encoded['train'][k])} rows in the blend")
-            if record is not None:
-                used = {"data": f"{flag} {name}", "blend": len(rows), "of": len(encoded["train"][k])}
-                record.append({**used, "fingerprint": fingerprint_of(rows)})
-            encoded["train"][k] = encoded["train"][k].select(rows)
-    train, evaluation = (datasets.concatenate_datasets(encoded[data]) for data in ("train", "eval"))
-    return kind, train, evaluation
+        rows_of = blend([len(rows) for rows in encoded["train"]], weights, config.data_seed)
+        for k, ((flag, name), indices) in enumerate(zip(sources, rows_of, strict=True)):
+            total = len(encoded["train"][k])
+            print0(f"{flag} {name}: {len(indices)} of {total} rows in the blend")
+            used = {"data": f"{flag} {name}", "blend": len(indices), "of": total}
+            record.append({**used, "fingerprint": fingerprint_of(indices)})
+            encoded["train"][k] = encoded["train"][k].select(indices)
+    train, evaluation = (datasets.concatenate_datasets(encoded[split]) for split in ("train", "eval"))
+    return kind, train, evaluation, record
 
 
-def data_sources(
-    stage: int, data_path: Sequence[str], sft_only_data_path: Sequence[str]
-) -> tuple[list[tuple[str, str]], list[float | None]]:
-    """(flag, name) of the data sets of a stage, and their weights: of all, or of none.
+def form_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Form:
+    """Lists of messages are written by the tokenizer's chat template where it has one."""
+    return Form(config.columns, template_of(tokenizer))
+
+
+def kind_of(config: DataConfig, stage: int, data_sets: Iterable[Dataset]) -> str:
+    """The kind of a stage's rows, which in stage 1 depends on the data; see `Encoder`."""
+    ranked = stage == 1 and not config.best_and_worst and any(map(has_rankings, data_sets))
+    return "ranked" if ranked else KINDS[stage]
+
+
+def check_margins(config: DataConfig, kind: str, columns: Collection[str], who: str) -> None:
+    """Refuses --use_margin for ranked answers, and for rows without margins."""
+    if config.need_margin and kind == "ranked":
+        raise UserError("--use_margin: the data ranks several answers to a prompt, without margins; leave the flag out")
+    if config.need_margin and "margin" not in columns:
+        raise UserError(f"--use_margin: {who} has a number in a column `margin`; leave the flag out")
+
+
+def check_fills_a_batch(n_rows: int, stage: int, train_batch_size: int, world_size: int) -> None:
+    """Refuses fewer training rows than one step takes."""
+    if n_rows < train_batch_size * world_size:
+        raise UserError(
+            f"{BATCH_FLAGS[stage]} {train_batch_size}: {n_rows} training rows are too few for one batch of "
+            f"{train_batch_size * world_size} on {world_size} rank{'s' * (world_size > 1)}; lower it, or give more data"
+        )
+
+
+def data_sources(config: DataConfig, stage: int) -> tuple[list[tuple[str, str]], list[float | None]]:
+    """The flag and name of each data set of a stage, and the weights: all of them have one, or none.
 
     Raises:
         UserError: some have a weight and some have none.
     """
-    sources = [("--data_path", name) for name in data_path]
+    sources = [("--data_path", name) for name in config.data_path]
     if stage == 0:
-        sources += [("--sft_only_data_path", name) for name in sft_only_data_path]
+        sources += [("--sft_only_data_path", name) for name in config.sft_only_data_path]
     weights = [parse_name(name, flag).weight for flag, name in sources]
     if None in weights and any(weights):
         raise UserError(f"{sources[weights.index(None)][0]}: give each data set a weight (name:0.3), or none")
     return sources, weights
 
 
-def write_record(folder: Path, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """data.json: equal for two runs that are given the same batches."""
+def write_record(config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+    """Writes data.json, where it is wanted, on rank 0: equal for two runs that are given the same batches."""
+    if config.record_in is None or this_rank() != 0:
+        return
+    split = {"stage": stage, "data_split": config.data_split, "data_seed": config.data_seed, "order_seed": config.seed}
     template = template_of(tokenizer)
     made_by = {
         "tokenizer": {
@@ -257,21 +230,22 @@ def write_record(folder: Path, record: dict[str, Any], tokenizer: PreTrainedToke
             "fingerprint": tokenizer_fingerprint(tokenizer),
             "chat_template": fingerprint_of(template.state()) if template else None,
         },
-        "code": fingerprint_of(code_of(*MODULES)),
+        "code": {"reading": READING_VERSION, "encoding": ENCODING_VERSION, "order": ORDER_VERSION},
     }
+    folder = Path(config.record_in)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**record, **made_by}, indent=2, ensure_ascii=False)
+    text = json.dumps({**split, **record, **made_by}, indent=2, ensure_ascii=False)
     (folder / "data.json").write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
-    """The first rank of each machine runs the block alone and fills the cache; then the others, who find it full.
+    """Lets the first rank of each machine run the block alone and fill the cache; the others follow and find it full.
 
-    An error on the first rank lets the others go on, into the same error.
+    An error on the first rank lets the others continue, into the same error.
 
     Raises:
-        UserError: on a rank that has waited for as long as the process group allows.
+        UserError: a rank has waited for as long as the process group allows.
     """
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not first:
@@ -288,7 +262,7 @@ def local_rank_zero_first() -> Iterator[None]:
 
 
 def waiting(seconds: float | None) -> str:
-    """What a rank says that waits for the data, or has waited in vain (None)."""
+    """The message of a rank that has waited so long for the data, or in vain (None)."""
     so_far = "in vain" if seconds is None else f"for {seconds / 60:.0f} minutes"
     return (
         f"rank {this_rank()} has waited {so_far} for the first rank of its machine to prepare the data; it waits up to "
@@ -299,7 +273,7 @@ def waiting(seconds: float | None) -> str:
 
 @contextmanager
 def reminding() -> Iterator[None]:
-    """Says every few minutes what is waited for: a process group may end one that waits too long without a word."""
+    """Prints every few minutes what this rank waits for: a process group may end one that waits too long."""
     done = threading.Event()
 
     def remind() -> None:
@@ -320,52 +294,55 @@ def reminding() -> Iterator[None]:
 
 
 class ResumableSampler(Sampler, ABC):
-    """The training rows of one rank, in an order that the epoch decides: step s takes rows s * G .. (s + 1) * G of it,
-    G the global batch; the ranks share them in turn. The incomplete last step is left out.
+    """The training rows of one rank, in an order that depends on the epoch.
 
-    State: the epoch, and how many rows all ranks together have handed out in it: the same on every rank, and right
-    on another number of ranks too.
+    Step s takes rows s * G .. (s + 1) * G of that order, G the global batch; the ranks take turns among them. The
+    incomplete last step is left out. The state is the epoch, and how many rows all ranks together have drawn in it: it
+    is the same on every rank, and valid on another number of ranks too.
     """
 
-    def __init__(self, *, rank: int, world_size: int):
+    def __init__(self, *, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self.handed_out = 0
+        self.drawn = 0
         self.resume_at = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch's order; another epoch starts at its first row."""
+        """Chooses the epoch's order; a new epoch starts at its first row."""
         if epoch != self.epoch:
-            self.epoch, self.handed_out, self.resume_at = epoch, 0, 0
+            self.epoch, self.drawn, self.resume_at = epoch, 0, 0
 
     @abstractmethod
     def rows(self) -> Iterator[Any]:
         """This rank's rows of the whole epoch."""
 
     def __iter__(self) -> Iterator[Any]:
+        """This rank's rows of the epoch, from where a loaded state left off."""
         start, self.resume_at = self.resume_at, 0
         for k, row in enumerate(islice(self.rows(), start, None), start):
-            self.handed_out = k + 1
+            self.drawn = k + 1
             yield row
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.handed_out * self.world_size}
+        """The epoch and the position in it, in rows of all ranks."""
+        return {"epoch": self.epoch, "position": self.drawn * self.world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration goes on at this state; later ones start at the epoch's first row."""
+        """Lets the next iteration continue at this state; later ones start at the epoch's first row."""
         self.epoch = state["epoch"]
-        self.handed_out = self.resume_at = state["position"] // self.world_size
+        self.drawn = self.resume_at = state["position"] // self.world_size
 
 
 class EpochSampler(ResumableSampler):
-    """The numbers of rows that are all at hand, shuffled with `seed`."""
+    """The indices of stored rows, shuffled with `seed`."""
 
-    def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0):
+    def __init__(self, n_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
         super().__init__(rank=rank, world_size=world_size)
         self.n_rows, self.seed = n_rows, seed
         self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
 
     def rows(self) -> Iterator[int]:
+        """This rank's indices of the whole epoch."""
         generator = torch.Generator().manual_seed((self.seed % 2**40 << 20) + self.epoch)
         order = torch.randperm(self.n_rows, generator=generator).tolist()
         return iter(order[self.rank :: self.world_size][: self.rows_per_rank])
@@ -375,9 +352,12 @@ class EpochSampler(ResumableSampler):
 
 
 class EvalSampler(Sampler[int]):
-    """All rows in order, shared by the ranks in turn; numbers beyond the last row are fillers, so that ranks agree."""
+    """The indices of all rows in order, which the ranks take in turn.
 
-    def __init__(self, n_rows: int, rank: int = 0, world_size: int = 1):
+    Indices beyond the last row stand for fillers, so that all ranks have equally many.
+    """
+
+    def __init__(self, n_rows: int, rank: int = 0, world_size: int = 1) -> None:
         self.rows_per_rank = -(-n_rows // world_size)
         self.rank, self.world_size = rank, world_size
 
@@ -389,9 +369,9 @@ class EvalSampler(Sampler[int]):
 
 
 class WeightedRows(torch.utils.data.Dataset):
-    """Rows with a weight: 1, and 0 for the filler rows that stand at numbers beyond the last one."""
+    """Rows with a weight: 1, and 0 for the filler rows at indices beyond the last one."""
 
-    def __init__(self, rows: Dataset):
+    def __init__(self, rows: Dataset) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
@@ -410,7 +390,7 @@ class WeightedRows(torch.utils.data.Dataset):
 
 
 def make_loader(rows: Dataset, sampler: Sampler[int], batch_size: int, collate: Callable[..., Any]) -> DataLoader:
-    """A loader in this process. Its own generator: a DataLoader would draw a seed from the global one."""
+    """A loader in this process, with its own generator, since a DataLoader would draw a seed from the global one."""
     return DataLoader(
         WeightedRows(rows), batch_size=batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator()
     )

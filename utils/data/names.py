@@ -1,5 +1,6 @@
-"""What one entry of --data_path says: `name#configuration/split:weight`, all but the name optional. And the weight
-behind a colon wherever a flag takes several weighted names.
+"""What one entry of --data_path says: `name#configuration/split:weight`, all but the name optional.
+
+Other flags that take several weighted names share the weight after the colon.
 
 Without heavy imports: the flags are checked before any library is loaded.
 """
@@ -16,16 +17,12 @@ WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>[+-]?[0-9.]+([eE][+-]?[0-9]+)?)")
 
 @dataclass(frozen=True)
 class DataName:
-    """A file, folder or hub name, and what of it is meant.
-
-    configuration: of a hub data set; a subfolder of a local one.   split: the one to train on.
-    weight: the share in a blend of several data sets; None: all its rows.
-    """
+    """A file, folder or hub name, and which part of it is meant."""
 
     name: str
-    configuration: str | None = None
-    split: str | None = None
-    weight: float | None = None
+    configuration: str | None = None  # of a hub data set; a subfolder of a local one
+    split: str | None = None  # the one to train on
+    weight: float | None = None  # the share in a blend of several data sets; None: all rows
 
 
 def split_weight(entry: str, flag: str, *, negative: bool = False) -> tuple[str, float | None]:

@@ -6,20 +6,21 @@ The shape is found from the columns (`shapes`); data sets known by name have a f
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import datasets
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from utils.data.adapters import ADAPTERS, fits, known_name
-from utils.data.cache import cache_file, cache_folder, code_of, content_key, fingerprint_of
+from utils.data.cache import cache_file, cache_folder, content_key, fingerprint_of
 from utils.data.chat import write_plain
 from utils.data.names import parse_name
 from utils.data.report import as_record, as_words, report_dropped, tally
 from utils.data.shapes import PLAIN, Conversation, Example, Form, Row, RowRefused, RowSkipped, find_shape, finish
-from utils.data.sources import SHAPES, Part, converted_on_reading, read_splits, row_name, undecodable
+from utils.data.sources import SHAPES, Shard, check_numbers, converted_on_reading, read_splits, row_name, undecodable
 from utils.data.splits import prompt_key, prompt_keys
 from utils.distributed import print0
 from utils.run import UserError
@@ -32,24 +33,10 @@ TEXT = Features(
     {name: Value("string") for name in ("prompt", "chosen", "rejected")}
     | {"margin": Value("float64"), "answers": List(Value("string")), "ranks": List(Value("int32"))}
 )
-# earlier: places of earlier answers in the prompt.   origin: the row's name in its file, for messages.
+# earlier: places of earlier answers in the prompt; origin: what messages call the row.
 ABOUT = Features({"earlier": List(List(Value("int32"))), "origin": Value("string")})
 NORMALISED = Features({**TEXT, **ABOUT, "key": Value("int64"), "skipped": Value("string")})
-CONVERTED_BY = ("adapters", "cache", "chat", "preferences", "shapes")  # the modules that make these columns
-
-
-def load_preferences(
-    data_path: list[str], *, cache_dir: str | None, form: Form = PLAIN, announce: bool = True
-) -> tuple[Dataset, Dataset]:
-    """All data sets of `--data_path`, one after the other: (train, eval) with the columns of TEXT and ABOUT.
-
-    All but `prompt` are None where a data set has none. Weights are left aside.
-
-    Raises:
-        UserError: a data set cannot be read; see `load_data_set`.
-    """
-    loaded = [load_data_set(name, cache_dir=cache_dir, form=form, announce=announce) for name in data_path]
-    return tuple(datasets.concatenate_datasets(list(parts)) for parts in zip(*loaded, strict=True))
+READING_VERSION = 1  # of what these columns hold: to be raised with every change, see tests/utils/data/test_golden.py
 
 
 def load_data_set(
@@ -67,34 +54,13 @@ def load_data_set(
     eval is the data set's own test split. A data set without one gives up a seeded 5 % of its rows (at least one),
     where possible whole prompts, so that no held-out prompt is trained on with another answer.
 
-    Args, raises: as `load_splits`.
-    """
-    options = {"num_proc": num_proc, "flag": flag, "announce": announce, "form": form, "record": record}
-    shape, splits = load_splits(name, cache_dir=cache_dir, **options)
-    train, evaluation = (splits["train"], splits["test"]) if "test" in splits else hold_out(splits["train"], name, flag)
-    if announce:
-        print0(f"{flag} {name}: {shape}; {len(train)} rows to train and {len(evaluation)} to evaluate")
-    return train, evaluation
-
-
-def load_splits(
-    name: str,
-    *,
-    cache_dir: str | None,
-    num_proc: int | None = None,
-    flag: str = "--data_path",
-    announce: bool = True,
-    form: Form = PLAIN,
-    record: list[dict] | None = None,
-) -> tuple[str, dict[str, Dataset]]:
-    """The shape of a data set, and its rows as they stand: {"train": rows} and, where there is one, {"test": rows}.
-
     Args:
         name: a file, a folder or a hub name, see `utils.data.names.parse_name`.
         cache_dir: where the Arrow files go; None: the datasets library's own folder.
         num_proc: processes that convert rows; None: this one.
         flag: the flag that errors name.
         announce: print what was found and dropped; False where the same data set was announced before.
+        form: the names of the columns, and the chat template that writes lists of messages.
         record: gets an entry for each split: how many rows were read and dropped.
 
     Raises:
@@ -103,73 +69,84 @@ def load_splits(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     cache_folder(cache_dir)  # a cache that cannot be written is refused before anything is read
-    parts_of = read_splits(name, cache_dir, flag)
+    shards_of = read_splits(name, cache_dir, flag)
     splits = {}
     try:
-        parts_of = {split: [rename(part, form.columns, flag) for part in parts] for split, parts in parts_of.items()}
-        shape, convert, form = choose_conversion(name, parts_of["train"][0], flag, form)
-        for split, parts in parts_of.items():
-            named = [replace(part, label=f"{part.file.name} " if len(parts) > 1 else "") for part in parts]
-            normalised = [normalise(part, convert, shape, cache_dir, num_proc, flag, form) for part in named]
-            joined = datasets.concatenate_datasets(normalised)
-            splits[split] = drop_skipped(joined, name, split, flag, announce, shape, record)
-    except UnicodeDecodeError as error:  # Arrow keeps such bytes, and trips over them when they become text
-        raise UserError(f"{flag}: {undecodable(parts_of, name)}") from error
-    return shape, splits
+        shards_of = {split: [rename(s, form.columns, flag) for s in shards] for split, shards in shards_of.items()}
+        conversion = choose_conversion(name, shards_of["train"][0], flag, form)
+        for split, shards in shards_of.items():
+            labelled = [replace(s, label=f"{s.file.name} " if len(shards) > 1 else "") for s in shards]
+            joined = datasets.concatenate_datasets([normalise(s, conversion, cache_dir, num_proc) for s in labelled])
+            splits[split], counts = drop_skipped(joined, name, split, flag, announce)
+            if record is not None:
+                record.append({"data": f"{flag} {name}", "split": split, "shape": conversion.shape, **counts})
+    except UnicodeDecodeError as error:  # Arrow keeps such bytes, and fails when they become text
+        raise UserError(f"{flag}: {undecodable(shards_of, name)}") from error
+    train, evaluation = (splits["train"], splits["test"]) if "test" in splits else hold_out(splits["train"], name, flag)
+    if announce:
+        print0(f"{flag} {name}: {conversion.shape}; {len(train)} rows to train and {len(evaluation)} to evaluate")
+    return train, evaluation
 
 
-def rename(part: Part, columns: Mapping[str, str], flag: str) -> Part:
-    """The part with the user's columns under the names that shapes are made of."""
-    rows = part.rows
+def rename(shard: Shard, columns: Mapping[str, str], flag: str) -> Shard:
+    """The shard with the user's columns under the names that shapes are made of."""
+    rows = shard.rows
     for ours, theirs in columns.items():
         if theirs not in rows.column_names:
             found = ", ".join(rows.column_names)
-            raise UserError(f"--{ours}_column {theirs}: {part.place} ({flag}) has no such column; it has {found}")
+            raise UserError(f"--{ours}_column {theirs}: {shard.place} ({flag}) has no such column; it has {found}")
     taken = [ours for ours in columns if ours in rows.column_names and ours not in columns.values()]
     rows = rows.remove_columns(taken).rename_columns({theirs: ours for ours, theirs in columns.items()})
-    return replace(part, rows=rows)
+    return replace(shard, rows=rows)
 
 
-def choose_conversion(
-    name: str, part: Part, flag: str, form: Form
-) -> tuple[str, Callable[[Row], Example | Conversation], Form]:
-    """The shape of a data set in words, the function from row to Example, and the form that its rows need.
+@dataclass(frozen=True)
+class Conversion:
+    """How the rows of one data set become text."""
 
-    All are found from its first file.
-    """
+    shape: str  # what its rows look like, in words
+    convert: Callable[[Row], Example | Conversation]
+    form: Form  # without the template where no column holds lists of messages
+    flag: str  # the flag that errors name
+
+
+def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Conversion:
+    """The conversion of a data set, found from its first file."""
     lists = ("prompt", "chosen", "rejected", "completion", "messages")
-    of_messages = any(isinstance(part.rows.features.get(column), List) for column in lists)
-    answers = part.rows.features.get("answers")
+    of_messages = any(isinstance(shard.rows.features.get(column), List) for column in lists)
+    answers = shard.rows.features.get("answers")
     of_messages |= isinstance(answers, List) and isinstance(answers.feature, List)
     if not of_messages:
         form = replace(form, template=None)
     how = f", written by the {'chat template' if form.template else 'Human/Assistant convention'}"
     known = None if form.columns else known_name(parse_name(name, flag).name)
-    if known and (parse_name(name, flag).name == known or fits(ADAPTERS[known], part.rows[0])):
-        return known + (how if of_messages else ""), ADAPTERS[known], form
-    shape, convert = find_shape(part.rows.column_names)
+    if known and (parse_name(name, flag).name == known or fits(ADAPTERS[known], shard.rows[0])):
+        return Conversion(known + (how if of_messages else ""), ADAPTERS[known], form, flag)
+    shape, convert = find_shape(shard.rows.column_names)
     if convert is None:
-        found = ", ".join(part.rows.column_names)
+        found = ", ".join(shard.rows.column_names)
         raise UserError(
-            f"{flag}: {part.place} has the columns {found}; expected {SHAPES}: rename the columns, or name them with "
+            f"{flag}: {shard.place} has the columns {found}; expected {SHAPES}: rename the columns, or name them with "
             "--prompt_column, --chosen_column and --rejected_column"
         )
     if of_messages:
         shape += " of messages" if shape != "messages" else ""
     if shape.startswith("prompt"):
-        bare = prompts_are_bare(part.rows)
+        bare = prompts_are_bare(shard.rows)
         convert = partial(convert, bare=bare)
         shape += ", bare prompts written as Human/Assistant dialogue" if bare else ""
-    return shape + (how if of_messages else ""), convert, form
+    shape += how if of_messages else ""
+    if "answers" in shard.rows.column_names and "chosen/rejected" in shape:
+        shape += "; the column answers is not read (to learn from it, leave out chosen and rejected)"
+    return Conversion(shape, convert, form, flag)
 
 
-def prompts_are_bare(rows: Dataset, look_at: int = 1000) -> bool:
+def prompts_are_bare(rows: Dataset, first: int = 1000) -> bool:
     """Whether text prompts are plain questions.
 
-    A template leaves its mark at the end of every prompt ("Assistant:", "### Response:", "[/INST]"); questions do not
-    end alike.
+    Prompts written in a template all end alike ("Assistant:", "### Response:", "[/INST]"); plain questions do not.
     """
-    prompts = [value for value in rows[: min(look_at, len(rows))]["prompt"] if isinstance(value, str)]
+    prompts = [value for value in rows[: min(first, len(rows))]["prompt"] if isinstance(value, str)]
     written = sum(prompt.rstrip().endswith("Assistant:") for prompt in prompts)
     if not prompts or 2 * written >= len(prompts):
         return False
@@ -177,25 +154,18 @@ def prompts_are_bare(rows: Dataset, look_at: int = 1000) -> bool:
     return len(prompts) == 1 or len(cue) < 2 or cue[-1] not in ":]>|\n"
 
 
-def normalise(
-    part: Part,
-    convert: Callable[..., Example | Conversation],
-    shape: str,
-    cache_dir: str | None,
-    num_proc: int | None,
-    flag: str,
-    form: Form = PLAIN,
-) -> Dataset:
-    """The part's rows with the columns of NORMALISED; cached."""
-    written = form.template.state() if form.template else None
-    fingerprint = fingerprint_of(part.rows._fingerprint, code_of(*CONVERTED_BY), shape, written, part.label)
-    return part.rows.map(
-        partial(normalise_batch, convert=convert, part=replace(part, rows=None), flag=flag, form=form),
+def normalise(shard: Shard, conversion: Conversion, cache_dir: str | None, num_proc: int | None) -> Dataset:
+    """The shard's rows with the columns of NORMALISED; cached."""
+    template = conversion.form.template
+    made_by = (READING_VERSION, conversion.shape, template.state() if template else None)
+    fingerprint = fingerprint_of(shard.rows._fingerprint, *made_by, shard.label)
+    return shard.rows.map(
+        partial(normalise_batch, conversion=conversion, shard=replace(shard, rows=None)),
         batched=True,
         with_indices=True,
-        remove_columns=part.rows.column_names,
+        remove_columns=shard.rows.column_names,
         features=NORMALISED,
-        num_proc=num_proc if num_proc and len(part.rows) > 10_000 else None,
+        num_proc=num_proc if num_proc and len(shard.rows) > 10_000 else None,
         new_fingerprint=fingerprint,
         cache_file_name=cache_file(cache_dir, "rows", fingerprint),
         desc="Reading rows",
@@ -203,64 +173,62 @@ def normalise(
 
 
 def normalise_batch(
-    batch: dict[str, list],
-    indices: list[int],
-    *,
-    convert: Callable[[Row], Example | Conversation],
-    part: Part,
-    flag: str,
-    form: Form = PLAIN,
+    batch: dict[str, list], indices: list[int], *, conversion: Conversion, shard: Shard
 ) -> dict[str, list]:
-    """Rows of any shape -> columns of NORMALISED.
-
-    Args:
-        part: where the rows are from; its own rows are not read.
-    """
+    """Rows of any shape, at these indices of their shard -> columns of NORMALISED."""
+    if conversion.shape.startswith("prompt/answers"):
+        check_numbers(shard, batch, conversion.flag)
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    names = [row_name(part.file, i) for i in indices]
+    names = [row_name(shard.file, i) for i in indices]
 
     def on_reading(k: int, column: str) -> str | None:
-        return converted_on_reading(part.file, indices[k], column)
+        return converted_on_reading(shard.file, indices[k], column)
 
-    columns = normalise_rows(rows, names, convert=convert, part=part, flag=flag, form=form, other_cause=on_reading)
+    columns = normalise_rows(rows, names, conversion, shard, on_reading)
     return {name: columns[name] for name in NORMALISED}
 
 
 def normalise_rows(
     rows: Iterable[Row],
     names: Sequence[str],
-    *,
-    convert: Callable[[Row], Example | Conversation],
-    part: Part,
-    flag: str,
-    form: Form = PLAIN,
+    conversion: Conversion,
+    shard: Shard,
     other_cause: Callable[[int, str], str | None] = lambda k, column: None,
 ) -> dict[str, list]:
     """Columns of NORMALISED, and `asked`: a number that rows of the same prompt share, whatever the chat template.
 
     Args:
-        names: of the rows in their file.
-        other_cause: (number of a refused row, column) -> where the fault really lies, if elsewhere.
+        rows: of any shape.
+        names: what messages call each row.
+        conversion: makes texts of a row.
+        shard: where the rows are from, for messages.
+        other_cause: (number of a refused row, column) -> where the fault really is, if elsewhere.
     """
+    flag = conversion.flag
     columns: dict[str, list] = {name: [] for name in (*NORMALISED, "asked")}
     for k, row in enumerate(rows):
         reason = None
         try:
-            converted = convert(row)
-            example, asked = finish(converted, form.template), asked_key(converted)
+            converted = conversion.convert(row)
+            example, asked = finish(converted, conversion.form.template), asked_key(converted)
         except RowSkipped as skipped:
             example, asked, reason = Example("", None, None), 0, str(skipped)
         except RowRefused as refused:
             column, problem = refused.args
             where = other_cause(k, column) or f"{names[k]}, column {column!r}: {problem}"
-            raise UserError(f"{flag}: {part.place}, {where}") from None
+            raise UserError(f"{flag}: {shard.place}, {where}") from None
         except KeyError as missing:
             found = ", ".join(row)
-            raise UserError(f"{flag}: {part.place} has no column {missing}; it has {found}") from None
-        except (TypeError, ValueError, AttributeError, IndexError) as error:  # of an adapter, which trusts its data set
+            raise UserError(f"{flag}: {shard.place} has no column {missing}; it has {found}") from None
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+        ) as error:  # of an adapter, which relies on its data set
             kind = f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{flag}: {part.place}, {names[k]} is not like the rows of this data set ({kind})"
+                f"{flag}: {shard.place}, {names[k]} is not like the rows of this data set ({kind})"
             ) from error
         for name in TEXT:
             columns[name].append(getattr(example, name))
@@ -268,28 +236,30 @@ def normalise_rows(
         columns["key"].append(row_key(example))
         columns["asked"].append(asked)
         columns["skipped"].append(reason)
-    columns["origin"] = [part.label + name for name in names]
+    columns["origin"] = [shard.label + name for name in names]
     return columns
 
 
 def asked_key(row: Example | Conversation) -> int:
-    """`prompt_key` of the prompt before any template: steps 1 and 2 may train models with different ones."""
+    """The `prompt_key` of the prompt before any template, since the models of the stages may have different ones."""
     prompt = write_plain(row.messages)[0] if isinstance(row, Conversation) else row.prompt
     return prompt_key(prompt, row.chosen)
 
 
 def row_key(example: Example) -> int:
-    """A number that rows of equal texts share; of ranked answers all count, and the order of ties does not."""
+    """A number that rows of equal texts share, with all their ranked answers; the order of ties does not matter."""
     if example.answers is None:
         return content_key(example.prompt, example.chosen, example.rejected)
     ranking = sorted(zip(example.ranks, example.answers, strict=True))
     return content_key(example.prompt, *(text for rank, answer in ranking for text in (str(rank), answer)))
 
 
-def drop_skipped(
-    rows: Dataset, name: str, split: str, flag: str, announce: bool, shape: str, record: list[dict] | None = None
-) -> Dataset:
-    """Leaves out the rows that carry a reason and those that repeat an earlier one, and reports them."""
+def drop_skipped(rows: Dataset, name: str, split: str, flag: str, announce: bool) -> tuple[Dataset, dict[str, Any]]:
+    """Leaves out the rows that carry a reason and those that repeat an earlier one, and reports them.
+
+    Returns:
+        The rows that are kept, and the counts for data.json.
+    """
     table = rows.with_format("arrow")
     reasons = table["skipped"][:].to_pylist()
     keys = np.asarray(table["key"][:])
@@ -302,19 +272,13 @@ def drop_skipped(
     dropped = tally(reasons, rows)
     if announce:
         report_dropped(f"{flag} {name} ({split})", dropped, len(rows))
-    if record is not None:
-        read = {
-            "data": f"{flag} {name}",
-            "split": split,
-            "shape": shape,
-            "fingerprint": fingerprint_of(keys[kept].tobytes()),
-        }
-        record.append({**read, "rows": len(rows), "kept": len(kept), "dropped": as_record(dropped)})
     if not len(kept):
         raise UserError(f"{flag}: the {split} split of {name} has no usable row: {as_words(dropped)}")
+    counts = {"fingerprint": fingerprint_of(keys[kept].tobytes()), "rows": len(rows), "kept": len(kept)}
+    counts["dropped"] = as_record(dropped)
     if len(kept) < len(rows):
         rows = rows.select(kept)
-    return rows.remove_columns(["key", "skipped"])
+    return rows.remove_columns(["key", "skipped"]), counts
 
 
 def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
@@ -326,7 +290,7 @@ def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
     groups: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompt_keys(rows)):
         groups.setdefault(prompt, []).append(i)
-    order = np.random.RandomState(HOLD_OUT_SEED)  # its stream is the same in every numpy version
+    order = np.random.RandomState(HOLD_OUT_SEED)  # the same stream in every numpy version
     held: list[int] = []
     prompts = list(groups.values())
     for k in order.permutation(len(prompts)):

@@ -1,8 +1,7 @@
-"""The rows of a file or data set as they stand, one after the other: for data that is neither converted nor held.
+"""The rows of a file or data set as they are, one after the other, for data that fits neither the disk nor memory.
 
-Each kind of file has a reader that goes through it once with a bounded part of it in memory. JSON is read as it is
-written, line by line or, in a list, row by row; csv, parquet and Arrow files by the libraries that the datasets library
-reads them with.
+Each kind of file has a reader that goes through it once and keeps a bounded part of it in memory. JSON is read line by
+line or, in a list, row by row; csv, parquet and Arrow files are read by the libraries that the datasets library uses.
 """
 
 import codecs
@@ -16,21 +15,21 @@ from typing import Any
 import pandas
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from utils.data.shapes import Row
 from utils.data.sources import (
     READ_ERRORS,
     SHAPES,
-    Part,
+    Shard,
     csv_header,
     file_format,
     first_line,
     is_json_list,
     json_rows,
     not_json,
+    open_file,
 )
-from utils.data.sources import open_text as open_file
 from utils.run import UserError
 
 AT_ONCE = 1000  # rows that a library decodes together
@@ -38,29 +37,29 @@ BLOCK = 2**20  # bytes of a JSON list
 LONGEST_ROW = 2**26  # characters
 
 
-def raw_rows(part: Part, flag: str) -> Iterator[tuple[str, Row]]:
+def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
     """(name, row) of each row; "line 7" of a JSON-lines file, "row 7" elsewhere.
 
     Raises:
-        UserError: no rows, or content that is not what the file's suffix says; where a row is to blame, its place.
+        UserError: there are no rows, or the content does not fit the file's suffix; the message names the faulty row.
     """
     empty = True
     try:
-        for name, row in READERS[file_format(part.file)](part.file) if part.file else numbered(iterate(part.rows)):
+        for name, row in READERS[file_format(shard.file)](shard.file) if shard.file else numbered(iterate(shard.rows)):
             if not isinstance(row, dict):
                 raise UserError(
-                    f"{flag}: {part.place}, {name}: found {type(row).__name__}, expected an object of columns"
+                    f"{flag}: {shard.place}, {name}: found {type(row).__name__}, expected an object of columns"
                 )
             empty = False
             yield name, row
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         if hasattr(error, "place"):
-            raise UserError(f"{flag}: {part.place}, {not_json(error)}") from error
-        raise UserError(f"{flag}: {part.place} holds text that is not UTF-8 ({error.reason})") from error
+            raise UserError(f"{flag}: {shard.place}, {not_json(error)}") from error
+        raise UserError(f"{flag}: {shard.place} holds text that is not UTF-8 ({error.reason})") from error
     except (*READ_ERRORS, zlib.error) as error:
-        raise UserError(f"{flag}: {part.place} cannot be read: {first_line(error)}") from error
+        raise UserError(f"{flag}: {shard.place} cannot be read: {first_line(error)}") from error
     if empty:
-        raise UserError(f"{flag}: {part.place} has no rows; expected {SHAPES}")
+        raise UserError(f"{flag}: {shard.place} has no rows; expected {SHAPES}")
 
 
 def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
@@ -68,7 +67,7 @@ def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
     return ((f"row {i}", row) for i, row in enumerate(rows, 1))
 
 
-def iterate(rows: Any) -> Iterator[Row]:
+def iterate(rows: Dataset | IterableDataset) -> Iterator[Row]:
     """The rows of a data set on the disk, several at a time, or of an iterable one."""
     if not isinstance(rows, Dataset):
         yield from rows
@@ -99,7 +98,7 @@ def json_items(file: Any) -> Iterator[Any]:
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parser, text, at, count = json.JSONDecoder(), "", 0, 0
-    before = re.compile(r"\s*\[\s*")  # what stands before an item: the bracket, then commas
+    before = re.compile(r"\s*\[\s*")  # what precedes an item: the bracket, then commas
     while True:
         try:
             found = before.match(text, at)
@@ -126,7 +125,7 @@ def json_items(file: Any) -> Iterator[Any]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    """csv knows no types: "4" is an answer, and so is "NA"."""
+    """Rows of texts, since csv has no types: "4" is an answer, and so is "NA"."""
     csv_header(path)  # refuses rows that pandas would shift
     tables = pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=AT_ONCE, encoding="utf-8-sig")
     with tables:
@@ -134,7 +133,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    """A part of a row group at a time. The file is read from its end, so it must lie uncompressed."""
+    """Rows of a part of a row group at a time. Reading starts at the file's end, so it cannot be inside a .gz."""
     if path.suffix.lower() == ".gz":
         raise ValueError("parquet cannot be streamed out of .gz; unpack it (its columns are compressed as they are)")
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -142,20 +141,15 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def read_arrow(path: Path) -> Iterator[tuple[str, Row]]:
-    """Arrow's file format, or its stream format, which the datasets library writes."""
+    """Rows of Arrow's file format, or of its stream format, which the datasets library writes."""
     with open_file(path) as file:
         if file.peek(6)[:6] == b"ARROW1":
             table = pyarrow.ipc.open_file(file)
             batches = (table.get_batch(i) for i in range(table.num_record_batches))
         else:
             batches = pyarrow.ipc.open_stream(file)
-        yield from numbered(row for batch in batches for row in in_slices(batch))
-
-
-def in_slices(batch: pyarrow.RecordBatch) -> Iterator[Row]:
-    """The rows, several at a time."""
-    for start in range(0, batch.num_rows, AT_ONCE):
-        yield from batch.slice(start, AT_ONCE).to_pylist()
+        slices = (batch.slice(start, AT_ONCE) for batch in batches for start in range(0, batch.num_rows, AT_ONCE))
+        yield from numbered(row for rows in slices for row in rows.to_pylist())
 
 
 READERS = {"json": read_json, "csv": read_csv, "parquet": read_parquet, "arrow": read_arrow}

@@ -40,7 +40,7 @@ def as_words(dropped: Dropped) -> str:
 
 
 def listing(count: int, names: list[str]) -> str:
-    """ " (line 3, line 8, ...)", or nothing without names."""
+    """Names in brackets after a space, (line 3, line 8, ...), or nothing without names."""
     return f" ({', '.join(names)}{', ...' if count > len(names) else ''})" if names else ""
 
 
@@ -55,10 +55,8 @@ def report_cut(
 ) -> None:
     """A line for the rows whose prompts were cut, and one for those whose answers were; none where none was.
 
-    Args:
-        limit: the flag and its value.
-        prompts, answers: how many were cut, and the names of the first rows.
-        longest: tokens of the longest prompt.
+    `prompts` and `answers` are how many were cut, and the names of the first rows; `limit` is the flag and its value,
+    `longest` the tokens of the longest prompt, and `total` the number of rows, cut or not.
     """
     for (count, names), how in (
         (prompts, f"longer prompts, up to {longest} tokens, keep their end"),
@@ -71,8 +69,7 @@ def report_cut(
 def report_left_out(what: str, answers: int, rows: tuple[int, list[str]]) -> None:
     """One line for the answers that rows with several lack; none where no row lacks one.
 
-    Args:
-        rows: how many lack some, and the names of the first.
+    `rows` are how many rows lack some of their answers, and the names of the first.
     """
     count, names = rows
     if count:

@@ -1,7 +1,7 @@
-"""The rows of a file as they are: every one, in order, with its own columns.
+"""The rows of a file as they are: every one, in order, with its own columns; for evaluation.
 
-For scoring and asking. The loaders of training drop, shuffle, split and hold out; here nothing gets lost, and what
-cannot be used says why.
+The loaders of training drop, shuffle, split and hold out rows. Here none is lost, and those that cannot be used carry
+the reason.
 """
 
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from datasets import Value
 
 from utils.data.preferences import TEXT, choose_conversion, normalise
 from utils.data.shapes import PLAIN, Example, Form
-from utils.data.sources import Part, file_format, json_rows, read_splits, undecodable
+from utils.data.sources import Shard, file_format, json_rows, read_splits, undecodable
 from utils.run import UserError
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """A row as it was read, and its texts; `skipped` says why it has none (`example` is then empty)."""
+    """A row as it was read, and its texts; `skipped` is the reason where it has none (`example` is then empty)."""
 
     original: dict[str, Any]
     example: Example
@@ -25,7 +25,7 @@ class TextRow:
 
 
 def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", form: Form = PLAIN) -> list[TextRow]:
-    """All rows of a file; of a folder or hub data set those of its test split, or of the training split without one.
+    """All rows of a file; of a folder or hub data set those of its test split, else those of its training split.
 
     Args:
         name: anything that `utils.data.preferences.load_data_set` reads.
@@ -39,11 +39,11 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
     splits = read_splits(name, cache_dir, flag)
     rows: list[TextRow] = []
     try:
-        parts = [without_labels(part) for part in splits.get("test", splits["train"])]
-        shape, convert, form = choose_conversion(name, parts[0], flag, form)
-        for part in parts:
-            texts = normalise(part, convert, shape, cache_dir, None, flag, form)
-            for original, text in zip(original_rows(part), texts, strict=True):
+        shards = [without_labels(shard) for shard in splits.get("test", splits["train"])]
+        conversion = choose_conversion(name, shards[0], flag, form)
+        for shard in shards:
+            texts = normalise(shard, conversion, cache_dir, None)
+            for original, text in zip(original_rows(shard), texts, strict=True):
                 skipped = text["skipped"]
                 if text["prompt"] is None:
                     text["prompt"], skipped = "", "plain text without a prompt"
@@ -53,22 +53,21 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
     return rows
 
 
-def without_labels(part: Part) -> Part:
-    """The part without a column `label` of true and false: training leaves out the unwanted answers, this does not."""
-    if part.rows.features.get("label") != Value("bool"):
-        return part
-    return replace(part, rows=part.rows.remove_columns("label"))
+def without_labels(shard: Shard) -> Shard:
+    """The shard without a column `label` of true and false: unlike training, evaluation keeps unwanted answers."""
+    if shard.rows.features.get("label") != Value("bool"):
+        return shard
+    return replace(shard, rows=shard.rows.remove_columns("label"))
 
 
-def original_rows(part: Part) -> list[dict[str, Any]]:
-    """The part's rows with the values that stand in its file.
+def original_rows(shard: Shard) -> list[dict[str, Any]]:
+    """The shard's rows with the values of its file.
 
-    Arrow makes dates of texts that look like some and fractions of integers that stand beside one, and gives every row
-    the columns of all others. So JSON is read again as it stands, unless its layout is one that only the datasets
-    library understands.
+    Arrow turns texts that look like dates into dates and, beside a fraction, integers into fractions, and gives every
+    row the columns of all others. So JSON is read again, unless only the datasets library understands its layout.
     """
-    if part.file is not None and file_format(part.file) == "json":
-        rows = [row for _, row in json_rows(part.file)]
-        if len(rows) == len(part.rows):
+    if shard.file is not None and file_format(shard.file) == "json":
+        rows = [row for _, row in json_rows(shard.file)]
+        if len(rows) == len(shard.rows):
             return rows
-    return list(part.rows)
+    return list(shard.rows)

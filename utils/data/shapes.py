@@ -1,8 +1,8 @@
-"""A row of any accepted shape -> prompt, chosen, rejected, margin; where it has several ranked answers, also these.
+"""A row of any accepted shape -> prompt, chosen, rejected, margin; several ranked answers are kept as well.
 
-Text convention, that of Dahoas/rm-static: a prompt ends with "Assistant:" and an answer begins with a space, so that
-prompt + answer is the whole dialogue. What is written so, or in any template of the user's own, is taken as it stands;
-bare questions are written as Human/Assistant dialogue, and so are lists of messages unless the tokenizer has a chat
+Text follows the convention of Dahoas/rm-static: a prompt ends with "Assistant:" and an answer begins with a space, so
+that prompt + answer is the whole dialogue. Text in this form, or in any template of the user's own, is taken as it is.
+Bare questions are written as Human/Assistant dialogue, and so are lists of messages unless the tokenizer has a chat
 template.
 """
 
@@ -20,26 +20,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """One row.
+    """One row as text; of several ranked answers, chosen and rejected are the best and the worst."""
 
-    prompt: None for plain text, which stands in `chosen`.   margin: by how much the chosen answer is better, where the
-    data set knows it.   earlier: where the assistant's earlier answers stand in the prompt; None when it is not known.
-    answers, ranks: of a row with several ranked answers all of them, and their ranks, 1 for the best and equal for
-    ties; None elsewhere. Such a row's `chosen` is the best answer, and `rejected` the worst.
-    """
-
-    prompt: str | None
+    prompt: str | None  # None for plain text, which is in `chosen`
     chosen: str | None
     rejected: str | None
-    margin: float | None = None
-    earlier: Spans | None = ()
-    answers: Sequence[str] | None = None
-    ranks: Sequence[int] | None = None
+    margin: float | None = None  # by how much the chosen answer is better, where the data set knows it
+    earlier: Spans | None = ()  # where the assistant's earlier answers are in the prompt; None when that is unknown
+    answers: Sequence[str] | None = None  # all of them, where several are ranked
+    ranks: Sequence[int] | None = None  # of these, 1 for the best and equal for ties
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row whose prompt is still a list of messages: `finish` writes it."""
+    """One row whose prompt is still a list of messages, which `finish` writes as text."""
 
     messages: list[dict[str, str]]
     chosen: str | None = None
@@ -51,25 +45,22 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Form:
-    """How rows become text.
+    """How rows become text."""
 
-    columns: {"prompt": its name in the data, ...}, for data whose columns have names of their own; also for "chosen"
-    and "rejected".   template: for lists of messages; None: as Human/Assistant dialogue.
-    """
-
+    # {"prompt": its name in the data, ...}, for data that calls prompt, chosen or rejected otherwise
     columns: Mapping[str, str] = field(default_factory=dict)
-    template: ChatTemplate | None = None
+    template: ChatTemplate | None = None  # writes lists of messages; None: they become Human/Assistant dialogue
 
 
 PLAIN = Form()
 
 
 class RowSkipped(Exception):
-    """The row is well-formed but cannot be used; the text is the reason that is counted and reported."""
+    """The row is well-formed but cannot be used; the message is the reason that is counted and reported."""
 
 
 class RowRefused(Exception):
-    """The row's content is wrong: (column, what was found and expected)."""
+    """The row's content is wrong; the arguments are the column, and what was found and expected."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,9 +73,9 @@ def as_dialogue(question: str) -> str:
 
 
 def as_answer(prompt: str, answer: str) -> str:
-    """The answer as it follows `prompt`: a space after "Assistant:", nothing where the user's own template stands."""
-    glued = prompt.endswith("Assistant:") and answer and not answer[0].isspace()
-    return " " + answer if glued else answer
+    """The answer as it follows `prompt`: after a space where "Assistant:" comes before it."""
+    needs_space = prompt.endswith("Assistant:") and answer and not answer[0].isspace()
+    return " " + answer if needs_space else answer
 
 
 def pair(prompt: str, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:
@@ -104,11 +95,11 @@ def ranked(prompt: str, answers: Sequence[str], ranks: Sequence[float]) -> Examp
 def best_and_worst(prompt: str, answers: Sequence[str], ranks: Sequence[float], earlier: Spans | None) -> Example:
     """The Example of several answers as they follow the prompt.
 
-    The best and the worst are looked for among the `distinct` ones: of several best the first, of several worst the
-    last; where all of them are tied, there is no worst.
+    The best and the worst are found among the `usable_answers`: of several best ones the first, of several worst ones
+    the last; where all are tied, there is no worst.
     """
     ranks = dense(ranks)
-    kept = distinct_texts(answers, ranks)
+    kept = usable_texts(answers, ranks)
     best = min(kept, key=lambda i: ranks[i], default=None)
     worst = max(reversed(kept), key=lambda i: ranks[i], default=None)
     chosen = None if best is None else answers[best]
@@ -122,8 +113,8 @@ def dense(ranks: Sequence[float]) -> list[int]:
     return [number[rank] for rank in ranks]
 
 
-def distinct(answers: Sequence[Hashable | None], ranks: Sequence[int]) -> list[int]:
-    """Which of a row's answers are used: not the empty ones (None), and of equal ones the first.
+def usable_answers(answers: Sequence[Hashable | None], ranks: Sequence[int]) -> list[int]:
+    """The indices of the answers that are used: not the empty ones (None), and of equal ones the first.
 
     Equal answers of unequal rank contradict one another: none of them is used.
     """
@@ -134,14 +125,14 @@ def distinct(answers: Sequence[Hashable | None], ranks: Sequence[int]) -> list[i
     return list({answers[i]: i for i in reversed(list(sound))}.values())[::-1]
 
 
-def distinct_texts(answers: Sequence[str | None], ranks: Sequence[int]) -> list[int]:
-    """`distinct` of answers as texts: white space around them does not count."""
-    return distinct([(answer or "").strip() or None for answer in answers], ranks)
+def usable_texts(answers: Sequence[str | None], ranks: Sequence[int]) -> list[int]:
+    """The `usable_answers` among texts, without regard to the white space around them."""
+    return usable_answers([(answer or "").strip() or None for answer in answers], ranks)
 
 
 def unranked(answers: Sequence[str | None], ranks: Sequence[int]) -> str | None:
-    """Why no answer of a row is better than another one, or None."""
-    kept = distinct_texts(answers, ranks)
+    """Why no answer of a row is better than another, or None where one is."""
+    kept = usable_texts(answers, ranks)
     if len(kept) < 2:
         return "with fewer than two distinct answers"
     return "whose answers are all tied" if len({ranks[k] for k in kept}) < 2 else None
@@ -196,7 +187,7 @@ def turns(row: Row, column: str) -> list[dict[str, str]]:
 
 
 def finish(converted: Example | Conversation, template: ChatTemplate | None = None) -> Example:
-    """The row as text."""
+    """Writes a row's messages as text, where it has any."""
     if isinstance(converted, Example):
         return converted
     messages = converted.messages
@@ -220,11 +211,9 @@ def finish(converted: Example | Conversation, template: ChatTemplate | None = No
 
 
 def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example | Conversation:
-    """prompt with chosen/rejected, with a completion (column `answer`), or alone; text or lists of messages.
+    """A prompt with chosen/rejected, with a completion (column `answer`), or alone; text or lists of messages.
 
-    Args:
-        answer: the column of the good answer; None where there is none.
-        bare: the prompts are plain questions, to be written as dialogue.
+    Where `answer` is None there is none; `bare` prompts are plain questions, to be written as dialogue.
     """
     if row.get("label") is False:
         raise RowSkipped("label false: an unwanted answer")
@@ -241,15 +230,14 @@ def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example |
 def conversation(row: Row, columns: list[str]) -> Conversation:
     """Lists of {role, content}: a prompt and an answer each, or whole dialogues whose last message is the answer.
 
-    Args:
-        columns: of the answers: the good one, then the bad one, as far as there are any.
+    The answers are in `columns`: the good one, then the bad one, as far as there are any.
     """
     messages, answers = exchange(row, columns)
     return Conversation(messages, *answers, margin=margin(row))
 
 
 def exchange(row: Row, columns: list[str]) -> tuple[list[dict[str, str]], list[str]]:
-    """(the messages before the answer, the answers in `columns`), see `conversation`."""
+    """The messages before the answer, and the answers in `columns`; see `conversation`."""
     if row.get("tools"):
         raise RowRefused("tools", "tools are not supported; leave such rows out, or remove the column")
     asked: list[dict[str, str]] = []
@@ -279,11 +267,10 @@ def exchange(row: Row, columns: list[str]) -> tuple[list[dict[str, str]], list[s
 
 
 def several_answers(row: Row, *, order: str | None, bare: bool) -> Example | Conversation:
-    """prompt with a list of answers; text or lists of messages.
+    """A prompt with a list of answers; text or lists of messages.
 
-    Args:
-        order: "scores", of which the highest is the best; "ranks", of which the lowest is; None: the best comes first.
-        bare: the prompts are plain questions, to be written as dialogue.
+    The order is that of "scores", of which the highest is the best, or of "ranks", of which the lowest is; where it is
+    None, the best comes first. `bare` prompts are plain questions, to be written as dialogue.
     """
     answers = listed(row, "answers")
     ranks: Sequence[float] = range(len(answers))
@@ -324,7 +311,7 @@ def numbers(row: Row, column: str, count: int) -> list[float]:
 
 
 def dialogues(row: Row) -> Example | Conversation:
-    """chosen and rejected hold the whole dialogue; what they share up to the last "Assistant:" is the prompt."""
+    """Two whole dialogues, chosen and rejected; what they share up to the last "Assistant:" is the prompt."""
     if isinstance(row["chosen"], list):
         return conversation(row, ["chosen", "rejected"])
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
@@ -339,14 +326,14 @@ def dialogues(row: Row) -> Example | Conversation:
 
 
 def last_answer(row: Row) -> Conversation:
-    """messages: one dialogue, whose last message is the answer."""
+    """One dialogue in the column messages, whose last message is the answer."""
     if not isinstance(row["messages"], list):
         raise RowRefused("messages", 'expected a list like [{"role": "user", "content": "..."}, ...]')
     return conversation(row, ["messages"])
 
 
 def plain_text(row: Row) -> Example:
-    """text: a document without prompt and answer."""
+    """A document in the column text, without prompt and answer."""
     return Example(None, text(row, "text"), None)
 
 

@@ -8,7 +8,7 @@ import gzip
 import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,24 +41,23 @@ READ_ERRORS = (OSError, EOFError, ValueError, TypeError, StopIteration, datasets
 
 
 @dataclass(frozen=True)
-class Part:
-    """The rows of one file or of one split of a data set, as they were read.
+class Shard:
+    """The rows of one file or of one split of a data set, as they were read."""
 
-    rows: None, or for the hub an iterable data set, where they are streamed.
-    """
-
-    rows: Dataset | IterableDataset | None
-    place: str  # for messages
-    file: Path | None = None
-    label: str = ""  # what tells the file's rows from those of the other files of its split
+    rows: Dataset | IterableDataset | None  # with streaming None, or for the hub an iterable data set
+    place: str  # what messages call it
+    file: Path | None = None  # None where the rows are of no single file
+    label: str = ""  # precedes the names of its rows, where its split has several files
 
 
-def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Part]]:
-    """{"train": parts} and, where the data set has its own, {"test": parts}.
+def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Shard]]:
+    """{"train": shards} and, where the data set has its own, {"test": shards}.
 
     Args:
-        entry: see `utils.data.names.parse_name`; a weight is left aside.
-        streaming: say where the rows are, but read none of them and write nothing: `utils.data.raw` reads them.
+        entry: see `utils.data.names.parse_name`; a weight is ignored.
+        cache_dir: where the Arrow files go; None: the datasets library's own folder.
+        flag: the flag that errors name.
+        streaming: find the files, but read and write nothing; `utils.data.raw` reads the rows.
     """
     chosen = parse_name(entry, flag)
     name = chosen.name
@@ -96,7 +95,7 @@ def jsonfile_folder(flag: str) -> Path:
 def pick_splits(found: dict[str, Any], chosen: DataName, place: str, flag: str) -> dict[str, Any]:
     """{"train": ..., "test": ...} out of the splits that a data set has, by their usual names or as chosen.
 
-    The test split of a chosen one is its counterpart (test_sft of train_sft), else the usual one.
+    A chosen split is tested on its counterpart (test_sft for train_sft), else on the usual one.
     """
     names = [chosen.split] if chosen.split else [name for name in TRAIN_SPLITS if name in found]
     if not names or names[0] not in found:
@@ -108,7 +107,7 @@ def pick_splits(found: dict[str, Any], chosen: DataName, place: str, flag: str) 
     return {"train": found[train]} if test is None else {"train": found[train], "test": found[test]}
 
 
-def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Part]]:
+def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Shard]]:
     """A folder written by `save_to_disk`."""
     try:
         saved = datasets.load_from_disk(str(path))
@@ -116,13 +115,13 @@ def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Part]]
         raise UserError(f"{flag}: cannot read {path} as a saved data set: {first_line(error)}") from error
     found = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     splits = pick_splits(found, chosen, str(path), flag)
-    return {split: [not_empty(Part(rows, f"{path} ({split})"), flag)] for split, rows in splits.items()}
+    return {split: [not_empty(Shard(rows, f"{path} ({split})"), flag)] for split, rows in splits.items()}
 
 
 def read_folder(
     path: Path, chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False
-) -> dict[str, list[Part]]:
-    """A folder with files named after their split: its own, those in `data/`, or, as in a hub snapshot, deeper ones."""
+) -> dict[str, list[Shard]]:
+    """A folder with files named after their split: directly in it, in `data/`, or deeper, as in a hub snapshot."""
     for files in (sorted(path.iterdir()), sorted((path / "data").glob("*")), sorted(path.rglob("*"))):
         usable = [file for file in files if file.is_file() and file_format(file) and not file.name.startswith(".")]
         found: dict[str, list[Path]] = {}
@@ -144,12 +143,9 @@ def read_folder(
 
 
 def split_of(name: str, chosen: str | None = None) -> str | None:
-    """The split that the name of a file or folder tells, or None.
+    """The split that a file or folder is named after, or None; `chosen` is a split of any name that is asked for.
 
     "train_prefs" of train_prefs-00000-of-00002.parquet, "test" of my.test.jsonl.gz.
-
-    Args:
-        chosen: a split of any name that is asked for.
     """
     stem = name.lower()
     for suffix in [*FORMATS, ".gz"]:
@@ -171,8 +167,8 @@ def file_format(path: Path) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = False) -> Part:
-    """The rows of one file; streaming: the file alone.
+def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = False) -> Shard:
+    """The rows of one file; with streaming the file alone.
 
     Raises:
         UserError: an unknown suffix, an empty file, or content that is not what the suffix says.
@@ -183,12 +179,12 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
     if path.stat().st_size == 0:
         raise UserError(f"{flag}: {path} is empty; expected rows of {SHAPES}")
     if streaming:
-        return Part(None, str(path), path)
+        return Shard(None, str(path), path)
     options: dict[str, Any] = {}
     try:
         if reader == "json" and starts_with_null(path):
             raise ValueError("the first row is null")
-        if reader == "csv":  # csv knows no types: "4" is an answer, and so is "NA"
+        if reader == "csv":  # csv has no types: "4" is an answer, and so is "NA"
             options = {"features": Features({c: Value("string") for c in csv_header(path)}), "keep_default_na": False}
         with quiet_library():
             rows = datasets.load_dataset(
@@ -200,11 +196,11 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
             rows = rows.remove_columns(column).add_column(column, texts, feature=feature)
     except READ_ERRORS as error:
         raise UserError(f"{flag}: {path}{why_unreadable(path, reader, error)}") from error
-    return not_empty(Part(rows, str(path), path), flag)
+    return not_empty(Shard(rows, str(path), path), flag)
 
 
 def is_date(kind: Any) -> bool:
-    """A column of texts, or of lists of them, that all look like dates, which Arrow makes of them: JSON knows none."""
+    """Whether Arrow made dates of a JSON column of texts, or of lists of texts; JSON itself has no dates."""
     kind = kind.feature if isinstance(kind, List) else kind
     return isinstance(kind, Value) and kind.dtype.startswith(("timestamp", "date", "time"))
 
@@ -220,21 +216,21 @@ def quiet_library() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
 
 
-def not_empty(part: Part, flag: str) -> Part:
-    """The part, when it has rows."""
-    if len(part.rows) == 0:
-        raise UserError(f"{flag}: {part.place} has no rows; expected {SHAPES}")
-    return part
+def not_empty(shard: Shard, flag: str) -> Shard:
+    """The shard, when it has rows."""
+    if len(shard.rows) == 0:
+        raise UserError(f"{flag}: {shard.place} has no rows; expected {SHAPES}")
+    return shard
 
 
-def open_text(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     """The file's bytes, decompressed."""
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def starts_with_null(path: Path) -> bool:
     """Whether the first row of a JSON file is null, at which the library's reader crashes, and Python with it."""
-    with open_text(path) as file:
+    with open_file(path) as file:
         return re.match(rb"\s*(\[\s*)?null\b", file.read(4096).removeprefix(codecs.BOM_UTF8)) is not None
 
 
@@ -242,21 +238,21 @@ def csv_header(path: Path) -> list[str]:
     """The column names in the first line.
 
     Raises:
-        ValueError: the first row has more fields than that: pandas would take the surplus for an index, and give each
-            column the values of its neighbour.
+        ValueError: the first row has more fields: pandas would take the surplus for an index, and give each column the
+            values of its neighbour.
     """
     first = pandas.read_csv(path, dtype=str, nrows=1, encoding="utf-8-sig")
     if len(first) and not isinstance(first.index, pandas.RangeIndex):
         raise ValueError(f"row 1 has more fields than the header names columns ({len(first.columns)})")
-    with open_text(path) as file:
+    with open_file(path) as file:
         lines = (line.decode("utf-8-sig") for line in file)
         return next(csv.reader(lines))
 
 
 def why_unreadable(path: Path, reader: str, error: Exception) -> str:
-    """What follows the file's name in the error: the first bad line where one is found, else the reader's words."""
+    """What follows the file's name in the error: the first bad line where one is found, else the reader's message."""
     try:
-        with open_text(path) as file:
+        with open_file(path) as file:
             if not any(line.strip() for line in file):
                 return f" is empty; expected rows of {SHAPES}"
         problem = first_bad_row(path) if reader == "json" else None
@@ -270,7 +266,7 @@ def why_unreadable(path: Path, reader: str, error: Exception) -> str:
 
 
 def first_bad_row(path: Path) -> str | None:
-    """Place and problem of the first row of a JSON file that does not fit the rows before it; None where all do."""
+    """Place and problem of the first row of a JSON file that does not fit the rows before it; None where all fit."""
     kinds: dict[str, tuple[str, str]] = {}
     try:
         for place, row in json_rows(path):
@@ -294,9 +290,9 @@ def not_json(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
 
 
 def converted_on_reading(file: Path | None, index: int, column: str) -> str | None:
-    """Place and problem of the row for whose sake the reader turned the texts of a JSON column into numbers.
+    """Place and problem of the row because of which the reader turned the texts of a JSON column into numbers.
 
-    None when the row at `index` holds no text in `column` itself.
+    None when the row at `index` itself has no text in `column`.
     """
     if file is None or file_format(file) != "json":
         return None
@@ -304,12 +300,34 @@ def converted_on_reading(file: Path | None, index: int, column: str) -> str | No
     return first_bad_row(file) if isinstance(row, dict) and isinstance(row.get(column), str) else None
 
 
-def undecodable(splits: dict[str, list[Part]], name: str) -> str:
+@functools.lru_cache(maxsize=16)
+def text_among_numbers(file: Path, column: str, modified: int) -> str | None:
+    """Place and problem of the first text in the lists of a JSON column. Read once per state of the file."""
+    try:
+        for place, row in json_rows(file):
+            values = row.get(column) if isinstance(row, dict) else None
+            for value in values if isinstance(values, list) else ():
+                if isinstance(value, str):
+                    return f"{place}, column {column!r}: found str {value[:40]!r}, expected a number"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        pass  # a layout that only the datasets library understands
+    return None
+
+
+def check_numbers(shard: Shard, columns: Iterable[str], flag: str) -> None:
+    """Refuses texts among the scores and ranks of a JSON file, which Arrow turns into numbers beside others."""
+    if shard.file is not None and file_format(shard.file) == "json":
+        for column in {"scores", "ranks"}.intersection(columns):
+            if problem := text_among_numbers(shard.file, column, shard.file.stat().st_mtime_ns):
+                raise UserError(f"{flag}: {shard.place}, {problem}")
+
+
+def undecodable(splits: dict[str, list[Shard]], name: str) -> str:
     """The place of text that is not UTF-8."""
-    for part in (part for parts in splits.values() for part in parts):
-        problem = first_bad_row(part.file) if part.file and file_format(part.file) == "json" else None
+    for shard in (shard for shards in splits.values() for shard in shards):
+        problem = first_bad_row(shard.file) if shard.file and file_format(shard.file) == "json" else None
         if problem:
-            return f"{part.place}, {problem}"
+            return f"{shard.place}, {problem}"
     return f"{name} holds text that is not UTF-8"
 
 
@@ -319,7 +337,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         json.JSONDecodeError, UnicodeDecodeError: with the attribute `place`.
     """
-    with open_text(path) as file:
+    with open_file(path) as file:
         if is_json_list(file):
             yield from ((f"row {i}", row) for i, row in enumerate(decode_json(file.read(), None), 1))
             return
@@ -329,7 +347,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def decode_json(content: bytes, place: str | None) -> Any:
-    """The value; an error tells its place: the given one, or the line that the parser names."""
+    """Decodes a value; an error carries its `place`: the given one, or the line that the parser names."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -342,12 +360,12 @@ def decode_json(content: bytes, place: str | None) -> Any:
 
 
 def is_json_list(file: Any) -> bool:
-    """Whether the file holds one JSON list, and not an object a line."""
+    """Whether the file holds one JSON list rather than one object a line."""
     return file.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def row_name(file: Path | None, index: int) -> str:
-    """A row for messages, from 1: "line 7" of a JSON-lines file, "row 7" elsewhere (a csv header is no row)."""
+    """What messages call a row: "line 7" of a JSON-lines file, "row 7" elsewhere, from 1 and without a csv header."""
     lines = filled_lines(file, file.stat().st_mtime_ns) if file and file_format(file) == "json" else None
     return f"row {index + 1}" if lines is None or index >= len(lines) else f"line {lines[index]}"
 
@@ -355,13 +373,13 @@ def row_name(file: Path | None, index: int) -> str:
 @functools.lru_cache(maxsize=1)
 def filled_lines(file: Path, modified: int) -> Sequence[int] | None:
     """The numbers of the lines that hold a row; None for a JSON list. Read once per state of the file."""
-    with open_text(file) as lines:
+    with open_file(file) as lines:
         if is_json_list(lines):
             return None
         return array("q", (number for number, line in enumerate(lines, 1) if line.strip()))
 
 
-def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Part]]:
+def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Shard]]:
     """A data set of the Hugging Face hub, or its copy in the cache when the hub is out of reach."""
     name = chosen.name
     repository, usual = HUB_REPOSITORIES.get(name, (name, None))
@@ -383,8 +401,8 @@ def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool
             "reached; download it on a machine with access and give its folder"
         ) from error
     splits = pick_splits(dict(loaded), chosen, name, flag)
-    parts = {split: Part(rows, f"{name} ({split})") for split, rows in splits.items()}
-    return {split: [part if streaming else not_empty(part, flag)] for split, part in parts.items()}
+    shards = {split: Shard(rows, f"{name} ({split})") for split, rows in splits.items()}
+    return {split: [shard if streaming else not_empty(shard, flag)] for split, shard in shards.items()}
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from utils.run import UserError
 
 
 def prompt_keys(rows: Dataset) -> Iterator[int]:
-    """A number for each row that rows of the same prompt share; of plain texts, the same text."""
+    """The `prompt_key` of each row."""
     for start in range(0, len(rows), 1000):
         batch = rows[start : start + 1000]
         for prompt, chosen in zip(batch["prompt"], batch["chosen"], strict=True):
@@ -20,15 +20,15 @@ def prompt_keys(rows: Dataset) -> Iterator[int]:
 
 
 def prompt_key(prompt: str | None, chosen: str | None) -> int:
-    """See `prompt_keys`."""
+    """A number that rows of the same prompt share; of plain texts, rows of the same text."""
     return content_key(chosen if prompt is None else prompt)
 
 
 def stage_shares(data_split: str) -> list[float]:
-    """The shares of the three stages, of which one is positive.
+    """The shares of the three stages; at least one is positive.
 
     Raises:
-        UserError: these are no such numbers.
+        UserError: `data_split` is no list of three such numbers.
     """
     try:
         shares = [float(share) for share in data_split.split(",")]
@@ -44,10 +44,10 @@ def stage_indices(
 ) -> list[int]:
     """The rows of one stage: a seeded partition in the proportions of `data_split`; no prompt serves two stages.
 
-    It depends on these arguments alone: every rank, on any number of ranks, finds the same rows. Prompts with several
-    rows come first, those with most rows before the others, each to the stage that lacks most rows; prompts with one
-    row then fill the stages up in a random order. A stage exceeds its share by less than the rows of one prompt, and
-    none is left without a prompt.
+    It depends on these arguments alone: every rank, on any number of ranks, finds the same rows. First the prompts with
+    several rows are placed, those with the most rows before the others, each in the stage that lacks most rows; then
+    the prompts with one row fill the stages up in a random order. A stage exceeds its share by less than the rows of
+    one prompt, and none whose share comes to a row is left without a prompt. A share that rounds to no row is refused.
 
     Where there are fewer prompts than stages with a share, rows are divided instead, and a line says so.
 
@@ -55,6 +55,7 @@ def stage_indices(
         prompts: `prompt_keys` of the rows.
         data_split: three numbers, the shares of steps 1, 2 and 3.
         stage: 0, 1 or 2.
+        seed: of the random order.
         name: of the data, for messages.
 
     Returns:
@@ -86,12 +87,15 @@ def stage_indices(
 
 
 def divide_prompts(prompts: list[int], sizes: Counter[int], targets: list[int]) -> list[int]:
-    """The stage of each row, whole prompts at a time.
+    """Divides whole prompts among the stages.
 
     Args:
-        prompts: of the rows in the order that decides between equals.
-        sizes: rows of each prompt; as many prompts at least as there are targets above 0.
-        targets: rows that each stage should get; all rows together.
+        prompts: of the rows, in the order that decides between equals.
+        sizes: rows of each prompt; at least as many prompts as there are targets above 0.
+        targets: how many rows each stage should get; their sum is the number of rows.
+
+    Returns:
+        The stage of each row.
     """
     stages = range(len(targets))
     lacking, empty = list(targets), {stage for stage in stages if targets[stage]}
@@ -99,7 +103,7 @@ def divide_prompts(prompts: list[int], sizes: Counter[int], targets: list[int]) 
     singles: list[int] = []
     left = len(sizes)
     for prompt, size in sorted(((p, sizes[p]) for p in dict.fromkeys(prompts)), key=lambda item: -item[1]):
-        candidates = empty if left <= len(empty) else stages  # the last prompts go where there is none yet
+        candidates = empty if left <= len(empty) else stages  # the last prompts go to stages that have none yet
         stage = max(candidates, key=lambda stage: (lacking[stage], -stage))
         lacking[stage] -= size
         empty.discard(stage)
@@ -113,11 +117,11 @@ def divide_prompts(prompts: list[int], sizes: Counter[int], targets: list[int]) 
 
 
 def blend(sizes: list[int], weights: list[float], seed: int = 1234) -> list[list[int]]:
-    """Rows of several data sets in the proportions of `weights`: the largest such blend in which no row stands twice.
+    """Rows of several data sets in the proportions of `weights`: the largest such blend that holds no row twice.
 
     Args:
         sizes: rows of each data set, at least one.
-        weights: above 0; only their proportions count.
+        weights: above 0; only their proportions matter.
         seed: of the choice of rows in a data set that is not taken whole.
 
     Returns:

@@ -1,12 +1,12 @@
-"""One data set of which rows are read as they are asked for (--streaming): its shape, its usable rows, what they serve.
+"""One data set whose rows are read when they are needed (--streaming): its shape, its usable rows, their stages.
 
-The rows are converted by the functions that `preferences` is made of. What otherwise takes all rows at once is decided
-row by row: a hash of its prompt says which stage a row serves and whether it is held out, whatever the order of the
-rows, the number of ranks and the flags of the other stages.
+The rows are converted by the functions of `preferences`. What takes all rows at once there is decided row by row: a
+hash of its prompt says which stage a row serves and whether it is held out, whatever the order of the rows, the number
+of ranks and the flags of the other stages.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -20,52 +20,50 @@ from utils.data.preferences import (
     HOLD_OUT_SEED,
     REPEATS,
     TEXT,
+    Conversion,
     choose_conversion,
     normalise_rows,
     rename,
 )
 from utils.data.raw import raw_rows
 from utils.data.report import Dropped, count_dropped, report_dropped
-from utils.data.shapes import Conversation, Example, Form, Row
-from utils.data.sources import READ_ERRORS, Part, first_bad_row, first_line, read_splits
+from utils.data.shapes import Form, Row
+from utils.data.sources import READ_ERRORS, Shard, check_numbers, first_bad_row, first_line, read_splits
 from utils.distributed import print0
 from utils.run import UserError
 
-TOGETHER = 1000  # rows that are converted or encoded in one go, and that tell the shape
+TOGETHER = 1000  # rows that are converted or encoded at a time, and from which the shape is found
 HELD_OUT_ROWS = 1000  # of each data set, at most
-REMEMBERED = 500_000  # rows that a row is compared with at least
+REMEMBERED = 500_000  # at least so many earlier rows are compared with a row
 
 
 @dataclass
 class Counts:
-    """What has become of the rows of one data set, up to now; for the report and data.json.
-
-    dropped: on conversion.   unusable: of the rows that serve this stage, on encoding.
-    """
+    """What has become of the rows of one data set so far, for the report and data.json."""
 
     read: int = 0
     kept: int = 0
     encoded: int = 0
     held_out: int = 0
     other_stages: int = 0
-    dropped: Dropped = field(default_factory=dict)
-    unusable: Dropped = field(default_factory=dict)
-    cut: Dropped = field(default_factory=dict)  # "prompt_cut", "cut" and "left_out", as the encoder calls them
+    dropped: Dropped = field(default_factory=dict)  # on conversion
+    unusable: Dropped = field(default_factory=dict)  # of the rows that serve this stage, on encoding
+    cut: Dropped = field(default_factory=dict)  # under the encoder's names "prompt_cut", "cut" and "left_out"
     left_out: int = 0  # answers
     longest: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=12))
 
 
 class Repeats:
-    """Remembers the keys of at least the last `size` rows, and of twice as many at most: about 100 bytes each."""
+    """Remembers the keys of at least the last `size` rows, and at most of twice as many, in about 100 bytes each."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self.size = size
         self.recent: set[int] = set()
         self.older: set[int] = set()
 
     def has(self, key: int) -> bool:
-        """Whether the key was there before; it is from now on."""
+        """Whether the key came before; from now on it has."""
         if key in self.recent or key in self.older:
             return True
         if len(self.recent) == self.size:
@@ -76,39 +74,34 @@ class Repeats:
 
 @dataclass(frozen=True)
 class StreamedSet:
-    """One data set of which nothing is read but what is asked for.
-
-    parts: as of `read_splits`.   columns: those of the first rows, which every row gets.   held_out: rows to evaluate,
-    with the columns of TEXT and ABOUT.   whole: all its training rows serve stage 0.
-    """
+    """One data set of which only the rows that are needed are read."""
 
     name: str
     flag: str
     weight: float | None
-    parts: dict[str, list[Part]]
-    columns: list[str]
-    shape: str
-    convert: Callable[[Row], Example | Conversation]
-    form: Form
-    whole: bool = False
-    held_out: Dataset | None = None
+    shards: dict[str, list[Shard]]  # as of `read_splits`
+    columns: list[str]  # those of the first rows, which every row gets
+    conversion: Conversion
+    whole: bool = False  # all training rows serve stage 0
+    held_out: Dataset | None = None  # rows to evaluate, with the columns of TEXT and ABOUT
 
     def texts(self, split: str, counts: Counts) -> Iterator[Row]:
-        """The usable rows of a split in their order, with the columns of `normalise_rows`; the others are counted."""
+        """The usable rows of a split in order, with the columns of `normalise_rows`; the others are counted."""
         repeats = Repeats(REMEMBERED)
-        for part in self.parts[split]:
-            rows = raw_rows(part, self.flag)
+        for shard in self.shards[split]:
+            rows = raw_rows(shard, self.flag)
             while chunk := list(islice(rows, TOGETHER)):
                 names, raw = zip(*chunk, strict=True)
-                yield from self.usable(self.normalised(part, names, raw), repeats, counts)
+                yield from self.usable(self.normalised(shard, names, raw), repeats, counts)
 
-    def normalised(self, part: Part, names: Sequence[str], raw: Sequence[Row]) -> dict[str, list]:
-        complete = ({**dict.fromkeys(self.columns), **renamed(row, self.form.columns)} for row in raw)
-        label = f"{part.file.name} " if part.file and len(self.parts["train"]) > 1 else ""
-        part = replace(part, rows=None, label=label)
-        return normalise_rows(complete, names, convert=self.convert, part=part, flag=self.flag, form=self.form)
+    def normalised(self, shard: Shard, names: Sequence[str], raw: Sequence[Row]) -> dict[str, list]:
+        """Rows of a shard as the columns of `normalise_rows`."""
+        complete = ({**dict.fromkeys(self.columns), **renamed(row, self.conversion.form.columns)} for row in raw)
+        label = f"{shard.file.name} " if shard.file and len(self.shards["train"]) > 1 else ""
+        return normalise_rows(complete, names, self.conversion, replace(shard, rows=None, label=label))
 
     def usable(self, columns: dict[str, list], repeats: Repeats, counts: Counts) -> Iterator[Row]:
+        """The rows without a reason to be dropped; all are counted."""
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
             counts.read += 1
@@ -122,7 +115,7 @@ class StreamedSet:
     def training_texts(self, stage: int, shares: Sequence[float], seed: int, counts: Counts) -> Iterator[Row]:
         """The usable training rows of one stage."""
         for row in self.texts("train", counts):
-            if "test" not in self.parts and is_held_out(row["asked"]):
+            if "test" not in self.shards and is_held_out(row["asked"]):
                 counts.held_out += 1
             elif not self.whole and stage_of(row["asked"], shares, seed) != stage:
                 counts.other_stages += 1
@@ -139,43 +132,44 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def stage_of(prompt: int, shares: Sequence[float], seed: int) -> int:
-    """The stage that the rows of a prompt serve, by a hash in [0, 1) against the shares."""
+    """The stage that the rows of a prompt serve: where a hash in [0, 1) falls among the shares."""
     place = hashed(prompt, seed) * sum(shares)
     bounds = np.cumsum(shares)
     return min(int(np.searchsorted(bounds, place, side="right")), max(i for i, share in enumerate(shares) if share))
 
 
 def is_held_out(prompt: int) -> bool:
-    """Whether the rows of a prompt are for evaluation alone, in a data set without a test split; in every stage."""
+    """Whether the rows of a prompt are only evaluated, in every stage; for data sets without a test split."""
     return hashed(prompt, "held out", HOLD_OUT_SEED) < HOLD_OUT
 
 
 def hashed(prompt: int, *salt: object) -> float:
-    """A number in [0, 1) that the prompt and the salt decide."""
+    """A number in [0, 1) that depends on the prompt and the salt alone."""
     digest = hashlib.blake2b(repr((prompt, *salt)).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little") / 2**56
 
 
 def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag: str, form: Form) -> StreamedSet:
-    """Finds the shape and the rows to evaluate: those of the test split, else the held-out ones; the first of them.
+    """Finds the shape of a data set, and the rows to evaluate: the first of the test split, else of the held-out ones.
 
     Raises:
         UserError: nothing there, unreadable first rows, columns of no known shape, or no row to evaluate.
     """
-    parts = read_splits(entry, cache_dir, flag, streaming=True)
-    first = parts["train"][0]
+    shards = read_splits(entry, cache_dir, flag, streaming=True)
+    first = shards["train"][0]
     _, raw = zip(*islice(raw_rows(first, flag), TOGETHER), strict=True)
     try:
         sample = Dataset.from_list(with_all_columns(raw))
     except READ_ERRORS as error:
+        check_numbers(first, raw[0], flag)
         problem = first_bad_row(first.file) if first.file else None
         raise UserError(f"{flag}: {first.place}, {problem or first_line(error)}") from error
-    part = rename(replace(first, rows=sample), form.columns, flag)
-    shape, convert, chosen_form = choose_conversion(entry, part, flag, form)
+    shard = rename(replace(first, rows=sample), form.columns, flag)
+    conversion = choose_conversion(entry, shard, flag, form)
     whole = flag != "--data_path"
-    stream = StreamedSet(entry, flag, weight, parts, part.rows.column_names, shape, convert, chosen_form, whole)
+    stream = StreamedSet(entry, flag, weight, shards, shard.rows.column_names, conversion, whole)
     held_out = held_out_rows(stream)
-    print0(f"{flag} {entry}: {shape}; streamed, {len(held_out)} rows to evaluate")
+    print0(f"{flag} {entry}: {conversion.shape}; streamed, {len(held_out)} rows to evaluate")
     return replace(stream, held_out=held_out)
 
 
@@ -188,7 +182,7 @@ def with_all_columns(rows: Sequence[Row]) -> list[Row]:
 def held_out_rows(stream: StreamedSet) -> Dataset:
     """The first rows that nothing is trained on; what was dropped among a test split's is reported."""
     counts = Counts()
-    own = "test" in stream.parts
+    own = "test" in stream.shards
     rows = stream.texts("test" if own else "train", counts)
     if not own:
         rows = (row for row in rows if is_held_out(row["asked"]))

@@ -1,16 +1,15 @@
 """Training rows straight from their files or from the hub (--streaming), for data that is larger than the disk.
 
-Nothing is written, and what is held does not grow with the data: each data set is read from its beginning in every
-epoch, converted and encoded in chunks by the functions of the other way, blended, and shuffled in a buffer. The loaders
-are like those of `loaders`, but for the length: nobody knows that of an epoch.
+Nothing is written, and memory does not grow with the data: each data set is read from its beginning in every epoch,
+converted and encoded in chunks by the functions that stored data uses, blended, and shuffled in a buffer. The loaders
+are like those of `loaders`, except that the length of an epoch is unknown.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,70 +19,57 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from utils.data.chat import template_of
-from utils.data.encoding import ENCODERS, FEATURES, Names, Overlong, encode_rows, encoder_options, has_rankings
+from utils.data.config import DataConfig
+from utils.data.encoding import FEATURES, Encoder, Names, encode_rows
 from utils.data.loaders import (
-    BATCH_FLAGS,
     COLLATORS,
-    KINDS,
     LENGTH_FLAGS,
     EvalSampler,
     ResumableSampler,
+    check_fills_a_batch,
+    check_margins,
     data_sources,
+    form_of,
+    kind_of,
     make_loader,
     write_record,
 )
 from utils.data.report import as_record, count_dropped, report_cut, report_dropped, report_left_out
-from utils.data.shapes import Form, Row
+from utils.data.shapes import Row
 from utils.data.splits import stage_shares
 from utils.data.streamed_set import TOGETHER, Counts, StreamedSet, as_data_set, open_stream
 from utils.distributed import print0
-from utils.distributed import rank as this_rank
 from utils.run import UserError
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one stage makes its rows of texts.
+    """How one stage makes its rows of texts."""
 
-    kind: see `encode_rows`.   need_margin: the rows have the column `margin`.
-    """
-
+    config: DataConfig
     stage: int
-    kind: str
-    tokenizer: PreTrainedTokenizerBase
-    max_len: int
-    data_split: str
-    data_seed: int
-    overlong: Overlong | None
-    train_on: str
-    need_margin: bool
-
-    @property
-    def options(self) -> dict[str, str]:
-        return encoder_options(self.kind, self.overlong, self.train_on)
+    encoder: Encoder
 
     def encode(self, rows: Dataset, names: Names, record: list[dict] | None = None) -> Dataset:
         """A few rows in memory; see `encode_rows`."""
-        options = {"overlong": self.overlong, "train_on": self.train_on, "record": record}
-        sizes = (self.kind, self.tokenizer, self.max_len)
-        return encode_rows(rows, *sizes, cache_dir=None, in_memory=True, names=names, **options)
+        return encode_rows(rows, self.encoder, cache_dir=None, names=names, record=record, in_memory=True)
 
     def rows(self, stream: StreamedSet, counts: Counts) -> Iterator[Row]:
         """The encoded training rows of a data set, in the order of its texts."""
-        texts = stream.training_texts(self.stage, stage_shares(self.data_split), self.data_seed, counts)
-        wanted = set(FEATURES[self.kind])  # the same of every data set: a batch may hold rows of two
-        wanted -= {"loss_mask"} if self.train_on != "all" else set()
-        wanted -= {"margin", "left_out"} if not self.need_margin else {"left_out"}
+        shares = stage_shares(self.config.data_split)
+        texts = stream.training_texts(self.stage, shares, self.config.data_seed, counts)
+        wanted = set(FEATURES[self.encoder.kind])  # the same for all data sets, whose rows share batches
+        wanted -= {"loss_mask"} if self.encoder.train_on != "all" else set()
+        wanted -= {"margin", "left_out"} if not self.config.need_margin else {"left_out"}
         while chunk := list(islice(texts, TOGETHER)):
             batch = {name: [row[name] for row in chunk] for name in chunk[0]}
-            encoded = ENCODERS[self.kind](batch, tokenizer=self.tokenizer, max_len=self.max_len, **self.options)
+            encoded = self.encoder.encode(batch)
             usable = [k for k, text in enumerate(chunk) if self.counted(k, text, encoded, counts)]
             for k in usable:
                 yield {name: compact(name, values[k]) for name, values in encoded.items() if name in wanted}
 
     def counted(self, k: int, text: Row, encoded: dict[str, list], counts: Counts) -> bool:
-        """Counts row k, of this text, of an encoded chunk; whether it is kept."""
+        """Counts row k of an encoded chunk, which was this text, and says whether it is kept."""
         counts.encoded += 1
         counts.longest = max(counts.longest, encoded["full_length"][k])
         if encoded["dropped"][k]:
@@ -111,15 +97,15 @@ def compact(name: str, value: Any) -> Any:
 def blended(streams: Sequence[Iterator[Row]], weights: Sequence[float | None]) -> Iterator[Row]:
     """Rows of several data sets in turn, at every moment in the proportions of the weights.
 
-    It ends with the data set that ends first, as otherwise the proportions would. Without weights all take the same
-    turns as long as they have rows, and it ends with the last.
+    It ends with the data set that ends first, since the proportions cannot be kept after that. Without weights all data
+    sets take equal turns as long as they have rows, and it ends with the last.
     """
     weighted = None not in weights
     shares = [weight / sum(weights) if weighted else 1 / len(weights) for weight in weights]
     taken = [0] * len(streams)
-    going_on = list(range(len(streams)))
-    while going_on:
-        k = max(going_on, key=lambda k: shares[k] * (sum(taken) + 1) - taken[k])
+    unfinished = list(range(len(streams)))
+    while unfinished:
+        k = max(unfinished, key=lambda k: shares[k] * (sum(taken) + 1) - taken[k])
         row = next(streams[k], None)
         if row is not None:
             taken[k] += 1
@@ -127,12 +113,12 @@ def blended(streams: Sequence[Iterator[Row]], weights: Sequence[float | None]) -
         elif weighted:
             return
         else:
-            going_on.remove(k)
+            unfinished.remove(k)
 
 
 def shuffled(rows: Iterator[Row], size: int, *seed: int) -> Iterator[Row]:
     """Draws each row from a buffer of `size` rows, which is filled up from the stream."""
-    random = np.random.RandomState([part % 2**32 for part in seed])  # its stream is the same in every numpy version
+    random = np.random.RandomState([part % 2**32 for part in seed])  # the same stream in every numpy version
     buffer = list(islice(rows, size))
     for row in rows:
         k = random.randint(len(buffer))
@@ -143,22 +129,20 @@ def shuffled(rows: Iterator[Row], size: int, *seed: int) -> Iterator[Row]:
 
 
 class StreamSampler(ResumableSampler):
-    """One rank's rows themselves, not their numbers. Every rank goes through the whole stream.
+    """One rank's rows themselves, not their indices. Every rank goes through the whole stream.
 
-    To go on from a state reads the epoch again from its beginning, and hands out what follows.
-
-    Args:
-        open_epoch: the rows of an epoch by its number, the same on every rank.
-        batches: how many a whole training takes: all that `len` of the loader can tell.
+    To continue from a state, the epoch is read again from its beginning, and what follows the state is drawn.
+    `open_epoch` gives the rows of an epoch, the same on every rank; `batches` is what the whole training takes.
     """
 
     def __init__(
         self, open_epoch: Callable[[int], Iterator[Row]], batch_size: int, batches: int, *, rank: int, world_size: int
-    ):
+    ) -> None:
         super().__init__(rank=rank, world_size=world_size)
         self.open_epoch, self.batch_size, self.batches = open_epoch, batch_size, batches
 
     def rows(self) -> Iterator[Row]:
+        """This rank's rows of the whole epoch."""
         rows = self.open_epoch(self.epoch)
         global_batch = self.batch_size * self.world_size
         while len(step := list(islice(rows, global_batch))) == global_batch:
@@ -169,7 +153,7 @@ class StreamSampler(ResumableSampler):
 
 
 class RowsThemselves(torch.utils.data.Dataset):
-    """Where a sampler draws rows and not their numbers: hands them on, with weight 1."""
+    """The data set for a sampler that draws rows, not their indices: passes them on with weight 1."""
 
     def __getitems__(self, rows: list[Row]) -> list[Row]:
         return [{**row, "weight": 1.0} for row in rows]
@@ -180,20 +164,16 @@ class RowsThemselves(torch.utils.data.Dataset):
 
 
 @dataclass(frozen=True)
-class Report:
-    """Says what has become of the rows, when the first epoch or the training ends, and keeps data.json up to date.
-
-    settings, evaluation: what stands in data.json beside the counts.   folder: of data.json, or None.
-    """
+class StreamReport:
+    """Says what has become of the rows, when the first epoch or the training ends, and keeps data.json up to date."""
 
     streams: Sequence[StreamedSet]
     recipe: Recipe
-    settings: dict[str, Any]
-    evaluation: list[dict]
-    folder: Path | None
+    evaluation: list[dict]  # what data.json says about the rows to evaluate
+    eval_rows: int
 
     def watch(self, rows: Iterator[Row], counts: Sequence[Counts]) -> Iterator[Row]:
-        """The rows; data.json is written whenever twice as many have been read, and once nobody asks for more."""
+        """The rows; data.json is written each time the number of rows read has doubled, and at the end."""
         complete, due = False, 1
         try:
             for row in rows:
@@ -207,35 +187,37 @@ class Report:
             self.write(counts, complete)
 
     def print(self, counts: Sequence[Counts], complete: bool) -> None:
+        """What has become of the rows of each data set."""
         for stream, c in zip(self.streams, counts, strict=True):
             name, part = f"{stream.flag} {stream.name}", "train" if complete else "train, so far"
             print0(f"{name} ({part}): {c.read} rows read, {c.kept} of them for step {self.recipe.stage + 1}")
             report_dropped(f"{name} ({part})", c.dropped, c.read)
             report_dropped(f"{name} ({part}, step {self.recipe.stage + 1})", c.unusable, c.encoded)
-            limit = f"{LENGTH_FLAGS[self.recipe.stage]} {self.recipe.max_len}"
+            limit = f"{LENGTH_FLAGS[self.recipe.stage]} {self.recipe.encoder.max_len}"
             cuts = (c.cut.get(fate, (0, [])) for fate in ("prompt_cut", "cut"))
             report_cut(limit, f"{name} ({part})", *cuts, c.longest, c.encoded)
             report_left_out(f"{name} ({part})", c.left_out, c.cut.get("left_out", (0, [])))
 
     def write(self, counts: Sequence[Counts], complete: bool) -> None:
-        """data.json; on rank 0."""
-        if self.folder is None or this_rank() != 0:
-            return
+        """Writes data.json."""
+        recipe, config = self.recipe, self.recipe.config
         data = [self.entry(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
-        state = {"first_epoch_complete": complete, "data": data + self.evaluation}
-        write_record(self.folder, {**self.settings, **state}, self.recipe.tokenizer)
+        record = {"streaming": True, "shuffle_buffer": config.shuffle_buffer, "eval_rows": self.eval_rows}
+        record |= {"first_epoch_complete": complete, "data": data + self.evaluation}
+        write_record(config, recipe.stage, recipe.encoder.tokenizer, record)
 
     def entry(self, stream: StreamedSet, c: Counts) -> dict[str, Any]:
         """Of data.json, for one data set; fingerprint: of the usable rows that were read."""
-        used = {"kind": self.recipe.kind, "max_len": self.recipe.max_len, **self.recipe.options}
+        encoder = self.recipe.encoder
+        used = {"kind": encoder.kind, "max_len": encoder.max_len, **encoder.options}
         cut = {name: c.cut.get(fate, (0, []))[0] for name, fate in (("prompts", "prompt_cut"), ("answers", "cut"))}
         return {
-            **{"data": f"{stream.flag} {stream.name}", "split": "train", "shape": stream.shape, **used},
+            **{"data": f"{stream.flag} {stream.name}", "split": "train", "shape": stream.conversion.shape, **used},
             **{"fingerprint": c.digest.hexdigest(), "rows": c.read, "dropped": as_record(c.dropped)},
             **{"held_out": c.held_out, "of_other_stages": c.other_stages, "of_this_stage": c.encoded},
             **{"unusable": as_record(c.unusable), "kept": c.kept},
             **{f"cut_{name}": count for name, count in cut.items()},
-            **({"answers_left_out": c.left_out} if self.recipe.kind == "ranked" else {}),
+            **({"answers_left_out": c.left_out} if encoder.kind == "ranked" else {}),
         }
 
 
@@ -243,72 +225,53 @@ class Report:
 # Loaders
 
 
-def open_streams(
-    stage: int,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    data_path: Sequence[str],
-    sft_only_data_path: Sequence[str] = (),
-    data_output_path: str | None = None,
-    columns: Mapping[str, str] | None = None,
-) -> list[StreamedSet]:
-    """The data sets of one stage. Args, raises: as `loaders.build_loaders` and `open_stream`."""
+def open_streams(config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerBase) -> list[StreamedSet]:
+    """The data sets of one stage.
+
+    Raises:
+        UserError: see `data_sources` and `open_stream`.
+    """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    form = Form(columns or {}, template_of(tokenizer))
-    sources, weights = data_sources(stage, data_path, sft_only_data_path)
+    form = form_of(config, tokenizer)
+    sources, weights = data_sources(config, stage)
     return [
-        open_stream(name, weight, cache_dir=data_output_path, flag=flag, form=form)
+        open_stream(name, weight, cache_dir=config.cache_dir, flag=flag, form=form)
         for (flag, name), weight in zip(sources, weights, strict=True)
     ]
 
 
 def build_streaming_loaders(
     streams: Sequence[StreamedSet],
+    config: DataConfig,
     *,
     stage: int,
     tokenizer: PreTrainedTokenizerBase,
     max_len: int,
     train_batch_size: int,
     eval_batch_size: int,
-    shuffle_buffer: int,
     batches: int,
-    data_split: str = "2,4,4",
-    seed: int = 2023,
-    data_seed: int = 1234,
     rank: int = 0,
     world_size: int = 1,
-    overlong: Overlong | None = None,
-    train_on: str = "last",
-    need_margin: bool = False,
-    best_and_worst: bool = False,
-    record_in: str | Path | None = None,
 ) -> tuple[DataLoader, DataLoader]:
-    """As `loaders.build_loaders`, of data sets that are streamed.
+    """Like `loaders.build_loaders`, which explains the arguments, for the data sets of `open_streams`.
 
-    Args:
-        shuffle_buffer: rows among which the next one is drawn.
-        batches: the length of the train loader: of the whole training, as nobody knows that of an epoch. An epoch ends
-            where the data does.
+    The length of the train loader is `batches`, that of the whole training, since that of an epoch is unknown.
 
     Raises:
         UserError: the first rows are of no use to this stage, or fewer rows than one step takes; a faulty row only when
             it is reached.
     """
-    first = [first_texts(stream, stage, data_split, data_seed) for stream in streams]
-    ranked = any(has_rankings(rows) for rows in (*first, *(stream.held_out for stream in streams)))
-    kind = "ranked" if stage == 1 and ranked and not best_and_worst else KINDS[stage]
-    if need_margin and kind == "ranked":
-        raise UserError("--use_margin: the data ranks several answers to a prompt, without margins; leave the flag out")
-    recipe = Recipe(stage, kind, tokenizer, max_len, data_split, data_seed, overlong, train_on, need_margin)
+    first = [first_texts(stream, config, stage) for stream in streams]
+    kind = kind_of(config, stage, (*first, *(stream.held_out for stream in streams)))
+    recipe = Recipe(config, stage, Encoder(kind, tokenizer, max_len, config.overlong, config.train_on))
     held_out, record, columns = [], [], set()
     for stream, rows in zip(streams, first, strict=True):
         name = f"{stream.flag} {stream.name}"
         names = Names(f"train, the first {len(rows)} rows", name, LENGTH_FLAGS[stage])
         columns |= set(recipe.encode(rows, names).column_names)
         held_out.append(recipe.encode(stream.held_out, Names("eval", name, LENGTH_FLAGS[stage]), record))
-    if need_margin and "margin" not in columns:
-        raise UserError("--use_margin: none of the first rows has a number in a column `margin`; leave the flag out")
+    check_margins(config, kind, columns, "none of the first rows")
     evaluation = datasets.concatenate_datasets(held_out)
 
     def epoch_rows(counts: Sequence[Counts]) -> Iterator[Row]:
@@ -318,22 +281,15 @@ def build_streaming_loaders(
     def nothing_yet() -> list[Counts]:
         return [Counts() for _ in streams]
 
-    settings = {"stage": stage, "data_split": data_split, "data_seed": data_seed, "order_seed": seed}
-    settings |= {"streaming": True, "shuffle_buffer": shuffle_buffer, "eval_rows": len(evaluation)}
-    report = Report(streams, recipe, settings, record, None if record_in is None else Path(record_in))
+    report = StreamReport(streams, recipe, record, len(evaluation))
 
     def open_epoch(epoch: int) -> Iterator[Row]:
         counts = nothing_yet()
         rows = epoch_rows(counts)
-        return shuffled(rows if epoch else report.watch(rows, counts), shuffle_buffer, seed, epoch)
+        return shuffled(rows if epoch else report.watch(rows, counts), config.shuffle_buffer, config.seed, epoch)
 
-    global_batch = train_batch_size * world_size
-    n = sum(1 for _ in islice(epoch_rows(nothing_yet()), global_batch))
-    if n < global_batch:
-        raise UserError(
-            f"{BATCH_FLAGS[stage]} {train_batch_size}: {n} training rows are too few for one batch of {global_batch} "
-            f"on {world_size} rank{'s' * (world_size > 1)}; lower it, or give more data"
-        )
+    first_batch = islice(epoch_rows(nothing_yet()), train_batch_size * world_size)
+    check_fills_a_batch(sum(1 for _ in first_batch), stage, train_batch_size, world_size)
     report.write(nothing_yet(), complete=False)
     collate = partial(COLLATORS[kind], pad_id=tokenizer.pad_token_id)
     order = StreamSampler(open_epoch, train_batch_size, batches, rank=rank, world_size=world_size)
@@ -344,13 +300,13 @@ def build_streaming_loaders(
     return train, make_loader(evaluation, in_turn, eval_batch_size, collate)
 
 
-def first_texts(stream: StreamedSet, stage: int, data_split: str, data_seed: int) -> Dataset:
-    """The first rows of a stage: what they show is refused, and reported, before anything else happens."""
-    counts = Counts()
-    texts = list(islice(stream.training_texts(stage, stage_shares(data_split), data_seed, counts), TOGETHER))
+def first_texts(stream: StreamedSet, config: DataConfig, stage: int) -> Dataset:
+    """The first rows of a stage, so that their faults are refused, and reported, before anything else happens."""
+    counts, shares = Counts(), stage_shares(config.data_split)
+    texts = list(islice(stream.training_texts(stage, shares, config.data_seed, counts), TOGETHER))
     if not texts:
         raise UserError(
-            f"--data_split {data_split}: {stream.name} has no row for step {stage + 1} among {counts.read}; give it a "
-            "larger share, or more data"
+            f"--data_split {config.data_split}: {stream.name} has no row for step {stage + 1} among {counts.read}; "
+            "give it a larger share, or more data"
         )
     return as_data_set(texts)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, count
-from pathlib import Path
 
 import datasets
 from datasets import Dataset
-from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.batches import SupervisedBatch
 from utils.data.cache import cache_file, fingerprint_of
 from utils.data.collate import collate_supervised
 from utils.data.loaders import EpochSampler, local_rank_zero_first, make_loader
@@ -23,6 +23,7 @@ from utils.run import UserError
 
 FLAG = "--unsupervised_dataset_name"
 COLUMNS = ("text", "content")
+BLOCKS_VERSION = 1  # of the tokens: to be raised with every change, see tests/utils/data/test_golden.py
 
 
 def plain_text_batches(
@@ -33,24 +34,22 @@ def plain_text_batches(
     block: int,
     batch_size: int,
     seed: int,
-    data_output_path: str | None = None,
+    cache_dir: str | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[SupervisedBatch]:
     """Endless batches of blocks of `block` tokens, in a new order every epoch; supervised batches with prompt length 1.
 
-    The first token of a block is its context, all others are learned; documents are joined by the EOS token.
+    The first token of a block is its context, and all others are learned; documents are joined by the EOS token.
 
     Raises:
         UserError: no such data, no text column, or less text than one batch on every rank.
     """
     with local_rank_zero_first():
         chosen = DataName(name, configuration)
-        splits = (
-            read_hub(chosen, data_output_path, FLAG) if configuration else read_splits(name, data_output_path, FLAG)
-        )
-        parts = [to_blocks(part.rows, part.place, tokenizer, block, data_output_path) for part in splits["train"]]
-    rows = datasets.concatenate_datasets(parts)
+        splits = read_hub(chosen, cache_dir, FLAG) if configuration else read_splits(name, cache_dir, FLAG)
+        blocks_of = [to_blocks(shard.rows, shard.place, tokenizer, block, cache_dir) for shard in splits["train"]]
+    rows = datasets.concatenate_datasets(blocks_of)
     if len(rows) < batch_size * world_size:
         raise UserError(
             f"{FLAG} {name}: {len(rows)} blocks of {block} tokens are too few for {batch_size} on each of {world_size} "
@@ -62,7 +61,7 @@ def plain_text_batches(
     return endless(loader)
 
 
-def endless(loader) -> Iterator[dict[str, Tensor]]:
+def endless(loader: DataLoader) -> Iterator[SupervisedBatch]:
     """The loader's batches, epoch after epoch."""
     for epoch in count():
         loader.sampler.set_epoch(epoch)
@@ -72,12 +71,12 @@ def endless(loader) -> Iterator[dict[str, Tensor]]:
 def to_blocks(
     rows: Dataset, place: str, tokenizer: PreTrainedTokenizerBase, block: int, cache_dir: str | None
 ) -> Dataset:
-    """Rows of text -> rows {input_ids: `block` ids, prompt_length: 1}; the rest of each 1000 documents is left out."""
+    """Rows of text -> rows {input_ids: `block` ids, prompt_length: 1}; what remains of 1000 documents is left out."""
     column = next((c for c in COLUMNS if c in rows.column_names), None)
     if column is None:
         raise UserError(f"{FLAG}: {place} has the columns {', '.join(rows.column_names)}; expected `text`")
     fingerprint = fingerprint_of(
-        rows._fingerprint, Path(__file__).read_bytes(), tokenizer_fingerprint(tokenizer), "text", block
+        rows._fingerprint, BLOCKS_VERSION, column, tokenizer_fingerprint(tokenizer), "text", block
     )
     return rows.map(
         partial(blocks, column=column, tokenizer=tokenizer, block=block),

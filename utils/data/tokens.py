@@ -1,7 +1,7 @@
 """One text -> token ids.
 
-The prompt is encoded with the tokenizer's own beginning (BOS or none, never two). The answer's tokens are those it has
-in the joint text; where the joint text merges a token across the seam, the answer is encoded alone.
+The prompt is encoded with the tokenizer's own beginning (BOS or none, never two). The answer has the tokens that it has
+in the joint text; where a token of the joint text spans the end of the prompt, the answer is encoded alone.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# Texts whose end stays a token border whatever follows, tried in turn.
+# Texts after which a new token begins whatever follows; tried in turn.
 SEAMS = ("\n", ":", "x", "é")
 
 
@@ -33,7 +33,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> li
 
 
 def with_beginning(first: list[int], heads: list[list[int]]) -> list[list[int]]:
-    """`first` before each of `heads`, except where it stands there already."""
+    """Puts `first` before each of `heads`, except where it is there already."""
     return [head if head[: len(first)] == first else first + head for head in heads]
 
 
@@ -46,7 +46,10 @@ def encode_answers(
     makes of prompt + answer.
 
     Args:
+        tokenizer: the one that made `heads`.
+        prompts: as text.
         heads: the prompts' `plain_ids`.
+        answers: as text, one for each prompt.
     """
     joint = plain_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     return [
@@ -56,7 +59,7 @@ def encode_answers(
 
 
 def answer_alone(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Ids of a text that starts in the middle of a line: sentencepiece would put its own space before it."""
+    """Ids of a text in the middle of a line: at the start of a text, sentencepiece would put a space before it."""
     for seam in SEAMS:
         before, whole = plain_ids(tokenizer, [seam, seam + answer])
         if whole[: len(before)] == before:
@@ -64,29 +67,14 @@ def answer_alone(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     return plain_ids(tokenizer, [answer])[0]
 
 
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, max_len: int, add_eos: bool = True
-) -> tuple[list[int], int]:
-    """(ids of prompt and answer, prompt length), cut at `max_len` tokens.
-
-    The end token follows the answer when both fit. A prompt longer than `max_len` fills it alone: prompt length and
-    number of ids are then equal.
-    """
-    heads = plain_ids(tokenizer, [prompt])
-    (prompt_ids,) = with_beginning(beginning(tokenizer), heads)
-    (answer_ids,) = encode_answers(tokenizer, [prompt], heads, [answer])
-    ids = join(prompt_ids, answer_ids, max_len, tokenizer.eos_token_id if add_eos else None)
-    return ids, min(len(prompt_ids), max_len)
-
-
 def join(prompt_ids: list[int], answer_ids: list[int], max_len: int, eos: int | None) -> list[int]:
-    """Prompt, answer and end token, cut at `max_len`."""
+    """Joins prompt, answer and end token (None: without), and cuts them at `max_len`."""
     ends = eos is None or (answer_ids and answer_ids[-1] == eos)
     return (prompt_ids + answer_ids + ([] if ends else [eos]))[:max_len]
 
 
 def keep_end(ids: list[int], max_len: int, first: list[int]) -> list[int]:
-    """The last tokens of a prompt that is too long, after the tokenizer's beginning: the question stands at the end."""
+    """Keeps a long prompt's end, where the question is, after the tokenizer's beginning."""
     if len(ids) <= max_len:
         return ids
     first = first[:max_len] if ids[: len(first)] == first else []

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from remax.checkpoint.export import export, note
+from remax.checkpoint.export import export, write_note
 from remax.core.sequences import Sequences
 from remax.models.lora import merge_adapters
 from remax.models.policy import load_policy
@@ -195,5 +195,5 @@ def test_a_model_without_adapters_is_merged_into_itself(make_policy):
 
 
 def test_a_note_beside_the_export(tmp_path):
-    note(tmp_path, "results.json", {"reward": 1.5})
+    write_note(tmp_path, "results.json", {"reward": 1.5})
     assert json.loads((tmp_path / "results.json").read_text()) == {"reward": 1.5}

@@ -12,6 +12,7 @@ from remax.checks.findings import FAILURE, OK, SKIPPED, WARNING
 from remax.checks.rewards import check_ranking, check_scores, held_out_pairs, ranking_findings
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.functions import RewardFunction
+from utils.data.config import DataConfig
 
 
 def test_accuracy_by_hand():
@@ -73,9 +74,13 @@ def scorer(score) -> CompositeReward:
     return CompositeReward([Part("judge", SimpleNamespace(score=score, model=torch.nn.Module()))])
 
 
+def data(path, **options) -> DataConfig:
+    return DataConfig(data_path=[str(path)], **options)
+
+
 def test_pairs_of_a_data_set(corpus, tokenizer):
-    pairs = held_out_pairs([str(corpus)], tokenizer, max_len=200, limit=10, batch_size=4)
-    assert sum(int(batch["weight"].sum()) for batch in pairs) == 10
+    pairs = held_out_pairs(data(corpus), tokenizer, max_len=200, limit=10, batch_size=4)
+    assert sum(int(batch.weight.sum()) for batch in pairs) == 10
     # a reward model that knows how far down the vocabulary an answer reaches: some score, differing between answers
     ranks, length = check_ranking(scorer(lambda s: s.input_ids.float().mean(1)), pairs)
     assert ranks.numbers["pairs"] == 10
@@ -88,10 +93,10 @@ def test_the_best_and_the_worst_of_ranked_answers_are_a_pair(tmp_path, tokenizer
     answers = [" middle", " worst answer", " best", ""]
     rows = [{"prompt": f"Human: {i} Assistant:", "answers": answers, "scores": [2, 1, 3, 9]} for i in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (batch,) = held_out_pairs([str(tmp_path / "rows.jsonl")], tokenizer, max_len=100, cache_dir=str(tmp_path))
+    (batch,) = held_out_pairs(data(tmp_path / "rows.jsonl", cache_dir=str(tmp_path)), tokenizer, max_len=100)
     texts = [
-        tokenizer.decode(batch[f"{name}_ids"][0][: batch[f"{name}_lengths"][0]], skip_special_tokens=True)
-        for name in ("chosen", "rejected")
+        tokenizer.decode(ids[0][: lengths[0]], skip_special_tokens=True)
+        for ids, lengths in ((batch.chosen_ids, batch.chosen_lengths), (batch.rejected_ids, batch.rejected_lengths))
     ]
     assert [text.split("Assistant:")[1] for text in texts] == [" best", " worst answer"]
 
@@ -99,7 +104,7 @@ def test_the_best_and_the_worst_of_ranked_answers_are_a_pair(tmp_path, tokenizer
 def test_data_without_pairs_is_skipped(tmp_path, tokenizer):
     rows = [{"prompt": "Human: a Assistant:", "chosen": f" {i}"} for i in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert held_out_pairs([str(tmp_path / "rows.jsonl")], tokenizer, max_len=100) is None
+    assert held_out_pairs(data(tmp_path / "rows.jsonl"), tokenizer, max_len=100) is None
     assert [found.result for found in check_ranking(scorer(None), None)] == [SKIPPED]
 
 
@@ -111,7 +116,7 @@ def a_function(rule) -> FunctionReward:
 
 
 def test_each_reward_model_ranks_by_its_name(corpus, tokenizer):
-    pairs = held_out_pairs([str(corpus)], tokenizer, max_len=200, limit=10, batch_size=4)
+    pairs = held_out_pairs(data(corpus), tokenizer, max_len=200, limit=10, batch_size=4)
     longer, shorter = (scorer(lambda s, sign=sign: sign * s.lengths.float()).parts[0].scorer for sign in (1, -1))
     reward = CompositeReward([Part("long", longer), Part("short", shorter), Part("rule", a_function(None))])
     findings = check_ranking(reward, pairs)
@@ -126,7 +131,7 @@ def test_each_reward_model_ranks_by_its_name(corpus, tokenizer):
 
 
 def test_without_a_reward_model_there_is_nothing_to_rank(corpus, tokenizer):
-    pairs = held_out_pairs([str(corpus)], tokenizer, max_len=200, limit=10, batch_size=4)
+    pairs = held_out_pairs(data(corpus), tokenizer, max_len=200, limit=10, batch_size=4)
     (found,) = check_ranking(CompositeReward([Part("rule", a_function(None))]), pairs)
     assert (found.result, found.figure) == (SKIPPED, "no reward model: functions score")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from remax.core.rollout import Rollout
 from remax.core.sequences import Prompts, Sequences, learned_mask, length_mask
+from utils.data.batches import SupervisedBatch
 
 PAD = 0
 SEEDS = range(25)
@@ -197,10 +199,11 @@ def test_split_keeps_groups_together():
 
 def test_only_the_answers_of_a_dialogue_are_learned():
     ids = torch.arange(12).view(2, 6)
-    loaded = {"input_ids": ids, "lengths": torch.tensor([6, 3]), "prompt_lengths": torch.tensor([2, 1])}
+    lengths = {"lengths": torch.tensor([6, 3]), "prompt_lengths": torch.tensor([2, 1])}
+    loaded = SupervisedBatch(input_ids=ids, **lengths, weight=torch.ones(2))
     sequences = Sequences.from_batch(loaded)
     assert learned_mask(loaded, sequences).tolist() == [[True] * 4, [True, True, False, False]]
-    loaded["loss_mask"] = torch.tensor([[True, False, False, True], [True, True, True, True]])
+    loaded = replace(loaded, loss_mask=torch.tensor([[True, False, False, True], [True, True, True, True]]))
     # The mask's padding counts as little as the answer's.
     assert learned_mask(loaded, sequences).tolist() == [[True, False, False, True], [True, True, False, False]]
     assert sequences.answer_ids[learned_mask(loaded, sequences)].tolist() == [2, 5, 7, 8]

@@ -22,6 +22,7 @@ from remax.evaluation.ranking import pair_scores
 from remax.generation.decode import GenerationSettings, rollout
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
+from utils.data.batches import PairBatch, PromptBatch, SupervisedBatch
 from utils.tokenizer import load_tokenizer
 
 
@@ -44,13 +45,13 @@ def load(folder, loader=load_policy):
     return loader(str(folder), "--model", dtype=torch.float32, tokenizer=tokenizer), tokenizer
 
 
-def supervised_batch(sequences: Sequences, weight: list[float]) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": sequences.input_ids,
-        "lengths": sequences.lengths,
-        "prompt_lengths": sequences.prompt_lengths,
-        "weight": torch.tensor(weight),
-    }
+def supervised_batch(sequences: Sequences, weight: list[float]) -> SupervisedBatch:
+    return SupervisedBatch(
+        input_ids=sequences.input_ids,
+        lengths=sequences.lengths,
+        prompt_lengths=sequences.prompt_lengths,
+        weight=torch.tensor(weight),
+    )
 
 
 @torch.no_grad()
@@ -78,8 +79,14 @@ def test_chosen_and_rejected_are_scored_as_single_rows(make_scorer, sequences_of
     model, tokenizer = load(make_scorer("gpt2"), load_reward_model)
     chosen, rejected = sequences_of(0, 3, len(tokenizer), longest=9), sequences_of(1, 3, len(tokenizer), longest=4)
     prompts = torch.minimum(chosen.prompt_lengths, rejected.prompt_lengths)
-    batch = {"prompt_lengths": prompts, "chosen_ids": chosen.input_ids, "chosen_lengths": chosen.lengths}
-    batch |= {"rejected_ids": rejected.input_ids, "rejected_lengths": rejected.lengths}
+    batch = PairBatch(
+        chosen_ids=chosen.input_ids,
+        chosen_lengths=chosen.lengths,
+        rejected_ids=rejected.input_ids,
+        rejected_lengths=rejected.lengths,
+        prompt_lengths=prompts,
+        weight=torch.ones(3),
+    )
     engine = type("Engine", (), {"score": staticmethod(model.eval())})
     for got, rows in zip(pair_scores(engine, batch), (chosen, rejected), strict=True):
         for i, score in enumerate(got):
@@ -98,12 +105,12 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
     model.hf.generation_config.eos_token_id = [eos]
     batches = [([[0, 40], [50, 60]], [1, 2], [1.0, 1.0]), ([[70, 80], [70, 80]], [2, 2], [1.0, 0.0])]
     loader = [
-        {
-            "input_ids": torch.tensor(ids),
-            "lengths": torch.tensor(lengths),
-            "weight": torch.tensor(weight),
-            "prompt": [f"prompt {i}" for i in lengths],
-        }
+        PromptBatch(
+            input_ids=torch.tensor(ids),
+            lengths=torch.tensor(lengths),
+            weight=torch.tensor(weight),
+            prompts=[f"prompt {i}" for i in lengths],
+        )
         for ids, lengths, weight in batches
     ]
     result = evaluate_policy(actor, reference, reward, loader, tokenizer, greedy=True)

@@ -9,6 +9,7 @@ import torch
 
 from remax.core.sequences import Sequences
 from remax.evaluation.ranking import pair_figures, pair_sums, ranking_accuracy
+from utils.data.batches import PairBatch, RankedBatch
 
 
 class FixedScores:
@@ -23,16 +24,16 @@ class FixedScores:
         return torch.tensor(next(self.calls))
 
 
-def pairs(weight: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> dict[str, torch.Tensor]:
+def pairs(weight: list[float], chosen_lengths: list[int], rejected_lengths: list[int]) -> PairBatch:
     n = len(weight)
-    return {
-        "chosen_ids": torch.ones(n, max(chosen_lengths), dtype=torch.long),
-        "chosen_lengths": torch.tensor(chosen_lengths),
-        "rejected_ids": torch.ones(n, max(rejected_lengths), dtype=torch.long),
-        "rejected_lengths": torch.tensor(rejected_lengths),
-        "prompt_lengths": torch.ones(n, dtype=torch.long),
-        "weight": torch.tensor(weight),
-    }
+    return PairBatch(
+        chosen_ids=torch.ones(n, max(chosen_lengths), dtype=torch.long),
+        chosen_lengths=torch.tensor(chosen_lengths),
+        rejected_ids=torch.ones(n, max(rejected_lengths), dtype=torch.long),
+        rejected_lengths=torch.tensor(rejected_lengths),
+        prompt_lengths=torch.ones(n, dtype=torch.long),
+        weight=torch.tensor(weight),
+    )
 
 
 def test_ranking_accuracy_by_hand():
@@ -78,16 +79,16 @@ def test_pair_figures():
     }
 
 
-def rankings(weight: list[float], ranks: list[list[int]], lengths: list[list[int]]) -> dict[str, torch.Tensor]:
+def rankings(weight: list[float], ranks: list[list[int]], lengths: list[list[int]]) -> RankedBatch:
     flat = [n for row in lengths for n in row]
-    return {
-        "input_ids": torch.ones(len(flat), max(flat), dtype=torch.long),
-        "lengths": torch.tensor(flat),
-        "prompt_lengths": torch.ones(len(flat), dtype=torch.long),
-        "row": torch.tensor([i for i, row in enumerate(ranks) for _ in row]),
-        "ranks": torch.tensor([rank for row in ranks for rank in row]),
-        "weight": torch.tensor(weight),
-    }
+    return RankedBatch(
+        input_ids=torch.ones(len(flat), max(flat), dtype=torch.long),
+        lengths=torch.tensor(flat),
+        prompt_lengths=torch.ones(len(flat), dtype=torch.long),
+        row=torch.tensor([i for i, row in enumerate(ranks) for _ in row]),
+        ranks=torch.tensor([rank for row in ranks for rank in row]),
+        weight=torch.tensor(weight),
+    )
 
 
 def test_rankings_by_hand():

@@ -17,7 +17,7 @@ from remax.evaluation.texts import encode_texts, score_texts
 from remax.generation.decode import GenerationSettings
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
-from utils.data.encoding import ranking_batch
+from utils.data.encoding import Encoder
 from utils.tokenizer import load_tokenizer
 
 ARCHITECTURES = ("gpt2", "opt", "llama")  # learned absolute positions, the same with an offset, rotary
@@ -96,7 +96,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(tiny_model, chunk_size)
 def test_texts_are_encoded_as_in_training(tokenizer):
     batch = {name: [row[name] for row in ROWS] for name in ("prompt", "chosen", "rejected")}
     for max_len in (100, 40):
-        trained = ranking_batch(batch, tokenizer, max_len)
+        trained = Encoder("ranking", tokenizer, max_len).encode(batch)
         for column in ("chosen", "rejected"):
             found = encode_texts(tokenizer, batch["prompt"], batch[column], max_len)
             assert [text.ids for text in found] == trained[f"{column}_ids"]

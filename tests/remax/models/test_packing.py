@@ -20,6 +20,7 @@ from remax.models.packing import IN_PIECES, Packed, attend_in_pieces, band, prep
 from remax.models.policy import PolicyModel, load_policy
 from remax.models.reward_model import RewardModel
 from remax.training.tasks import DirectPreference, Ranking, Supervised
+from utils.data.batches import PairBatch, SupervisedBatch
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -86,21 +87,24 @@ class Frozen(Whole):
         return self.model(sequences)[0]
 
 
-def preference_batch(sequences_of) -> dict[str, torch.Tensor]:
+def preference_batch(sequences_of) -> PairBatch:
     chosen, rejected = sequences_of(1, 5, 300), sequences_of(2, 5, 300, longest=7)
     batch = {"prompt_lengths": torch.minimum(chosen.prompt_lengths, rejected.lengths - 1)}
     for name, rows in (("chosen", chosen), ("rejected", rejected)):
         batch |= {f"{name}_ids": rows.input_ids, f"{name}_lengths": rows.lengths}
-    return batch
+    return PairBatch(**batch, weight=torch.ones(5))
 
 
-def supervised_batch(sequences_of, loss_mask: bool) -> dict[str, torch.Tensor]:
+def supervised_batch(sequences_of, loss_mask: bool) -> SupervisedBatch:
     rows = sequences_of(3, 6, 300)
-    batch = {"input_ids": rows.input_ids, "lengths": rows.lengths, "prompt_lengths": rows.prompt_lengths}
-    if loss_mask:
-        learned = torch.rand(rows.answer_mask.shape, generator=torch.Generator().manual_seed(0)) < 0.6
-        batch["loss_mask"] = learned & rows.answer_mask
-    return batch
+    learned = torch.rand(rows.answer_mask.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    return SupervisedBatch(
+        input_ids=rows.input_ids,
+        lengths=rows.lengths,
+        prompt_lengths=rows.prompt_lengths,
+        loss_mask=learned & rows.answer_mask if loss_mask else None,
+        weight=torch.ones(6),
+    )
 
 
 def build(kind: str, folder, packing: bool, checkpointing: bool):

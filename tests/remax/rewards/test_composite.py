@@ -24,6 +24,7 @@ from remax.models.reward_model import load_reward_model
 from remax.rewards.composite import CompositeReward, FunctionReward, Part, try_functions
 from remax.rewards.functions import RewardFunction
 from remax.training.trainer import Trainer, TrainerSettings
+from utils.data.batches import PromptBatch
 from utils.data.encoding import encode_prompts
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
@@ -223,10 +224,11 @@ def make_trainer(make_policy):
     return make
 
 
-def prompts_of(rows: int) -> dict:
+def prompts_of(rows: int) -> PromptBatch:
     noise = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 250, (rows, 4), generator=noise)
-    return {"input_ids": ids, "lengths": torch.randint(1, 5, (rows,), generator=noise)}
+    lengths = torch.randint(1, 5, (rows,), generator=noise)
+    return PromptBatch(input_ids=ids, lengths=lengths, prompts=[f"{i}?" for i in range(rows)], weight=torch.ones(rows))
 
 
 def test_a_rule_alone_is_learned(make_trainer, tokenizers):
@@ -339,7 +341,7 @@ def test_an_evaluation_names_the_parts(make_trainer, judges):
     rule = by_rule(lambda prompt, answer: len(answer), tokenizer)
     reward = CompositeReward([Part("judge", first, 0.5, mean=1.0, std=2.0), Part("length", rule, 0.1)])
     trainer = make_trainer(reward, tokenizer)
-    loader = [prompts_of(4) | {"weight": torch.tensor([1.0, 1.0, 1.0, 0.0]), "prompt": ["a", "b", "c", "d"]}]
+    loader = [replace(prompts_of(4), weight=torch.tensor([1.0, 1.0, 1.0, 0.0]))]
     evaluation = evaluate_policy(trainer.actor, trainer.reference, reward, loader, tokenizer, greedy=True)
     rows, figures = evaluation.answers, evaluation.figures
     assert [row["reward/length"] for row in rows] == [len(row["answer"]) for row in rows] and len(rows) == 3

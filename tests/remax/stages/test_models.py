@@ -14,6 +14,7 @@ from remax.engines.deepspeed_config import EngineConfig
 from remax.models.reward_model import load_reward_model, store_score_statistics
 from remax.stages.models import build_reward, check_models
 from remax.stages.rlhf import try_reward_functions
+from utils.data.batches import PromptBatch
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -107,7 +108,8 @@ def test_a_critic_for_a_function_alone(flags, make_scorer, tmp_path):
 
 
 def test_a_faulty_function_is_found_before_weights_are_read(flags, tmp_path):
-    held_out = [{"prompt": ["Human: a", "Human: b", "Human: c"]}]
+    tensors = {name: torch.ones(3) for name in ("input_ids", "lengths", "weight")}
+    held_out = [PromptBatch(**tensors, prompts=["Human: a", "Human: b", "Human: c"])]
     good, bad = (flags("--reward_fn", f"{tmp_path}/rules.py:{name}") for name in ("length", "first"))
     tokenizer = check_models(good).actor
     try_reward_functions(good, tokenizer, held_out)

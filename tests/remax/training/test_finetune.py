@@ -14,9 +14,14 @@ from remax.core.logprobs import PolicyOutput
 from remax.core.sequences import Sequences
 from remax.engines.base import StepResult
 from remax.models.reward_model import load_reward_model
-from remax.training.finetune import finetune, optimizer_step
+from remax.training.finetune import (
+    finetune,
+    optimizer_step,
+)
 from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Ranking, Supervised
+from utils.data.batches import PairBatch, RankedBatch, SupervisedBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.metrics import MetricsLogger
 from utils.run import TrainingStopped, UserError
@@ -55,9 +60,9 @@ class Learner:
         return StepResult(self.rate, abs(gradient), False)
 
 
-def supervised(ids: list[list[int]], prompt_lengths: list[int], lengths: list[int]) -> dict[str, torch.Tensor]:
+def supervised(ids: list[list[int]], prompt_lengths: list[int], lengths: list[int]) -> SupervisedBatch:
     tensors = {"input_ids": ids, "prompt_lengths": prompt_lengths, "lengths": lengths, "weight": [1.0] * len(ids)}
-    return {name: torch.tensor(values) for name, values in tensors.items()}
+    return SupervisedBatch(**{name: torch.tensor(values) for name, values in tensors.items()})
 
 
 BATCHES = [supervised([[9, 1, 2], [9, 9, 4]], [1, 2], [3, 3]), supervised([[9, 5, 7]], [1], [2])]
@@ -84,12 +89,12 @@ def test_a_step_is_a_mean_over_the_answer_tokens_of_all_its_micro_batches():
 
 def test_a_ranking_step_is_a_mean_over_pairs():
     # Pairs (4, 2), (3, 3), (1, 5) of last tokens, scores w times that: -log sigmoid(w * (c - r)).
-    def pairs(chosen: list[int], rejected: list[int]) -> dict[str, torch.Tensor]:
+    def pairs(chosen: list[int], rejected: list[int]) -> PairBatch:
         n = torch.tensor([2] * len(chosen))
-        batch = {"prompt_lengths": n - 1, "chosen_lengths": n, "rejected_lengths": n}
-        for name, ids in (("chosen", chosen), ("rejected", rejected)):
-            batch[f"{name}_ids"] = torch.tensor([[9, i] for i in ids])
-        return batch
+        lengths = {"prompt_lengths": n - 1, "chosen_lengths": n, "rejected_lengths": n}
+        ids = {"chosen_ids": chosen, "rejected_ids": rejected}
+        tensors = {name: torch.tensor([[9, i] for i in last]) for name, last in ids.items()}
+        return PairBatch(**lengths, **tensors, weight=torch.ones(len(chosen)))
 
     figures = optimizer_step(Ranking(Learner(), []), [pairs([4, 3], [2, 3]), pairs([1], [5])])
     losses = [math.log1p(math.exp(-0.5 * d)) for d in (2, 0, -4)]
@@ -98,17 +103,17 @@ def test_a_ranking_step_is_a_mean_over_pairs():
     assert figures["accuracy"] == pytest.approx(1 / 3)  # a tie is no success
 
 
-def rankings(ids: list[list[int]], ranks: list[list[int]]) -> dict[str, torch.Tensor]:
+def rankings(ids: list[list[int]], ranks: list[list[int]]) -> RankedBatch:
     """Answers of one token each behind a prompt of one."""
     flat = torch.tensor([i for row in ids for i in row])
-    return {
-        "input_ids": torch.stack([torch.full_like(flat, 9), flat], 1),
-        "prompt_lengths": torch.ones_like(flat),
-        "lengths": torch.full_like(flat, 2),
-        "row": torch.tensor([k for k, row in enumerate(ids) for _ in row]),
-        "ranks": torch.tensor([rank for row in ranks for rank in row]),
-        "weight": torch.ones(len(ids)),
-    }
+    return RankedBatch(
+        input_ids=torch.stack([torch.full_like(flat, 9), flat], 1),
+        prompt_lengths=torch.ones_like(flat),
+        lengths=torch.full_like(flat, 2),
+        row=torch.tensor([k for k, row in enumerate(ids) for _ in row]),
+        ranks=torch.tensor([rank for row in ranks for rank in row]),
+        weight=torch.ones(len(ids)),
+    )
 
 
 @pytest.mark.parametrize("loss", ["pairs", "plackett-luce"])
@@ -189,8 +194,9 @@ def test_rankings_are_learned_from_a_file(loss, tmp_path, make_scorer):
     folder = str(make_scorer("llama"))
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, "--model", dtype=torch.float32, tokenizer=tokenizer)
-    options = {"data_path": [str(tmp_path)], "data_output_path": str(tmp_path), "data_split": "0,1,0", "max_len": 96}
-    train, held_out = build_loaders(stage=1, tokenizer=tokenizer, train_batch_size=4, eval_batch_size=16, **options)
+    config = DataConfig(data_path=[str(tmp_path)], cache_dir=str(tmp_path), data_split="0,1,0")
+    sizes = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 16}
+    train, held_out = build_loaders(config, stage=1, tokenizer=tokenizer, **sizes)
     task, metrics = Ranking(Trained(model, 2e-3), held_out, ranked_loss=loss), MetricsLogger(tmp_path)
     results = finetune(task, train, Cadence(epochs=3), metrics)
     metrics.close()
@@ -211,9 +217,9 @@ class Fixed:
 def test_a_step_of_direct_preference():
     # Chosen answer 1 2, rejected 4: log-ratios (w + 0.25) * 3 and (w + 0.25) * 4, w = 0.5, beta = 2:
     # -log sigmoid(2 * 0.75 * (3 - 4) + alpha * (2 - 1)); what stands behind the rejected answer does not count.
-    batch = {"prompt_lengths": torch.tensor([1]), "weight": torch.ones(1)}
-    batch |= {"chosen_ids": torch.tensor([[9, 1, 2]]), "chosen_lengths": torch.tensor([3])}
-    batch |= {"rejected_ids": torch.tensor([[9, 4, 8]]), "rejected_lengths": torch.tensor([2])}
+    chosen = {"chosen_ids": torch.tensor([[9, 1, 2]]), "chosen_lengths": torch.tensor([3])}
+    rejected = {"rejected_ids": torch.tensor([[9, 4, 8]]), "rejected_lengths": torch.tensor([2])}
+    batch = PairBatch(**chosen, **rejected, prompt_lengths=torch.tensor([1]), weight=torch.ones(1))
     for alpha in (0.0, 0.3):
         task = DirectPreference(Learner(), Fixed(), [batch], beta=2.0, alpha=alpha)
         figures = learned(optimizer_step(task, [batch, batch]))
@@ -235,7 +241,8 @@ def test_padding_is_told():
     # Chosen 3 and 4, rejected 2 and 1 tokens; the rejected rows are padded to the chosen ones' four columns.
     lengths = {"chosen_lengths": [3, 4], "rejected_lengths": [2, 1], "prompt_lengths": [1, 0]}
     ids = {"chosen_ids": torch.zeros(2, 4), "rejected_ids": torch.zeros(2, 2)}
-    pairs = ids | {name: torch.tensor(values) for name, values in lengths.items()}
+    tensors = {name: torch.tensor(values) for name, values in lengths.items()}
+    pairs = PairBatch(**ids, **tensors, weight=torch.ones(2))
     for task in (Ranking(Learner(), []), DirectPreference(Learner(), Fixed(), [])):
         assert padding(task, [pairs]) == pytest.approx(1 - 10 / 16)
     five = rankings([[4, 2, 1], [3, 5]], [[1, 2, 3], [1, 2]])  # answers of one token behind prompts of one

@@ -1,11 +1,13 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from utils.data.chat import ChatTemplate, TemplateRefuses, earlier_answers, template_of, write_plain
-from utils.data.encoding import Names, encode_rows
+from utils.data.config import DataConfig
+from utils.data.encoding import Encoder, Names, encode_rows
 from utils.data.loaders import build_loaders
 from utils.data.preferences import load_data_set
 from utils.data.shapes import Conversation, Form, RowSkipped, finish
@@ -57,7 +59,7 @@ def encode(tmp_path, tokenizer, rows, kind="supervised", **options):
     form = Form(template=template_of(tokenizer))
     cache = str(tmp_path / "cache")
     train, _ = load_data_set(str(tmp_path), cache_dir=cache, form=form)
-    encoded = encode_rows(train, kind, tokenizer, 400, cache_dir=cache, names=Names("train"), **options)
+    encoded = encode_rows(train, Encoder(kind, tokenizer, 400, **options), cache_dir=cache, names=Names("train"))
     return encoded[0]
 
 
@@ -127,22 +129,22 @@ def test_batches_carry_the_mask(tmp_path, tokenizer):
         "".join(json.dumps(row) + "\n" for row in [*single, *rows(*DIALOGUE), *rows(*DIALOGUE[:2], DIALOGUE[0])])
     )
     (tmp_path / "test.jsonl").write_text(json.dumps(single[0]) + "\n")
-    options = {"data_path": [str(tmp_path)], "data_output_path": str(tmp_path / "c"), "data_split": "1,0,0"}
-    options |= {"max_len": 200, "train_batch_size": 10, "eval_batch_size": 4, "stage": 0, "tokenizer": tokenizer}
-    (batch,), (held_out,) = build_loaders(**options, train_on="all")
-    mask, answers = batch["loss_mask"], batch["lengths"] - batch["prompt_lengths"]
-    assert mask.shape == (10, answers.max()) and "loss_mask" not in held_out
+    config = DataConfig(data_path=[str(tmp_path)], cache_dir=str(tmp_path / "c"), data_split="1,0,0", train_on="all")
+    sizes = {"max_len": 200, "train_batch_size": 10, "eval_batch_size": 4, "stage": 0, "tokenizer": tokenizer}
+    (batch,), (held_out,) = build_loaders(config, **sizes)
+    mask, answers = batch.loss_mask, batch.lengths - batch.prompt_lengths
+    assert mask.shape == (10, answers.max()) and held_out.loss_mask is None
     whole = mask.sum(1) == answers  # dialogues of one answer: every token of it
     assert whole.sum() == 8 and (mask.sum(1) <= answers).all()
     assert not mask[answers[:, None] <= torch.arange(mask.shape[1])].any()
-    (last,), _ = build_loaders(**options)
-    assert "loss_mask" not in last and int(last["lengths"].sum()) == int(batch["lengths"].sum())
+    (last,), _ = build_loaders(replace(config, train_on="last"), **sizes)
+    assert last.loss_mask is None and int(last.lengths.sum()) == int(batch.lengths.sum())
 
 
 def test_a_second_start_writes_nothing_anew_but_another_template_does(tmp_path, tokenizer_folders, monkeypatch):
     tokenizer = load_tokenizer(str(tokenizer_folders["qwen"]), chat_template=CHATML)
     first = encode(tmp_path, tokenizer, rows(*DIALOGUE), train_on="all")
-    for name in ("preferences.normalise_batch", "encoding.columns"):
+    for name in ("preferences.normalise_batch", "encoding.to_columns"):
         monkeypatch.setattr(f"utils.data.{name}", lambda *_, **__: pytest.fail("mapped again"))
     again = load_tokenizer(str(tokenizer_folders["qwen"]), chat_template=CHATML)
     assert encode(tmp_path, again, rows(*DIALOGUE), train_on="all") == first

@@ -1,8 +1,8 @@
 import pytest
 from datasets import Dataset
 
-from utils.data.encoding import Names, encode_rows
-from utils.data.tokens import beginning, encode_pair, encode_prompts
+from utils.data.encoding import Encoder, Names, encode_rows
+from utils.data.tokens import beginning, encode_prompts
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -17,11 +17,11 @@ def rows(*examples: tuple) -> Dataset:
 
 
 def encode(tmp_path, data, kind, tokenizer, max_len=64, overlong=None, **names):
-    options = {"cache_dir": str(tmp_path), "names": Names("train", **names), "overlong": overlong}
-    return encode_rows(data, kind, tokenizer, max_len, **options)
+    encoder = Encoder(kind, tokenizer, max_len, overlong)
+    return encode_rows(data, encoder, cache_dir=str(tmp_path), names=Names("train", **names))
 
 
-def test_supervised_rows(tmp_path, tokenizer):
+def test_supervised_rows(tmp_path, tokenizer, encode_pair):
     data = rows((PROMPT, ANSWER), (PROMPT, " yes"))
     encoded = encode(tmp_path, data, "supervised", tokenizer)
     assert encoded.column_names == ["input_ids", "prompt_length"]
@@ -29,7 +29,7 @@ def test_supervised_rows(tmp_path, tokenizer):
     assert list(zip(encoded["input_ids"], encoded["prompt_length"], strict=True)) == expected
 
 
-def test_ranking_rows_share_their_prompt(tmp_path, tokenizer):
+def test_ranking_rows_share_their_prompt(tmp_path, tokenizer, encode_pair):
     encoded = encode(tmp_path, rows((PROMPT, ANSWER, " no")), "ranking", tokenizer)
     row = encoded[0]
     assert (row["chosen_ids"], row["prompt_length"]) == encode_pair(tokenizer, PROMPT, ANSWER, 64)
@@ -41,7 +41,7 @@ def ranked_rows(*examples: tuple) -> Dataset:
     return Dataset.from_dict({name: [example[k] for example in examples] for k, name in enumerate(names)})
 
 
-def test_ranked_rows(tmp_path, tokenizer):
+def test_ranked_rows(tmp_path, tokenizer, encode_pair):
     answers = [" yes", ANSWER, "x", " no"]
     data = ranked_rows((PROMPT, " yes", " no", answers, [1, 2, 2, 3]), (PROMPT, ANSWER, " no", None, None))
     encoded = encode(tmp_path, data, "ranked", tokenizer)
@@ -51,7 +51,7 @@ def test_ranked_rows(tmp_path, tokenizer):
     assert set(encoded["prompt_length"]) == {encode_pair(tokenizer, PROMPT, "x", 64)[1]}
 
 
-def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, capsys):
+def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, capsys, encode_pair):
     length = len(encode_prompts(gpt2, [PROMPT])[0])
     long = " no" * 40
     cases = [
@@ -68,8 +68,8 @@ def test_answers_that_are_not_distinct_are_left_out_and_counted(tmp_path, gpt2, 
     data = ranked_rows(*((PROMPT, None, None, answers, ranks) for answers, ranks, *_ in cases))
     data = data.add_column("origin", [f"line {k}" for k in range(len(cases))])
     record = []
-    names = Names("train")
-    encoded = encode_rows(data, "ranked", gpt2, length + 12, cache_dir=str(tmp_path), names=names, record=record)
+    encoder, names = Encoder("ranked", gpt2, length + 12), Names("train")
+    encoded = encode_rows(data, encoder, cache_dir=str(tmp_path), names=names, record=record)
     texts = [[gpt2.decode(ids[length:], skip_special_tokens=True) for ids in row] for row in encoded["answers_ids"]]
     kept = [
         [gpt2.decode(encode_pair(gpt2, PROMPT, a, length + 12)[0][length:], skip_special_tokens=True) for a in used]
@@ -110,7 +110,7 @@ def test_prompt_rows_are_cut_on_the_left_and_reported(tmp_path, tokenizer, capsy
     )
 
 
-def test_dropped_rows_are_counted_by_reason(tmp_path, gpt2, capsys):
+def test_dropped_rows_are_counted_by_reason(tmp_path, gpt2, capsys, encode_pair):
     long = "What is it? " * 40
     data = rows(
         (PROMPT, " one", " two"),
@@ -152,7 +152,9 @@ LONG = "\n\nHuman: " + "What is it? " * 20 + "\n\nAssistant:"
 
 
 @pytest.mark.parametrize("kind", ["supervised", "ranking"])
-def test_long_prompts_that_are_cut_keep_their_end_and_leave_room_for_the_answer(tmp_path, tokenizer, kind, capsys):
+def test_long_prompts_that_are_cut_keep_their_end_and_leave_room_for_the_answer(
+    tmp_path, tokenizer, kind, capsys, encode_pair
+):
     data = rows((LONG, " yes", " no"), (PROMPT, " yes", " no"))
     row = encode(tmp_path, data, kind, tokenizer, 40, overlong="cut")[0]
     ids = row["input_ids" if kind == "supervised" else "chosen_ids"]
@@ -217,7 +219,7 @@ def test_a_length_that_no_prompt_fits_is_refused(tmp_path, gpt2, kind):
 
 def test_long_eval_prompts_are_only_cut(tmp_path, gpt2):
     names = Names("eval", length_flag="--max_prompt_seq_len")
-    encoded = encode_rows(rows((PROMPT,)), "prompts", gpt2, 4, cache_dir=str(tmp_path), names=names)
+    encoded = encode_rows(rows((PROMPT,)), Encoder("prompts", gpt2, 4), cache_dir=str(tmp_path), names=names)
     assert encoded[0]["input_ids"] == encode_prompts(gpt2, [PROMPT])[0][-4:]
 
 
@@ -250,7 +252,7 @@ def test_the_cache_is_used_and_knows_what_it_depends_on(tmp_path, tokenizer_fold
     data = rows((PROMPT, ANSWER), (PROMPT, " "))
     first = encode(tmp_path, data, "supervised", gpt2)
     report = capsys.readouterr().out
-    monkeypatch.setattr("utils.data.encoding.columns", lambda rows: pytest.fail("mapped again"))
+    monkeypatch.setattr("utils.data.encoding.to_columns", lambda rows: pytest.fail("mapped again"))
     second = encode(tmp_path, data, "supervised", gpt2)
     assert second.to_dict() == first.to_dict() and capsys.readouterr().out == report != ""
     for other in ({"tokenizer": qwen}, {"max_len": 32}, {"kind": "prompts"}, {"data": rows((PROMPT, " other"))}):

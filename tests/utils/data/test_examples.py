@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.data.batches import RankedBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.run import UserError
 
@@ -30,17 +32,18 @@ def test_an_example_serves_the_steps_that_the_table_says(tmp_path, gpt2, name):
     flags, serves = EXAMPLES[name]
     columns = dict(re.findall(r"--(prompt|chosen|rejected)_column (\w+)", flags))
     for stage, accepted in enumerate(serves):
-        options = {"data_path": [str(ROOT / "tests" / "data" / name)], "data_output_path": str(tmp_path)}
-        options |= {"data_split": "1,1,1", "max_len": 300, "train_batch_size": 1, "eval_batch_size": 1}
+        path, options = str(ROOT / "tests" / "data" / name), {"cache_dir": str(tmp_path), "data_split": "1,1,1"}
+        config = DataConfig(data_path=[path], columns=columns, **options)
+        sizes = {"max_len": 300, "train_batch_size": 1, "eval_batch_size": 1}
         if not accepted:
             with pytest.raises(UserError, match=f"step {stage + 1} (learns|starts) from"):
-                build_loaders(stage=stage, tokenizer=gpt2, columns=columns, **options)
+                build_loaders(config, stage=stage, tokenizer=gpt2, **sizes)
             continue
-        train, held_out = build_loaders(stage=stage, tokenizer=gpt2, columns=columns, **options)
+        train, held_out = build_loaders(config, stage=stage, tokenizer=gpt2, **sizes)
         assert len(train) in (1, 2) and len(held_out) == 1  # six rows, one of them held out, over three steps
         for batch in (*train, *held_out):
-            text = "".join(gpt2.decode(batch[ids][0]) for ids in batch if ids.endswith("_ids"))
-            assert ("ranks" in batch) == (stage == 1 and name in ("ranked.jsonl", "best_first.json"))
+            text = "".join(gpt2.decode(ids[0]) for name, ids in vars(batch).items() if name.endswith("_ids"))
+            assert (isinstance(batch, RankedBatch)) == (stage == 1 and name in ("ranked.jsonl", "best_first.json"))
             assert name == "text.jsonl" or ("Human: " in text and text.count("Assistant:") >= 1)
 
 
@@ -56,7 +59,8 @@ def test_an_example_serves_the_steps_that_the_table_says(tmp_path, gpt2, name):
 )
 def test_real_data_of_every_shape_gives_batches(tmp_path, gpt2, name, stages):
     for stage in stages:
-        options = {"data_path": [str(REAL / name)], "data_output_path": str(tmp_path), "stage": stage}
-        train, _ = build_loaders(tokenizer=gpt2, max_len=256, train_batch_size=8, eval_batch_size=8, **options)
+        config = DataConfig(data_path=[str(REAL / name)], cache_dir=str(tmp_path))
+        sizes = {"max_len": 256, "train_batch_size": 8, "eval_batch_size": 8}
+        train, _ = build_loaders(config, stage=stage, tokenizer=gpt2, **sizes)
         batch = next(iter(train))
-        assert len(batch["weight"]) == 8 and ("margin" in batch) == (name.startswith("alpaca"))
+        assert len(batch.weight) == 8 and (batch.margin is not None) == (name.startswith("alpaca"))

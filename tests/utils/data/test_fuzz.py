@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from utils.data.batches import PromptBatch, RankedBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.run import UserError
 
@@ -124,18 +126,18 @@ def to_batches(tokenizer, data: bytes, suffix: str, stage: int, **options) -> tu
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"rows{suffix}"
         file.write_bytes(data)
-        options |= {"data_path": [str(file)], "data_output_path": f"{folder}/cache", "record_in": folder}
-        options |= {"max_len": 40, "train_batch_size": 1, "eval_batch_size": 2}
         split = ",".join("1" if k == stage else "0" for k in range(3))
+        options |= {"cache_dir": f"{folder}/cache", "record_in": folder, "data_split": split}
+        config, sizes = DataConfig(data_path=[str(file)], **options), {"train_batch_size": 1, "eval_batch_size": 2}
         try:
-            loaders = build_loaders(stage=stage, tokenizer=tokenizer, data_split=split, **options)
+            loaders = build_loaders(config, stage=stage, tokenizer=tokenizer, max_len=40, **sizes)
         except UserError as error:
             assert str(error).startswith("--") and "\n" not in str(error)
             return None
         batched = 0
         for loader in loaders:
             for batch in loader:
-                batched += int(batch["weight"].sum())
+                batched += int(batch.weight.sum())
                 check(batch)
         entries = json.loads((Path(folder) / "data.json").read_text(encoding="utf-8"))["data"]
         dropped = sum(reason["rows"] for entry in entries for reason in entry["dropped"].values())
@@ -144,20 +146,20 @@ def to_batches(tokenizer, data: bytes, suffix: str, stage: int, **options) -> tu
 
 def check(batch) -> None:
     """No batch holds a row without a prompt or, where answers are learned, without a token of one."""
-    if "prompt_lengths" not in batch:
-        assert (batch["lengths"] >= 1).all()
+    if isinstance(batch, PromptBatch):
+        assert (batch.lengths >= 1).all()
         return
-    assert (batch["prompt_lengths"] >= 1).all()
-    if "ranks" in batch:  # every row has answers of at least two ranks
-        for row in range(len(batch["weight"])):
-            assert len(batch["ranks"][batch["row"] == row].unique()) >= 2
+    assert (batch.prompt_lengths >= 1).all()
+    if isinstance(batch, RankedBatch):  # every row has answers of at least two ranks
+        for row in range(len(batch)):
+            assert len(batch.ranks[batch.row == row].unique()) >= 2
     for name in ("lengths", "chosen_lengths", "rejected_lengths"):
-        if name in batch:
-            assert (batch[name] > batch["prompt_lengths"]).all() and (batch[name] <= 40).all()
-    if "loss_mask" in batch:
-        assert (batch["loss_mask"].sum(1) >= 1).all()
-    if "margin" in batch:
-        assert batch["margin"].isfinite().all()
+        if (lengths := getattr(batch, name, None)) is not None:
+            assert (lengths > batch.prompt_lengths).all() and (lengths <= 40).all()
+    if getattr(batch, "loss_mask", None) is not None:
+        assert (batch.loss_mask.sum(1) >= 1).all()
+    if getattr(batch, "margin", None) is not None:
+        assert batch.margin.isfinite().all()
 
 
 @pytest.fixture(scope="module")

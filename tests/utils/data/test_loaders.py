@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from utils.data.batches import RankedBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import EpochSampler, EvalSampler, build_loaders, local_rank_zero_first
-from utils.data.tokens import encode_pair, encode_prompts
+from utils.data.tokens import encode_prompts
 from utils.run import UserError
 
 ROWS = [
@@ -28,21 +30,27 @@ def folder(tmp_path):
     return tmp_path
 
 
+SIZES = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 4, "rank": 0, "world_size": 1}
+
+
 def build(folder, tokenizer, stage, **changes):
-    arguments = {
-        "data_path": [str(folder)],
-        "data_output_path": str(folder / "cache"),
-        "max_len": 96,
-        "train_batch_size": 4,
-        "eval_batch_size": 4,
-    }
-    return build_loaders(stage=stage, tokenizer=tokenizer, **{**arguments, **changes})
+    sizes = {name: changes.pop(name, usual) for name, usual in SIZES.items()}
+    config = DataConfig(**{"data_path": [str(folder)], "cache_dir": str(folder / "cache"), **changes})
+    return build_loaders(config, stage=stage, tokenizer=tokenizer, **sizes)
+
+
+def present(batch) -> set[str]:
+    """The names of what a batch has."""
+    return {name for name, value in vars(batch).items() if value is not None}
 
 
 def texts(loader, tokenizer, ids="input_ids", lengths="lengths") -> list[list[str]]:
     """The text of each row of each batch."""
     return [
-        [tokenizer.decode(row[:n]) for row, n in zip(batch[ids], batch[lengths].tolist(), strict=True)]
+        [
+            tokenizer.decode(row[:n])
+            for row, n in zip(getattr(batch, ids), getattr(batch, lengths).tolist(), strict=True)
+        ]
         for batch in loader
     ]
 
@@ -50,37 +58,38 @@ def texts(loader, tokenizer, ids="input_ids", lengths="lengths") -> list[list[st
 # --------------------------------------------------------------------------------------------------------- batches
 
 
-def test_supervised_batches(folder, tokenizer):
+def test_supervised_batches(folder, tokenizer, encode_pair):
     train, evaluation = build(folder, tokenizer, 0)
     assert len(train) == 2 and len(evaluation) == 3  # 40 * 2/10 / 4; ceil(10 / 4)
     pairs = {tuple(encode_pair(tokenizer, row["prompt"], row["chosen"], 96)[0]): row for row in ROWS}
     for batch in [*train, *evaluation]:
-        assert set(batch) == {"input_ids", "lengths", "prompt_lengths", "weight"}
-        ids, lengths = batch["input_ids"], batch["lengths"]
-        assert ids.dtype == lengths.dtype == batch["prompt_lengths"].dtype == torch.int64
+        assert present(batch) == {"input_ids", "lengths", "prompt_lengths", "weight"}
+        ids, lengths = batch.input_ids, batch.lengths
+        assert ids.dtype == lengths.dtype == batch.prompt_lengths.dtype == torch.int64
         assert ids.shape == (len(lengths), lengths.max())  # no wider than its longest row
-        for row, n, prompt_length in zip(ids.tolist(), lengths.tolist(), batch["prompt_lengths"].tolist(), strict=True):
+        for row, n, prompt_length in zip(ids.tolist(), lengths.tolist(), batch.prompt_lengths.tolist(), strict=True):
             example = pairs[tuple(row[:n])]  # the end token included, also where it pads
             assert row[n:] == [tokenizer.pad_token_id] * (len(row) - n) and row[n - 1] == tokenizer.eos_token_id
             assert row[:prompt_length] == encode_prompts(tokenizer, [example["prompt"]])[0]
 
 
-def test_ranking_batches(folder, gpt2):
+def test_ranking_batches(folder, gpt2, encode_pair):
     train, evaluation = build(folder, gpt2, 1)
     assert len(train) == 4 and len(evaluation) == 3
     for batch in [*train, *evaluation]:
-        assert set(batch) == {
+        assert present(batch) == {
             *("chosen_ids", "chosen_lengths", "rejected_ids", "rejected_lengths", "prompt_lengths", "weight")
         }
-        for k in range(len(batch["weight"])):
+        for k in range(len(batch.weight)):
             chosen, rejected = (
-                batch[f"{name}_ids"][k, : batch[f"{name}_lengths"][k]] for name in ("chosen", "rejected")
+                getattr(batch, f"{name}_ids")[k, : getattr(batch, f"{name}_lengths")[k]]
+                for name in ("chosen", "rejected")
             )
             number = gpt2.decode(rejected).split("No ")[1].split(".")[0]
             row = ROWS[int(number)]
             assert chosen.tolist() == encode_pair(gpt2, row["prompt"], row["chosen"], 96)[0]
             assert rejected.tolist() == encode_pair(gpt2, row["prompt"], row["rejected"], 96)[0]
-            n = int(batch["prompt_lengths"][k])
+            n = int(batch.prompt_lengths[k])
             assert chosen[:n].tolist() == rejected[:n].tolist() == encode_prompts(gpt2, [row["prompt"]])[0]
 
 
@@ -105,7 +114,7 @@ def ranked_folder(tmp_path):
 def answers_of(batch, tokenizer) -> dict[int, list[tuple[str, int]]]:
     """Row -> its (text, rank)."""
     found = {}
-    parts = zip(batch["row"].tolist(), batch["input_ids"], batch["lengths"].tolist(), batch["ranks"], strict=True)
+    parts = zip(batch.row.tolist(), batch.input_ids, batch.lengths.tolist(), batch.ranks, strict=True)
     for row, ids, length, rank in parts:
         found.setdefault(row, []).append((tokenizer.decode(ids[:length], skip_special_tokens=True), int(rank)))
     return found
@@ -117,12 +126,12 @@ def test_ranked_batches(ranked_folder, gpt2):
     expected = {tuple((r["prompt"] + a, k) for a, k in zip(r["answers"], r["ranks"], strict=True)) for r in RANKED}
     rows = 0
     for batch in [*train, *evaluation]:
-        assert set(batch) == {"input_ids", "lengths", "prompt_lengths", "row", "ranks", "weight"}
-        assert batch["input_ids"].shape == (len(batch["row"]), batch["lengths"].max())
+        assert present(batch) == {"input_ids", "lengths", "prompt_lengths", "row", "ranks", "weight"}
+        assert batch.input_ids.shape == (len(batch.row), batch.lengths.max())
         found = answers_of(batch, gpt2)
-        assert list(found) == list(range(len(batch["weight"])))  # a row's answers stay in one batch
+        assert list(found) == list(range(len(batch.weight)))  # a row's answers stay in one batch
         assert {tuple(answers) for answers in found.values()} <= expected
-        prompts = [gpt2.decode(ids[:n]) for ids, n in zip(batch["input_ids"], batch["prompt_lengths"], strict=True)]
+        prompts = [gpt2.decode(ids[:n]) for ids, n in zip(batch.input_ids, batch.prompt_lengths, strict=True)]
         assert all(prompt.endswith("?\n\nAssistant:") for prompt in prompts)
         rows += len(found)
     assert rows == 16 + 7
@@ -141,7 +150,7 @@ def test_ranked_rows_serve_the_other_stages_with_their_best_and_worst(ranked_fol
         batches = texts(train, gpt2, f"{name}_ids", f"{name}_lengths")
         assert {text.removesuffix(gpt2.eos_token) for batch in batches for text in batch} <= expected
     train, _ = build(ranked_folder, gpt2, 2)
-    assert {prompt for batch in train for prompt in batch["prompt"]} <= {row["prompt"] for row in RANKED}
+    assert {prompt for batch in train for prompt in batch.prompts} <= {row["prompt"] for row in RANKED}
 
 
 def test_pairs_and_ranked_rows_can_be_blended(ranked_folder, gpt2, tmp_path):
@@ -152,7 +161,7 @@ def test_pairs_and_ranked_rows_can_be_blended(ranked_folder, gpt2, tmp_path):
         train, held_out = build(ranked_folder, gpt2, 1, data_path=order, train_batch_size=2)
         sizes = [len(row) for batch in train for row in answers_of(batch, gpt2).values()]
         assert set(sizes) == {2, 3, 4} and len(sizes) == 14
-        assert all("ranks" in batch for batch in held_out)
+        assert all(isinstance(batch, RankedBatch) for batch in held_out)
     with pytest.raises(UserError, match="--use_margin: the data ranks several answers to a prompt, without margins"):
         build(ranked_folder, gpt2, 1, data_path=paths, need_margin=True)
 
@@ -164,7 +173,7 @@ def test_every_held_out_ranked_row_counts_once_on_two_ranks(ranked_folder, gpt2)
         assert len(held_out) == 2
         for batch in held_out:
             rows = answers_of(batch, gpt2)
-            found += [tuple(rows[row]) for row in range(len(batch["weight"])) if batch["weight"][row]]
+            found += [tuple(rows[row]) for row in range(len(batch.weight)) if batch.weight[row]]
     assert len(found) == len(set(found)) == 7
 
 
@@ -172,9 +181,9 @@ def test_prompt_batches_are_padded_on_the_left(folder, tokenizer):
     train, _ = build(folder, tokenizer, 2)
     assert len(train) == 4
     for batch in train:
-        assert set(batch) == {"input_ids", "lengths", "weight", "prompt"}
-        assert batch["input_ids"].shape == (4, batch["lengths"].max())
-        for row, n, prompt in zip(batch["input_ids"].tolist(), batch["lengths"].tolist(), batch["prompt"], strict=True):
+        assert present(batch) == {"input_ids", "lengths", "weight", "prompts"}
+        assert batch.input_ids.shape == (4, batch.lengths.max())
+        for row, n, prompt in zip(batch.input_ids.tolist(), batch.lengths.tolist(), batch.prompts, strict=True):
             assert row[len(row) - n :] == encode_prompts(tokenizer, [prompt])[0]
             assert row[: len(row) - n] == [tokenizer.pad_token_id] * (len(row) - n)
 
@@ -191,7 +200,7 @@ def test_a_steps_rows_are_the_same_on_one_and_two_ranks(folder, gpt2, stage):
         for rank in range(world_size):
             options = {"train_batch_size": 4 // world_size, "rank": rank, "world_size": world_size}
             train, _ = build(folder, gpt2, stage, **options)
-            per_rank.append([batch[ids][batch[ids] != gpt2.pad_token_id].tolist() for batch in train])
+            per_rank.append([getattr(batch, ids)[getattr(batch, ids) != gpt2.pad_token_id].tolist() for batch in train])
         return [sorted(sum(rows, [])) for rows in zip(*per_rank, strict=True)]
 
     assert steps(1) == steps(2) == steps(4)
@@ -204,10 +213,10 @@ def test_every_eval_row_counts_once_and_ranks_agree_on_the_number_of_batches(fol
     for rank in range(world_size):
         _, evaluation = build(folder, gpt2, 2, train_batch_size=1, rank=rank, world_size=world_size)
         batches = list(evaluation)
-        numbers.add((len(evaluation), len(batches), tuple(len(batch["weight"]) for batch in batches)))
+        numbers.add((len(evaluation), len(batches), tuple(len(batch.weight) for batch in batches)))
         for batch in batches:
-            seen += [prompt for prompt, weight in zip(batch["prompt"], batch["weight"], strict=True) if weight == 1]
-            assert set(batch["weight"].tolist()) <= {0.0, 1.0} and batch["weight"].dtype == torch.float32
+            seen += [prompt for prompt, weight in zip(batch.prompts, batch.weight, strict=True) if weight == 1]
+            assert set(batch.weight.tolist()) <= {0.0, 1.0} and batch.weight.dtype == torch.float32
     assert sorted(seen) == sorted(row["prompt"] for row in ROWS[40:])
     assert len(numbers) == 1
 
@@ -255,16 +264,16 @@ def test_epochs_are_shuffled_anew_and_repeatable(folder, gpt2):
     for epoch in (0, 1, 0):
         for loader in (first, second):
             loader.sampler.set_epoch(epoch)
-        orders.append([prompt for batch in first for prompt in batch["prompt"]])
-        assert orders[-1] == [prompt for batch in second for prompt in batch["prompt"]]
+        orders.append([prompt for batch in first for prompt in batch.prompts])
+        assert orders[-1] == [prompt for batch in second for prompt in batch.prompts]
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
     other, _ = build(folder, gpt2, 2, seed=7)
-    assert [prompt for batch in other for prompt in batch["prompt"]] not in orders
+    assert [prompt for batch in other for prompt in batch.prompts] not in orders
 
 
 def test_global_generators_are_neither_read_nor_moved(folder, gpt2):
     def prompts():
-        return [batch["prompt"] for loader in build(folder, gpt2, 2) for batch in loader]
+        return [batch.prompts for loader in build(folder, gpt2, 2) for batch in loader]
 
     torch.manual_seed(0)
     first = prompts()
@@ -282,7 +291,7 @@ def test_a_loader_goes_on_where_another_stopped(folder, gpt2, world_size):
     whole, stopped = (build(folder, gpt2, 2, train_batch_size=2)[0] for _ in range(2))
     for loader in (whole, stopped):
         loader.sampler.set_epoch(3)
-    batches = [batch["prompt"] for batch in whole]
+    batches = [batch.prompts for batch in whole]
     running = iter(stopped)
     for _ in range(4):
         next(running)
@@ -294,7 +303,7 @@ def test_a_loader_goes_on_where_another_stopped(folder, gpt2, world_size):
         loader, _ = build(folder, gpt2, 2, **options)
         loader.sampler.load_state_dict(state)
         loader.sampler.set_epoch(3)
-        resumed.append([batch["prompt"] for batch in loader])
+        resumed.append([batch.prompts for batch in loader])
         assert len(list(loader)) == len(loader)  # the next pass is a whole one
     assert [sorted(sum(parts, [])) for parts in zip(*resumed, strict=True)] == [sorted(batch) for batch in batches[4:]]
 
@@ -315,11 +324,9 @@ def test_stages_share_no_training_row(folder, gpt2):
     for stage in range(3):
         train, evaluation = build(folder, gpt2, stage, train_batch_size=1)
         ids, lengths = ("chosen_ids", "chosen_lengths") if stage == 1 else ("input_ids", "lengths")
-        rows = (
-            sum(texts(train, gpt2, ids, lengths), []) if stage < 2 else [p for batch in train for p in batch["prompt"]]
-        )
+        rows = sum(texts(train, gpt2, ids, lengths), []) if stage < 2 else [p for batch in train for p in batch.prompts]
         prompts.append({row.split("Assistant:")[0] for row in rows})
-        assert sum(len(batch["weight"]) for batch in evaluation) == 10  # every stage is measured on all eval rows
+        assert sum(len(batch.weight) for batch in evaluation) == 10  # every stage is measured on all eval rows
     assert [len(found) for found in prompts] == [8, 16, 16] and len(set.union(*prompts)) == 40
 
 
@@ -334,7 +341,7 @@ def test_stages_share_no_prompt(gpt2, tmp_path):
     for stage in range(3):
         loader, _ = build(tmp_path, gpt2, stage, train_batch_size=1)
         ids, starts = ("chosen_ids" if stage == 1 else "input_ids"), ("lengths" if stage == 2 else "prompt_lengths")
-        prompts.append([gpt2.decode(batch[ids][0, : batch[starts][0]]) for batch in loader])
+        prompts.append([gpt2.decode(getattr(batch, ids)[0, : getattr(batch, starts)[0]]) for batch in loader])
     assert sorted(map(len, prompts)) == [10, 15, 15] and len(set().union(*prompts)) == 8
     assert sum(len(set(part)) for part in prompts) == 8
 
@@ -349,7 +356,7 @@ def test_each_data_set_is_split_on_its_own(folder, gpt2, tmp_path):
     both, evaluation = build(folder, gpt2, 0, train_batch_size=1, data_path=[str(folder), str(more)])
     found = sum(texts(both, gpt2), [])
     assert len(found) == 8 + 2 and set(sum(texts(alone, gpt2), [])) < set(found)
-    assert sum(len(batch["weight"]) for batch in evaluation) == 20
+    assert sum(len(batch.weight) for batch in evaluation) == 20
     wholly, _ = build(folder, gpt2, 0, train_batch_size=1, sft_only_data_path=[str(more)])
     assert len(wholly) == 8 + 10
     later, _ = build(folder, gpt2, 2, train_batch_size=1, sft_only_data_path=[str(more)])
@@ -363,12 +370,12 @@ def test_data_sets_are_blended_by_weight(folder, gpt2, tmp_path, capsys):
     names = [f"{folder}:0.75", f"{more}:0.25"]
     options = {"data_path": names, "data_split": "0,0,1", "train_batch_size": 1}
     train, _ = build(folder, gpt2, 2, **options)
-    prompts = [prompt for batch in train for prompt in batch["prompt"]]
+    prompts = [prompt for batch in train for prompt in batch.prompts]
     # 40 and 20 rows: min(40 / .75, 20 / .25) = 53.3 in all
     assert len(set(prompts)) == len(prompts) == 53 and sum("More" in prompt for prompt in prompts) == 13
     assert "40 of 40 rows in the blend" in capsys.readouterr().out
     again, _ = build(folder, gpt2, 2, **options)
-    assert [prompt for batch in again for prompt in batch["prompt"]] == prompts
+    assert [prompt for batch in again for prompt in batch.prompts] == prompts
     with pytest.raises(UserError, match=r"--data_path: give each data set a weight \(name:0.3\), or none"):
         build(folder, gpt2, 2, data_path=[names[0], str(more)])
 
@@ -379,11 +386,11 @@ def test_margins_reach_the_batches(folder, gpt2, tmp_path):
     options = {"train_batch_size": 1, "data_split": "0,1,0"}
     train, _ = build(folder, gpt2, 1, data_path=[str(path)], **options)
     for batch in train:
-        number = gpt2.decode(batch["rejected_ids"][0]).split("No ")[1].split(".")[0]
-        assert batch["margin"].tolist() == [int(number) / 4]
+        number = gpt2.decode(batch.rejected_ids[0]).split("No ")[1].split(".")[0]
+        assert batch.margin.tolist() == [int(number) / 4]
     train, _ = build(folder, gpt2, 1, data_path=[str(path), str(folder)], **options)
-    assert sum("margin" in batch for batch in train) == len(train) == 48 + 40  # 0 for rows without one
-    assert all("margin" not in batch for loader in build(folder, gpt2, 1) for batch in loader)
+    assert sum(batch.margin is not None for batch in train) == len(train) == 48 + 40  # 0 for rows without one
+    assert all(batch.margin is None for loader in build(folder, gpt2, 1) for batch in loader)
     with pytest.raises(UserError, match="--use_margin: no row of the data has a number in a column `margin`"):
         build(folder, gpt2, 1, need_margin=True)
     build(folder, gpt2, 1, data_path=[str(path)], need_margin=True)
@@ -404,7 +411,7 @@ def test_the_record_says_what_was_read_and_is_the_same_for_the_same_data(folder,
     assert read["rows"] == 42 and read["kept"] == 41
     assert read["dropped"] == {"that repeat an earlier row": {"rows": 1, "first": ["line 41"]}}
     assert first["train_rows"] <= 9 and first["eval_rows"] == 10 and first["data_split"] == "2,4,4"
-    assert record() == first == record(data_output_path=str(tmp_path / "elsewhere"))
+    assert record() == first == record(cache_dir=str(tmp_path / "elsewhere"))
     qwen = record(tokenizer=load_tokenizer(str(tokenizer_folders["qwen"])))
     assert qwen["tokenizer"]["fingerprint"] != first["tokenizer"]["fingerprint"] and qwen["code"] == first["code"]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:40]))
@@ -434,10 +441,10 @@ def test_a_rank_that_waits_says_so(monkeypatch, capsys):
 
 
 def test_a_second_start_maps_nothing(folder, gpt2, monkeypatch):
-    first = [batch["prompt"] for loader in build(folder, gpt2, 2) for batch in loader]
-    for name in ("preferences.normalise_batch", "encoding.columns"):
+    first = [batch.prompts for loader in build(folder, gpt2, 2) for batch in loader]
+    for name in ("preferences.normalise_batch", "encoding.to_columns"):
         monkeypatch.setattr(f"utils.data.{name}", lambda *_, **__: pytest.fail("mapped again"))
-    assert [batch["prompt"] for loader in build(folder, gpt2, 2) for batch in loader] == first
+    assert [batch.prompts for loader in build(folder, gpt2, 2) for batch in loader] == first
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

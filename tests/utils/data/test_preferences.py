@@ -1,13 +1,15 @@
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 
-from utils.data.preferences import load_data_set, load_preferences
+from utils.data.preferences import load_data_set
 from utils.data.shapes import Form
+from utils.data.streamed_set import open_stream
 from utils.run import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -181,7 +183,8 @@ def test_several_data_sets_follow_one_another(tmp_path):
         write(tmp_path / f"{k}/train.jsonl", rows[:15])
         write(tmp_path / f"{k}/test.jsonl", rows[15:])
         names.append(str(tmp_path / str(k)))
-    train, evaluation = load_preferences(names, cache_dir=str(tmp_path / "cache"))
+    splits = zip(*(load_data_set(name, cache_dir=str(tmp_path / "cache")) for name in names), strict=True)
+    train, evaluation = (datasets.concatenate_datasets(list(parts)) for parts in splits)
     assert texts(train) == PAIRS[:15] * 2 and texts(evaluation) == PAIRS[15:] * 2
 
 
@@ -501,3 +504,36 @@ def test_a_wrong_row_of_a_known_set_is_named(tmp_path):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=r"train\.jsonl.* line 3 is not like the rows of this data set \(ValueError"):
         load_data_set(str(folder), cache_dir=str(tmp_path / "cache"))
+
+
+# Numbers in most rows, and texts in others, of which Arrow would make numbers as well.
+@pytest.mark.parametrize("column", ["scores", "ranks"])
+@pytest.mark.parametrize("order", [["2", "1"], [2, "1"]])
+@pytest.mark.parametrize("place", [1, 3])
+def test_texts_among_the_scores_are_refused_where_they_stand(tmp_path, column, order, place):
+    rows = [{"prompt": f"{i}?", "answers": ["a", "b"], column: [1.5, 2]} for i in range(3)]
+    rows[place - 1][column] = order
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = next(value for value in order if isinstance(value, str))
+    expected = f"--data_path: {path}, line {place}, column '{column}': found str '{found}', expected a number"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        load_data_set(str(path), cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(expected)):
+        open_stream(str(path), None, cache_dir=None, flag="--data_path", form=Form())
+    # Where the column is not learned from, it may hold anything.
+    path.write_text(
+        "".join(json.dumps({"prompt": row["prompt"], "chosen": "a", column: row[column]}) + "\n" for row in rows)
+    )
+    load_data_set(str(path), cache_dir=str(tmp_path))
+
+
+def test_a_pair_beside_several_answers_is_what_counts_and_a_line_says_so(tmp_path, capsys):
+    rows = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b", "answers": ["c", "d", "e"]} for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, _ = load_data_set(str(path), cache_dir=str(tmp_path))
+    assert set(train["chosen"]) == {" a"} and train[0]["answers"] is None
+    open_stream(str(path), None, cache_dir=None, flag="--data_path", form=Form())
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all("prompt/chosen/rejected" in line and "answers is not read" in line for line in said)

@@ -8,14 +8,14 @@ import datasets
 import pytest
 
 from utils.data.raw import BLOCK, json_items, raw_rows
-from utils.data.sources import Part, read_file
+from utils.data.sources import Shard, read_file
 from utils.run import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 def read(file: Path) -> list[tuple[str, dict]]:
-    return list(raw_rows(Part(None, str(file), file), "--data_path"))
+    return list(raw_rows(Shard(None, str(file), file), "--data_path"))
 
 
 @pytest.mark.parametrize("file", sorted(DATA.iterdir()), ids=lambda path: path.name)
@@ -36,9 +36,9 @@ def test_arrows_file_format_and_saved_data_sets(tmp_path):
         file.write_table(table)
     assert [row for _, row in read(tmp_path / "x.arrow")] == rows
     saved = datasets.Dataset.from_list(rows)
-    assert [row for _, row in raw_rows(Part(saved, "saved"), "--data_path")] == rows
+    assert [row for _, row in raw_rows(Shard(saved, "saved"), "--data_path")] == rows
     stream = saved.to_iterable_dataset()
-    assert list(raw_rows(Part(stream, "hub"), "--data_path"))[2499] == ("row 2500", rows[2499])
+    assert list(raw_rows(Shard(stream, "hub"), "--data_path"))[2499] == ("row 2500", rows[2499])
 
 
 def test_a_json_list_is_read_item_by_item():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.data.shapes import Example, RowRefused, RowSkipped, distinct, find_shape, finish
+from utils.data.shapes import Example, RowRefused, RowSkipped, find_shape, finish, usable_answers
 
 ASK = "\n\nHuman: Q\n\nAssistant:"
 
@@ -59,7 +59,7 @@ def test_ties_keep_their_order_and_share_a_rank():
 
 def test_the_best_and_the_worst_are_found_among_distinct_answers():
     # Empty: 0. "x" is the best and the second at once: neither. "b" twice on one rank: the first.
-    assert distinct([None, "x", "b", "b", "x", "c"], [1, 1, 2, 2, 3, 4]) == [2, 5]
+    assert usable_answers([None, "x", "b", "b", "x", "c"], [1, 1, 2, 2, 3, 4]) == [2, 5]
     found = example({"prompt": ASK, "answers": ["  ", "A", "B", " A", "C", ""]})
     assert (found.chosen, found.rejected, len(found.answers)) == (" B", " C", 6)
     found = example({"prompt": ASK, "answers": ["", ""]})

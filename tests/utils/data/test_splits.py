@@ -84,6 +84,14 @@ def test_a_prompt_that_dominates_leaves_rows_for_every_stage(data_split):
     assert all(stages_of([0] * 90 + [1] * 5 + [2] * 5, data_split))  # as many prompts as stages
 
 
+def test_a_share_that_rounds_to_no_row_is_refused():
+    # 1 % of 20 rows is 0.2 of a row; where two rows share each prompt as well.
+    for prompts in (range(20), [k // 2 for k in range(20)]):
+        assert len(stage_indices(prompts, "1,98,1", 1)) == 20
+        with pytest.raises(UserError, match="--data_split 1,98,1: no row is left for step 1 out of 20; give"):
+            stage_indices(prompts, "1,98,1", 0)
+
+
 def test_rows_are_divided_where_prompts_are_too_few(capsys):
     assert [len(part) for part in stages_of([5] * 10, name="my.jsonl")] == [2, 4, 4]
     assert "my.jsonl has 1 different prompts: their rows are divided among the stages" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import datasets
 import pytest
 
 from utils.data.chat import template_of
-from utils.data.encoding import ENCODERS
+from utils.data.encoding import ENCODERS, Encoder
 from utils.data.preferences import ABOUT, TEXT, load_data_set
 from utils.data.shapes import PLAIN, Form
 from utils.data.splits import prompt_key
@@ -190,5 +190,5 @@ def test_encoders_need_no_more_than_these_columns(tmp_path, gpt2):
     opened = stream(write(tmp_path / "x.jsonl", ROWS))
     rows = training(opened, 0)
     batch = {name: [row[name] for row in rows] for name in rows[0]}
-    for encode in ENCODERS.values():
-        assert len(encode(batch, tokenizer=gpt2, max_len=64)["dropped"]) == len(rows)
+    for kind in ENCODERS:
+        assert len(Encoder(kind, gpt2, 64).encode(batch)["dropped"]) == len(rows)

@@ -6,6 +6,8 @@ from itertools import islice
 import pytest
 import torch
 
+from utils.data.batches import PairBatch, PromptBatch
+from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.data.streaming import blended, build_streaming_loaders, open_streams, shuffled
 from utils.run import UserError
@@ -30,19 +32,23 @@ def write(path, rows) -> str:
     return str(path)
 
 
-def build(tokenizer, stage, data_path, sft_only_data_path=(), columns=None, **changes):
-    paths = {"data_path": data_path, "sft_only_data_path": sft_only_data_path, "columns": columns}
-    streams = open_streams(stage, tokenizer, **paths)
-    arguments = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 4, "shuffle_buffer": 20, "batches": 100}
-    return build_streaming_loaders(streams, stage=stage, tokenizer=tokenizer, **{**arguments, **changes})
+SIZES = {"max_len": 96, "train_batch_size": 4, "eval_batch_size": 4, "batches": 100, "rank": 0, "world_size": 1}
+
+
+def build(tokenizer, stage, data_path, more=(), **changes):
+    sizes = {name: changes.pop(name, usual) for name, usual in SIZES.items()}
+    options = {"data_path": data_path, "sft_only_data_path": more, "streaming": True, "shuffle_buffer": 20}
+    config = DataConfig(**{**options, **changes})
+    streams = open_streams(config, stage, tokenizer)
+    return build_streaming_loaders(streams, config, stage=stage, tokenizer=tokenizer, **sizes)
 
 
 def rows_of(loader, pad: int) -> list[tuple]:
     """What each row of the batches holds, without its padding."""
     rows = []
     for batch in loader:
-        for k in range(len(batch["weight"])):
-            row = {name: values[k].tolist() for name, values in batch.items() if torch.is_tensor(values)}
+        for k in range(len(batch.weight)):
+            row = {name: values[k].tolist() for name, values in vars(batch).items() if torch.is_tensor(values)}
             row = {k: [i for i in v if i != pad] if isinstance(v, list) else v for k, v in row.items()}
             rows.append(tuple(sorted((name, str(value)) for name, value in row.items())))
     return rows
@@ -52,9 +58,10 @@ def texts(tokenizer, loader) -> list[list[str]]:
     """The first answer, or the prompt, of each row of each batch."""
     found = []
     for batch in loader:
-        ids, lengths = ("input_ids", "lengths") if "input_ids" in batch else ("chosen_ids", "chosen_lengths")
-        answers = (tokenizer.decode(row[:n]) for row, n in zip(batch[ids], batch[lengths].tolist(), strict=True))
-        found.append(batch["prompt"] if "prompt" in batch else list(answers))
+        pairs = isinstance(batch, PairBatch)
+        ids, lengths = (batch.chosen_ids, batch.chosen_lengths) if pairs else (batch.input_ids, batch.lengths)
+        answers = (tokenizer.decode(row[:n]) for row, n in zip(ids, lengths.tolist(), strict=True))
+        found.append(batch.prompts if isinstance(batch, PromptBatch) else list(answers))
     return found
 
 
@@ -68,15 +75,13 @@ def test_the_batches_hold_the_same_rows_as_without_streaming(folder, gpt2, stage
     odd += [{**ROWS[8], "chosen": " long" * 60}, {**ROWS[9], "rejected": ROWS[9]["chosen"]}]
     write(folder / "train.jsonl", ROWS[:240] + odd)
     split = ",".join("1" if k == stage else "0" for k in range(3))
-    options = {"train_batch_size": 1, "data_split": split, "record_in": folder / "run"}
-    options |= {"eval_batch_size": 4, "max_len": 96}
-    streamed = build(gpt2, stage, [str(folder)], **options)
+    options = {"data_split": split, "record_in": folder / "run"}
+    streamed = build(gpt2, stage, [str(folder)], train_batch_size=1, **options)
     rows = [rows_of(loader, gpt2.pad_token_id) for loader in streamed]
     reported = capsys.readouterr().out
     record = json.loads((folder / "run" / "data.json").read_text())
-    stored = build_loaders(
-        stage=stage, tokenizer=gpt2, data_path=[str(folder)], data_output_path=str(folder / "cache"), **options
-    )
+    config = DataConfig(data_path=[str(folder)], cache_dir=str(folder / "cache"), **options)
+    stored = build_loaders(config, stage=stage, tokenizer=gpt2, max_len=96, train_batch_size=1, eval_batch_size=4)
     expected = [rows_of(loader, gpt2.pad_token_id) for loader in stored]
     assert sorted(rows[0]) == sorted(expected[0]) and rows[1] == expected[1]
     # What was dropped and cut is told in the same words, and stands in the record.
@@ -98,20 +103,22 @@ def test_ranked_answers_reach_the_batches(tmp_path, gpt2, capsys):
     ]
     write(tmp_path / "train.jsonl", rows[:240])
     write(tmp_path / "test.jsonl", rows[240:])
-    options = {"stage": 1, "tokenizer": gpt2, "train_batch_size": 1, "eval_batch_size": 1, "data_split": "0,1,0"}
-    options |= {"max_len": 96, "record_in": tmp_path}
-    expected = build_loaders(data_path=[str(tmp_path)], data_output_path=str(tmp_path / "cache"), **options)[0]
+    options = {"data_split": "0,1,0", "record_in": tmp_path}
+    config = DataConfig(data_path=[str(tmp_path)], cache_dir=str(tmp_path / "cache"), **options)
+    sizes = {"max_len": 96, "train_batch_size": 1, "eval_batch_size": 1}
+    expected = build_loaders(config, stage=1, tokenizer=gpt2, **sizes)[0]
     said = capsys.readouterr().out
     stored = json.loads((tmp_path / "data.json").read_text())["data"]
-    del options["stage"], options["tokenizer"]
-    train = build(gpt2, 1, [str(tmp_path)], **options)[0]
-    as_lists = [sorted([batch[name].tolist() for name in batch] for batch in loader) for loader in (train, expected)]
+    train = build(gpt2, 1, [str(tmp_path)], train_batch_size=1, **options)[0]
+    as_lists = [
+        sorted([value.tolist() for value in vars(batch).values()] for batch in loader) for loader in (train, expected)
+    ]
     assert as_lists[0] == as_lists[1] and len(as_lists[0]) == 240
     assert "(train): 240 answers of 240 rows left out" in said and "(train): 240 answers of" in capsys.readouterr().out
     entry = json.loads((tmp_path / "data.json").read_text())["data"][0]
     assert entry["kind"] == "ranked" and entry["answers_left_out"] == 240 in [e.get("answers_left_out") for e in stored]
     pairs = build(gpt2, 1, [str(tmp_path)], best_and_worst=True, data_split="0,1,0")[0]
-    assert "chosen_ids" in next(iter(pairs))
+    assert isinstance(next(iter(pairs)), PairBatch)
     with pytest.raises(UserError, match="--use_margin: the data ranks several answers to a prompt"):
         build(gpt2, 1, [str(tmp_path)], need_margin=True)
 
@@ -122,15 +129,15 @@ def test_learned_turns_and_margins_reach_the_batches(tmp_path, gpt2):
 
     turns = [{"messages": [message(i, r) for r in ("user", "assistant") * 2]} for i in range(100)]
     train, _ = build(gpt2, 0, [write(tmp_path / "x.jsonl", turns)], train_on="all", data_split="1,0,0")
-    assert all(batch["loss_mask"].any(1).all() for batch in train)
+    assert all(batch.loss_mask.any(1).all() for batch in train)
     rows = [{**row, "margin": i / 4} for i, row in enumerate(ROWS)]
     train, _ = build(gpt2, 1, [write(tmp_path / "y.jsonl", rows)], need_margin=True, train_batch_size=1)
     for batch, (text,) in zip(train, texts(gpt2, train), strict=True):
         number = text.split("It is ")[1].split(".")[0]
-        assert batch["margin"].tolist() == [int(number) / 4]
+        assert batch.margin.tolist() == [int(number) / 4]
     with pytest.raises(UserError, match="--use_margin: none of the first rows has a number in a column `margin`"):
         build(gpt2, 1, [write(tmp_path / "z.jsonl", ROWS)], need_margin=True)
-    assert "margin" not in next(iter(build(gpt2, 1, [str(tmp_path / "y.jsonl")])[0]))
+    assert next(iter(build(gpt2, 1, [str(tmp_path / "y.jsonl")])[0])).margin is None
 
 
 def test_more_data_for_step_1_serves_it_wholly(tmp_path, folder, gpt2):
@@ -141,7 +148,7 @@ def test_more_data_for_step_1_serves_it_wholly(tmp_path, folder, gpt2):
     train, held_out = build(gpt2, 0, [str(folder)], [str(tmp_path / "more")], train_batch_size=1)
     found = [text for (text,) in texts(gpt2, train)]
     assert sum("More" in text for text in found) == 60 and 20 < len(found) - 60 < 80  # a fifth of 240: 48 +- 6
-    assert sum(batch["weight"].sum() for batch in held_out) == 11
+    assert sum(batch.weight.sum() for batch in held_out) == 11
 
 
 # ------------------------------------------------------------------------------------------------------------ ranks
@@ -179,7 +186,7 @@ def test_a_loader_goes_on_where_another_stopped(folder, gpt2, world_size):
         resumed = loader(rank, world_size)
         resumed.sampler.load_state_dict(state)
         resumed.sampler.set_epoch(1)
-        rests.append([batch["prompt"] for batch in resumed])
+        rests.append([batch.prompts for batch in resumed])
         resumed.sampler.set_epoch(2)
         assert len(list(resumed)) == len(expected)  # the next epoch is whole again
     steps = [sorted(sum(step, [])) for step in zip(*rests, strict=True)]
@@ -288,15 +295,17 @@ def test_a_training_that_ends_early_has_its_report_too(folder, gpt2, capsys):
 
 MEASURE = """
 import resource, sys
+from utils.data.config import DataConfig
 from utils.data.streaming import build_streaming_loaders, open_streams
 from utils.tokenizer import load_tokenizer
 
 tokenizer = load_tokenizer(sys.argv[1])
 for folder in sys.argv[2:]:
-    streams = open_streams(2, tokenizer, data_path=[folder])
-    options = dict(max_len=64, train_batch_size=50, eval_batch_size=50, shuffle_buffer=500, batches=9)
-    train, _ = build_streaming_loaders(streams, stage=2, tokenizer=tokenizer, **options)
-    rows = sum(len(batch["prompt"]) for batch in train)
+    config = DataConfig(data_path=[folder], shuffle_buffer=500)
+    streams = open_streams(config, 2, tokenizer)
+    sizes = dict(max_len=64, train_batch_size=50, eval_batch_size=50, batches=9)
+    train, _ = build_streaming_loaders(streams, config, stage=2, tokenizer=tokenizer, **sizes)
+    rows = sum(len(batch.prompts) for batch in train)
     print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

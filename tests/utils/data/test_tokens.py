@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.data.tokens import beginning, encode_pair, encode_prompts, keep_end, tokenizer_fingerprint
+from utils.data.tokens import beginning, encode_prompts, keep_end, tokenizer_fingerprint
 from utils.tokenizer import load_tokenizer
 
 PROMPT = "\n\nHuman: What is it?\n\nAssistant:"
@@ -15,21 +15,21 @@ def without_end(tokenizer, text: str) -> list[int]:
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
-def test_pair_is_the_tokenizers_own_ids_and_one_end_token(tokenizer):
+def test_pair_is_the_tokenizers_own_ids_and_one_end_token(tokenizer, encode_pair):
     ids, prompt_length = encode_pair(tokenizer, PROMPT, ANSWER, 99)
     # prompt + answer + EOS = tokenizer(prompt + answer) + EOS, and its first part = tokenizer(prompt)
     assert ids == without_end(tokenizer, PROMPT + ANSWER) + [tokenizer.eos_token_id]
     assert ids[:prompt_length] == without_end(tokenizer, PROMPT) == encode_prompts(tokenizer, [PROMPT])[0]
 
 
-def test_end_token_is_learned_even_where_it_pads(gpt2):
+def test_end_token_is_learned_even_where_it_pads(gpt2, encode_pair):
     assert gpt2.pad_token_id == gpt2.eos_token_id
     ids, prompt_length = encode_pair(gpt2, PROMPT, ANSWER, 99)
     assert ids[-1] == gpt2.eos_token_id and gpt2.eos_token_id not in ids[:-1] and prompt_length < len(ids) - 1
     assert encode_pair(gpt2, PROMPT, ANSWER, 99, add_eos=False)[0] == ids[:-1]
 
 
-def test_no_second_beginning_and_no_second_end(tokenizer):
+def test_no_second_beginning_and_no_second_end(tokenizer, encode_pair):
     first = beginning(tokenizer)
     bos = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(first)) if first else ""
     ids, _ = encode_pair(tokenizer, bos + PROMPT, ANSWER + tokenizer.eos_token, 99)
@@ -57,14 +57,14 @@ def test_beginning_is_what_the_model_expects(tokenizer_folders, kind):
         (PROMPT, "no space"),
     ],
 )
-def test_the_answers_text_is_kept_at_every_seam(tokenizer, prompt, answer):
+def test_the_answers_text_is_kept_at_every_seam(tokenizer, prompt, answer, encode_pair):
     ids, prompt_length = encode_pair(tokenizer, prompt, answer, 99)
     assert ids[:prompt_length] == without_end(tokenizer, prompt)  # what generation starts from
     whole = tokenizer.decode(ids[:-1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert whole.removeprefix(" ") == prompt + answer  # sentencepiece begins with a space of its own
 
 
-def test_a_cut_answer_has_no_end_token(tokenizer):
+def test_a_cut_answer_has_no_end_token(tokenizer, encode_pair):
     whole, prompt_length = encode_pair(tokenizer, PROMPT, ANSWER, 99)
     for max_len in range(prompt_length + 1, len(whole) + 2):
         ids, length = encode_pair(tokenizer, PROMPT, ANSWER, max_len)
