@@ -18,7 +18,7 @@ from remax.cli.flags import Penalty, Step1Arguments, Step2Arguments, Step3Argume
 from remax.cli.validate import make_algorithm, parse_step1, parse_step2, parse_step3
 from utils.run import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = "--model_name_or_path facebook/opt-125m "
 MODELS = "--reward_model_name_or_path me/reward --actor_model_name_or_path facebook/opt-125m "
 
@@ -364,7 +364,7 @@ def test_required_flags_are_named():
 
 def test_reading_flags_imports_neither_torch_nor_transformers():
     modules = ("flags", "parser", "config_file", "validate", "evaluation", "model_names")
-    code = f"import sys, {', '.join(f'remax.{name}' for name in modules)}\n"
+    code = f"import sys, {', '.join(f'remax.cli.{name}' for name in modules)}\n"
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy', 'yaml')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
