@@ -1931,7 +1931,7 @@ STAGES = [
             "    if not args.skip_doctor:\n",
             "    if False:\n",
             "models are not examined",
-            "tests/test_scripts.py::test_a_failed_examination_stops",
+            f"{ROOM}/stages/test_rlhf.py",
         ),
         (
             "rlhf-answers-perplexity",
