@@ -5,12 +5,13 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style clean
+.PHONY: help demo test mutants check style clean
 
 PYTHON ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
 SEED ?= 0
+JOBS ?= 1
 
 ifneq ($(SETUP),no)
 ENVIRONMENT := $(abspath $(VENV))
@@ -37,6 +38,9 @@ demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU
 
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)
+
+mutants: $(READY) ## hand-made faults, each of which some test must notice: most of an hour (JOBS=2: two at a time)
+	python tests/mutants/run.py --jobs $(JOBS)
 
 check: $(READY) ## lint, import direction, shell scripts
 	ruff check .

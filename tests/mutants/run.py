@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -49,13 +50,17 @@ def warm_up() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True  # a file changes twice a second at the same length, and its bytecode would be kept
+    import _hypothesis_pytestplugin  # noqa: F401
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
+    import hypothesis.strategies  # noqa: F401
     import peft  # noqa: F401
     import pytest  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
     assert not {"remax", "utils"} & sys.modules.keys()
+    gc.collect()
+    gc.freeze()  # pytest collects often, and a fork would go through all of these objects again
 
 
 def run_tests(tests: tuple[Test, ...], tree: Path, scratch: Path) -> None:

@@ -83,6 +83,9 @@ def test_dropout_is_off(family, make_policy, sequences_of):
     training = [model(sequences)[0] for _ in range(2)]
     with evaluating(model):
         assert not model.hf.training
+        with evaluating(model):
+            pass
+        assert not model.hf.training  # as it was found
         evaluated = model(sequences)[0]
     assert model.hf.training
     assert torch.equal(training[0], training[1]) and torch.equal(training[0], evaluated)
@@ -151,6 +154,9 @@ def test_a_score_head_learns_beside_the_adapters_of_its_model(only_lora, make_sc
     assert learns["score.weight"] and all(learns[name] for name in learns if "lora_" in name)
     layers = {name.split(".")[-4] for name in learns if "lora_" in name}
     assert layers == {"q_proj"}  # and no other layer
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    scales = {scale for module in adapted for scale in module.scaling.values()}
+    assert scales == {1.0}
     assert all(learns[name] != only_lora for name in learns if "lora_" not in name and name != "score.weight")
 
 
