@@ -773,7 +773,7 @@ ENGINES = [
         (
             "engine-rate",
             "rate = float(self.wrapped.get_lr()[0])",
-            "rate = float(self.wrapped.get_lr()[-1])",
+            "rate = float(max(self.wrapped.get_lr()))",
             "the logged learning rate is the adapters'",
             [(1, "supervised, packed, LoRA"), (1, "reinforce")],
         ),
@@ -782,7 +782,7 @@ ENGINES = [
             "model.requires_grad_(False).eval()",
             "model.eval()",
             "a reference keeps gradients",
-            [f"{ROOM}/engines/test_base.py::test_frozen_models_give_the_plain_models_numbers"],
+            f"{ROOM}/engines/test_roles.py",
         ),
         (
             "engine-buffers",
@@ -1015,7 +1015,7 @@ CHECKPOINT = [
             "        state |= {name: b.detach()",
             "        {name: b.detach()",
             "persistent buffers are lost",
-            [f"{ROOM}/checkpoint/test_export.py::test_a_model_without_adapters_is_merged_into_itself"],
+            [f"{ROOM}/checkpoint/test_export.py::test_buffers_that_a_checkpoint_holds_are_exported"],
         ),
         (
             "export-number-format",

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from remax.checkpoint.export import export, write_note
+from remax.checkpoint.export import export, full_state_dict, write_note
 from remax.core.sequences import Sequences
 from remax.models.lora import merge_adapters
 from remax.models.policy import load_policy
@@ -192,6 +192,17 @@ def test_a_model_without_adapters_is_merged_into_itself(make_policy):
     state = dict(model.hf.named_parameters())
     merged = merge_adapters(state, model.hf)
     assert merged.keys() == state.keys() and all(merged[name] is state[name] for name in state)
+
+
+def test_buffers_that_a_checkpoint_holds_are_exported(make_policy):
+    model, _ = load(make_policy("llama"))
+    model.hf.register_buffer("kept", torch.ones(2))
+    model.hf.register_buffer("made_anew", torch.ones(2), persistent=False)
+    state = full_state_dict(model.hf, zero3=False)
+    assert state["kept"].tolist() == [1.0, 1.0] and "made_anew" not in state
+    assert state.keys() - {"kept"} == {name for name, _ in model.hf.named_parameters()}
+    model.hf.kept.fill_(2.0)
+    assert state["kept"].tolist() == [1.0, 1.0]  # a copy
 
 
 def test_a_note_beside_the_export(tmp_path):

@@ -102,3 +102,4 @@ def test_answers_are_scored_in_so_many_forwards(engine, sequences_of):
     for some in scores[1:]:
         torch.testing.assert_close(some, scores[0])
     assert not scores[0].requires_grad
+    assert not any(p.requires_grad for p in whole.parameters())  # no memory for gradients either
