@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE))
 from faults import FAULTS, Fault, Test  # noqa: E402
 
 ENOUGH = 0.95  # share of the faults that must be killed
-LIMIT = 300.0  # seconds for the tests of one fault
+LIMIT = 300.0  # seconds for a test
 COPIED = ("remax", "utils", "tests", "benchmarks", "step*", "docs", "*.md", "*.toml", "setup.py", "Makefile", ".ci")
 PASSED, FAILED, LATE = "passed", "failed", "time limit"
 
@@ -63,8 +63,11 @@ def warm_up() -> None:
     gc.freeze()  # pytest collects often, and a fork would go through all of these objects again
 
 
-def run_tests(tests: tuple[Test, ...], tree: Path, scratch: Path) -> None:
-    """In a process of its own: runs the tests in `tree` one kind after the other, and exits with 1 where one fails."""
+def run_test(test: Test, tree: Path, scratch: Path) -> None:
+    """In a process of its own: runs a test in `tree`, and exits with another status than 0 where it fails.
+
+    Of a whole file the tests that start further processes are left out: they are slow, and to be named themselves.
+    """
     import datasets
     import pytest
 
@@ -77,14 +80,11 @@ def run_tests(tests: tuple[Test, ...], tree: Path, scratch: Path) -> None:
     os.environ |= {"PYTHONPATH": str(tree), "HF_DATASETS_CACHE": str(scratch / "cache")}
     datasets.config.HF_DATASETS_CACHE = scratch / "cache"
     sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry) != HERE)]
-    nodes = [test for test in tests if isinstance(test, str)]
-    code = 0
-    if nodes:
+    if isinstance(test, str):
         options = ["-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--basetemp", str(scratch / "pytest")]
-        code = int(pytest.main([*options, *nodes]))
-    for ranks, case in (test for test in tests if not isinstance(test, str)):
-        code = code or compare_case(tree, scratch, ranks, case)
-    os._exit(code)
+        options += [] if "::" in test else ["-m", "not ranks"]
+        os._exit(int(pytest.main([*options, test])))
+    os._exit(compare_case(tree, scratch, *test))
 
 
 def compare_case(tree: Path, scratch: Path, ranks: int, case: str) -> int:
@@ -109,17 +109,30 @@ def compare_case(tree: Path, scratch: Path, ranks: int, case: str) -> int:
 
 @dataclass
 class Job:
-    """Tests that are running in a copy."""
+    """A test that is running in a copy, and those that follow if it passes."""
 
-    process: int
-    tree: Path
-    scratch: Path
     tests: tuple[Test, ...]
     fault: Fault | None
-    started: float
+    tree: Path
+    scratch: Path
+    process: int = 0
+    started: float = 0.0
+    seconds: float = 0.0  # of the tests before
+
+    def start(self) -> None:
+        """Starts the first of the tests."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+        sys.stdout.flush()
+        self.started, self.process = time.monotonic(), os.fork()
+        if self.process == 0:
+            try:
+                run_test(self.tests[0], self.tree, self.scratch)
+            finally:
+                os._exit(1)
 
     def result(self) -> str | None:
-        """How it went; None: not over yet."""
+        """How they went; None: not over yet."""
         process, status = os.waitpid(self.process, os.WNOHANG)
         late = time.monotonic() - self.started > LIMIT
         if process == 0 and not late:
@@ -128,10 +141,15 @@ class Job:
             os.killpg(self.process, signal.SIGKILL)  # the ranks that it has started, too
         except (ProcessLookupError, PermissionError):
             pass
+        self.seconds += time.monotonic() - self.started
         if process == 0:
             os.waitpid(self.process, 0)
             return LATE
-        return FAILED if status else PASSED
+        if status or len(self.tests) == 1:
+            return FAILED if status else PASSED
+        self.tests = self.tests[1:]
+        self.start()
+        return None
 
     def reason(self) -> str:
         """What failed, in a few words."""
@@ -154,16 +172,8 @@ class Workers:
             file = tree / fault.file
             file.write_text(file.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
         self.number += 1
-        scratch = self.folder / f"run{self.number}"
-        scratch.mkdir()
-        sys.stdout.flush()
-        process = os.fork()
-        if process == 0:
-            try:
-                run_tests(tests, tree, scratch)
-            finally:
-                os._exit(1)
-        self.running.append(Job(process, tree, scratch, tests, fault, time.monotonic()))
+        self.running.append(Job(tests, fault, tree, self.folder / f"run{self.number}"))
+        self.running[-1].start()
 
     def wait(self) -> tuple[Job, str]:
         """The next job that is over; its copy is as before."""
@@ -200,7 +210,7 @@ def run_all(workers: Workers, work: list[tuple[tuple[Test, ...], Fault | None]],
 
 def finish(workers: Workers, tell: Any) -> None:
     job, result = workers.wait()
-    tell(job, result, time.monotonic() - job.started)
+    tell(job, result)
     shutil.rmtree(job.scratch, ignore_errors=True)
 
 
@@ -223,19 +233,19 @@ def main() -> int:
     warm_up()
     started, broken, killed, survivors = time.monotonic(), [], 0, []
 
-    def tell_baseline(job: Job, result: str, seconds: float) -> None:
+    def tell_baseline(job: Job, result: str) -> None:
         if result != PASSED:
             broken.append(job.tests)
             print(f"does not pass without a fault ({result}): {job.tests[0]}: {job.reason()}", flush=True)
 
-    def tell_fault(job: Job, result: str, seconds: float) -> None:
+    def tell_fault(job: Job, result: str) -> None:
         nonlocal killed
         killed += result != PASSED
         if result == PASSED:
             survivors.append(job.fault)
         how = f"SURVIVED: {job.fault.breaks}" if result == PASSED else f"killed by {job.reason()}"
         print(
-            f"{job.fault.name:<32} {seconds:4.0f} s  {how if result != LATE else 'killed by the time limit'}",
+            f"{job.fault.name:<32} {job.seconds:4.0f} s  {how if result != LATE else 'killed by the time limit'}",
             flush=True,
         )
 
