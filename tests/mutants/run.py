@@ -19,8 +19,10 @@ import signal
 import sys
 import tempfile
 import time
+from compileall import compile_dir
 from dataclasses import dataclass
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -48,8 +50,7 @@ def stale(faults: list[Fault]) -> list[str]:
 def warm_up() -> None:
     """Imports the libraries once: a fork has them at no cost. Nothing of the project is imported here."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
-    sys.dont_write_bytecode = True  # a file changes twice a second at the same length, and its bytecode would be kept
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     import _hypothesis_pytestplugin  # noqa: F401
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
@@ -195,6 +196,8 @@ def copy(tree: Path) -> Path:
             shutil.copytree(path, tree / path.name, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
         else:
             shutil.copy(path, tree / path.name)
+    for name in ("remax", "utils"):  # bytecode that is valid by content: files change within a second, at equal length
+        compile_dir(tree / name, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     return tree
 
 
