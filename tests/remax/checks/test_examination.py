@@ -313,19 +313,21 @@ class PlainActor(Actor):
         super().__init__(engine, generation=generation)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("disable_dropout", [True, False])
-def test_dropout_in_the_update_raises_a_warning(disable_dropout, load, make_policy):
+def test_dropout_in_the_update_raises_a_warning(disable_dropout, training, load, make_policy):
+    # Whatever mode the model is in: before the first step it need not be the update's.
     patient = load("opt")
     folder = str(make_policy("opt"))
     model = load_policy(
         folder, "--a", dtype=torch.float32, tokenizer=patient["tokenizer"], disable_dropout=disable_dropout
     )
     patient["actor"] = PlainActor(model, patient["actor"].generation)
-    model.train()
+    model.train(training)
     report = examine(**patient)
     assert results(report)["no dropout in the update"] == (OK if disable_dropout else WARNING)
     assert not report.failures, report.table()
-    assert model.training
+    assert model.training == training
 
 
 def test_an_export_that_differs_is_found(load, monkeypatch):
