@@ -1422,13 +1422,6 @@ TRAINING = [
             (1, "ppo"),
         ),
         (
-            "trainer-critic-mode",
-            "            self.critic.train()\n",
-            "            pass\n",
-            "the critic learns without dropout after the first evaluation",
-            [(1, "ppo"), f"{ROOM}/training/test_trainer.py"],
-        ),
-        (
             "trainer-critic-last",
             "self.critic.backward(loss, last=i == len(parts) - 1)",
             "self.critic.backward(loss, last=i == len(parts) - 1 and self.unsupervised is None)",
