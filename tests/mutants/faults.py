@@ -2138,7 +2138,6 @@ UTILS = [
             "return content_key(chosen if prompt is None else prompt)",
             "return content_key(prompt)",
             "all plain texts fall to one stage",
-            [f"{DATA}/test_loaders.py", f"{DATA}/test_streamed_set.py", f"{DATA}/test_golden.py"],
         ),
         (
             "splits-data-seed",
