@@ -2161,6 +2161,7 @@ UTILS = [
             "config.data_split, stage, config.data_seed, name)",
             "config.data_split, stage, 1234, name)",
             "--data_seed is ignored",
+            f"{ROOM}/stages/test_data.py",
         ),
         (
             "loaders-epoch",
