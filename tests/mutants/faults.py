@@ -571,8 +571,7 @@ EVALUATION = [
          (2, "ranking, several answers")),
         ("ranking-spread", "score_sums(torch.cat([chosen, rejected]), weight.repeat(2))", "score_sums(chosen, weight)",
          "mean and spread are of the chosen answers alone"),
-        ("ranking-mode", "    with evaluating(role.model):\n", "    if True:\n", "pairs are evaluated with dropout",
-         [f"{ROOM}/evaluation/test_ranking.py", (1, "dpo, dropout")]),
+        ("ranking-mode", "    with evaluating(role.model):\n", "    if True:\n", "pairs are evaluated with dropout"),
         ("ranking-best-of-k", "/ count(highest)", "/ count(torch.ones_like(best))", "best of K is too low"),
     ),
     *faults(

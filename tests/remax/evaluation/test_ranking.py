@@ -36,6 +36,19 @@ def pairs(weight: list[float], chosen_lengths: list[int], rejected_lengths: list
     )
 
 
+def test_pairs_are_scored_without_dropout():
+    class Dropping:
+        model = torch.nn.Dropout(0.5)
+
+        def score(self, sequences: Sequences) -> torch.Tensor:
+            return self.model(torch.ones(len(sequences)))
+
+    Dropping.model.train()
+    figures = ranking_accuracy(Dropping(), [pairs([1.0] * 20, [3] * 20, [3] * 20)])
+    assert (figures["score_mean"], figures["score_std"]) == (1.0, 0.0)
+    assert Dropping.model.training
+
+
 def test_ranking_accuracy_by_hand():
     # Scores chosen / rejected: 2 / 1 right, 0 / 1 wrong, 3 / 3 a tie; 9 / -9 is a filler.
     # The longer answer: chosen, neither, rejected -> (1 + 0.5 + 0) / 3.
