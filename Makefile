@@ -39,7 +39,7 @@ demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)
 
-mutants: $(READY) ## hand-made faults, each of which some test must notice: most of an hour (JOBS=2: two at a time)
+mutants: $(READY) ## hand-made faults, each of which some test must notice: half an hour (JOBS=2: two at a time)
 	python tests/mutants/run.py --jobs $(JOBS)
 
 check: $(READY) ## lint, import direction, shell scripts

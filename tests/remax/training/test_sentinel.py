@@ -76,6 +76,8 @@ def test_words_far_up_the_vocabulary_are_told_apart():
     big = 2**20 - 1
     distinct, total = distinct_ngrams(sequences_of([[big, big, big, 0, big], [0, 0, 1, 0, 0]]))
     assert (int(distinct), int(total)) == (6, 6)
+    distinct, total = distinct_ngrams(sequences_of([[0, 1, 0, 0, 4, 0]]))  # 0 1 0 is another than 0 0 4
+    assert (int(distinct), int(total)) == (4, 4)
 
 
 def rollout_of(answers, rewards, advantages) -> Rollout:
