@@ -103,6 +103,10 @@ class Algorithm(ABC):
         """The micro-batch's share of the step's loss, and its figures."""
         return on_policy_loss(self, batch, output, denominator)
 
+    def value_loss(self, batch: Rollout, values: Tensor, denominator: float | Tensor) -> tuple[Tensor, Figures]:
+        """The micro-batch's share of the critic's loss, and its figures, where the algorithm has a critic."""
+        raise TypeError(f"{type(self).__name__} has no critic")
+
     def count(self, sequences: Sequences) -> Tensor:
         """This batch's share of the loss's denominator: answers, or answer tokens."""
         return sequences.answer_lengths.sum() if self.loss_aggregation == "token" else torch.tensor(len(sequences))

@@ -56,11 +56,19 @@ def examine(
     reload_limit: int = 500_000_000,
     seed: int = 0,
 ) -> Report:
-    """Every rank calls it with as many prompts as the others.
+    """Makes all checks; every rank calls it with as many prompts as the others.
 
-    prompts: a batch of this rank's, of which a few rows are used.   pairs: batches of held-out pairs, see
-    `held_out_pairs`.   resumed: the actor has learned already, so it need not equal the reference.
-    reload_limit: an actor of more parameters is not written to disk and read again; 0: none is.
+    Args:
+        actor: The policy.
+        reward: What scores its answers.
+        tokenizer: The actor's.
+        prompts: A batch of this rank's, of which a few rows are used.
+        reference: The frozen policy, where it is loaded.
+        pairs: Batches of held-out pairs, see `held_out_pairs`.
+        max_prompt_tokens: Length of the longest prompt in training.
+        resumed: The actor has learned already, so it need not equal the reference.
+        reload_limit: An actor of more parameters is not written to disk and read again; 0: none is.
+        seed: Of the sampled answers.
     """
     findings = [
         *check_tokens(actor, reward, reference, tokenizer),
