@@ -6,6 +6,7 @@ reads what `remax.demo.prepare` and the stages' training_scripts/demo/run_demo.s
 prints a table, and writes the same numbers to summary.json, reward, KL and length over the steps to training.png, and
 answers before and after to samples.md. The corpus knows the true reward of every answer, so that nobody has to believe
 the learned one.
+"""
 
 from __future__ import annotations
 
