@@ -611,3 +611,14 @@ def test_cadence_and_tensorboard():
     args = step1("--logging_steps 5")
     assert (args.console_every, args.tensorboard_dir) == (5, None)
     assert step1("--enable_tensorboard --tensorboard_path tb").tensorboard_dir == "tb"
+
+
+def test_advantages_are_scaled_where_the_algorithm_can():
+    assert step3("--algo grpo").advantage_scaling == "group" and step3("--algo ppo").advantage_scaling == "none"
+    assert make_algorithm(step3("--algo grpo --advantage_scaling none")).advantage_scaling == "none"
+    assert make_algorithm(step3("--algo ppo --advantage_scaling batch")).advantage_scaling == "batch"
+    assert step3("--algo remax").advantage_scaling is None
+    with pytest.raises(UserError, match="--advantage_scaling batch with --algo remax: only --algo grpo, ppo reads it"):
+        step3("--algo remax --advantage_scaling batch")
+    with pytest.raises(UserError, match="grpo with advantage_scaling 'batch'; choose group or none"):
+        step3("--algo grpo --advantage_scaling batch")
