@@ -252,6 +252,7 @@ RLHF = EVERYWHERE | {
     ("--clip_on reward", ""): {"algorithm.clip_on": "reward"},
     ("--loss_aggregation token", ""): {"algorithm.loss_aggregation": "token"},
     ("--entropy_coef 0.3", ""): {"algorithm.entropy_coef": 0.3},
+    ("--advantage_scaling none", "--algo grpo"): {"algorithm.advantage_scaling": "none"},
     ("--baseline_decay 0.9", "--algo reinforce"): {"algorithm.baseline_decay": 0.9},
     ("--ppo_epochs 4", PPO): {"algorithm.epochs": 4},
     ("--ppo_mini_batches 2", f"{PPO} {BATCHES}"): {"settings.mini_batches": 2},
@@ -286,6 +287,11 @@ def test_a_flag_arrives_in_its_field_and_in_no_other(stage, line, base, expected
     changed = {path: value for path, value in after.items() if before.get(path, missing) != value}
     assert changed == expected
     assert set(before) <= set(after)
+
+
+@pytest.mark.parametrize(("stage", "model"), [(1, "model"), (2, "model"), (3, "actor")])
+def test_without_a_dimension_there_are_no_adapters(stage, model):
+    assert handed_on(stage, parse(stage, ""))[f"{model}.lora"] is None
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -485,11 +491,13 @@ def test_flags_of_some_algorithms_name_what_algorithms_have():
         assert set(field.metadata.get("only", ())) <= set(losses)
 
 
-@pytest.mark.parametrize("name", ["gamma", "samples_per_prompt", "clip_on", "loss_aggregation"])
+@pytest.mark.parametrize("name", ["gamma", "samples_per_prompt", "clip_on", "loss_aggregation", "advantage_scaling"])
 def test_the_help_states_the_default_of_every_algorithm(name):
     # "...; default: 4 (rloo, grpo), 1 (others)": the value before a bracket is the default of those inside
     words = flags_of(Step3Arguments)[name].help.split("default")[-1]
     for algo, kind in ALGORITHMS.items():
+        if not hasattr(kind(), name):
+            continue
         stated = [part.rsplit("(", 1) for part in words.replace(":", "").split(")") if "(" in part]
         named = [value for value, names in stated if algo in names] or [v for v, names in stated if "others" in names]
         default = getattr(kind(), name)

@@ -399,7 +399,7 @@ def test_reading_flags_imports_neither_torch_nor_transformers():
         (
             "remax/doctor.py",
             "--actor_model_name_or_path me/a",
-            "--reward_model_name_or_path or --reward_fn: one of them is required",
+            "--reward_model_name_or_path or --reward_fn: one of them is required; it says what to learn",
         ),
     ],
 )
