@@ -12,7 +12,9 @@ import json
 import re
 import shlex
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -22,7 +24,7 @@ from remax.algorithms import ALGORITHMS, readers
 from remax.cli.flags import WHY_RETIRED, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.cli.parser import flags_of
 from remax.cli.validate import make_algorithm, parse_step1, parse_step2, parse_step3
-from remax.stages import settings
+from remax.stages import finetune, models, settings
 from remax.stages.data import data_config
 
 ROOT = Path(__file__).parents[3]
@@ -325,6 +327,9 @@ READ = {
         "set_seed(args.seed)",
         "start_run(args.output_dir, args, args.stage)",
         "for notice in args.notices",
+        "train_loader, held_out = finetune_loaders(args, tokenizer)",
+        "cadence = finetune_cadence(args)",
+        "task = build_task(args, tokenizer, held_out, cadence.total_steps(len(train_loader)))",
     ],
     f"{FINETUNING}:build_task": [
         "trained_policy(trained, optimizer, tokenizer, args.max_seq_len)",
@@ -352,6 +357,7 @@ READ = {
     ],
     f"{DATA}:load_data": [
         f"longest = {LONGEST}",
+        "config = data_config(args, output)",
         "batches=args.max_steps * args.rollout_batches",
         "max_len=args.max_prompt_seq_len",
         "train_batch_size=args.per_device_generation_batch_size",
@@ -395,6 +401,8 @@ READ = {
         "set_seed(args.seed)",
         "output = start_run(args.output_dir, args, args.stage)",
         "for notice in args.notices",
+        "algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)",
+        "settings = trainer_settings(args)",
         "if not args.skip_doctor",
         "tensorboard_dir=args.tensorboard_dir",
         "console_every=args.logging_steps",
@@ -440,7 +448,7 @@ def expressions(place: str) -> set[str]:
 
 @pytest.mark.parametrize(("place", "expression"), [(place, line) for place, lines in READ.items() for line in lines])
 def test_a_flag_is_read_where_the_table_says(place, expression):
-    assert names_read(expression)
+    assert re.search(r"\bargs\b", expression)
     assert expression in expressions(place)
 
 
@@ -450,6 +458,91 @@ def test_stages_read_what_the_table_says_and_nothing_else(file):
         place = f"{file}:{name}"
         if place not in FOLLOWED:
             assert names_read(ast.unparse(function)) == names_read(" ".join(READ.get(place, [])))
+
+
+# ------------------------------------------------------------------------------- the settings come to the right models
+
+
+def recorded(*parts: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Stands for a function or a class: keeps what it was called with."""
+    return parts, options
+
+
+def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *names: str) -> None:
+    for name in names:
+        monkeypatch.setattr(module, name, partial(recorded, name))
+
+
+@pytest.mark.parametrize(
+    "line", ["--zero3_generation synced --temperature 0.5", "--actor_dtype bf16 --actor_lora_dim 4"]
+)
+def test_every_model_of_step_3_gets_its_own_settings(monkeypatch, line):
+    record(monkeypatch, models, "load_policy_model", "load_scorer", "TrainedEngine", "FrozenEngine")
+    record(monkeypatch, models, "Actor", "Reference", "Reward", "TrainedReward")
+    args = parse(3, f"--algo ppo --actor_zero_stage 3 --reference_zero_stage 1 --critic_dtype fp32 {line}")
+    tokenizer = SimpleNamespace(pad_token_id=7)
+    built = models.build_models(args, models.Tokenizers(tokenizer, ["of the reward"], "of the critic"), 50)
+
+    actor, reference = settings.actor_model(args), settings.reference_model(args)
+    critic, engine = settings.critic_model(args, "me/reward"), settings.reward_engine(args)
+    trained = recorded(
+        "TrainedEngine",
+        recorded("load_policy_model", actor, tokenizer),
+        actor.engine,
+        settings.actor_optimizer(args, 50),
+    )
+    frozen = recorded("FrozenEngine", recorded("load_policy_model", reference, tokenizer), reference.engine)
+    sampling = settings.evaluated_distribution(args)
+    assert built.actor == recorded(
+        "Actor",
+        trained,
+        generation=settings.generation(args, 7),
+        sampling=sampling,
+        chunk_size=args.logprob_chunk_size,
+        gather_for_generation="synced" not in line,
+    )
+    assert built.reference == recorded("Reference", frozen, sampling=sampling, chunk_size=args.logprob_chunk_size)
+    spec = settings.ModelSpec("me/reward", "--reward_model_name_or_path", engine, args.attn_implementation)
+    (part,) = built.reward.parts
+    model = recorded("load_scorer", spec, "of the reward")
+    assert part.scorer == recorded("Reward", recorded("FrozenEngine", model, engine))
+    learner = (recorded("load_scorer", critic, "of the critic"), critic.engine, settings.critic_optimizer(args, 50))
+    assert built.critic == recorded("TrainedReward", recorded("TrainedEngine", *learner))
+
+
+@pytest.mark.parametrize(
+    ("stage", "line", "task"),
+    [
+        (1, "--lora_dim 4", "Supervised"),
+        (2, "--label_smoothing 0.1 --center_rewards_coefficient 0.2", "Ranking"),
+        (2, "--ranked_loss plackett-luce", "Ranking"),
+        (2, "--use_margin", "Ranking"),
+        (2, "--loss dpo --dpo_beta 0.3 --reference_zero_stage 3", "DirectPreference"),
+        (2, "--loss r-dpo --length_alpha 0.4", "DirectPreference"),
+    ],
+)
+def test_every_task_gets_its_own_settings(monkeypatch, stage, line, task):
+    record(monkeypatch, finetune, "load_policy_model", "trained_policy", "trained_reward", "FrozenEngine", "Reference")
+    record(monkeypatch, finetune, "Supervised", "Ranking", "DirectPreference")
+    args = parse(stage, f"--max_seq_len 99 {line}")
+    learned = (settings.finetune_model(args), settings.finetune_optimizer(args, 50), "tokenizer", 99)
+    policy = recorded("trained_policy", *learned)
+    expected = recorded("Supervised", policy, "held out")
+    if task == "Ranking":
+        terms = {
+            "use_margin": args.use_margin,
+            "label_smoothing": args.label_smoothing,
+            "ranked_loss": args.ranked_loss,
+        }
+        terms["centring"] = args.center_rewards_coefficient
+        expected = recorded("Ranking", recorded("trained_reward", *learned), "held out", **terms)
+    elif task == "DirectPreference":
+        spec = settings.finetune_reference(args)
+        model = recorded("load_policy_model", spec, "tokenizer")
+        reference = recorded("Reference", recorded("FrozenEngine", model, spec.engine))
+        alpha = 0.4 if "r-dpo" in line else 0.0
+        expected = recorded("DirectPreference", policy, reference, "held out", args.dpo_beta, alpha)
+    assert finetune.build_task(args, "tokenizer", "held out", 50) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- every flag
