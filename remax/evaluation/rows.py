@@ -21,8 +21,11 @@ from utils.data.shapes import Example, dense, usable_texts
 class Texts:
     """The texts of all rows, one after the other, and where they belong.
 
-    place: for each text the row, and "chosen" or "rejected", or which of the row's several ranked answers it is.
-    reasons: for each row why it is not scored, or None.   pairs: some row has two answers.
+    Attributes:
+        encoded: the texts.
+        place: of each text: the row, and "chosen" or "rejected", or which of the row's several ranked answers it is.
+        reasons: for each row why it is not scored, or None.
+        pairs: whether some row has two answers.
     """
 
     encoded: list[EncodedText]
@@ -50,7 +53,7 @@ def encode_rows(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase, max
     for i, row in enumerate(rows):
         for column, answer in answers_of(row.example).items() if reasons[i] is None else ():
             place.append((i, column))
-            prompts.append(row.example.prompt)
+            prompts.append(row.prompt)
             answers.append(answer)
     encoded = encode_texts(tokenizer, prompts, answers, max_len)
     for (i, _), text in zip(place, encoded, strict=True):
@@ -153,12 +156,15 @@ def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
             return {}
         chosen, rejected = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (n,) numbers of texts
         return pair_sums(scores[chosen], scores[rejected], lengths[chosen], lengths[rejected])
-    numbers, of_row, ranks = [], [], []
+    numbers: list[int] = []
+    of_row: list[int] = []
+    ranks: list[int] = []
     for i, row in enumerate(rows):
-        if row.example.answers is None or texts.reasons[i] is not None:
+        all_answers, all_ranks = row.example.answers, row.example.ranks
+        if all_answers is None or all_ranks is None or texts.reasons[i] is not None:
             continue
-        kept = usable_texts(row.example.answers, row.example.ranks)
-        levels = dense([row.example.ranks[k] for k in kept])
+        kept = usable_texts(all_answers, all_ranks)
+        levels = dense([all_ranks[k] for k in kept])
         if len(set(levels)) > 1:
             numbers += [index[i, k] for k in kept]
             of_row += [of_row[-1] + 1 if of_row else 0] * len(kept)
@@ -181,7 +187,7 @@ def show(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> str:
         better, worse = (float(scores[index[i, column]]) for column in ("chosen", "rejected"))
         verdict = "as it should be" if better > worse else "the wrong way round"
         blocks.append(
-            f"\n{row.example.prompt.strip()}\n"
+            f"\n{row.prompt.strip()}\n"
             f"  good answer, score {better:.4f}:{row.example.chosen}\n"
             f"  bad answer, score {worse:.4f}:{row.example.rejected}\n"
             f"  difference {better - worse:.4f}, {verdict}"

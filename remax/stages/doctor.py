@@ -15,7 +15,7 @@ from remax.engines.policy import Actor
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
-from remax.rewards.composite import try_functions
+from remax.rewards.composite import FunctionReward, try_functions
 from remax.rewards.sources import reward_sources
 from remax.stages.models import build_reward, reward_functions
 from utils.data.config import DataConfig
@@ -29,7 +29,8 @@ def examine_folders(args: DoctorArguments) -> Report:
     tokenizer = load_tokenizer(name, flag)
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     own = [load_tokenizer(model.name, "--reward_model_name_or_path") for model in models]
-    try_functions([part.scorer for part in reward_functions(args, tokenizer)], PROBE_TEXTS[:2])
+    scorers = [part.scorer for part in reward_functions(args, tokenizer)]
+    try_functions([scorer for scorer in scorers if isinstance(scorer, FunctionReward)], PROBE_TEXTS[:2])
     generation = GenerationSettings(
         args.max_answer_seq_len, tokenizer.pad_token_id, Sampling(args.temperature, args.top_p, args.top_k)
     )

@@ -74,7 +74,7 @@ def read_prompts(args: PromptEvalArguments) -> list[str]:
         tokenizer = load_tokenizer(args.model_name_or_path_finetune, "--model_name_or_path_finetune")
         form = Form(template=template_of(tokenizer))  # both models are asked in the words of the fine-tuned one
         rows = read_rows(args.data_path, cache_dir=args.data_output_path, form=form)
-        prompts = [row.example.prompt for row in rows if row.skipped is None]
+        prompts = [row.prompt for row in rows if row.skipped is None]
     elif args.prompts_file:
         lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
         prompts = [as_prompt(line.strip()) for line in lines if line.strip()]
