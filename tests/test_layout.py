@@ -40,7 +40,7 @@ ROOMS = {
     "cli": ("algorithms", "rewards"),
     "stages": (*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
     "demo": (*ENGINES, "engines", "evaluation"),
-    "doctor.py": (*ENGINES, "engines", "rewards", "checks", "cli", "stages"),
+    "doctor.py": ("cli", "stages"),
 }
 OF_CLI = {"remax.rewards.functions", "remax.rewards.sources"}  # what the command line may see of the rewards
 MAY_IMPORT_DEEPSPEED = {f"remax/engines/{name}.py" for name in ("base", "optimizer", "policy", "zero")}

@@ -204,6 +204,6 @@ def set_seed(seed: int) -> None:
 
 
 def print0(*args: Any) -> None:
-    """print on rank 0 only, at once."""
+    """Print on rank 0 only, at once."""
     if is_main():
         print(*args, flush=True)
