@@ -328,7 +328,8 @@ def fit_critic(fixed: FixedPolicy, batches: Iterator[PromptBatch], steps: int, r
 def reward_figures(fixed: FixedPolicy, batches: list[PromptBatch]) -> dict[str, float]:
     """What a baseline has to guess.
 
-    Mean of the rewards, their spread among the answers to one prompt and among prompts (of the prompts' own means, without what the few answers add to it), mean of the greedy answers, mean KL.
+    Mean of the rewards, their spread among the answers to one prompt and among prompts (of the prompts' own means,
+    without what the few answers add to it), mean of the greedy answers, mean KL.
     """
     drawn = [fixed.answer(batch, samples=SAMPLES, greedy=True) for batch in batches]
     groups = torch.cat([fixed.reward.score(sampled) for sampled, _ in drawn]).view(-1, SAMPLES)  # (prompts, SAMPLES)
