@@ -1,5 +1,6 @@
-"""Answers of two models to the same prompts, before and after training. `python prompt_eval.py --help` lists the
-flags.
+"""Answers of two models to the same prompts, before and after training.
+
+`python prompt_eval.py --help` lists the flags.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from utils.data.rows import read_rows
 from utils.data.shapes import Form, as_dialogue
 from utils.data.tokens import encode_prompts
 from utils.distributed import set_seed
+from utils.present import present
 from utils.run import UserError, run_main
 from utils.tokenizer import load_tokenizer
 
@@ -53,6 +55,7 @@ Answers = dict[str, list[Answer]]  # of one model to one prompt, by the way of d
 
 
 def main() -> None:
+    """Asks both models and prints their answers one under the other."""
     args = parse_prompt_eval()
     quiet_libraries()
     prompts = read_prompts(args)
@@ -74,7 +77,7 @@ def read_prompts(args: PromptEvalArguments) -> list[str]:
         tokenizer = load_tokenizer(args.model_name_or_path_finetune, "--model_name_or_path_finetune")
         form = Form(template=template_of(tokenizer))  # both models are asked in the words of the fine-tuned one
         rows = read_rows(args.data_path, cache_dir=args.data_output_path, form=form)
-        prompts = [row.example.prompt for row in rows if row.skipped is None]
+        prompts = [present(row.example.prompt, "the prompt of a row") for row in rows if row.skipped is None]
     elif args.prompts_file:
         lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
         prompts = [as_prompt(line.strip()) for line in lines if line.strip()]

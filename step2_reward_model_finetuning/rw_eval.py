@@ -1,5 +1,6 @@
-"""Scores of a reward model: for every row of a file, or for two built-in examples. `python rw_eval.py --help` lists the
-flags.
+"""Scores of a reward model: for every row of a file, or for two built-in examples.
+
+`python rw_eval.py --help` lists the flags.
 """
 
 import json
@@ -24,6 +25,7 @@ from utils.data.loaders import local_rank_zero_first
 from utils.data.rows import TextRow, read_rows
 from utils.data.shapes import Example, Form, as_dialogue, dense, usable_texts
 from utils.distributed import init_distributed, is_main, print0, shutdown, world_size
+from utils.present import present
 from utils.run import UserError, run_main
 from utils.tokenizer import load_tokenizer
 
@@ -44,6 +46,7 @@ EXAMPLES = [
 
 
 def main() -> None:
+    """Scores the rows, prints the figures and writes the scores."""
     args = parse_reward_eval()
     quiet_libraries()
     flag = "--model_name_or_path"
@@ -86,8 +89,11 @@ def main() -> None:
 class Texts:
     """The texts of all rows, one after the other, and where they belong.
 
-    place: for each text the row, and "chosen" or "rejected", or which of the row's several ranked answers it is.
-    reasons: for each row why it is not scored, or None.   pairs: some row has two answers.
+    Attributes:
+        encoded: The texts.
+        place: For each text the row, and "chosen" or "rejected", or which of the row's several ranked answers it is.
+        reasons: For each row why it is not scored, or None.
+        pairs: Whether some row has two answers.
     """
 
     encoded: list[EncodedText]
@@ -141,10 +147,10 @@ def describe_rows(name: str, rows: Sequence[TextRow], texts: Texts, max_len: int
 
 
 def scored_rows(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> list[dict]:
-    """The rows as they were read with chosen_score and rejected_score, or score where there are only single answers, or
-    answer_scores, a list in the order of the row's answers.
+    """The rows as they were read, with their scores.
 
-    A row that is not scored has null there, and the reason in the column `not_scored`.
+    The columns are chosen_score and rejected_score, or score where there are only single answers, or answer_scores, a
+    list in the order of the row's answers. A row that is not scored has null there, and the reason in the column `not_scored`.
     """
     names = {"chosen": "chosen_score", "rejected": "rejected_score"} if texts.pairs else {"chosen": "score"}
     values = scores.tolist()
@@ -218,12 +224,15 @@ def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
             return {}
         chosen, rejected = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (n,) numbers of texts
         return pair_sums(scores[chosen], scores[rejected], lengths[chosen], lengths[rejected])
-    numbers, of_row, ranks = [], [], []
+    numbers: list[int] = []
+    of_row: list[int] = []
+    ranks: list[int] = []
     for i, row in enumerate(rows):
         if row.example.answers is None or texts.reasons[i] is not None:
             continue
-        kept = usable_texts(row.example.answers, row.example.ranks)
-        levels = dense([row.example.ranks[k] for k in kept])
+        given = present(row.example.ranks, "the ranks of several answers")
+        kept = usable_texts(row.example.answers, given)
+        levels = dense([given[k] for k in kept])
         if len(set(levels)) > 1:
             numbers += [index[i, k] for k in kept]
             of_row += [of_row[-1] + 1 if of_row else 0] * len(kept)
@@ -246,7 +255,7 @@ def show(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> str:
         better, worse = (float(scores[index[i, column]]) for column in ("chosen", "rejected"))
         verdict = "as it should be" if better > worse else "the wrong way round"
         blocks.append(
-            f"\n{row.example.prompt.strip()}\n"
+            f"\n{(row.example.prompt or '').strip()}\n"
             f"  good answer, score {better:.4f}:{row.example.chosen}\n"
             f"  bad answer, score {worse:.4f}:{row.example.rejected}\n"
             f"  difference {better - worse:.4f}, {verdict}"
