@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style clean
+.PHONY: help demo test test-fast check style clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -27,7 +27,7 @@ endif
 endif
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
 demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU; results in output/demo
 	rm -rf output/demo
@@ -37,6 +37,9 @@ demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU
 
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(READY) ## those that start no further processes, under three minutes
+	python -m pytest -m "not ranks and not compiled" $(PYTEST_ARGS)
 
 check: $(READY) ## lint, import direction, shell scripts
 	ruff check .

@@ -158,7 +158,7 @@ def batches_for_ever(loader) -> Iterator[PromptBatch]:
 def build_trainer(
     run: Run, setting: Setting, folder: Path
 ) -> tuple[Trainer, Iterator[PromptBatch], PreTrainedTokenizerBase]:
-    """-> trainer, endless batches of prompts, tokenizer. The trainer's `evaluate` gives the figures alone."""
+    """-> trainer, endless batches of prompts, tokenizer. The trainer's `measure` gives the figures alone."""
     estimator = ESTIMATORS[run.estimator]
     tokenizer = load_tokenizer(setting.actor)
     prompts = setting.answers_per_step // estimator.answers
@@ -195,7 +195,7 @@ def build_trainer(
         reward,
         algorithm,
         TrainerSettings(micro_batch_size=setting.answers_per_step),
-        evaluate=evaluate,
+        measure=evaluate,
         metrics=MetricsLogger(folder, tensorboard_dir=None, console_every=10**9, drop_after=-1),
         pad_id=tokenizer.pad_token_id,
         critic=critic,
@@ -215,7 +215,7 @@ def train(path: Path, run: Run, setting: Setting) -> None:
     set_seed(run.seed)
     trainer, batches, tokenizer = build_trainer(run, setting, folder)
     spent = {"tokens": 0, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
-    points = [spent | trainer.evaluate()]
+    points = [spent | trainer.measure()]
     for mark in range(1, setting.evaluations + 1):
         while spent["tokens"] < setting.tokens * mark / setting.evaluations:
             batch, before = next(batches), trainer.actor.generated
@@ -226,7 +226,7 @@ def train(path: Path, run: Run, setting: Setting) -> None:
             spent["tokens"] += trainer.actor.generated - before
             spent["steps"] += 1
             trainer.metrics.log(spent["steps"], figures | {f"spent/{k}": v for k, v in spent.items()})
-        points.append(spent | trainer.evaluate())
+        points.append(spent | trainer.measure())
         snapshot = {max(1, setting.evaluations // 2): "policy_half", setting.evaluations: "policy_end"}.get(mark)
         if run.snapshots and snapshot:
             export(trainer.actor.model, tokenizer, folder / snapshot, zero3=False)
@@ -283,8 +283,8 @@ class FixedPolicy:
             return load_policy(name, "the policy", dtype=torch.float32, tokenizer=self.tokenizer)
 
         self.model = load(policy).eval()
-        self.reference = Reference(load(setting.actor), frozen)
-        self.reward = Reward(load_scorer(setting, self.tokenizer), frozen)
+        self.reference = Reference(FrozenEngine(load(setting.actor), frozen))
+        self.reward = Reward(FrozenEngine(load_scorer(setting, self.tokenizer), frozen))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def answer(self, batch: PromptBatch, samples: int, greedy: bool) -> tuple[Sequences, Sequences | None]:

@@ -157,7 +157,8 @@ def bold(answer: str) -> float:
 def policies(run: Path, rows: list[dict], max_prompt: int) -> dict:
     """The answers to held-out prompts at the first and the last evaluation of step 3, and both judges' scores.
 
-    Of the answers that people prefer or do not (`rows`), cut to the same number of tokens, it gives what needs no judge.
+    Of the answers that people prefer or do not (`rows`), cut to the same number of tokens, it gives what needs no
+    judge.
     """
     files = sorted((run / "remax" / "answers").glob("step_*.jsonl"))
     longest = json.loads((run / "remax" / "run.json").read_text())["arguments"]["max_answer_seq_len"]

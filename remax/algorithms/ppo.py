@@ -11,8 +11,8 @@ E[r] - beta * KL, exactly, whatever V is. For lam < 1 its bias is zero where V i
 
     (1 - lam) E[ sum_t grad log pi(y_t) sum_{n>=1} lam^(n-1) (V - V_pi)(s_{t+n}) ].
 
-DeepSpeed-Chat does not whiten advantages; `whiten_advantages` does, over all answer tokens of the step. A KL in the
-loss with reach full_step is both: the differentiable c_t there, and r_t = -beta c_t here.
+DeepSpeed-Chat does not whiten advantages; advantage_scaling `batch` does, over all answer tokens of the step. A KL in
+the loss with reach full_step is both: the differentiable c_t there, and r_t = -beta c_t here.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PPO(Algorithm):
         cliprange: How far the ratio may move from 1.
         cliprange_value: How far the value may move from that of the rollout.
         epochs: Passes over each rollout.
-        whiten_advantages: Mean 0 and variance 1 over all answer tokens of the step.
+        advantage_scaling: `batch` makes mean 0 and variance 1 over the answer tokens of all ranks; `none` does not.
     """
 
     loss_aggregation: str = "token"
@@ -83,7 +83,7 @@ class PPO(Algorithm):
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     epochs: int = 1
-    whiten_advantages: bool = False
+    advantage_scaling: str = "none"
     critic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -98,6 +98,8 @@ class PPO(Algorithm):
             raise ValueError(
                 "ppo gives the KL to GAE before the update, where only sampled estimators exist; use one_step or k1"
             )
+        if self.advantage_scaling not in ("none", "batch"):
+            raise ValueError(f"ppo with advantage_scaling {self.advantage_scaling!r}; choose batch or none")
         if not 0 <= self.lam <= 1 or self.epochs < 1 or self.cliprange <= 0 or self.cliprange_value <= 0:
             raise ValueError("ppo needs lam in [0, 1], at least one epoch, and positive clip ranges")
 
@@ -119,7 +121,7 @@ class PPO(Algorithm):
                 rewards = rewards - self.kl.coefficient * costs.masked_fill(~mask, 0.0)
         values = present(rollout.values, "Rollout.values")
         advantages, returns = gae(rewards, values, mask, self.gamma, self.lam)
-        if self.whiten_advantages:
+        if self.advantage_scaling == "batch":
             advantages = self._whiten(advantages, mask)
         return replace(rollout, advantages=advantages, returns=returns)
 

@@ -52,9 +52,7 @@ def examine(
     reference: Reference | None = None,
     pairs: Iterable[PairBatch] | None = None,
     max_prompt_tokens: int,
-    resumed: bool = False,
     reload_limit: int = 500_000_000,
-    seed: int = 0,
 ) -> Report:
     """Makes all checks; every rank calls it with as many prompts as the others.
 
@@ -66,9 +64,7 @@ def examine(
         reference: The frozen policy, where it is loaded.
         pairs: Batches of held-out pairs, see `held_out_pairs`.
         max_prompt_tokens: Length of the longest prompt in training.
-        resumed: The actor has learned already, so it need not equal the reference.
         reload_limit: An actor of more parameters is not written to disk and read again; 0: none is.
-        seed: Of the sampled answers.
     """
     findings = [
         *check_tokens(actor, reward, reference, tokenizer),
@@ -78,7 +74,7 @@ def examine(
         return Report([*findings, Finding("generation, rewards and export", SKIPPED, "the models do not go together")])
     findings += [check_sampling(actor), check_ranks()]
     with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed + rank())
+        torch.manual_seed(rank())
         probe = take_probe(actor, prompts.to(device()))
         findings += [
             check_greedy(actor, probe),
@@ -87,7 +83,7 @@ def examine(
             check_noise(actor, probe, len(tokenizer)),
             check_batching(actor, reward, probe),
             check_dropout(actor, probe),
-            check_reference(actor, reference, probe, resumed),
+            check_reference(actor, reference, probe),
             *check_scores(reward, [probe.sampled, probe.greedy]),
             *check_ranking(reward, pairs),
             check_reload(actor, tokenizer, probe, reload_limit),

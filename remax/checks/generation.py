@@ -206,15 +206,13 @@ def check_dropout(actor: Actor, probe: Probe) -> Finding:
     )
 
 
-def check_reference(actor: Actor, reference: Reference | None, probe: Probe, resumed: bool) -> Finding:
+def check_reference(actor: Actor, reference: Reference | None, probe: Probe) -> Finding:
     """Before the first update the policy is the reference: their KL is 0."""
     name = "KL to the reference is 0"
     if reference is None:
         return Finding(name, SKIPPED, "the reference is loaded from the actor's folder in step 3")
     policy, frozen = (logprobs_under(role, probe.sampled, Sampling()) for role in (actor, reference))
     size = gap(policy, frozen, probe.sampled.answer_mask)
-    if resumed:
-        return Finding(name, SKIPPED, f"resumed: log-probs differ by {size} nats", numbers={"mean": size.mean})
     return finding(
         name,
         size.mean <= TOLERANCE[actor.engine.config.dtype],

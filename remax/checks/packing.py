@@ -11,7 +11,7 @@ from remax.models.packing import unpacked
 from utils.distributed import device
 from utils.run import UserError
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 3e-2}  # of two ways to compute the same values
+RELATIVE_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 3e-2}  # of two ways to compute the same values
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def check_packing(engine: TrainedEngine, max_len: int, **read: bool) -> None:
         with unpacked(model):
             padded = engine(rows, **read)[rows.answer_mask].float()
     difference = float((packed - padded).abs().max() / padded.abs().max())
-    if not difference <= TOLERANCE[engine.config.dtype]:
+    if not difference <= RELATIVE_TOLERANCE[engine.config.dtype]:
         raise UserError(
             f"--packing: cannot be used with models of the type {hf.config.model_type!r}: packed rows change each "
             f"other's values, by {difference:.1g} of the largest; leave the flag out"

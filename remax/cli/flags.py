@@ -364,6 +364,12 @@ class AlgorithmFlags:
         "sequence_mean: mean over an answer's tokens, then over answers; default: token (ppo), sequence_mean (grpo), "
         "sequence (others)",
     )
+    advantage_scaling: Literal["none", "group", "batch"] | None = flag(
+        None,
+        "group: divide by the standard deviation of a prompt's answers (grpo); batch: mean 0 and deviation 1 over the "
+        "step's answer tokens (ppo); default: group (grpo), none (ppo)",
+        only="advantage_scaling",
+    )
     entropy_coef: NonNegative = flag(0.0, "weight of an entropy bonus in the loss")
     unsupervised_dataset_name: str | None = flag(None, "plain text mixed into the loss: hub name, folder or file")
     unsupervised_dataset_config_name: str | None = flag(None, "its configuration on the hub")

@@ -308,6 +308,7 @@ def resolve_algorithm(args: Step3Arguments) -> None:
     kl = algorithm.kl
     own = {name: getattr(algorithm, name) for name in ("gamma", "samples_per_prompt", "clip_on", "loss_aggregation")}
     own["kl_ctl"] = kl.coefficient
+    own["advantage_scaling"] = getattr(algorithm, "advantage_scaling", None)
     if args.penalty != "none":
         own["penalty"] = ("full_kl_" if kl.estimator == "full" else "") + kl.reach
         own |= {"kl_in": kl.where, "kl_estimator": kl.estimator}
@@ -327,7 +328,7 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
     from remax.algorithms import ALGORITHMS, build_algorithm, build_penalty, readers  # imports torch
 
     names = ["gamma", "clip_reward_value", "clip_on", "loss_aggregation", "entropy_coef", "samples_per_prompt"]
-    names += ["baseline_decay", "lam", "cliprange", "cliprange_value"]
+    names += ["baseline_decay", "advantage_scaling", "lam", "cliprange", "cliprange_value"]
     settings = {name: getattr(args, name) for name in names} | {"epochs": args.ppo_epochs}
     settings = {name: value for name, value in settings.items() if args.algo in readers(name)}
     kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl", "adaptive_kl")

@@ -113,10 +113,6 @@ class Sequences:
         columns = self.prompt_lengths[:, None] + torch.arange(self.answer_width, device=values.device)  # (B, A)
         return self.at(values, columns)
 
-    def predictors(self, values: Tensor) -> Tensor:
-        """(B, T, ...) -> (B, A, ...): the values at the position that predicts answer token j, one before it."""
-        return self.at(values, self.predictor_columns)
-
     @staticmethod
     def at(values: Tensor, columns: Tensor) -> Tensor:
         """(B, T, ...) values at some columns of each row: (B, ...) for columns (B,), (B, A, ...) for (B, A)."""
@@ -133,6 +129,11 @@ class Sequences:
     def answer_ids(self) -> Tensor:
         """(B, A) ids of the answer tokens; those beyond the end of an answer are arbitrary, see `answer_mask`."""
         return self.answer(self.input_ids)
+
+    def ended(self, eos_ids: Sequence[int]) -> Tensor:
+        """(B,) bool: whether each answer reached an end token within its limit."""
+        last = self.at(self.input_ids, self.end_index)
+        return torch.isin(last, torch.tensor(list(eos_ids), device=last.device))
 
     def trim(self) -> Sequences:
         """The same rows, cut to the longest of them."""

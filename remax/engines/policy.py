@@ -175,10 +175,12 @@ class Reference(_Policy):
     def head(self) -> Head:
         """The output embedding as a plain function.
 
-        It holds a whole copy of the weight on this rank (V * H numbers), at any ZeRO stage.
+        At ZeRO-3 it holds a whole copy of the weight on this rank (V * H numbers).
         """
+        if not self.zero3:
+            return self.model.head
         layer = self.model.hf.get_output_embeddings()
-        with gathered(layer.parameters(), self.zero3):
+        with gathered(layer.parameters(), zero3=True):
             weight = layer.weight.detach().clone()
             bias = layer.bias.detach().clone() if getattr(layer, "bias", None) is not None else None
         return lambda hidden: self.model.scale_logits(F.linear(hidden.to(weight.dtype), weight, bias))

@@ -49,6 +49,11 @@ def write_answers(path: Path, answers: Iterable[Mapping[str, Any]]) -> None:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
 
 
+def as_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Prompts:
+    """B texts as generation takes them."""
+    return Prompts(*pad(encode_prompts(tokenizer, list(texts)), tokenizer.pad_token_id, left=True))
+
+
 def answer_prompts(
     actor: Actor,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,7 +73,7 @@ def answer_prompts(
     results: list[dict[str, list[Answer]]] = []
     with progress(len(prompts), "answering", "prompts") as bar:
         for texts in groups(prompts, batch_size):
-            batch = Prompts(*pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, left=True))
+            batch = as_prompts(tokenizer, texts)
             sampled, greedy = actor.rollout(batch, samples=samples, greedy=True)
             kinds = {"greedy": present(greedy, "the greedy rollout")}
             if sampled is not None:

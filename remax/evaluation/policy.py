@@ -119,7 +119,7 @@ def evaluate_policy(
     names = [f"reward/{name}" for name in reward.part_names]
     names += ("prompts", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
     sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
-    eos_ids = torch.tensor(actor.model.hf.generation_config.eos_token_id, device=device())
+    eos_ids = actor.model.hf.generation_config.eos_token_id
     readable: list[dict[str, Any]] = []
     with evaluating(actor.model), isolated_rng(seed):
         for batch in map(to_device, loader):
@@ -132,13 +132,12 @@ def evaluate_policy(
             reference_logprobs = reference.logprobs(sequences)
             weight = batch.weight  # (B,)
             token_weight = weight[:, None] * sequences.answer_mask  # (B, A)
-            last = sequences.input_ids.gather(1, sequences.end_index[:, None]).squeeze(1)
             additions = {
                 "prompts": weight,
                 "tokens": token_weight,
                 "reward": weight * score,
                 "reward_squares": weight * score**2,
-                "ended": weight * torch.isin(last, eos_ids),
+                "ended": weight * sequences.ended(eos_ids),
                 "kl": token_weight * (output.logprobs - reference_logprobs),
                 "entropy": token_weight * present(output.entropy, "PolicyOutput.entropy"),
                 "reference_nll": -token_weight * reference_logprobs,
@@ -147,7 +146,7 @@ def evaluate_policy(
             for name, value in additions.items():
                 sums[name] += value.double().sum()
             scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
-            found = read_answers(sequences, tokenizer, eos_ids.reshape(-1).tolist())
+            found = read_answers(sequences, tokenizer, eos_ids)
             for i in weight.nonzero().flatten().tolist():
                 rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}
                 answer = {"answer": found[i].text, "length": found[i].tokens}

@@ -264,6 +264,20 @@ def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
     function = getattr(module, name)
     if not callable(function):
         raise UserError(f"{flag} {entry}: {name} is a {type(function).__name__}; expected a function")
+    return reward_function(function, entry, flag)
+
+
+def reward_function(function: Callable[..., Any], entry: str = "", flag: str = "--reward_fn") -> RewardFunction:
+    """A function that is at hand, called in the manner that its parameters ask for.
+
+    Args:
+        entry: its name in errors; by default its own.
+        flag: the flag that errors name.
+
+    Raises:
+        UserError: it has other parameters.
+    """
+    entry = entry or getattr(function, "__name__", repr(function))
     asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
     return RewardFunction(entry, function, _batched(function, f"{flag} {entry}"), asynchronous)
 

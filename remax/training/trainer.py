@@ -241,13 +241,12 @@ class Trainer:
 
     def summarise(self, rollout: Rollout, figures: Figures, timer: Timer, result: StepResult) -> dict[str, float]:
         """The figures of a step over all ranks; an adaptive KL coefficient moves by them."""
-        rows, last = len(rollout), rollout.sequences.input_ids.gather(1, rollout.sequences.end_index[:, None])
-        eos_ids = torch.tensor(self.actor.model.hf.generation_config.eos_token_id, device=last.device)
+        rows, ended = len(rollout), rollout.sequences.ended(self.actor.model.hf.generation_config.eos_token_id)
         local = figures | {
             "reward": Figure(rollout.rewards.sum(), rows),
             "reward_square": Figure(rollout.rewards.square().sum(), rows),
             "length": Figure(rollout.sequences.answer_lengths.sum(), rows),
-            "ended": Figure(torch.isin(last, eos_ids).sum(), rows),
+            "ended": Figure(ended.sum(), rows),
         }
         if rollout.baseline is not None:
             local["baseline"] = Figure(rollout.baseline.sum(), len(rollout.baseline))
