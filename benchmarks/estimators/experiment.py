@@ -101,12 +101,10 @@ class Run:
     """One training.
 
     Attributes:
-        estimator: Its name.
-        seed: Of prompts and answers.
-        rate: Constant learning rate of the policy.
-        critic_rate: Constant learning rate of the critic.
+        rate: constant learning rate of the policy.
+        critic_rate: that of PPO's critic.
         epochs: PPO's passes over each rollout.
-        snapshots: Whether the policy half-way and at the end is saved.
+        snapshots: whether the policy half-way and at the end is saved.
     """
 
     estimator: str
@@ -330,8 +328,8 @@ def fit_critic(fixed: FixedPolicy, batches: Iterator[PromptBatch], steps: int, r
 def reward_figures(fixed: FixedPolicy, batches: list[PromptBatch]) -> dict[str, float]:
     """What a baseline has to guess.
 
-    These are the mean of the rewards, their spread among the answers to one prompt and among prompts (of the prompts'
-    own means, without what the few answers add to it), the mean of the greedy answers, and the mean KL.
+    Mean of the rewards, their spread among the answers to one prompt and among prompts (of the prompts' own means,
+    without what the few answers add to it), mean of the greedy answers, mean KL.
     """
     drawn = [fixed.answer(batch, samples=SAMPLES, greedy=True) for batch in batches]
     groups = torch.cat([fixed.reward.score(sampled) for sampled, _ in drawn]).view(-1, SAMPLES)  # (prompts, SAMPLES)

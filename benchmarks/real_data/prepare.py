@@ -56,7 +56,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def length_differences(rows: list[dict], tokenizer, max_seq_len: int) -> list[int]:
     """Tokens by which the chosen answer is longer than the rejected one.
 
-    Both have their end token, and are cut where prompt and answer fill max_seq_len.
+    Both have their end token and are cut where prompt and answer fill max_seq_len.
     """
 
     def lengths(name: str) -> list[int]:
@@ -73,7 +73,7 @@ def length_differences(rows: list[dict], tokenizer, max_seq_len: int) -> list[in
 def balance_lengths(rows: list[dict], differences: list[int], seed: int) -> list[dict]:
     """Rows among which, in each bin of |difference|, as many have the longer answer chosen as the shorter one.
 
-    Ties stay, and the order is kept.
+    Ties stay. The order is kept.
     """
     bins: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     kept = [i for i, difference in enumerate(differences) if difference == 0]

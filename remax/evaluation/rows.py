@@ -79,8 +79,10 @@ def describe_rows(name: str, rows: Sequence[TextRow], texts: Texts, max_len: int
 
 
 def scored_rows(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> list[dict]:
-    """The rows as they were read with chosen_score and rejected_score, or score where there are only single answers, or
-    answer_scores, a list in the order of the row's answers.
+    """The rows as they were read, with their scores.
+
+    These are chosen_score and rejected_score, or score where there are only single answers, or answer_scores, a list in
+    the order of the row's answers.
 
     A row that is not scored has null there, and the reason in the column `not_scored`.
     """
