@@ -8,6 +8,7 @@ from utils.run import run_main
 
 
 def main() -> None:
+    """Parses the flags and runs the program."""
     args = parse_prompt_eval()
     from remax.stages.prompt_eval import run_prompt_eval  # seconds of imports, which a wrong flag need not wait for
 

@@ -28,11 +28,11 @@ def init_distributed(local_rank: int = -1, timeout: timedelta | None = None) -> 
     left out: it is compiled at first use and no faster than gloo.
 
     Args:
-        local_rank: the flag that the deepspeed launcher adds; -1: from the environment.
-        timeout: how long a collective waits for the other ranks. Default: DEEPSPEED_TIMEOUT minutes, else 30.
+        local_rank: The flag that the deepspeed launcher adds; -1: from the environment.
+        timeout: How long a collective waits for the other ranks. Default: DEEPSPEED_TIMEOUT minutes, else 30.
 
     Raises:
-        UserError: the launcher's variables are incomplete, or the rendezvous port is taken.
+        UserError: The launcher's variables are incomplete, or the rendezvous port is taken.
     """
     if dist.is_initialized():
         return
@@ -204,6 +204,6 @@ def set_seed(seed: int) -> None:
 
 
 def print0(*args: Any) -> None:
-    """Print on rank 0 only, at once."""
+    """Prints on rank 0 only, at once."""
     if is_main():
         print(*args, flush=True)

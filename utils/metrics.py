@@ -28,13 +28,13 @@ class MetricsLogger:
     """Writes each set of values to `metrics.jsonl`, to TensorBoard and, as one readable line, to the console.
 
     Args:
-        output_dir: the run's folder; `metrics.jsonl` there gets one record a call. An existing file is continued.
-        tensorboard_dir: where TensorBoard's event files go; None: no TensorBoard.
-        console_every: a line for every n-th step; values named "eval/..." are always shown.
-        total_steps: shown after the step, as in "step 20/300".
-        console: names (without "train/") to show, in this order; None: all.
-        quiet: names (without their group) that the console leaves out.
-        drop_after: continue an existing `metrics.jsonl` but drop its records of later steps, which this run repeats
+        output_dir: The run's folder; `metrics.jsonl` there gets one record a call. An existing file is continued.
+        tensorboard_dir: Where TensorBoard's event files go; None: no TensorBoard.
+        console_every: A line for every n-th step; values named "eval/..." are always shown.
+        total_steps: Shown after the step, as in "step 20/300".
+        console: Names (without "train/") to show, in this order; None: all.
+        quiet: Names (without their group) that the console leaves out.
+        drop_after: Continue an existing `metrics.jsonl` but drop its records of later steps, which this run repeats
             (resuming at step n: n; starting afresh: -1). None: keep everything.
     """
 
@@ -75,7 +75,7 @@ class MetricsLogger:
         if not self.active:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        record = {"step": step, "time": round(time.time(), 3)}
+        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         if epoch is not None:
             record["epoch"] = epoch
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -147,15 +147,18 @@ class ProgressLines:
         self.started = self.printed = time.monotonic()
 
     def update(self, n: int = 1) -> None:
+        """Counts `n` more units."""
         self.n += n
         now = time.monotonic()
         if not self.silent and self.n < self.total and now - self.printed >= self.every:
             self._print(now)
 
     def set_postfix(self, **values: Any) -> None:
+        """What the lines end with from now on."""
         self.postfix = ", ".join(f"{name} {value}" for name, value in values.items())
 
     def close(self) -> None:
+        """Prints the last line."""
         if not self.silent:
             self._print(time.monotonic())
             self.silent = True  # a second close says nothing
@@ -183,8 +186,9 @@ def progress(total: int, desc: str, unit: str) -> "tqdm | ProgressLines":
     """ETA and throughput on rank 0: a tqdm bar on a terminal, otherwise a line every half minute; elsewhere nothing.
 
     Args:
-        total: how many units there are to do.
-        unit: their name in the plural ("steps", "prompts").
+        total: How many units there are to do.
+        desc: What is done.
+        unit: Their name in the plural ("steps", "prompts").
     """
     if is_main() and sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=f" {unit}", dynamic_ncols=True, smoothing=0.1)

@@ -55,11 +55,12 @@ def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
     """Makes the run's folder; rank 0 writes `run.json` there (arguments, versions, seed, git commit, ...).
 
     Args:
-        args: a namespace, dataclass instance or dict with the parsed flags.
-        stage: the name that goes into `run.json`, for example "step1".
+        output_dir: The folder.
+        args: A namespace, dataclass instance or dict with the parsed flags.
+        stage: The name that goes into `run.json`, for example "step1".
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: The folder cannot be made or written.
     """
     folder = Path(output_dir)
     try:

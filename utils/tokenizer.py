@@ -23,11 +23,12 @@ def load_tokenizer(
     token. No token is added: the vocabulary stays the model's.
 
     Args:
-        flag: the flag that errors name.
-        chat_template: see `read_chat_template`; it takes the place of the tokenizer's own, and is saved with it.
+        name_or_path: The folder or hub name.
+        flag: The flag that errors name.
+        chat_template: See `read_chat_template`; it takes the place of the tokenizer's own, and is saved with it.
 
     Raises:
-        UserError: no tokenizer there, or one without an end token; a chat template that cannot be used.
+        UserError: No tokenizer there, or one without an end token; a chat template that cannot be used.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -84,8 +85,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     question = [{"role": "user", "content": "QUESTION"}]
     dialogue = [*question, {"role": "assistant", "content": "ANSWER"}]
     try:
-        asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(dialogue, tokenize=False)
+        asked = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(dialogue, tokenize=False))
     except (TemplateError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--chat_template: cannot write a question and its answer: {reason}") from error

@@ -225,8 +225,8 @@ def rise(
 ) -> dict[str, float]:
     """What is left of the rise of `key` among answers that are alike in `controls`.
 
-    The coefficient of "after" in the least-squares fit key ~ 1 + after + controls over the answers of both
-    policies, and its standard error over prompts.
+    The coefficient of "after" in the least-squares fit key ~ 1 + after + controls over the answers of both policies,
+    and its standard error over prompts.
     """
     design, target = [], []
     for name in ("sft", "remax"):

@@ -146,13 +146,13 @@ def held_out_pairs(
     """Up to `limit` held-out pairs, shared out over the ranks; None where the data has none.
 
     Args:
-        config: names the data.
-        tokenizer: the actor's.
-        max_len: tokens of prompt and answer together.
-        limit: pairs.
-        batch_size: pairs per rank.
-        announce: print what was read.
-        rows: the held-out rows, where they are at hand; nothing is read then.
+        config: Names the data.
+        tokenizer: The actor's.
+        max_len: Tokens of prompt and answer together.
+        limit: Pairs.
+        batch_size: Pairs per rank.
+        announce: Print what was read.
+        rows: The held-out rows, where they are at hand; nothing is read then.
     """
     if rows is None:
         form = form_of(config, tokenizer)

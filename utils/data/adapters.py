@@ -145,7 +145,7 @@ ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
 }
 
 
-def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
+def fits(adapter: Callable[[Row], Example | Conversation], row: Row) -> bool:
     """Whether a row of a folder with a known data set's name also has that data set's columns and values."""
     try:
         adapter(row)

@@ -60,7 +60,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
         except (TemplateError, TypeError) as error:  # the template's own refusal, or something that it misses
             raise TemplateRefuses(" ".join(str(error).split()) or type(error).__name__) from error
 

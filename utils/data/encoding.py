@@ -5,7 +5,7 @@ dialogue of several turns step 1 learns the last answer or all of them: a `loss_
 the tokens after the first prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,10 +66,10 @@ class Encoder:
     Attributes:
         kind: "supervised" {input_ids, prompt_length, loss_mask}, "ranking" {chosen_ids, rejected_ids, prompt_length,
             margin}, "ranked" {answers_ids, ranks, prompt_length}, or "prompts" {input_ids, prompt}.
-        max_len: in tokens; of prompt and answer together, or of the prompt for "prompts".
-        overlong: what becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
+        max_len: In tokens; of prompt and answer together, or of the prompt for "prompts".
+        overlong: What becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
             "drop" for the others.
-        train_on: the "last" answer of a dialogue or "all"; for "supervised".
+        train_on: The "last" answer of a dialogue or "all"; for "supervised".
     """
 
     kind: str
@@ -142,10 +142,10 @@ def split_turns(
     The tokens stay those of the whole prompt; one that crosses an answer's boundary belongs to the answer.
 
     Args:
-        tokenizer: made the tokens.
-        prompt: as text.
+        tokenizer: Made the tokens.
+        prompt: As text.
         earlier: (start, end) of the earlier answers, in characters of the prompt; at least one.
-        head: the prompt's ids, with the tokenizer's beginning.
+        head: The prompt's ids, with the tokenizer's beginning.
 
     Returns:
         The number of tokens before the first answer, and for each token of `head` whether it belongs to an answer.
@@ -232,7 +232,9 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     prompts = [prompt or "" for prompt in batch["prompt"]]
     plain = plain_ids(tokenizer, prompts)
     pairs = zip(batch["chosen"], batch["rejected"], strict=True)
-    answers = [pair if found is None else found for found, pair in zip(batch["answers"], pairs, strict=True)]
+    answers: list[Sequence[str | None]] = [
+        pair if found is None else found for found, pair in zip(batch["answers"], pairs, strict=True)
+    ]
     owner = [i for i, found in enumerate(answers) for _ in found]
     texts = [answer or "" for found in answers for answer in found]
     encoded = iter(encode_answers(tokenizer, [prompts[i] for i in owner], [plain[i] for i in owner], texts))
@@ -281,13 +283,13 @@ def fate(dropped: str | None, cut: bool, length: int, full_length: int) -> Row:
     return {"dropped": dropped, "cut": cut, "prompt_cut": length < full_length, "full_length": full_length}
 
 
-def unusable(prompt: str | None, answers: list[str | None]) -> str | None:
+def unusable(prompt: str | None, answers: Sequence[str | None]) -> str | None:
     """Why the texts of a row cannot be used, or None; without a prompt (None) the answer is a plain text."""
     if prompt is not None and not prompt.strip():
         return "with an empty prompt"
     if any(answer is None for answer in answers):
         return "without an answer"
-    empty = any(not answer.strip() for answer in answers)
+    empty = any(answer is not None and not answer.strip() for answer in answers)
     return ("with an empty text" if prompt is None else "with an empty answer") if empty else None
 
 
@@ -340,19 +342,19 @@ def encode_rows(
     """Text rows -> the token ids of one stage; through the cache, with what was dropped and cut reported in one line.
 
     Args:
-        rows: columns prompt, chosen, rejected; for "ranked" also answers and ranks.
-        encoder: says the columns of the result, of which those in OPTIONAL are left out where no row has them.
-        cache_dir: where the Arrow files go; None: the datasets library's own folder.
-        names: what messages call the rows and the flags.
-        num_proc: processes that encode; None: this one.
-        record: gets an entry: how many rows were dropped and cut.
-        in_memory: write nothing to the cache.
+        rows: Columns prompt, chosen, rejected; for "ranked" also answers and ranks.
+        encoder: Says the columns of the result, of which those in OPTIONAL are left out where no row has them.
+        cache_dir: Where the Arrow files go; None: the datasets library's own folder.
+        names: What messages call the rows and the flags.
+        num_proc: Processes that encode; None: this one.
+        record: Gets an entry: how many rows were dropped and cut.
+        in_memory: Write nothing to the cache.
 
     Returns:
         The usable rows, with the columns of FEATURES.
 
     Raises:
-        UserError: the rows lack what this stage needs, or no row is left.
+        UserError: The rows lack what this stage needs, or no row is left.
     """
     kind, max_len = encoder.kind, encoder.max_len
     check_serves(rows, kind, names)
@@ -390,8 +392,8 @@ def encode_rows(
     dropped = {reason.replace("--max_seq_len", names.length_flag): found for reason, found in dropped.items()}
     what = f"{names.data_flag} ({names.data})"
     report_dropped(what, dropped, len(encoded))
-    cuts = (first_rows(mask, rows) for mask in (prompt_cut, cut))
-    report_cut(f"{names.length_flag} {max_len}", what, *cuts, longest, len(rows))
+    limit = f"{names.length_flag} {max_len}"
+    report_cut(limit, what, first_rows(prompt_cut, rows), first_rows(cut, rows), longest, len(rows))
     left_out = np.asarray(table["left_out"][:]) if kind == "ranked" else np.zeros(len(encoded), dtype=int)
     report_left_out(what, int(left_out.sum()), first_rows(left_out, rows))
     if record is not None:

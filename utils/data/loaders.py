@@ -68,22 +68,22 @@ def build_loaders(
     ranked answers, the batches of stage 1 are those of `collate_ranked`, unless `config.best_and_worst` is set.
 
     Args:
-        config: the data and how it is prepared.
+        config: The data and how it is prepared.
         stage: 0 supervised, 1 ranking, 2 prompts.
-        tokenizer: of the model that is trained.
-        max_len: tokens; of prompt and answer together (stages 0 and 1) or of the prompt (stage 2).
-        train_batch_size: rows per rank.
-        eval_batch_size: rows per rank.
-        rank: of this process.
-        world_size: number of processes.
+        tokenizer: Of the model that is trained.
+        max_len: Tokens; of prompt and answer together (stages 0 and 1) or of the prompt (stage 2).
+        train_batch_size: Rows per rank.
+        eval_batch_size: Rows per rank.
+        rank: Of this process.
+        world_size: Number of processes.
 
     Returns:
-        train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` is its
+        train_loader: Call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` is its
             position.
-        eval_loader: the same number of batches on every rank, in a fixed order; filler rows have weight 0.
+        eval_loader: The same number of batches on every rank, in a fixed order; filler rows have weight 0.
 
     Raises:
-        UserError: see `load_data_set` and `encode_rows`; or fewer training rows than one step takes.
+        UserError: See `load_data_set` and `encode_rows`; or fewer training rows than one step takes.
     """
     with local_rank_zero_first():
         kind, train, evaluation, record = encode_data_sets(config, stage, tokenizer, max_len)
@@ -163,8 +163,9 @@ def encode_data_sets(
             encoded[split].append(
                 encode_rows(rows, encoder, cache_dir=cache_dir, names=names, num_proc=num_proc, record=record)
             )
-    if len(sources) > 1 and None not in weights:
-        rows_of = blend([len(rows) for rows in encoded["train"]], weights, config.data_seed)
+    given = [weight for weight in weights if weight is not None]
+    if len(sources) > 1 and len(given) == len(weights):
+        rows_of = blend([len(rows) for rows in encoded["train"]], given, config.data_seed)
         for k, ((flag, name), indices) in enumerate(zip(sources, rows_of, strict=True)):
             total = len(encoded["train"][k])
             print0(f"{flag} {name}: {len(indices)} of {total} rows in the blend")
@@ -207,7 +208,7 @@ def data_sources(config: DataConfig, stage: int) -> tuple[list[tuple[str, str]],
     """The flag and name of each data set of a stage, and the weights: all of them have one, or none.
 
     Raises:
-        UserError: some have a weight and some have none.
+        UserError: Some have a weight and some have none.
     """
     sources = [("--data_path", name) for name in config.data_path]
     if stage == 0:
@@ -245,7 +246,7 @@ def local_rank_zero_first() -> Iterator[None]:
     An error on the first rank lets the others continue, into the same error.
 
     Raises:
-        UserError: a rank has waited for as long as the process group allows.
+        UserError: A rank has waited for as long as the process group allows.
     """
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if not first:

@@ -29,7 +29,7 @@ def split_weight(entry: str, flag: str, *, negative: bool = False) -> tuple[str,
     """`name:0.5` -> ("name", 0.5), `name` -> ("name", None). What exists on the disk is a name as it stands.
 
     Raises:
-        UserError: the weight is no number, is 0 or infinite, or is below 0 where `negative` does not allow that.
+        UserError: The weight is no number, is 0 or infinite, or is below 0 where `negative` does not allow that.
     """
     if exists(entry) or not (found := WEIGHT.fullmatch(entry)):
         return entry, None
@@ -49,7 +49,7 @@ def parse_name(entry: str, flag: str = "--data_path") -> DataName:
     What exists on the disk under the whole text is a plain name, whatever signs it holds.
 
     Raises:
-        UserError: no name, or a weight that is not above 0.
+        UserError: No name, or a weight that is not above 0.
     """
     rest, weight = split_weight(entry, flag)
     if exists(rest) or "#" not in rest:

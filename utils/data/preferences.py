@@ -23,6 +23,7 @@ from utils.data.shapes import PLAIN, Conversation, Example, Form, Row, RowRefuse
 from utils.data.sources import SHAPES, Shard, check_numbers, converted_on_reading, read_splits, row_name, undecodable
 from utils.data.splits import prompt_key, prompt_keys
 from utils.distributed import print0
+from utils.present import present
 from utils.run import UserError
 
 HOLD_OUT = 0.05
@@ -55,16 +56,16 @@ def load_data_set(
     where possible whole prompts, so that no held-out prompt is trained on with another answer.
 
     Args:
-        name: a file, a folder or a hub name, see `utils.data.names.parse_name`.
-        cache_dir: where the Arrow files go; None: the datasets library's own folder.
-        num_proc: processes that convert rows; None: this one.
-        flag: the flag that errors name.
-        announce: print what was found and dropped; False where the same data set was announced before.
-        form: the names of the columns, and the chat template that writes lists of messages.
-        record: gets an entry for each split: how many rows were read and dropped.
+        name: A file, a folder or a hub name, see `utils.data.names.parse_name`.
+        cache_dir: Where the Arrow files go; None: the datasets library's own folder.
+        num_proc: Processes that convert rows; None: this one.
+        flag: The flag that errors name.
+        announce: Print what was found and dropped; False where the same data set was announced before.
+        form: The names of the columns, and the chat template that writes lists of messages.
+        record: Gets an entry for each split: how many rows were read and dropped.
 
     Raises:
-        UserError: nothing there, an unreadable file, columns of no known shape, a wrong value, a split without rows.
+        UserError: Nothing there, an unreadable file, columns of no known shape, a wrong value, a split without rows.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -75,7 +76,7 @@ def load_data_set(
         shards_of = {split: [rename(s, form.columns, flag) for s in shards] for split, shards in shards_of.items()}
         conversion = choose_conversion(name, shards_of["train"][0], flag, form)
         for split, shards in shards_of.items():
-            labelled = [replace(s, label=f"{s.file.name} " if len(shards) > 1 else "") for s in shards]
+            labelled = [replace(s, label=f"{s.file.name} " if s.file and len(shards) > 1 else "") for s in shards]
             joined = datasets.concatenate_datasets([normalise(s, conversion, cache_dir, num_proc) for s in labelled])
             splits[split], counts = drop_skipped(joined, name, split, flag, announce)
             if record is not None:
@@ -90,7 +91,7 @@ def load_data_set(
 
 def rename(shard: Shard, columns: Mapping[str, str], flag: str) -> Shard:
     """The shard with the user's columns under the names that shapes are made of."""
-    rows = shard.rows
+    rows = shard.table
     for ours, theirs in columns.items():
         if theirs not in rows.column_names:
             found = ", ".join(rows.column_names)
@@ -113,18 +114,18 @@ class Conversion:
 def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Conversion:
     """The conversion of a data set, found from its first file."""
     lists = ("prompt", "chosen", "rejected", "completion", "messages")
-    of_messages = any(isinstance(shard.rows.features.get(column), List) for column in lists)
-    answers = shard.rows.features.get("answers")
+    of_messages = any(isinstance(shard.table.features.get(column), List) for column in lists)
+    answers = shard.table.features.get("answers")
     of_messages |= isinstance(answers, List) and isinstance(answers.feature, List)
     if not of_messages:
         form = replace(form, template=None)
     how = f", written by the {'chat template' if form.template else 'Human/Assistant convention'}"
     known = None if form.columns else known_name(parse_name(name, flag).name)
-    if known and (parse_name(name, flag).name == known or fits(ADAPTERS[known], shard.rows[0])):
+    if known and (parse_name(name, flag).name == known or fits(ADAPTERS[known], shard.table[0])):
         return Conversion(known + (how if of_messages else ""), ADAPTERS[known], form, flag)
-    shape, convert = find_shape(shard.rows.column_names)
+    shape, convert = find_shape(shard.table.column_names)
     if convert is None:
-        found = ", ".join(shard.rows.column_names)
+        found = ", ".join(shard.table.column_names)
         raise UserError(
             f"{flag}: {shard.place} has the columns {found}; expected {SHAPES}: rename the columns, or name them with "
             "--prompt_column, --chosen_column and --rejected_column"
@@ -132,11 +133,11 @@ def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Convers
     if of_messages:
         shape += " of messages" if shape != "messages" else ""
     if shape.startswith("prompt"):
-        bare = prompts_are_bare(shard.rows)
+        bare = prompts_are_bare(shard.table)
         convert = partial(convert, bare=bare)
         shape += ", bare prompts written as Human/Assistant dialogue" if bare else ""
     shape += how if of_messages else ""
-    if "answers" in shard.rows.column_names and "chosen/rejected" in shape:
+    if "answers" in shard.table.column_names and "chosen/rejected" in shape:
         shape += "; the column answers is not read (to learn from it, leave out chosen and rejected)"
     return Conversion(shape, convert, form, flag)
 
@@ -158,14 +159,14 @@ def normalise(shard: Shard, conversion: Conversion, cache_dir: str | None, num_p
     """The shard's rows with the columns of NORMALISED; cached."""
     template = conversion.form.template
     made_by = (READING_VERSION, conversion.shape, template.state() if template else None)
-    fingerprint = fingerprint_of(shard.rows._fingerprint, *made_by, shard.label)
-    return shard.rows.map(
+    fingerprint = fingerprint_of(shard.table._fingerprint, *made_by, shard.label)
+    return shard.table.map(
         partial(normalise_batch, conversion=conversion, shard=replace(shard, rows=None)),
         batched=True,
         with_indices=True,
-        remove_columns=shard.rows.column_names,
+        remove_columns=shard.table.column_names,
         features=NORMALISED,
-        num_proc=num_proc if num_proc and len(shard.rows) > 10_000 else None,
+        num_proc=num_proc if num_proc and len(shard.table) > 10_000 else None,
         new_fingerprint=fingerprint,
         cache_file_name=cache_file(cache_dir, "rows", fingerprint),
         desc="Reading rows",
@@ -198,10 +199,10 @@ def normalise_rows(
     """Columns of NORMALISED, and `asked`: a number that rows of the same prompt share, whatever the chat template.
 
     Args:
-        rows: of any shape.
-        names: what messages call each row.
-        conversion: makes texts of a row.
-        shard: where the rows are from, for messages.
+        rows: Of any shape.
+        names: What messages call each row.
+        conversion: Makes texts of a row.
+        shard: Where the rows are from, for messages.
         other_cause: (number of a refused row, column) -> where the fault really is, if elsewhere.
     """
     flag = conversion.flag
@@ -250,7 +251,7 @@ def row_key(example: Example) -> int:
     """A number that rows of equal texts share, with all their ranked answers; the order of ties does not matter."""
     if example.answers is None:
         return content_key(example.prompt, example.chosen, example.rejected)
-    ranking = sorted(zip(example.ranks, example.answers, strict=True))
+    ranking = sorted(zip(present(example.ranks, "the ranks of several answers"), example.answers, strict=True))
     return content_key(example.prompt, *(text for rank, answer in ranking for text in (str(rank), answer)))
 
 

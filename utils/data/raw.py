@@ -21,6 +21,8 @@ from utils.data.shapes import Row
 from utils.data.sources import (
     READ_ERRORS,
     SHAPES,
+    NotJSON,
+    NotUTF8,
     Shard,
     csv_header,
     file_format,
@@ -29,7 +31,10 @@ from utils.data.sources import (
     json_rows,
     not_json,
     open_file,
+    undecoded,
+    unparsed,
 )
+from utils.present import present
 from utils.run import UserError
 
 AT_ONCE = 1000  # rows that a library decodes together
@@ -41,20 +46,20 @@ def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
     """(name, row) of each row; "line 7" of a JSON-lines file, "row 7" elsewhere.
 
     Raises:
-        UserError: there are no rows, or the content does not fit the file's suffix; the message names the faulty row.
+        UserError: There are no rows, or the content does not fit the file's suffix; the message names the faulty row.
     """
     empty = True
     try:
-        for name, row in READERS[file_format(shard.file)](shard.file) if shard.file else numbered(iterate(shard.rows)):
+        for name, row in read(shard.file) if shard.file else numbered(iterate(shard.table)):
             if not isinstance(row, dict):
                 raise UserError(
                     f"{flag}: {shard.place}, {name}: found {type(row).__name__}, expected an object of columns"
                 )
             empty = False
             yield name, row
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        if hasattr(error, "place"):
-            raise UserError(f"{flag}: {shard.place}, {not_json(error)}") from error
+    except (NotJSON, NotUTF8) as error:
+        raise UserError(f"{flag}: {shard.place}, {not_json(error)}") from error
+    except UnicodeDecodeError as error:
         raise UserError(f"{flag}: {shard.place} holds text that is not UTF-8 ({error.reason})") from error
     except (*READ_ERRORS, zlib.error) as error:
         raise UserError(f"{flag}: {shard.place} cannot be read: {first_line(error)}") from error
@@ -81,6 +86,11 @@ def iterate(rows: Dataset | IterableDataset) -> Iterator[Row]:
 # Files
 
 
+def read(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, by the reader of its kind."""
+    return READERS[present(file_format(path), f"a reader for {path}")](path)
+
+
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a list, or of a file with one object a line."""
     with open_file(path) as file:
@@ -94,7 +104,8 @@ def json_items(file: Any) -> Iterator[Any]:
     """The items of a JSON list, decoded one by one.
 
     Raises:
-        json.JSONDecodeError, UnicodeDecodeError: with the attribute `place`.
+        NotJSON: An item cannot be parsed.
+        NotUTF8: An item cannot be decoded.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parser, text, at, count = json.JSONDecoder(), "", 0, 0
@@ -111,13 +122,11 @@ def json_items(file: Any) -> Iterator[Any]:
             text, at = text[at:], 0
             block = file.read(BLOCK) if len(text) < LONGEST_ROW else b""
             if not block:
-                error.place = f"row {count + 1}"
-                raise
+                raise unparsed(error, f"row {count + 1}") from None
             try:
                 text += decode(block)
             except UnicodeDecodeError as undecodable:
-                undecodable.place = f"row {count + 1} or a later one"
-                raise
+                raise undecoded(undecodable, f"row {count + 1} or a later one") from None
             continue
         count += 1
         yield item

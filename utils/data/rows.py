@@ -33,13 +33,13 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
     """All rows of a file; of a folder or hub data set those of its test split, else those of its training split.
 
     Args:
-        name: anything that `utils.data.preferences.load_data_set` reads.
-        cache_dir: where the Arrow files go; None: the datasets library's own folder.
-        flag: the flag that errors name.
-        form: the chat template that writes lists of messages.
+        name: Anything that `utils.data.preferences.load_data_set` reads.
+        cache_dir: Where the Arrow files go; None: the datasets library's own folder.
+        flag: The flag that errors name.
+        form: The chat template that writes lists of messages.
 
     Raises:
-        UserError: nothing there, an unreadable file, columns of no known shape, a wrong value.
+        UserError: Nothing there, an unreadable file, columns of no known shape, a wrong value.
     """
     splits = read_splits(name, cache_dir, flag)
     rows: list[TextRow] = []
@@ -60,9 +60,9 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
 
 def without_labels(shard: Shard) -> Shard:
     """The shard without a column `label` of true and false: unlike training, evaluation keeps unwanted answers."""
-    if shard.rows.features.get("label") != Value("bool"):
+    if shard.table.features.get("label") != Value("bool"):
         return shard
-    return replace(shard, rows=shard.rows.remove_columns("label"))
+    return replace(shard, rows=shard.table.remove_columns("label"))
 
 
 def original_rows(shard: Shard) -> list[dict[str, Any]]:
@@ -73,6 +73,6 @@ def original_rows(shard: Shard) -> list[dict[str, Any]]:
     """
     if shard.file is not None and file_format(shard.file) == "json":
         rows = [row for _, row in json_rows(shard.file)]
-        if len(rows) == len(shard.rows):
+        if len(rows) == len(shard.table):
             return rows
-    return list(shard.rows)
+    return list(shard.table)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from utils.data.chat import ASSISTANT, ChatTemplate, Spans, TemplateRefuses, earlier_answers, write_plain
+from utils.present import present
 
 Row = dict[str, Any]
 
@@ -103,7 +104,8 @@ def best_and_worst(prompt: str, answers: Sequence[str], ranks: Sequence[float], 
     best = min(kept, key=lambda i: ranks[i], default=None)
     worst = max(reversed(kept), key=lambda i: ranks[i], default=None)
     chosen = None if best is None else answers[best]
-    rejected = None if worst is None or ranks[worst] == ranks[best] else answers[worst]
+    tied = best is None or worst is None or ranks[worst] == ranks[best]
+    rejected = None if worst is None or tied else answers[worst]
     return Example(prompt, chosen, rejected, None, earlier, tuple(answers), tuple(ranks))
 
 
@@ -194,14 +196,16 @@ def finish(converted: Example | Conversation, template: ChatTemplate | None = No
     try:
         prompt, earlier = write_plain(messages) if template is None else template.prompt(messages)
 
-        def write(answer: str | None) -> str | None:
-            if answer is None or template is None:
-                return answer and as_answer(prompt, answer)
-            return template.answer(messages, prompt, answer)
+        def write(answer: str) -> str:
+            return as_answer(prompt, answer) if template is None else template.answer(messages, prompt, answer)
 
         if converted.answers is not None:
-            return best_and_worst(prompt, [write(answer) for answer in converted.answers], converted.ranks, earlier)
-        return Example(prompt, write(converted.chosen), write(converted.rejected), converted.margin, earlier)
+            ranks = present(converted.ranks, "the ranks of several answers")
+            return best_and_worst(prompt, [write(answer) for answer in converted.answers], ranks, earlier)
+        chosen, rejected = (
+            None if answer is None else write(answer) for answer in (converted.chosen, converted.rejected)
+        )
+        return Example(prompt, chosen, rejected, converted.margin, earlier)
     except TemplateRefuses as error:
         raise RowSkipped(f"that the chat template refuses ({str(error)[:100]})") from error
 
@@ -223,8 +227,14 @@ def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example |
     if any(isinstance(row[column], list) for column in ("prompt", *columns)):
         return conversation(row, columns)
     prompt = text(row, "prompt")
-    answers = [text(row, column) for column in columns]
-    return pair(as_dialogue(prompt) if bare else prompt, *(answers or [None]), margin=margin(row))
+    chosen, rejected = at_most_two([text(row, column) for column in columns])
+    return pair(as_dialogue(prompt) if bare else prompt, chosen, rejected, margin(row))
+
+
+def at_most_two(answers: list[str]) -> tuple[str | None, str | None]:
+    """The good answer and the bad one, None where there is none."""
+    chosen, rejected, *_ = [*answers, None, None]
+    return chosen, rejected
 
 
 def conversation(row: Row, columns: list[str]) -> Conversation:
@@ -233,7 +243,7 @@ def conversation(row: Row, columns: list[str]) -> Conversation:
     The answers are in `columns`: the good one, then the bad one, as far as there are any.
     """
     messages, answers = exchange(row, columns)
-    return Conversation(messages, *answers, margin=margin(row))
+    return Conversation(messages, *at_most_two(answers), margin(row))
 
 
 def exchange(row: Row, columns: list[str]) -> tuple[list[dict[str, str]], list[str]]:

@@ -21,6 +21,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 
 from utils.data.names import DataName, parse_name
 from utils.hub import hub_is_reachable
+from utils.present import present
 from utils.run import UserError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -49,15 +50,32 @@ class Shard:
     file: Path | None = None  # None where the rows are of no single file
     label: str = ""  # precedes the names of its rows, where its split has several files
 
+    @property
+    def table(self) -> Dataset:
+        """The rows, where they have been read."""
+        return present(self.rows, f"the table of {self.place}")
+
+
+class NotJSON(json.JSONDecodeError):
+    """What `json_rows` could not parse."""
+
+    place: str
+
+
+class NotUTF8(UnicodeDecodeError):
+    """What `json_rows` could not decode."""
+
+    place: str
+
 
 def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Shard]]:
     """{"train": shards} and, where the data set has its own, {"test": shards}.
 
     Args:
-        entry: see `utils.data.names.parse_name`; a weight is ignored.
-        cache_dir: where the Arrow files go; None: the datasets library's own folder.
-        flag: the flag that errors name.
-        streaming: find the files, but read and write nothing; `utils.data.raw` reads the rows.
+        entry: See `utils.data.names.parse_name`; a weight is ignored.
+        cache_dir: Where the Arrow files go; None: the datasets library's own folder.
+        flag: The flag that errors name.
+        streaming: Find the files, but read and write nothing; `utils.data.raw` reads the rows.
     """
     chosen = parse_name(entry, flag)
     name = chosen.name
@@ -171,7 +189,7 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
     """The rows of one file; with streaming the file alone.
 
     Raises:
-        UserError: an unknown suffix, an empty file, or content that is not what the suffix says.
+        UserError: An unknown suffix, an empty file, or content that is not what the suffix says.
     """
     reader = file_format(path)
     if reader is None:
@@ -218,7 +236,7 @@ def quiet_library() -> Iterator[None]:
 
 def not_empty(shard: Shard, flag: str) -> Shard:
     """The shard, when it has rows."""
-    if len(shard.rows) == 0:
+    if len(shard.table) == 0:
         raise UserError(f"{flag}: {shard.place} has no rows; expected {SHAPES}")
     return shard
 
@@ -238,7 +256,7 @@ def csv_header(path: Path) -> list[str]:
     """The column names in the first line.
 
     Raises:
-        ValueError: the first row has more fields: pandas would take the surplus for an index, and give each column the
+        ValueError: The first row has more fields: pandas would take the surplus for an index, and give each column the
             values of its neighbour.
     """
     first = pandas.read_csv(path, dtype=str, nrows=1, encoding="utf-8-sig")
@@ -277,14 +295,14 @@ def first_bad_row(path: Path) -> str | None:
                 before, where = kinds.setdefault(column, (kind, place)) if value is not None else (kind, place)
                 if kind != before:
                     return f"{place}, column {column!r}: found {kind} {str(value)[:40]!r}, but {before} in {where}"
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (NotJSON, NotUTF8) as error:
         return not_json(error)
     return None
 
 
-def not_json(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
+def not_json(error: NotJSON | NotUTF8) -> str:
     """Place and problem of what `json_rows` could not read."""
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, NotUTF8):
         return f"{error.place}: not UTF-8 ({error.reason})"
     return f"{error.place}: not valid JSON ({error.msg}, column {error.colno})"
 
@@ -309,7 +327,7 @@ def text_among_numbers(file: Path, column: str, modified: int) -> str | None:
             for value in values if isinstance(values, list) else ():
                 if isinstance(value, str):
                     return f"{place}, column {column!r}: found str {value[:40]!r}, expected a number"
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (NotJSON, NotUTF8):
         pass  # a layout that only the datasets library understands
     return None
 
@@ -335,7 +353,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, row) for each row of a JSON list or of a file with one object a line.
 
     Raises:
-        json.JSONDecodeError, UnicodeDecodeError: with the attribute `place`.
+        NotJSON: A row cannot be parsed.
+        NotUTF8: A row cannot be decoded.
     """
     with open_file(path) as file:
         if is_json_list(file):
@@ -351,12 +370,24 @@ def decode_json(content: bytes, place: str | None) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        error.place = place or f"line {error.lineno}"
-        raise
+        raise unparsed(error, place or f"line {error.lineno}") from None
     except UnicodeDecodeError as error:
         line_number = content[: error.start].count(b"\n") + 1
-        error.place = place or f"line {line_number}"
-        raise
+        raise undecoded(error, place or f"line {line_number}") from None
+
+
+def unparsed(error: json.JSONDecodeError, place: str) -> NotJSON:
+    """The error with its place."""
+    placed = NotJSON(error.msg, error.doc, error.pos)
+    placed.place = place
+    return placed
+
+
+def undecoded(error: UnicodeDecodeError, place: str) -> NotUTF8:
+    """The error with its place."""
+    placed = NotUTF8(error.encoding, error.object, error.start, error.end, error.reason)
+    placed.place = place
+    return placed
 
 
 def is_json_list(file: Any) -> bool:

@@ -53,10 +53,10 @@ def stage_indices(
 
     Args:
         prompts: `prompt_keys` of the rows.
-        data_split: three numbers, the shares of steps 1, 2 and 3.
+        data_split: Three numbers, the shares of steps 1, 2 and 3.
         stage: 0, 1 or 2.
-        seed: of the random order.
-        name: of the data, for messages.
+        seed: Of the random order.
+        name: Of the data, for messages.
 
     Returns:
         Row numbers in ascending order.
@@ -76,8 +76,8 @@ def stage_indices(
         print0(f"--data_split: {name} has {len(sizes)} different prompts: their rows are divided among the stages")
         rows = order[bounds[stage] : bounds[stage + 1]]
     else:
-        rows = divide_prompts([prompts[i] for i in order], sizes, targets.tolist())
-        rows = order[np.asarray(rows) == stage]
+        stages = divide_prompts([prompts[i] for i in order], sizes, targets.tolist())
+        rows = order[np.asarray(stages) == stage]
     if not len(rows):
         raise UserError(
             f"--data_split {data_split}: no row is left for step {stage + 1} out of {n_rows}; give it a larger share, "
@@ -90,9 +90,9 @@ def divide_prompts(prompts: list[int], sizes: Counter[int], targets: list[int]) 
     """Divides whole prompts among the stages.
 
     Args:
-        prompts: of the rows, in the order that decides between equals.
-        sizes: rows of each prompt; at least as many prompts as there are targets above 0.
-        targets: how many rows each stage should get; their sum is the number of rows.
+        prompts: Of the rows, in the order that decides between equals.
+        sizes: Rows of each prompt; at least as many prompts as there are targets above 0.
+        targets: How many rows each stage should get; their sum is the number of rows.
 
     Returns:
         The stage of each row.
@@ -120,9 +120,9 @@ def blend(sizes: list[int], weights: list[float], seed: int = 1234) -> list[list
     """Rows of several data sets in the proportions of `weights`: the largest such blend that holds no row twice.
 
     Args:
-        sizes: rows of each data set, at least one.
-        weights: above 0; only their proportions matter.
-        seed: of the choice of rows in a data set that is not taken whole.
+        sizes: Rows of each data set, at least one.
+        weights: Above 0; only their proportions matter.
+        seed: Of the choice of rows in a data set that is not taken whole.
 
     Returns:
         Row numbers of each data set in ascending order; at least one each.

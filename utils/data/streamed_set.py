@@ -153,7 +153,7 @@ def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag
     """Finds the shape of a data set, and the rows to evaluate: the first of the test split, else of the held-out ones.
 
     Raises:
-        UserError: nothing there, unreadable first rows, columns of no known shape, or no row to evaluate.
+        UserError: Nothing there, unreadable first rows, columns of no known shape, or no row to evaluate.
     """
     shards = read_splits(entry, cache_dir, flag, streaming=True)
     first = shards["train"][0]
@@ -167,7 +167,7 @@ def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag
     shard = rename(replace(first, rows=sample), form.columns, flag)
     conversion = choose_conversion(entry, shard, flag, form)
     whole = flag != "--data_path"
-    stream = StreamedSet(entry, flag, weight, shards, shard.rows.column_names, conversion, whole)
+    stream = StreamedSet(entry, flag, weight, shards, shard.table.column_names, conversion, whole)
     held_out = held_out_rows(stream)
     print0(f"{flag} {entry}: {conversion.shape}; streamed, {len(held_out)} rows to evaluate")
     return replace(stream, held_out=held_out)

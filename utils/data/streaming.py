@@ -100,8 +100,9 @@ def blended(streams: Sequence[Iterator[Row]], weights: Sequence[float | None]) -
     It ends with the data set that ends first, since the proportions cannot be kept after that. Without weights all data
     sets take equal turns as long as they have rows, and it ends with the last.
     """
-    weighted = None not in weights
-    shares = [weight / sum(weights) if weighted else 1 / len(weights) for weight in weights]
+    given = [weight for weight in weights if weight is not None]
+    weighted = len(given) == len(weights)
+    shares = [weight / sum(given) for weight in given] if weighted else [1 / len(weights)] * len(weights)
     taken = [0] * len(streams)
     unfinished = list(range(len(streams)))
     while unfinished:
@@ -194,15 +195,16 @@ class StreamReport:
             report_dropped(f"{name} ({part})", c.dropped, c.read)
             report_dropped(f"{name} ({part}, step {self.recipe.stage + 1})", c.unusable, c.encoded)
             limit = f"{LENGTH_FLAGS[self.recipe.stage]} {self.recipe.encoder.max_len}"
-            cuts = (c.cut.get(fate, (0, [])) for fate in ("prompt_cut", "cut"))
-            report_cut(limit, f"{name} ({part})", *cuts, c.longest, c.encoded)
+            prompts, answers = (c.cut.get(fate, (0, [])) for fate in ("prompt_cut", "cut"))
+            report_cut(limit, f"{name} ({part})", prompts, answers, c.longest, c.encoded)
             report_left_out(f"{name} ({part})", c.left_out, c.cut.get("left_out", (0, [])))
 
     def write(self, counts: Sequence[Counts], complete: bool) -> None:
         """Writes data.json."""
         recipe, config = self.recipe, self.recipe.config
         data = [self.entry(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
-        record = {"streaming": True, "shuffle_buffer": config.shuffle_buffer, "eval_rows": self.eval_rows}
+        record: dict[str, Any] = {"streaming": True, "shuffle_buffer": config.shuffle_buffer}
+        record |= {"eval_rows": self.eval_rows}
         record |= {"first_epoch_complete": complete, "data": data + self.evaluation}
         write_record(config, recipe.stage, recipe.encoder.tokenizer, record)
 
@@ -229,7 +231,7 @@ def open_streams(config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerB
     """The data sets of one stage.
 
     Raises:
-        UserError: see `data_sources` and `open_stream`.
+        UserError: See `data_sources` and `open_stream`.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -259,13 +261,15 @@ def build_streaming_loaders(
     The length of the train loader is `batches`, that of the whole training, since that of an epoch is unknown.
 
     Raises:
-        UserError: the first rows are of no use to this stage, or fewer rows than one step takes; a faulty row only when
+        UserError: The first rows are of no use to this stage, or fewer rows than one step takes; a faulty row only when
             it is reached.
     """
     first = [first_texts(stream, config, stage) for stream in streams]
     kind = kind_of(config, stage, (*first, *(stream.held_out for stream in streams)))
     recipe = Recipe(config, stage, Encoder(kind, tokenizer, max_len, config.overlong, config.train_on))
-    held_out, record, columns = [], [], set()
+    held_out: list[Dataset] = []
+    record: list[dict[str, Any]] = []
+    columns: set[str] = set()
     for stream, rows in zip(streams, first, strict=True):
         name = f"{stream.flag} {stream.name}"
         names = Names(f"train, the first {len(rows)} rows", name, LENGTH_FLAGS[stage])

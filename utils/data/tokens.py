@@ -46,10 +46,10 @@ def encode_answers(
     makes of prompt + answer.
 
     Args:
-        tokenizer: the one that made `heads`.
-        prompts: as text.
-        heads: the prompts' `plain_ids`.
-        answers: as text, one for each prompt.
+        tokenizer: The one that made `heads`.
+        prompts: As text.
+        heads: The prompts' `plain_ids`.
+        answers: As text, one for each prompt.
     """
     joint = plain_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     return [
@@ -69,8 +69,10 @@ def answer_alone(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 def join(prompt_ids: list[int], answer_ids: list[int], max_len: int, eos: int | None) -> list[int]:
     """Joins prompt, answer and end token (None: without), and cuts them at `max_len`."""
-    ends = eos is None or (answer_ids and answer_ids[-1] == eos)
-    return (prompt_ids + answer_ids + ([] if ends else [eos]))[:max_len]
+    ids = prompt_ids + answer_ids
+    if eos is not None and answer_ids[-1:] != [eos]:
+        ids.append(eos)
+    return ids[:max_len]
 
 
 def keep_end(ids: list[int], max_len: int, first: list[int]) -> list[int]:
