@@ -36,11 +36,11 @@ ROOMS = {
     "checkpoint": ("core", "models", "engines"),
     "evaluation": (*ENGINES, "engines", "rewards"),
     "checks": (*ENGINES, "engines", "rewards", "checkpoint", "evaluation"),
-    "training": ("core", "algorithms", "engines", "rewards", "checkpoint", "evaluation"),
+    "training": ("core", "algorithms", "models", "engines", "rewards", "checkpoint", "evaluation"),
     "cli": ("algorithms", "rewards"),
     "stages": (*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
     "demo": (*ENGINES, "engines", "evaluation"),
-    "doctor.py": (*ENGINES, "engines", "rewards", "checks", "cli", "stages"),
+    "doctor.py": ("cli", "stages"),
 }
 OF_CLI = {"remax.rewards.functions", "remax.rewards.sources"}  # what the command line may see of the rewards
 MAY_IMPORT_DEEPSPEED = {f"remax/engines/{name}.py" for name in ("base", "optimizer", "policy", "zero")}

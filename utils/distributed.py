@@ -155,18 +155,28 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def _scalar(value: float | torch.Tensor) -> torch.Tensor:
+    """The number as a float64 tensor on this rank's device; does not wait for the GPU when it is there already."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().reshape(()).to(device(), torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device())
+
+
 def sum_across_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Sums of the ranks' values, name by name, by one float64 all_reduce.
+    """Sums of the ranks' values, name by name, by one float64 all_reduce and one transfer to the CPU.
 
     Raises:
-        RuntimeError: the ranks came with different names (numbers would be added to the wrong ones).
+        RuntimeError: The ranks came with different names (numbers would be added to the wrong ones).
     """
     names = sorted(values)
-    if _alone() or not names:
-        return {name: float(values[name]) for name in names}
+    alone = _alone()
+    if not names:
+        return {}
+    numbers = [_scalar(values[name]) for name in names]
+    if alone:
+        return dict(zip(names, torch.stack(numbers).tolist(), strict=True))
     fingerprint = float(zlib.crc32("\n".join(names).encode()))
-    numbers = [float(values[name]) for name in names] + [fingerprint, fingerprint**2]
-    total = torch.tensor(numbers, dtype=torch.float64, device=device())
+    total = torch.stack([*numbers, _scalar(fingerprint), _scalar(fingerprint**2)])
     dist.all_reduce(total)
     *sums, sum_of_fingerprints, sum_of_squares = total.tolist()
     # Mean and mean square of the fingerprints are this rank's own only where all are equal.
@@ -174,11 +184,6 @@ def sum_across_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, fl
     if sum_of_fingerprints != ranks * fingerprint or abs(sum_of_squares / ranks / fingerprint**2 - 1) > 1e-12:
         raise RuntimeError(f"sum_across_ranks: the ranks gave different names; rank {rank()} gave {names}")
     return dict(zip(names, sums, strict=True))
-
-
-def mean_across_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Means of the ranks' values, name by name; every rank counts the same."""
-    return {name: total / world_size() for name, total in sum_across_ranks(values).items()}
 
 
 def gather_objects(obj: Any) -> list[Any]:
@@ -199,6 +204,6 @@ def set_seed(seed: int) -> None:
 
 
 def print0(*args: Any) -> None:
-    """print on rank 0 only, at once."""
+    """Print on rank 0 only, at once."""
     if is_main():
         print(*args, flush=True)

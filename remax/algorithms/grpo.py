@@ -33,9 +33,13 @@ def grpo_advantages(reward: Tensor, samples_per_prompt: int, *, scale_by_std: bo
 
 @dataclass
 class GRPO(Algorithm):
-    """samples_per_prompt: k, at least 2.
+    """GRPO with the paper's defaults.
 
-    advantage_scaling: `group` divides by the std, `none` leaves r_i - mean (Liu et al., arXiv 2503.20783)."""
+    Attributes:
+        samples_per_prompt: k, at least 2.
+        advantage_scaling: `group` divides by the std, `none` leaves r_i - mean (Liu et al., arXiv 2503.20783).
+        eps: Added to the standard deviation.
+    """
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(0.04, estimator="k3", where="loss", reach="one_step"))
     loss_aggregation: str = "sequence_mean"
@@ -53,6 +57,7 @@ class GRPO(Algorithm):
             raise ValueError(f"grpo with advantage_scaling {self.advantage_scaling!r}; choose group or none")
 
     def prepare(self, rollout: Rollout) -> Rollout:
+        """See `grpo_advantages`."""
         reward = clip(rollout.rewards, self.clip_reward_value) if self.clip_on == "reward" else rollout.rewards
         advantages = grpo_advantages(
             reward, self.samples_per_prompt, scale_by_std=self.advantage_scaling == "group", eps=self.eps

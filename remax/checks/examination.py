@@ -54,11 +54,17 @@ def examine(
     max_prompt_tokens: int,
     reload_limit: int = 500_000_000,
 ) -> Report:
-    """Every rank calls it with as many prompts as the others.
+    """Makes all checks; every rank calls it with as many prompts as the others.
 
-    prompts: a batch of this rank's, of which a few rows are used.   pairs: batches of held-out pairs, see
-    `held_out_pairs`.
-    reload_limit: an actor of more parameters is not written to disk and read again; 0: none is.
+    Args:
+        actor: The policy.
+        reward: What scores its answers.
+        tokenizer: The actor's.
+        prompts: A batch of this rank's, of which a few rows are used.
+        reference: The frozen policy, where it is loaded.
+        pairs: Batches of held-out pairs, see `held_out_pairs`.
+        max_prompt_tokens: Length of the longest prompt in training.
+        reload_limit: An actor of more parameters is not written to disk and read again; 0: none is.
     """
     findings = [
         *check_tokens(actor, reward, reference, tokenizer),

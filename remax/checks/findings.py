@@ -42,6 +42,7 @@ class Report:
 
     @property
     def failures(self) -> list[Finding]:
+        """What forbids training."""
         return [found for found in self.findings if found.result == FAILURE]
 
     def table(self) -> str:
@@ -56,10 +57,15 @@ class Report:
         return "\n".join(lines)
 
     def json(self) -> str:
+        """The findings for programs."""
         return json.dumps({"healthy": not self.failures, "findings": [asdict(found) for found in self.findings]})
 
     def refuse_failures(self) -> None:
-        """Raises UserError naming every failed check and its remedy."""
+        """Does nothing for a healthy report.
+
+        Raises:
+            UserError: Names every failed check and its remedy.
+        """
         if self.failures:
             what = "; ".join(f"{found.check}: {found.figure}. {found.remedy}" for found in self.failures)
             raise UserError(f"the examination failed (--skip_doctor trains all the same). {what}")
@@ -78,11 +84,13 @@ class Gap:
 
 
 def gap(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Gap:
+    """The distance between two tensors of one shape, where `mask` is True."""
     distance = (a.double() - b.double()).abs()
     return combine(distance[mask] if mask is not None else distance)
 
 
 def combine(distance: Tensor) -> Gap:
+    """This rank's distances together with those of the other ranks."""
     parts = gather_objects((float(distance.sum()), float(distance.max()), distance.numel()))
     sums, largest, counts = zip(*parts, strict=True)
     return Gap(sum(sums) / sum(counts), max(largest), sum(counts))

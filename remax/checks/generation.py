@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remax.checks.findings import SKIPPED, TOLERANCE, WARNING, Finding, combine, finding, gap
-from remax.checks.rewards import called
+from remax.checks.rewards import label_of
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import FrozenEngine
@@ -18,6 +18,7 @@ from remax.engines.roles import Role
 from remax.generation.decode import rollout_with_scores
 from remax.models.loading import evaluating
 from remax.rewards.composite import CompositeReward
+from utils.present import present
 
 PROBE_ROWS = 4  # prompts on each rank, besides one that is there to be padded
 PROBE_TOKENS = 32
@@ -25,10 +26,13 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True)
 class Probe:
-    """Answers to a few prompts, generated as training generates them. The last row is the second half of the longest
-    prompt, so that padding always occurs.
+    """Answers to a few prompts, generated as training generates them.
 
-    drawn_from: (B, A) log-probs of the sampled tokens in the distributions that generation drew them from.
+    Attributes:
+        prompts: The last row is the second half of the longest prompt, so that padding always occurs.
+        sampled: B sampled answers.
+        greedy: B greedy answers.
+        drawn_from: (B, A) log-probs of the sampled tokens in the distributions that generation drew them from.
     """
 
     prompts: Prompts
@@ -46,12 +50,14 @@ def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
 
 
 def take_probe(actor: Actor, prompts: Prompts) -> Probe:
+    """Has the actor answer the first few prompts."""
     prompts = with_padded_row(prompts, PROBE_ROWS)
     settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
     with actor.generating() as synced:
         sampled, greedy, scores = rollout_with_scores(
             actor.model.hf, prompts, settings, synced_gpus=synced, decoder=actor.decoder
         )
+    sampled, greedy = present(sampled, "the sampled rollout"), present(greedy, "the greedy rollout")
     return Probe(prompts, sampled, greedy, score_logprobs(scores, sampled.answer_ids))
 
 
@@ -119,6 +125,7 @@ def check_padding(actor: Actor, probe: Probe) -> Finding:
             _, greedy, scores = rollout_with_scores(
                 actor.model.hf, prompts, settings, samples=0, synced_gpus=synced, decoder=actor.decoder
             )
+        greedy = present(greedy, "the greedy rollout")
         answers.append(greedy.answer_ids[-1][: int(greedy.answer_lengths[-1])])
         steps.append([step[-1:] for step in scores])
     n = min(len(answer) for answer in answers)
@@ -153,8 +160,9 @@ def check_noise(actor: Actor, probe: Probe, vocabulary: int) -> Finding:
 
 
 def check_batching(actor: Actor, reward: CompositeReward, probe: Probe) -> Finding:
-    """Log-probs, and every reward model's scores, of the shortest and the longest row are the same in the batch and
-    alone.
+    """The shortest and the longest row have the same log-probs and scores in the batch and alone.
+
+    The scores are those of every reward model.
     """
     sequences = probe.sampled
     rows = [int(sequences.lengths.argmin()), int(sequences.lengths.argmax())]
@@ -164,11 +172,11 @@ def check_batching(actor: Actor, reward: CompositeReward, probe: Probe) -> Findi
     policy = combine(torch.cat([(logprobs[i, : len(x)] - x).abs() for i, x in zip(rows, alone, strict=True)]))
     figure, good, worst = f"log-probs differ by {policy} nats", policy.mean <= TOLERANCE[actor.engine.config.dtype], 0.0
     for part in reward.models:
-        scores = part.scorer.score(sequences).double()[rows]
-        alone = torch.cat([part.scorer.score(row) for row in single]).double()
-        judge = combine((scores - alone).abs() / (1 + scores.abs())).largest
-        figure += f", {called('scores', part, reward)} by {judge:.2g} of their size"
-        good, worst = good and judge <= TOLERANCE[part.scorer.engine.config.dtype], max(worst, judge)
+        scores = part.model.score(sequences).double()[rows]
+        scored_alone = torch.cat([part.model.score(row) for row in single]).double()
+        judge = combine((scores - scored_alone).abs() / (1 + scores.abs())).largest
+        figure += f", {label_of('scores', part, reward)} by {judge:.2g} of their size"
+        good, worst = good and judge <= TOLERANCE[part.model.engine.config.dtype], max(worst, judge)
     return finding(
         "rows do not touch one another",
         good,

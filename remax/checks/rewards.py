@@ -32,7 +32,7 @@ ENOUGH_PER_SIDE = 50
 ONE_SIDED_95 = 1.645  # standard errors above chance
 
 
-def called(what: str, part: Part, reward: CompositeReward) -> str:
+def label_of(what: str, part: Part, reward: CompositeReward) -> str:
     """`what`, and which one, where there are several parts."""
     return f"{what} {part.name}" if reward.part_names else what
 
@@ -43,13 +43,13 @@ def check_scores(reward: CompositeReward, answers: Sequence[Sequences]) -> list[
     A reward model that scores all answers alike is broken. A function may: a rule that no answer of these few keeps.
     """
     total, parts = zip(*map(reward.score_parts, answers), strict=True)
-    columns = {"scores are finite and differ": (total, bool(reward.models))}
+    columns = {"scores are finite and differ": (list(total), bool(reward.models))}
     for part in reward.parts if reward.part_names else ():
         columns[f"scores of {part.name} differ"] = ([scores[part.name] for scores in parts], part in reward.models)
     findings = []
     for name, (scores, from_model) in columns.items():
-        values = [x for ranks in gather_objects(torch.cat(list(scores)).tolist()) for x in ranks]
-        values = torch.tensor(values, dtype=torch.float64)
+        of_all_ranks = [x for ranks in gather_objects(torch.cat(scores).tolist()) for x in ranks]
+        values = torch.tensor(of_all_ranks, dtype=torch.float64)
         finite, spread = bool(values.isfinite().all()), float(values.std())
         remedy = (
             "--reward_dtype fp32 or bf16 where scores overflow; a constant one teaches nothing: train the reward model"
@@ -74,12 +74,14 @@ def check_ranking(reward: CompositeReward, pairs: Iterable[PairBatch] | None) ->
     for part in reward.models:
         rows = []
         for batch in map(to_device, pairs):
-            chosen, rejected = pair_scores(part.scorer, batch)
+            chosen, rejected = pair_scores(part.model, batch)
             real = batch.weight > 0
             columns = (chosen, rejected, batch.chosen_lengths, batch.rejected_lengths)
             rows.append(torch.stack([column[real].double().cpu() for column in columns]))  # (4, b)
         every = torch.cat([share for shares in gather_objects(rows) for share in shares], 1)
-        findings += ranking_findings(*every, name=called("reward model", part, reward))
+        scores_chosen, scores_rejected, lengths_chosen, lengths_rejected = every
+        label = label_of("reward model", part, reward)
+        findings += ranking_findings(scores_chosen, scores_rejected, lengths_chosen, lengths_rejected, label)
     return findings
 
 

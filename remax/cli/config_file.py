@@ -1,6 +1,8 @@
 """The file of --config: a flat mapping from flags to values, or the run.json of an earlier run."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,28 @@ def read_config(file: str) -> Config:
     """Reads json where the name ends so, else yaml.
 
     Raises:
-        UserError: no such file, or its content is no mapping.
+        UserError: no such file, its content is no mapping, or a key is there twice.
     """
     where, is_json = f"--config {file}", file.endswith(".json")
     import yaml  # only runs with a file pay for it
 
+    def once(keys: Iterable[Any]) -> None:
+        for key, count in Counter(map(str, keys)).items():
+            if count > 1:
+                raise UserError(f"{where}: {key}: is set {count} times; expected once")
+
+    def json_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        once(key for key, _ in pairs)
+        return dict(pairs)
+
+    class YamlLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            once(key.value for key, _ in node.value)
+            return super().construct_mapping(node, deep)
+
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
-        content = json.loads(text) if is_json else yaml.safe_load(text)
+        content = json.loads(text, object_pairs_hook=json_mapping) if is_json else yaml.load(text, YamlLoader)
     except FileNotFoundError:
         raise UserError(f"{where}: no such file (looked from {Path.cwd()})") from None
     except OSError as error:

@@ -274,13 +274,17 @@ def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> d
     where, config = f"--config {file}", read_config(file)
     if config.stage is not None and config.stage != stage:
         raise UserError(f"{where}: is a run of {config.stage}, not of {stage or 'this program'}")
-    values = {}
+    values: dict[str, Any] = {}
+    keys: dict[str, Any] = {}  # by the flag that they name
     for key, value in config.values.items():
         name = str(key).removeprefix("--").replace("-", "_")
         if name not in flags:
             if config.stage is not None:
                 continue  # such as the notices of a run
             raise UserError(f"{where}: {key}: {_correction(f'--{name}', flags)}")
+        if name in keys:
+            raise UserError(f"{where}: {key}: is the same flag as {keys[name]}; expected once")
+        keys[name] = key
         if name == "config" and config.stage is None:
             raise UserError(f"{where}: {key}: a file cannot name another one")
         if value is None or name in ("config", "local_rank"):

@@ -87,10 +87,12 @@ class Request:
 
     @property
     def prompt(self) -> str:
+        """The prompt as the corpus writes it."""
         request = REQUESTS[self.phrasing].format(number=self.number, kind=self.kind, occasion=self.occasion)
         return PROMPT.format(request=request)
 
     def fill(self, template: str) -> str:
+        """A template of the grammar with this request's words."""
         return template.format(number=self.number, kind=self.kind, occasion=self.occasion)
 
 
@@ -155,6 +157,7 @@ class Judgement:
 
     @property
     def reward(self) -> float:
+        """The true reward, in points."""
         completeness = 2.0 * self.right / self.asked
         courtesy = 0.5 * min(self.courtesies, 2)
         return max(WORST_REWARD, completeness + courtesy - 0.5 * self.faults)

@@ -2,7 +2,7 @@
 
     python -m remax.demo --output_dir output/demo
 
-reads what `utils.demo` and the three stages' training_scripts/demo/run_demo.sh have written below that folder. It
+reads what `remax.demo.prepare` and the stages' training_scripts/demo/run_demo.sh have written below that folder. It
 prints a table, and writes the same numbers to summary.json, reward, KL and length over the steps to training.png, and
 answers before and after to samples.md. The corpus knows the true reward of every answer, so that nobody has to believe
 the learned one.
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from remax.demo.corpus import (
@@ -64,6 +65,7 @@ BATCH_SIZE = 100
 
 
 def main() -> None:
+    """Measures, writes the files and prints the table."""
     args = parse()
     quiet_libraries()
     started = time.perf_counter()
@@ -95,6 +97,7 @@ def main() -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
     parser = argparse.ArgumentParser(prog="python -m remax.demo", description="Reports what the demo has learnt.")
     parser.add_argument("--output_dir", default="output/demo", help="the demo's folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
@@ -107,7 +110,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage has left in its folder.   seconds: from its start to its last record."""
+    """What a stage has left in its folder.
+
+    Attributes:
+        folder: Its --output_dir.
+        arguments: Its flags.
+        metrics: The records of metrics.jsonl.
+        seconds: From its start to its last record.
+    """
 
     folder: Path
     arguments: dict[str, Any]
@@ -145,7 +155,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def measure(
     data: Path, folders: dict[str, Path], stages: dict[str, Stage], seed: int
-) -> tuple[dict[str, Any], dict[str, list[dict]]]:
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The summary's figures, and each policy's sampled answers: rows {prompt, answer, reward, true_reward, length}.
 
     Every policy gives each held-out prompt one answer at temperature 1, as in training, and a greedy one.
@@ -156,7 +166,7 @@ def measure(
     longest_prompt = stages["remax"].arguments["max_prompt_seq_len"]
     rows = load_data_set(str(data), cache_dir=None, announce=False)[1]
 
-    def loader(stage: int, tokenizer: PreTrainedTokenizerBase, max_len: int):
+    def loader(stage: int, tokenizer: PreTrainedTokenizerBase, max_len: int) -> DataLoader:
         encoded = encode_rows(rows, Encoder(KINDS[stage], tokenizer, max_len), cache_dir=None, names=Names("eval"))
         collate = partial(COLLATORS[KINDS[stage]], pad_id=tokenizer.pad_token_id)
         return make_loader(encoded, EvalSampler(len(encoded)), BATCH_SIZE, collate)
@@ -174,7 +184,8 @@ def measure(
     reward = Reward(FrozenEngine(reward_model, config))
     actors = {name: actor(name) for name in POLICIES}
     reference = Reference(actors["SFT"].engine)
-    figures, answers = {}, {}
+    figures: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
     for name, policy in actors.items():
         prompts = loader(2, tokenizers[name], longest_prompt)
         demonstrations = loader(0, tokenizers[name], longest["sft"])
@@ -203,17 +214,17 @@ def measure(
     return summary, answers
 
 
-def texts(rows: Sequence[dict]) -> tuple[list[str], list[str]]:
+def texts(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """Prompts and answers."""
     return [row["prompt"] for row in rows], [row["answer"] for row in rows]
 
 
-def with_true_rewards(rows: Sequence[dict]) -> list[dict]:
+def with_true_rewards(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of an evaluation and their true rewards."""
     return [row | {"true_reward": true_reward(row["prompt"], row["answer"])} for row in rows]
 
 
-def judge_ranking(figures: dict[str, float], rows: list[dict]) -> dict[str, float]:
+def judge_ranking(figures: dict[str, float], rows: list[dict[str, Any]]) -> dict[str, float]:
     """Accuracy on held-out pairs, beside what can be reached: preferences are drawn, the better answer loses some."""
     accuracy, n = figures["accuracy"], len(rows)
     return {
@@ -285,7 +296,7 @@ def table(summary: dict[str, Any]) -> str:
     )
 
 
-def samples(answers: dict[str, list[dict]]) -> str:
+def samples(answers: dict[str, list[dict[str, Any]]]) -> str:
     """Some prompts, spread over the data set, with the answers before and after training, as Markdown."""
     count = len(answers["SFT"])
     lines = [
@@ -324,17 +335,20 @@ TRAIN, BASELINE, HELD_OUT, GOAL = "#8fb4d9", "#e3b77c", "#1f4e79", "#5a8f3c"
 
 def plot(path: Path, stage: Stage, summary: dict[str, Any]) -> None:
     """Learned reward, true reward, KL and length over ReMax's steps: training as lines, held-out prompts as points."""
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.8), dpi=130, layout="constrained")
     axes = dict(zip(("learned", "true", "kl", "length"), figure.subplots(2, 2, sharex=True).flat, strict=True))
 
-    def lines(axis, name: str, label: str, color: str) -> None:
+    def lines(axis: Axes, name: str, label: str, color: str) -> None:
         steps, values = stage.series(f"train/{name}")
         axis.plot(steps, values, color=color, linewidth=0.8, alpha=0.45)
         axis.plot(steps, moving_average(values, max(1, len(values) // 15)), color=color, linewidth=2, label=label)
 
-    def points(axis, steps: Sequence[int], values: Sequence[float], errors: Sequence[float] | None = None) -> None:
+    def points(
+        axis: Axes, steps: Sequence[int], values: Sequence[float], errors: Sequence[float] | None = None
+    ) -> None:
         axis.errorbar(
             steps,
             values,
@@ -348,7 +362,7 @@ def plot(path: Path, stage: Stage, summary: dict[str, Any]) -> None:
             label="held-out prompts" + (" (± 1 standard error)" if errors else ""),
         )
 
-    def held_out(axis, name: str, errors: str | None = None) -> None:
+    def held_out(axis: Axes, name: str, errors: str | None = None) -> None:
         points(axis, *stage.series(f"eval/{name}"), stage.series(f"eval/{errors}")[1] if errors else None)
 
     lines(axes["learned"], "baseline", "greedy answers in training", BASELINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -52,7 +53,7 @@ def tiny_config(
     layers: int = 2,
     heads: int = 4,
     max_positions: int = 1024,
-    **overrides,
+    **overrides: Any,
 ) -> PretrainedConfig:
     """A small configuration of one of `ARCHITECTURES`; `overrides` are further fields of it, such as eos_token_id.
 
@@ -83,7 +84,7 @@ def tiny_config(
     return gated[architecture](vocab_size=vocab_size, **(sizes | overrides))
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=32, layers=2, heads=4),
     "small": dict(hidden_size=64, layers=2, heads=4),
     # Initial weights wider than the usual 0.02: so narrow a model then learns several times faster.

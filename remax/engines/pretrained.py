@@ -1,5 +1,6 @@
-"""Models of a folder or the hub with their tokenizer, in a role and ready to be asked: one call each, for programs of
-one's own. The stages' programs load by their flags, see `remax.stages.models`.
+"""Models of a folder or the hub with their tokenizer, in a role and ready to be asked.
+
+One call each, for programs of one's own. The stages' programs load by their flags, see `remax.stages.models`.
 """
 
 from __future__ import annotations

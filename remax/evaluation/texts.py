@@ -1,7 +1,4 @@
-"""Models at work, without training: answers to prompts and scores of texts, in one process or on several ranks.
-
-What is measured on whole data sets is in `evaluation`; it takes the actor of this file as well as one that learns.
-"""
+"""Scores of texts by a reward model, without training, in one process or on several ranks."""
 
 from __future__ import annotations
 

@@ -10,10 +10,13 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -59,23 +62,28 @@ def check_length(config: PreTrainedConfig, tokens: int, flags: str, model_flag: 
 
 
 def zero_dropout(config: PreTrainedConfig) -> None:
-    """Every dropout rate of the configuration to 0. Families name them differently: OPT `dropout`, GPT-2 `resid_pdrop`,
-    ...
-    """
+    """Sets every dropout rate of the configuration to 0, by whatever name the family has for it."""
     for name, value in list(config.to_dict().items()):
         if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
             setattr(config, name, 0.0)
 
 
-def from_pretrained(auto_class: type, name_or_path: str, flag: str, **kwargs) -> tuple[PreTrainedModel, dict]:
+def from_pretrained(
+    auto_class: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    name_or_path: str,
+    flag: str,
+    **options: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`auto_class.from_pretrained`, with its loading report; loading trouble becomes one line naming the flag."""
     try:
-        return auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        loaded: Any = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+        return loaded
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: cannot load {name_or_path!r}: {str(error).strip().splitlines()[0]}") from error
 
 
 def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:
+    """Turns gradient checkpointing on where it is asked for."""
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -89,6 +97,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def embedded_tokens(hf: PreTrainedModel) -> int:
+    """Rows of the input embedding: token ids must be smaller."""
+    return cast(nn.Embedding, hf.get_input_embeddings()).num_embeddings
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -53,8 +53,18 @@ def attend_in_pieces(
 ) -> tuple[Tensor, None]:
     """Causal attention within each of the pieces that the only row consists of: an attention of transformers.
 
-    query: (1, heads, N, D).   key, value: (1, key heads, N, D).   piece_lengths: add up to N.
-    sliding_window: a token sees so many, itself included.   -> (1, N, heads, D).
+    Args:
+        module: The attention layer.
+        query: (1, heads, N, D).
+        key: (1, key heads, N, D).
+        value: (1, key heads, N, D).
+        attention_mask: None; transformers makes no mask for this attention.
+        piece_lengths: Tokens of each piece; they add up to N.
+        sliding_window: So many tokens does a token see, itself included.
+        **options: For transformers' own attention.
+
+    Returns:
+        (1, N, heads, D), and no attention weights.
     """
     parts, longest = [], max(piece_lengths)
     for q, k, v in zip(*(x.split(piece_lengths, dim=2) for x in (query, key, value)), strict=True):
@@ -80,7 +90,7 @@ def prepare_packing(hf: PreTrainedModel) -> None:
     """Gives the model an attention that keeps pieces apart.
 
     Raises:
-        UserError: it can have none, as far as its type tells; `engines.check_packing` proves it on its numbers.
+        UserError: It can have none, as far as its type tells; `remax.checks.packing` proves it on its numbers.
     """
     config, forward = hf.config, inspect.signature(hf.base_model.forward).parameters
     refusal = f"--packing: cannot be used with models of the type {config.model_type!r}"
@@ -113,7 +123,11 @@ def unpacked(model: Reader) -> Iterator[None]:
 class Packed:
     """The rows of a batch joined to one, without padding.
 
-    input_ids, position_ids: (1, N).   start: (B,) column of each piece's first token.   lengths: (B,), N in all.
+    Attributes:
+        input_ids: (1, N).
+        position_ids: (1, N), from zero in each piece.
+        start: (B,) column of each piece's first token.
+        lengths: (B,) tokens of each piece, N in all.
     """
 
     input_ids: Tensor
@@ -123,13 +137,16 @@ class Packed:
 
     @classmethod
     def join(cls, sequences: Sequences) -> Packed:
+        """The rows in their order."""
         lengths, mask = sequences.lengths, sequences.mask
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         return cls(sequences.input_ids[mask][None], positions[mask][None], lengths.cumsum(0) - lengths, lengths)
 
     def at(self, values: Tensor, columns: Tensor) -> Tensor:
-        """(1, N, ...) values of the tokens -> those at the pieces' columns: (B, ...) for columns (B,), (B, A, ...) for
-        columns (B, A). Behind a piece's end stands its last token's.
+        """(1, N, ...) values of the tokens -> those at some columns of the pieces.
+
+        They are (B, ...) for columns (B,) and (B, A, ...) for columns (B, A). Beyond the end of a piece, the values of
+        its last token are repeated.
         """
         tail = (slice(None), *[None] * (columns.dim() - 1))
         return values[0, self.start[tail] + torch.minimum(columns, self.lengths[tail] - 1)]
@@ -141,7 +158,7 @@ def last_hidden(hf: PreTrainedModel, sequences: Sequences, columns: Tensor, pack
         states = hf.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
         return sequences.at(states, columns)
     packed = Packed.join(sequences)
-    pieces = {"position_ids": packed.position_ids}
+    pieces: dict[str, Any] = {"position_ids": packed.position_ids}
     if hf.config._attn_implementation == IN_PIECES:
         pieces["piece_lengths"] = tuple(packed.lengths.tolist())
     states = hf.base_model(input_ids=packed.input_ids, use_cache=False, **pieces).last_hidden_state  # (1, N, H)

@@ -29,9 +29,7 @@ class FunctionReward:
 
     It reads what the policy read and wrote, decoded without special tokens. So a prompt that was cut to
     --max_prompt_seq_len has lost its beginning, and the answer has neither end token nor padding: one that ended at
-    once is "".
-
-    timeout: seconds, see `RewardFunction`.
+    once is "". See `RewardFunction` for `timeout`.
     """
 
     def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float = 0.0):
@@ -41,7 +39,7 @@ class FunctionReward:
         """(B,) float32.
 
         Raises:
-            UserError: the function failed; names the sample.
+            UserError: The function failed; names the sample.
         """
         return torch.tensor(self.score_texts(*self.texts(sequences)), dtype=torch.float32, device=device())
 
@@ -57,10 +55,13 @@ class FunctionReward:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """As `score`, of B texts. Every rank calls it; where one fails all raise its error, so that none waits for it
-        in vain. The random state is put back: a function that seeds would have every step draw the same answers.
+        """As `score`, of B texts.
+
+        Every rank calls it; where one fails all raise its error, so that none waits for it in vain. The random state is
+        put back: a function that seeds would have every step draw the same answers.
         """
-        values, failure = [], None
+        values: list[float] = []
+        failure: str | None = None
         try:
             with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
                 values = self.function(prompts, answers, self.timeout)
@@ -82,9 +83,15 @@ def _begin(text: str) -> str:
 
 @dataclass
 class Part:
-    """weight * (score - mean) / std.
+    """One summand of the reward: weight * (score - mean) / std.
 
-    name: for logs.   tokenizer: a reward model's own; None for a function.
+    Attributes:
+        name: For logs.
+        scorer: Gives the score.
+        weight: Below 0 for a penalty.
+        mean: Subtracted from the score.
+        std: Divides the score.
+        tokenizer: A reward model's own; None for a function.
     """
 
     name: str
@@ -93,6 +100,13 @@ class Part:
     mean: float = 0.0
     std: float = 1.0
     tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def model(self) -> Reward:
+        """The scorer of a part that is a reward model."""
+        if isinstance(self.scorer, FunctionReward):
+            raise TypeError(f"{self.name} is a function and no reward model")
+        return self.scorer
 
 
 class CompositeReward:
@@ -118,7 +132,7 @@ class CompositeReward:
     def score_parts(self, sequences: Sequences, forwards: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) rewards, and where there are several parts the (B,) score of each as it gave it, by name.
 
-        forwards: see `Reward.score`. A function gets all rows at once, as a remote one is best asked.
+        See `Reward.score` for `forwards`. A function gets all rows at once, as a remote one is best asked.
         """
         scores = {
             part.name: part.scorer.score(sequences)
@@ -126,16 +140,17 @@ class CompositeReward:
             else part.scorer.score(sequences, forwards)
             for part in self.parts
         }
-        rewards = sum(part.weight * (scores[part.name] - part.mean) / part.std for part in self.parts)
-        return rewards, {name: scores[name] for name in self.part_names}
+        terms = (part.weight * (scores[part.name] - part.mean) / part.std for part in self.parts)
+        return sum(terms, start=torch.zeros(())), {name: scores[name] for name in self.part_names}
 
 
 def try_functions(rewards: Iterable[FunctionReward], prompts: Sequence[str]) -> None:
-    """Asks every function about real prompts and two made-up answers, an empty one and a short one, so that a faulty
-    one is found before models are loaded.
+    """Asks every function about real prompts and two made-up answers, an empty one and a short one.
+
+    So a faulty function is found before models are loaded.
 
     Raises:
-        UserError: see `FunctionReward.score`.
+        UserError: See `FunctionReward.score`.
     """
     texts = [(prompt, answer) for prompt in prompts for answer in ("", " I do not know.")]
     for reward in rewards:

@@ -1,5 +1,7 @@
-"""Rewards that are plain Python functions of texts: finding one by its name, calling it in the manner that its
-parameters ask for, and saying which sample it failed on.
+"""Rewards that are plain Python functions of texts.
+
+A function is found by its name and called in the manner that its parameters ask for, and errors say which sample it
+failed on.
 
     def short(prompt, answer):               # one sample at a time -> a number
     def short(prompts, answers):             # lists -> as many numbers: a list, an array, a tensor
@@ -53,7 +55,11 @@ class TimeOut(BaseException):
 class RewardFunction:
     """A function with what its signature says of it.
 
-    entry: `module:function` as it was given, for errors.   batched: takes lists.   asynchronous: is awaited.
+    Attributes:
+        entry: `module:function` as it was given, for errors.
+        function: The function itself.
+        batched: Whether it takes lists.
+        asynchronous: Whether it is awaited.
     """
 
     entry: str
@@ -62,10 +68,15 @@ class RewardFunction:
     asynchronous: bool
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str], timeout: float = 0.0) -> list[float]:
-        """One finite number for each of B samples. timeout: seconds for a sample, or for a batched call; 0: none.
+        """One finite number for each of B samples.
+
+        Args:
+            prompts: B prompts.
+            answers: B answers.
+            timeout: Seconds for a sample, or for a batched call; 0: none.
 
         Raises:
-            SampleError: the function raised, took too long, or gave something else than finite numbers.
+            SampleError: The function raised, took too long, or gave something else than finite numbers.
         """
         prompts, answers, count = list(prompts), list(answers), len(prompts)  # lists of its own, that it may change
         with _staying_here():
@@ -152,10 +163,14 @@ def _staying_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float, told: float | None = None) -> Iterator[None]:
-    """Raises TimeOut inside after so many seconds; 0: never. told: the limit that the error names.
+    """Raises TimeOut inside after so many seconds; 0: never.
 
-    By the interval timer's signal, since only that interrupts a regular expression that runs away, and since the
+    It uses the interval timer's signal, since only that interrupts a regular expression that runs away, and since the
     function stays in the main thread. It needs Unix; code that never comes back from a C library is not interrupted.
+
+    Args:
+        seconds: The limit.
+        told: The limit that the error names, where it is another one.
     """
     if not seconds:
         yield
@@ -208,8 +223,9 @@ def _shown(value: Any) -> str:
 
 
 def _in_words(error: BaseException) -> str:
-    """`ZeroDivisionError: division by zero (rules.py, line 4: return 1 / len(answer))`: the innermost line of the
-    function's own file.
+    """The error with the innermost line of the function's own file.
+
+    Such as `ZeroDivisionError: division by zero (rules.py, line 4: return 1 / len(answer))`.
     """
     ours = (__file__, str(Path(asyncio.__file__).parent), "<frozen importlib")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
@@ -226,11 +242,13 @@ def _in_words(error: BaseException) -> str:
 
 @functools.cache
 def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
-    """`module:function` or `path/to/file.py:function`; a module is one that Python finds, or else a file below the
-    working folder. Each is imported once.
+    """The function of an entry `module:function` or `path/to/file.py:function`.
+
+    A module is one that Python finds, or else a file below the working folder. Each is imported once.
 
     Raises:
-        UserError: no such module, one that cannot be imported, no such function, or one with other parameters.
+        UserError: There is no such module or function, the module cannot be imported, or the function has other
+            parameters.
     """
     source, _, name = entry.rpartition(":")
     is_file = source.endswith(".py")
@@ -265,6 +283,7 @@ def reward_function(function: Callable[..., Any], entry: str = "", flag: str = "
 
 
 def _import(source: str, is_file: bool, given: str) -> ModuleType:
+    path: Path | None
     if is_file:
         path = Path(source).expanduser()
         if not path.is_file():
@@ -298,6 +317,7 @@ def _import_file(path: Path) -> ModuleType:
     name = f"reward_file:{path}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # as for every file that ends with .py
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses and pickle look there
         try:

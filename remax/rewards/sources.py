@@ -18,8 +18,10 @@ from utils.data.names import split_weight
 class Source:
     """One part of the reward.
 
-    name: folder or hub name of a model, `module:function` of a function.   weight: below 0 for a penalty.
-    label: short, distinct among all parts, for logs.
+    Attributes:
+        name: Folder or hub name of a model, `module:function` of a function.
+        weight: Below 0 for a penalty.
+        label: A short name for logs, distinct among all parts.
     """
 
     name: str
@@ -35,7 +37,7 @@ def reward_sources(
     """Models and functions from their entries, each `name` or `name:weight` (default 1).
 
     Raises:
-        UserError: a weight that is 0 or no number.
+        UserError: A weight is 0 or no number.
     """
     split = [split_weight(entry, flags[0], negative=True) for entry in models]
     split += [split_weight(entry, flags[1], negative=True) for entry in functions]

@@ -30,13 +30,12 @@ def data_config(
     """What the flags say about the data.
 
     Args:
-        args: the flags of a stage.
-        record_in: folder for data.json.
+        args: The flags of a stage.
+        record_in: Folder for data.json.
     """
-    first, second = isinstance(args, Step1Arguments), isinstance(args, Step2Arguments)
     return DataConfig(
         data_path=args.data_path,
-        sft_only_data_path=args.sft_only_data_path if first else (),
+        sft_only_data_path=args.sft_only_data_path if isinstance(args, Step1Arguments) else (),
         columns=args.columns,
         data_split=args.data_split,
         data_seed=args.data_seed,
@@ -44,9 +43,9 @@ def data_config(
         cache_dir=args.data_output_path,
         num_proc=args.preprocessing_num_workers,
         overlong=args.overlong,
-        train_on=args.train_on if first else "last",
-        need_margin=second and args.use_margin,
-        best_and_worst=second and args.loss != "ranking",
+        train_on=args.train_on if isinstance(args, Step1Arguments) else "last",
+        need_margin=isinstance(args, Step2Arguments) and args.use_margin,
+        best_and_worst=isinstance(args, Step2Arguments) and args.loss != "ranking",
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer,
         record_in=record_in,
@@ -101,11 +100,11 @@ class PromptData:
     """What step 3 reads.
 
     Attributes:
-        train: prompts.
-        evaluation: held-out prompts.
-        answers: those with their chosen answers, where the data has some.
-        plain_text: endless batches for the language-modelling mix, where they are asked for.
-        held_out: the rows of the evaluation as text, with --streaming.
+        train: Prompts.
+        evaluation: Held-out prompts.
+        answers: Those with their chosen answers, where the data has some.
+        plain_text: Endless batches for the language-modelling mix, where they are asked for.
+        held_out: The rows of the evaluation as text, with --streaming.
     """
 
     train: DataLoader

@@ -58,7 +58,7 @@ def load_policy_model(spec: ModelSpec, tokenizer: Tokenizer) -> PolicyModel:
 
 
 def load_scorer(spec: ModelSpec, tokenizer: Tokenizer, *, new_head: bool = False) -> RewardModel:
-    """A reward model, in the same way. `new_head`: see `load_reward_model`."""
+    """A reward model, in the same way. See `load_reward_model` for `new_head`."""
     with loading(spec.engine):
         model = load_reward_model(
             spec.name,
@@ -104,8 +104,8 @@ class Tokenizers:
     """The tokenizers of step 3.
 
     Attributes:
-        actor: also the reference's.
-        rewards: of each reward model, in the order of their flag.
+        actor: Also the reference's.
+        rewards: Of each reward model, in the order of their flag.
         critic: PPO's.
     """
 
@@ -116,7 +116,7 @@ class Tokenizers:
 
 @dataclass(frozen=True)
 class Models:
-    """The roles of step 3. critic: PPO's."""
+    """The roles of step 3; the critic is PPO's."""
 
     actor: Actor
     reference: Reference
@@ -172,7 +172,7 @@ def _check_scorer(args: Step3Arguments, name: str, flag: str, tokenizer: Tokeniz
 
 
 def reward_functions(args: Step3Arguments | DoctorArguments, tokenizer: Tokenizer) -> list[Part]:
-    """The parts of the reward that are Python functions. tokenizer: the actor's."""
+    """The parts of the reward that are Python functions; the tokenizer is the actor's."""
     _, functions = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     return [
         Part(source.label, FunctionReward(load_function(source.name), tokenizer, args.reward_fn_timeout), source.weight)
@@ -186,9 +186,10 @@ def build_reward(
     """All parts of the reward.
 
     Args:
-        engine: of each reward model.
-        tokenizer: the actor's.
-        own: the reward models' tokenizers.
+        args: The flags.
+        engine: Of each reward model.
+        tokenizer: The actor's.
+        own: The reward models' tokenizers.
     """
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     flag, parts = "--reward_model_name_or_path", []
@@ -202,7 +203,10 @@ def build_reward(
 
 
 def build_models(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Models:
-    """Actor, reference, reward, and for PPO a critic; each is loaded by its own ZeRO stage. steps: of the optimizer."""
+    """Actor, reference, reward, and for PPO a critic; each is loaded by its own ZeRO stage.
+
+    The optimizer takes `steps` steps.
+    """
     tokenizer, spec = tokenizers.actor, actor_model(args)
     distribution, chunk_size = evaluated_distribution(args), args.logprob_chunk_size
     actor = Actor(

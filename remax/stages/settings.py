@@ -30,8 +30,14 @@ class ModelSpec:
     """A model to load: where it is, how it is spread over the ranks, and what is done to it.
 
     Attributes:
-        name: folder or hub name.
-        flag: the flag that errors name.
+        name: Folder or hub name.
+        flag: The flag that errors name.
+        engine: How it is spread.
+        attn_implementation: The attention of transformers that it uses; None: its default.
+        disable_dropout: Sets every dropout rate to 0.
+        gradient_checkpointing: Computes activations again in the backward pass.
+        packing: See `remax.models.packing`.
+        lora: Adapters to add.
     """
 
     name: str
@@ -58,6 +64,7 @@ def _optimizer(args: Arguments, steps: int, **rates: float) -> OptimizerConfig:
 
 
 def finetune_engine(args: FinetuneArguments) -> EngineConfig:
+    """How steps 1 and 2 spread the model that they train."""
     return EngineConfig(
         zero_stage=args.zero_stage,
         offload=args.offload,
@@ -90,6 +97,7 @@ def finetune_reference(args: Step2Arguments) -> ModelSpec:
 
 
 def finetune_optimizer(args: FinetuneArguments, steps: int) -> OptimizerConfig:
+    """The optimizer of steps 1 and 2."""
     return _optimizer(
         args,
         steps,
@@ -100,6 +108,7 @@ def finetune_optimizer(args: FinetuneArguments, steps: int) -> OptimizerConfig:
 
 
 def finetune_cadence(args: FinetuneArguments) -> Cadence:
+    """The loop of steps 1 and 2."""
     return Cadence(
         epochs=args.num_train_epochs,
         batches_per_step=args.gradient_accumulation_steps,
@@ -112,6 +121,7 @@ def finetune_cadence(args: FinetuneArguments) -> Cadence:
 
 
 def actor_engine(args: Step3Arguments) -> EngineConfig:
+    """How the policy is spread."""
     return EngineConfig(
         zero_stage=args.actor_zero_stage,
         offload=args.offload,
@@ -135,11 +145,13 @@ def critic_engine(args: Step3Arguments) -> EngineConfig:
 
 
 def reference_engine(args: Step2Arguments | Step3Arguments) -> EngineConfig:
+    """How the frozen policy is spread."""
     dtype = args.actor_dtype if isinstance(args, Step3Arguments) else args.dtype
     return EngineConfig(args.reference_zero_stage, offload_parameters=args.offload_reference_model, dtype=dtype)
 
 
 def reward_engine(args: Step3Arguments) -> EngineConfig:
+    """How each reward model is spread."""
     return EngineConfig(args.reward_zero_stage, offload_parameters=args.offload_reward_model, dtype=args.reward_dtype)
 
 
@@ -178,6 +190,7 @@ def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
 
 
 def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
+    """The policy's optimizer."""
     return _optimizer(
         args,
         steps,
@@ -188,6 +201,7 @@ def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
 
 
 def critic_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
+    """The critic's optimizer."""
     return _optimizer(args, steps, learning_rate=args.critic_learning_rate, weight_decay=args.critic_weight_decay)
 
 
@@ -202,6 +216,7 @@ def evaluated_distribution(args: Step3Arguments) -> Sampling:
 
 
 def generation(args: Step3Arguments, pad_id: int) -> GenerationSettings:
+    """How the policy answers."""
     return GenerationSettings(
         max_new_tokens=args.max_answer_seq_len,
         pad_id=pad_id,
@@ -212,6 +227,7 @@ def generation(args: Step3Arguments, pad_id: int) -> GenerationSettings:
 
 
 def trainer_settings(args: Step3Arguments) -> TrainerSettings:
+    """How the trainer cuts its work."""
     return TrainerSettings(
         Cadence(
             epochs=args.num_train_epochs,

@@ -30,6 +30,7 @@ from remax.training.sentinel import Sentinel
 from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
+from utils.present import present
 
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
@@ -39,12 +40,12 @@ class TrainerSettings:
     """How the trainer cuts its work, and what it prefers.
 
     Attributes:
-        cadence: epochs, steps and evaluations; its batches are collected before an update.
-        micro_batch_size: rows per training forward on one rank.
-        mini_batches: optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
-        target_kl: evaluation KL, nats per token, at which training stops; 0 for never.
-        best_by: the evaluation figure whose highest value makes the best model, `reward` or `objective`.
-        unsupervised_coefficient: weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
+        cadence: Epochs, steps and evaluations; its batches are collected before an update.
+        micro_batch_size: Rows per training forward on one rank.
+        mini_batches: Optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
+        target_kl: Evaluation KL, nats per token, at which training stops; 0 for never.
+        best_by: The evaluation figure whose highest value makes the best model, `reward` or `objective`.
+        unsupervised_coefficient: Weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
     """
 
     cadence: Cadence = Cadence()
@@ -68,6 +69,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Measures what happens inside."""
         begin = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -80,12 +82,19 @@ class Trainer:
     """Everything that learns, scores and measures, put together.
 
     Attributes:
-        measure: evaluates the policy, reduced over ranks.
+        actor: The policy that learns.
+        reference: What its KL is measured against.
+        reward: Scores the answers.
+        algorithm: Turns scored answers into a loss.
+        settings: How the work is cut.
+        measure: Evaluates the policy, reduced over ranks.
+        metrics: Where figures are logged.
+        pad_id: What rows of token ids are filled up with.
         critic: PPO's.
-        unsupervised: endless batches of plain text for the language-modelling mix, or None.
-        average: a moving average of the actor's weights, or None.
+        unsupervised: Endless batches of plain text for the language-modelling mix, or None.
+        average: A moving average of the actor's weights, or None.
         on_evaluation: (step, evaluation, best), called on every rank.
-        sentinel: warns of a training that goes wrong, or ends it.
+        sentinel: Warns of a training that goes wrong, or ends it.
         watchers: (step, rollout, figures) -> further figures to log, equal on every rank.
     """
 
@@ -143,7 +152,8 @@ class Trainer:
         batch = to_device(batch)
         prompts = Prompts(batch.input_ids, batch.lengths)
         samples, greedy = self.algorithm.samples_per_prompt, self.algorithm.greedy
-        return self.actor.rollout(prompts, samples=samples, greedy=greedy)
+        sampled, best = self.actor.rollout(prompts, samples=samples, greedy=greedy)
+        return present(sampled, "the sampled rollout"), best
 
     def forwards(self, sampled: Sequences) -> int:
         """Micro-batches in which answers are scored: as many on every rank, since ZeRO-3 needs all in each forward."""
@@ -262,7 +272,7 @@ class Trainer:
         """The whole training.
 
         Raises:
-            TrainingStopped: on every rank at the same step, when the sentinel sees no point in going on.
+            TrainingStopped: On every rank at the same step, when the sentinel sees no point in going on.
         """
         cadence = self.settings.cadence
         print0(f"{cadence.total_steps(len(loader))} steps; answers come from {self.actor.backend}")
@@ -281,7 +291,8 @@ class Trainer:
     def learn(self, step: int, batches: list[PromptBatch]) -> dict[str, float]:
         """A step, and what those who watch make of it."""
         rollout, figures = self.step(batches)
-        for watch in [*self.watchers, *([self.sentinel] if self.sentinel else [])]:
+        watchers: list[Watcher] = [*self.watchers, *([self.sentinel] if self.sentinel else [])]
+        for watch in watchers:
             figures |= watch(step, rollout, figures)
         return figures
 

@@ -23,6 +23,11 @@ class TextRow:
     example: Example
     skipped: str | None = None
 
+    @property
+    def prompt(self) -> str:
+        """Empty for plain text."""
+        return self.example.prompt or ""
+
 
 def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", form: Form = PLAIN) -> list[TextRow]:
     """All rows of a file; of a folder or hub data set those of its test split, else those of its training split.

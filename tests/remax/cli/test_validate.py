@@ -362,6 +362,11 @@ def test_required_flags_are_named():
         parse_step3(["--actor_model_name_or_path", "facebook/opt-125m"])
 
 
+MAIN = [
+    f"step{stage}/main.py" for stage in ("1_supervised_finetuning", "2_reward_model_finetuning", "3_rlhf_finetuning")
+]
+
+
 def test_reading_flags_imports_neither_torch_nor_transformers():
     modules = ("flags", "parser", "config_file", "validate", "evaluation", "model_names")
     code = f"import sys, {', '.join(f'remax.cli.{name}' for name in modules)}\n"
@@ -370,25 +375,39 @@ def test_reading_flags_imports_neither_torch_nor_transformers():
 
 
 @pytest.mark.parametrize(
-    ("stage", "line", "message"),
+    ("program", "line", "message"),
     [
-        (1, "--model_name_or_path me/model --learning_rate -1", "--learning_rate -1.0: must be above 0"),
-        (2, "--loss dpo", "the following arguments are required: --model_name_or_path (all flags: --help all)"),
-        (3, MODELS + "--kl_ct 1", "--kl_ct: unknown flag; did you mean --kl_ctl? (all flags: --help all)"),
-        (3, MODELS + "--data_split 1,2", "--data_split 1,2: expected three numbers, 0 or more, such as 2,4,4"),
+        (MAIN[0], "--model_name_or_path me/model --learning_rate -1", "--learning_rate -1.0: must be above 0"),
+        (MAIN[1], "--loss dpo", "the following arguments are required: --model_name_or_path (all flags: --help all)"),
+        (MAIN[2], MODELS + "--kl_ct 1", "--kl_ct: unknown flag; did you mean --kl_ctl? (all flags: --help all)"),
+        (MAIN[2], MODELS + "--data_split 1,2", "--data_split 1,2: expected three numbers, 0 or more, such as 2,4,4"),
         (
-            3,
+            MAIN[2],
             MODELS + "--zero3_generation synced",
             "--zero3_generation synced with --actor_zero_stage 0: is for ZeRO 3 only",
         ),
+        (
+            "step1_supervised_finetuning/prompt_eval.py",
+            "--model_name_or_path_baseline me/a --model_name_or_path_finetune me/b --top_p 1.5",
+            "--top_p 1.5: must be above 0 and at most 1",
+        ),
+        (
+            "step2_reward_model_finetuning/rw_eval.py",
+            "--model_name_or_path me/a --output scores.jsonl",
+            "--output: is for the scores of --data_path; give that too",
+        ),
+        (
+            "remax/doctor.py",
+            "--actor_model_name_or_path me/a",
+            "--reward_model_name_or_path or --reward_fn: one of them is required; it says what to learn",
+        ),
     ],
 )
-def test_a_bad_flag_exits_with_2_before_torch_is_imported(stage, line, message):
-    # The stage's program itself: what it imports at its top counts too.
-    (program,) = ROOT.glob(f"step{stage}_*/main.py")
+def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message):
+    # The program itself: what it imports at its top counts too.
     code = (
-        f"import runpy, sys; sys.argv = ['main.py', *{shlex.split(line)}]\n"
-        f"try: runpy.run_path({str(program)!r}, run_name='__main__')\n"
+        f"import runpy, sys; sys.argv = [{program!r}, *{shlex.split(line)}]\n"
+        f"try: runpy.run_path({program!r}, run_name='__main__')\n"
         "finally: print([name for name in ('torch', 'transformers', 'numpy', 'yaml') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
