@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import re
 import sys
 
 import pytest
@@ -47,3 +49,17 @@ def test_the_table_names_no_module_of_the_package():
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_names():
     with pytest.raises(AttributeError, match="no attribute 'load_critic'; it offers .*load_actor"):
         _ = remax.load_critic
+
+
+def test_the_readme_s_notebook_runs(root, tiny_model, tiny_reward_model, capsys):
+    (section,) = re.findall(r"^## As a library$(.*?)^## ", (root / "README.md").read_text(), flags=re.M | re.S)
+    (code,) = re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S)
+    for folder in ("remax/actor", "sft"):
+        code = code.replace(f"output/demo/{folder}", str(tiny_model("llama")))
+    code = code.replace("output/demo/reward", str(tiny_reward_model("llama")))
+    exec(code, {})
+    answers, scores, kl, score = capsys.readouterr().out.strip().splitlines()
+    assert len(ast.literal_eval(answers)) == 4
+    assert scores.count("tensor") == 2
+    assert kl == "tensor([0., 0., 0., 0.])"  # the same model twice
+    assert score.startswith("tensor([")
