@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from remax.core.losses import (
     answer_logprob,
@@ -23,7 +23,6 @@ from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.policy import perplexity
 from remax.evaluation.ranking import pair_scores, ranking_accuracy
-from remax.models.policy import PolicyModel
 from utils.data.batches import PairBatch, RankedBatch, SupervisedBatch
 
 
@@ -155,7 +154,7 @@ class ImplicitReward:
     beta: float
 
     @property
-    def model(self) -> PolicyModel:
+    def model(self) -> nn.Module:
         """The policy's."""
         return self.policy.model
 
