@@ -147,7 +147,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class ImplicitReward:
-    """The reward that a policy stands for: beta * (log pi(y|x) - log pi_ref(y|x))."""
+    """The reward that a policy implies: beta * (log pi(y|x) - log pi_ref(y|x))."""
 
     policy: Actor
     reference: Reference
