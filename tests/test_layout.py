@@ -36,7 +36,7 @@ ROOMS = {
     "checkpoint": ("core", "models", "engines"),
     "evaluation": (*ENGINES, "engines", "rewards"),
     "checks": (*ENGINES, "engines", "rewards", "checkpoint", "evaluation"),
-    "training": ("core", "algorithms", "engines", "rewards", "checkpoint", "evaluation"),
+    "training": ("core", "algorithms", "models", "engines", "rewards", "checkpoint", "evaluation"),
     "cli": ("algorithms", "rewards"),
     "stages": (*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
     "demo": (*ENGINES, "engines", "evaluation"),

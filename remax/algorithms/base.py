@@ -43,8 +43,6 @@ class Algorithm(ABC):
     """The hyper-parameters that all algorithms know, and what the trainer reads.
 
     Attributes:
-        kl: The penalty.
-        gamma: Discount per token.
         clip_reward_value: Limit in units of reward, 0 for none.
         clip_on: What the limit acts on: the `reward`, or the `difference` from the baseline (for groups: the advantage
             of the answer).
@@ -52,7 +50,6 @@ class Algorithm(ABC):
         entropy_coef: Weight of the bonus sum_t H_t, reward per nat; its gradient holds the states fixed.
         sum_across_ranks: Adds named numbers up over all ranks; one rank by default.
         samples_per_prompt: Answers drawn for each prompt.
-        epochs: Passes over each rollout.
         greedy: The algorithm needs `Rollout.baseline`.
         compares_answers: `loss` needs all answers to a prompt in one micro-batch.
         critic: The algorithm needs `Rollout.values`, and has `value_loss`.
@@ -141,9 +138,6 @@ def regularisers(
     """What the KL penalty and the entropy bonus contribute.
 
     Args:
-        algorithm: Holds their coefficients.
-        batch: The micro-batch.
-        output: Its log-probs under the present policy.
         penalised: False: the KL is in `batch.advantages` already, and only measured here.
 
     Returns:

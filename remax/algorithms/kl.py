@@ -95,8 +95,6 @@ class KLPenalty:
     Attributes:
         coefficient: beta, in reward per nat; 0 is no penalty.
         estimator: One of `ESTIMATORS`, see the top of the file.
-        where: One of `WHERE`.
-        reach: One of `REACHES`.
         normalize: Whether the mean over an answer's tokens is charged instead of the sum.
         target: Nats per answer that an adaptive coefficient steers to; None keeps it fixed.
         horizon: Answers over which a KL that is 20 % or more off its target moves beta by 20 % (Ziegler et al., arXiv

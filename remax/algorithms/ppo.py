@@ -71,10 +71,8 @@ class PPO(Algorithm):
     """PPO with the defaults of DeepSpeed-Chat.
 
     Attributes:
-        lam: GAE's lambda.
         cliprange: How far the ratio may move from 1.
         cliprange_value: How far the value may move from that of the rollout.
-        epochs: Passes over each rollout.
         advantage_scaling: `batch` makes mean 0 and variance 1 over the answer tokens of all ranks; `none` does not.
     """
 
@@ -150,9 +148,7 @@ class PPO(Algorithm):
         """The clipped value loss.
 
         Args:
-            batch: The micro-batch.
             values: (B, A) of the critic now, with gradient; values[:, j] before answer token j.
-            denominator: Of the whole optimizer step.
         """
         mask, returns = batch.sequences.answer_mask, present(batch.returns, "Rollout.returns")
         old_values = present(batch.values, "Rollout.values")

@@ -45,7 +45,6 @@ def remax_advantages(
         greedy_reward: (B,) r(x, ybar), scores of the greedy answers to the same prompts.
         penalty: (B, A) beta times the KL terms of the tokens, see `KLPenalty.in_advantage`.
         mask: (B, A), True on the answer's tokens.
-        gamma: Discount per token.
         clip_value: Limit of the difference in units of reward, 0 for none.
         clip_on: What is clipped: the `difference`, or each `reward`.
 

@@ -168,10 +168,8 @@ class Sequences:
         """Rows of a prompt without its left padding, then its answer without what was generated after EOS.
 
         Args:
-            prompts: B prompts.
             answers: (B, A) ids as generated. An answer ends with its first EOS, which belongs to it; without one it is
                 all A tokens long.
-            eos_ids: The tokens that end an answer.
             pad_id: What the rows are filled up with.
         """
         is_eos = torch.isin(answers, torch.tensor(list(eos_ids), device=answers.device))

@@ -49,9 +49,7 @@ def reduce(
     """The means over all ranks, from one reduction.
 
     Args:
-        figures: This rank's.
         steps: Optimizer steps whose figures were added; those without a count are divided by it.
-        sum_across_ranks: Adds named numbers up over all ranks.
     """
     counts = {name: figure.count for name, figure in figures.items() if figure.count is not None}
     totals = {f"total {name}": figure.total for name, figure in figures.items()}

@@ -30,7 +30,6 @@ class StepResult:
     """What an optimizer step reports.
 
     Attributes:
-        learning_rate: The one that was used.
         grad_norm: Of the whole gradient before clipping; nan where it is not known.
         skipped: No step was taken, since the gradient overflowed.
     """
@@ -44,9 +43,7 @@ class Engine:
     """A model spread over the ranks.
 
     Attributes:
-        model: The module itself.
         wrapped: What its forward must go through: the DeepSpeed engine, or the module.
-        config: How it is spread.
     """
 
     model: Any  # PolicyModel or RewardModel: the roles know which

@@ -68,12 +68,10 @@ class Actor(_Policy, Learner):
         """Gives an engine the role.
 
         Args:
-            engine: Holds a `PolicyModel`.
             generation: How it answers; None: it is not asked to.
             sampling: The distribution that log-probs are evaluated in; by default the one that answers are drawn from.
             chunk_size: Answer tokens whose logits are in memory at once.
             gather_for_generation: See `Engine.generating`.
-            decoder: What generates.
         """
         if sampling is None:
             sampling = generation.sampling if generation is not None else Sampling()
@@ -131,8 +129,6 @@ class Actor(_Policy, Learner):
         """Log-probs of the answers with gradient, (B, A); entropy and full-vocabulary KL where asked for.
 
         Args:
-            sequences: Prompts with their answers.
-            entropy: Whether the entropy is asked for.
             stats_grad: Entropy and KL carry a gradient too.
             reference_hidden: (B, A, H), from `Reference.hidden`, for the KL.
             reference_head: From `Reference.head`, for the KL.

@@ -20,7 +20,6 @@ class Reward(Role):
         """(B,) float32 reward of each answer, read at its last token.
 
         Args:
-            sequences: Prompts with their answers.
             forwards: How many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
         """
         return torch.cat([self.engine(part) for part in sequences.in_parts(forwards)])

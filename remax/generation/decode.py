@@ -96,12 +96,9 @@ class Decoder(Protocol):
 
         Args:
             model: In eval mode; `model.generation_config.eos_token_id` lists the end tokens.
-            prompts: The rows.
-            settings: How they are answered.
             first_greedy: The rows before it are sampled by `settings.sampling`, the others are greedy and take at most
                 `settings.greedy_cap` tokens.
             synced_gpus: The ranks decode in step (ZeRO-3 without gathered parameters).
-            keep_scores: Return the logits too.
         """
         ...
 

@@ -93,10 +93,7 @@ def finetune(task: Task, loader: DataLoader, cadence: Cadence, metrics: MetricsL
     """Trains and returns the evaluation before and after: {"before": {...}, "after": {...}}.
 
     Args:
-        task: What is learned.
         loader: Batches of this rank; its sampler has `set_epoch`.
-        cadence: When to step, to evaluate and to stop.
-        metrics: Where figures are logged.
     """
     state = train(Finetuning(task), loader, cadence, metrics)
     return {"before": state.before, "after": state.after}

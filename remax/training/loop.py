@@ -52,13 +52,8 @@ class TrainState:
     """Where a training stands; equal on every rank.
 
     Attributes:
-        step: Steps done.
         epoch: Passes over the data that are complete.
-        evaluated: The step of the last evaluation.
-        before: Figures of the first evaluation.
-        after: Figures of the last one.
         best: Figures of the best one, among those after the first step; empty before.
-        best_step: Its step.
     """
 
     step: int = 0
@@ -129,10 +124,7 @@ def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: Metri
     """The whole training, with an evaluation before it, at every cadence, and at its end.
 
     Args:
-        learner: What is driven.
         loader: Batches of this rank; its sampler has `set_epoch`.
-        cadence: When to step, to evaluate and to stop.
-        metrics: Where figures are logged.
 
     Raises:
         TrainingStopped: See `Learner.check`; or a row of streamed data is faulty; on every rank at the same step.

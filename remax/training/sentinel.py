@@ -39,9 +39,7 @@ class Sentinel:
 
     Attributes:
         vocabulary: Number of words, whose logarithm is the largest entropy.
-        thresholds: When it speaks.
         warn: Takes each warning, on every rank.
-        sum_across_ranks: Adds named numbers up over all ranks.
         fatal: Why training must stop, None as long as it need not.
     """
 

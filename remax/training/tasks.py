@@ -90,13 +90,8 @@ class Ranking:
     Of several ranked answers, each one's score above those of the answers ranked below it.
 
     Attributes:
-        learner: The reward model.
-        eval_loader: Held-out rows.
         use_margin: Whether the data's `margin` column enters the loss.
-        label_smoothing: See `ranking_losses`.
-        centring: See `ranking_losses`.
         ranked_loss: The loss of batches with several ranked answers.
-        headline: See `Task`.
     """
 
     learner: TrainedReward

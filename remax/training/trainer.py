@@ -82,15 +82,8 @@ class Trainer:
     """Everything that learns, scores and measures, put together.
 
     Attributes:
-        actor: The policy that learns.
-        reference: What its KL is measured against.
-        reward: Scores the answers.
-        algorithm: Turns scored answers into a loss.
-        settings: How the work is cut.
         measure: Evaluates the policy, reduced over ranks.
-        metrics: Where figures are logged.
         pad_id: What rows of token ids are filled up with.
-        critic: PPO's.
         unsupervised: Endless batches of plain text for the language-modelling mix, or None.
         average: A moving average of the actor's weights, or None.
         on_evaluation: (step, evaluation, best), called on every rank.

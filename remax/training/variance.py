@@ -103,7 +103,6 @@ class GradientVariance:
 
     Attributes:
         variance: Trace of the covariance of one estimate.
-        standard_error: Of the variance.
         signal: Squared norm of the mean gradient (an unbiased estimate, so it may come out negative where noise rules).
     """
 
@@ -161,9 +160,7 @@ class VarianceMeter:
     once and scaled for every baseline. Reward part only, without clip and KL, at the weights right after the update.
 
     Attributes:
-        actor: The policy.
         samples_per_prompt: k.
-        gamma: Discount per token.
         gradient_steps: Steps between measurements of the gradient, 0 for none.
         prompts: Prompts of each rank that the gradient is measured on.
         projections: Random directions that gradients are projected on.
