@@ -41,8 +41,9 @@ test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 test-fast: $(READY) ## those that start no further processes, under three minutes
 	python -m pytest -m "not ranks and not compiled" $(PYTEST_ARGS)
 
-check: $(READY) ## lint, import direction, shell scripts
+check: $(READY) ## lint, types, import direction, shell scripts
 	ruff check .
+	mypy
 	shellcheck .ci/* utils/*.sh step*/*/*.sh step*/*/*/*.sh benchmarks/*/*.sh
 	python -m pytest tests/test_layout.py -q -k imports
 
@@ -51,5 +52,5 @@ style: $(READY) ## format and fix the Python files
 	ruff format .
 
 clean: ## remove .venv and caches (results in output/ stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -135,7 +135,7 @@ def console_line(
 
 
 class ProgressLines:
-    """Stands in for a tqdm bar where there is no terminal: one plain line every `every` seconds, none when silent.
+    """Replaces a tqdm bar where there is no terminal: one plain line every `every` seconds, none when silent.
 
     Same use as tqdm: `update(n)`, `set_postfix(**values)`, `close()`, or as a context manager.
     """

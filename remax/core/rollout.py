@@ -61,7 +61,7 @@ class Rollout:
 
         Args:
             size: Most rows of a micro-batch.
-            group: So many adjacent rows (the answers to one prompt) stay together and adjacent; it divides `size`.
+            group: How many adjacent rows (the answers to one prompt) stay together and adjacent; it divides `size`.
 
         Raises:
             ValueError: `size` or the number of rows would cut a group.

@@ -15,7 +15,7 @@ class Sampling:
     Attributes:
         temperature: Divides the logits first.
         top_p: Of what `top_k` leaves, as few tokens are kept as have this probability together; 1 for all.
-        top_k: So many of the most probable tokens are kept; 0 for all.
+        top_k: How many of the most probable tokens are kept; 0 for all.
     """
 
     temperature: float = 1.0

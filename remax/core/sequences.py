@@ -144,7 +144,7 @@ class Sequences:
         return Sequences(self.input_ids[rows], self.prompt_lengths[rows], self.answer_lengths[rows]).trim()
 
     def in_parts(self, parts: int) -> list[Sequences]:
-        """The rows in order, in so many parts of nearly equal size, each trimmed."""
+        """The rows in order, in `parts` parts of nearly equal size, each trimmed."""
         return [self.select(rows) for rows in torch.arange(len(self)).tensor_split(parts)]
 
     def to(self, device: torch.device | str) -> Sequences:

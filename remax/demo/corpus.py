@@ -97,7 +97,7 @@ class Request:
 
 
 def parse_prompt(prompt: str) -> Request:
-    """The request behind a prompt of the corpus; ValueError for any other text."""
+    """The request that a prompt of the corpus makes; ValueError for any other text."""
     request = _REQUEST_OF_PROMPT.get(prompt)
     if request is None:
         raise ValueError(f"not a prompt of the built-in corpus: {prompt!r}")

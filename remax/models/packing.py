@@ -1,4 +1,4 @@
-"""The rows of a micro-batch one behind the other: the same numbers without padding.
+"""The rows of a micro-batch joined end to end: the same numbers without padding.
 
 A padded batch has as many token slots as rows times longest row, and the model computes all of them. Here the rows are
 joined to a single one just before the model reads them, and what is needed of its hidden states is looked up at the new
@@ -60,7 +60,7 @@ def attend_in_pieces(
         value: (1, key heads, N, D).
         attention_mask: None; transformers makes no mask for this attention.
         piece_lengths: Tokens of each piece; they add up to N.
-        sliding_window: So many tokens does a token see, itself included.
+        sliding_window: How many tokens a token sees, itself included.
         **options: For transformers' own attention.
 
     Returns:

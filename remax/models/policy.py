@@ -22,9 +22,9 @@ from utils.run import UserError
 def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos: int | None) -> GenerationConfig:
     """The folder's own generation config, kept for the export; `hf` itself gets a neutral one.
 
-    A model's generation_config.json may set top_k, temperature or a repetition penalty. Those would change the
-    distribution answers are drawn from behind our back, so rollouts start from a neutral configuration that knows the
-    special tokens only.
+    A model's generation_config.json may set top_k, temperature or a repetition penalty. Those would silently change the
+    distribution that answers are drawn from, so rollouts start from a neutral configuration that knows the special
+    tokens only.
     """
     own = hf.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer_eos

@@ -110,7 +110,7 @@ class Part:
 
 
 class CompositeReward:
-    """Several parts in one; stands wherever a single `Reward` does."""
+    """Several parts in one; it can be used wherever a single `Reward` can."""
 
     def __init__(self, parts: Iterable[Part]):
         self.parts = list(parts)

@@ -163,7 +163,7 @@ def _staying_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float, told: float | None = None) -> Iterator[None]:
-    """Raises TimeOut inside after so many seconds; 0: never.
+    """Raises TimeOut inside after this many seconds; 0: never.
 
     It uses the interval timer's signal, since only that interrupts a regular expression that runs away, and since the
     function stays in the main thread. It needs Unix; code that never comes back from a C library is not interrupted.
@@ -254,7 +254,7 @@ def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
     is_file = source.endswith(".py")
     if not name.isidentifier() or not (is_file or all(part.isidentifier() for part in source.split("."))):
         raise UserError(
-            f"{flag} {entry}: expected module:function or file.py:function, with :weight behind it if wanted"
+            f"{flag} {entry}: expected module:function or file.py:function, followed by :weight if wanted"
         )
     module = _import(source, is_file, f"{flag} {entry}")
     if not hasattr(module, name):

@@ -38,11 +38,11 @@ class Cadence:
     evaluate_every: int = 0
 
     def steps_per_epoch(self, batches: int) -> int:
-        """Steps of an epoch of so many batches; its last one may have fewer of them."""
+        """Steps of an epoch with this many batches; the last step may have fewer of them than the others."""
         return math.ceil(batches / self.batches_per_step)
 
     def total_steps(self, batches: int) -> int:
-        """Steps of a whole training with so many batches per epoch."""
+        """Steps of a whole training with this many batches per epoch."""
         total = self.epochs * self.steps_per_epoch(batches)
         return min(total, self.max_steps) if self.max_steps else total
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from remax.core.losses import (
     answer_logprob,
@@ -23,7 +23,6 @@ from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.policy import perplexity
 from remax.evaluation.ranking import pair_scores, ranking_accuracy
-from remax.models.policy import PolicyModel
 from utils.data.batches import PairBatch, RankedBatch, SupervisedBatch
 
 
@@ -143,14 +142,14 @@ class Ranking:
 
 @dataclass(frozen=True)
 class ImplicitReward:
-    """The reward that a policy stands for: beta * (log pi(y|x) - log pi_ref(y|x))."""
+    """The reward that a policy implies: beta * (log pi(y|x) - log pi_ref(y|x))."""
 
     policy: Actor
     reference: Reference
     beta: float
 
     @property
-    def model(self) -> PolicyModel:
+    def model(self) -> nn.Module:
         """The policy's."""
         return self.policy.model
 

@@ -51,6 +51,14 @@ def run_ranks(tmp_path: Path, body: str, ranks: int = 2, **environment: str) -> 
     return done
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_sum_of_one_rank_is_the_value_itself_in_float64(no_launcher, device):
+    # float() of each value, whatever its type: 0.1 in float32 is 0.100000001490116..., 2^53 - 1 needs all of float64
+    values = {"half": torch.tensor(0.1), "int": torch.tensor([7]), "wide": 2**53 - 1, "float": 0.1, "bool": True}
+    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in values.items()}
+    assert distributed.sum_across_ranks(moved) == {name: float(x) for name, x in values.items()}
+
+
 def test_before_the_start_it_is_rank_0_of_1(no_launcher, capsys):
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     distributed.barrier()

@@ -355,7 +355,7 @@ class EpochSampler(ResumableSampler):
 class EvalSampler(Sampler[int]):
     """The indices of all rows in order, which the ranks take in turn.
 
-    Indices beyond the last row stand for fillers, so that all ranks have equally many.
+    Indices beyond the last row are fillers, so that all ranks have equally many.
     """
 
     def __init__(self, n_rows: int, rank: int = 0, world_size: int = 1) -> None:

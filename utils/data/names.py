@@ -39,7 +39,7 @@ def split_weight(entry: str, flag: str, *, negative: bool = False) -> tuple[str,
         weight = 0.0
     if weight == 0 or not math.isfinite(weight) or (weight < 0 and not negative):
         expected = "other than 0, such as 0.5 or -1" if negative else "above 0, such as 0.3"
-        raise UserError(f"{flag} {entry}: the weight behind the colon must be a number {expected}")
+        raise UserError(f"{flag} {entry}: the weight after the colon must be a number {expected}")
     return found["name"], weight
 
 
@@ -57,7 +57,7 @@ def parse_name(entry: str, flag: str = "--data_path") -> DataName:
     else:
         name, _, selection = rest.rpartition("#")
         if not selection:
-            raise UserError(f"{flag} {entry}: expected a split, or configuration/split, behind the #")
+            raise UserError(f"{flag} {entry}: expected a split, or configuration/split, after the #")
     if not name:
         raise UserError(f"{flag} {entry!r}: expected the name of a file, a folder or a hub data set")
     configuration, _, split = selection.rpartition("/")

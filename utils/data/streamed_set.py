@@ -34,7 +34,7 @@ from utils.run import UserError
 
 TOGETHER = 1000  # rows that are converted or encoded at a time, and from which the shape is found
 HELD_OUT_ROWS = 1000  # of each data set, at most
-REMEMBERED = 500_000  # at least so many earlier rows are compared with a row
+REMEMBERED = 500_000  # earlier rows that a row is compared with, at least
 
 
 @dataclass

@@ -238,7 +238,7 @@ REFUSED_EVERYWHERE = [
     ("--data_path no/such/train.jsonl:0.5", r"--data_path no/such/train.jsonl:0.5: no such file or folder"),
     ("--data_path ./missing#train_sft", r"--data_path ./missing#train_sft: no such file or folder"),
     ("--data_path", r"--data_path: is empty; expected hub names, folders or files"),
-    ("--data_path me/set:0", r"--data_path me/set:0: the weight behind the colon must be a number above 0"),
+    ("--data_path me/set:0", r"--data_path me/set:0: the weight after the colon must be a number above 0"),
     ("--overlong keep", r"--overlong: invalid choice"),
     ("--num_train_epochs 0", r"--num_train_epochs 0: must be at least 1"),
     ("--per_device_eval_batch_size -1", r"--per_device_eval_batch_size -1: must be at least 1"),
