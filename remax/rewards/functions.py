@@ -253,9 +253,7 @@ def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
     source, _, name = entry.rpartition(":")
     is_file = source.endswith(".py")
     if not name.isidentifier() or not (is_file or all(part.isidentifier() for part in source.split("."))):
-        raise UserError(
-            f"{flag} {entry}: expected module:function or file.py:function, followed by :weight if wanted"
-        )
+        raise UserError(f"{flag} {entry}: expected module:function or file.py:function, followed by :weight if wanted")
     module = _import(source, is_file, f"{flag} {entry}")
     if not hasattr(module, name):
         own = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
