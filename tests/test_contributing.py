@@ -60,6 +60,7 @@ def test_there_are_recipes():
     assert set(RECIPES) == {"an algorithm", "a shape of data", "a model's script", "a flag"}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_works(name, copy, run_command):
     commands = follow(RECIPES[name], copy)

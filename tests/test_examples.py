@@ -34,6 +34,7 @@ def test_an_example_says_what_it_shows_and_how_to_run_it(path):
     assert re.search(r"\d+ seconds on one CPU core", docstring)
 
 
+@pytest.mark.ranks
 def test_remax_in_40_lines_is_no_longer_and_learns(run_command):
     path = ROOT / "examples" / "remax_in_40_lines.py"
     source = path.read_text()
@@ -50,6 +51,7 @@ def test_remax_in_40_lines_is_no_longer_and_learns(run_command):
     assert rewards[0] < 0.5 and min(rewards[-2:]) > 0.85
 
 
+@pytest.mark.ranks
 def test_a_verifiable_reward_knows_its_references_and_is_learned(run_command):
     path = ROOT / "examples" / "verifiable_reward.py"
     function = load_function(f"{path}:correct")  # as --reward_fn finds it

@@ -53,6 +53,7 @@ assert actor.old_logprobs(sequences).sum() > before
 """
 
 
+@pytest.mark.ranks
 def test_with_an_optimizer_it_learns(tiny_model, run_command):
     # In a process of its own, which joins a process group.
     done = run_command([sys.executable, "-c", LEARNS, tiny_model("gpt2")])
