@@ -233,15 +233,22 @@ def test_script_keeps_the_exit_status_and_the_last_flag_wins(tmp_path, corpus, t
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", STAGES[:2])
-def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model, run_command):
-    flags = f"--model_name_or_path {tiny_model('llama')} --data_path {corpus} --output_dir result --max_seq_len 64"
-    flags += " --learning_rate 1e30 --max_steps 5 --max_eval_batches 1 --per_device_train_batch_size 4"
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model, tiny_reward_model, run_command):
+    flags = f"--data_path {corpus} --output_dir result --max_steps 5 --max_eval_batches 1"
+    last = "last"
+    if stage == STAGES[2]:
+        flags += f" --actor_model_name_or_path {tiny_model('llama')} --max_answer_seq_len 8 --num_warmup_steps 0"
+        flags += f" --reward_model_name_or_path {tiny_reward_model('llama')} --actor_learning_rate 1e30 --skip_doctor"
+        last = "actor_last"
+    else:
+        flags += f" --model_name_or_path {tiny_model('llama')} --max_seq_len 64 --learning_rate 1e30"
+        flags += " --per_device_train_batch_size 4"
     done = run_command(["python", ROOT / stage / "main.py", *shlex.split(flags)], cwd=tmp_path)
     assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout
     assert "training stopped. step " in done.stdout.splitlines()[-1]
-    assert "learning rate" in done.stdout.splitlines()[-1] and "result/last" in done.stdout.splitlines()[-1]
-    assert (tmp_path / "result/last/model.safetensors").is_file()
+    assert "learning rate" in done.stdout.splitlines()[-1] and f"result/{last}" in done.stdout.splitlines()[-1]
+    assert (tmp_path / f"result/{last}/model.safetensors").is_file()
     lines = [json.loads(line) for line in (tmp_path / "result/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train/loss"] is None and lines[-1]["step"] >= 2  # the step that was lost is there too
 

@@ -7,6 +7,7 @@ and adapters are merged in that copy: the training model keeps its adapters apar
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,9 @@ def export(
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".partial"
+        partial.unlink() if partial.is_symlink() else shutil.rmtree(
+            partial, ignore_errors=True
+        )  # of an interrupted one
         _without_adapters(hf).save_pretrained(partial, state_dict=state)
         if isinstance(model, PolicyModel):
             model.own_generation_config.save_pretrained(partial)
@@ -78,12 +82,14 @@ def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Moves every file of `source` into `target`.
+    """Moves every file and folder of `source` into `target`, in the place of those of the same name.
 
     Weight files of an earlier export that the new one does not have are removed.
     """
     new = {path.name for path in source.iterdir()}
     for path in source.iterdir():
+        if path.is_dir() and (target / path.name).is_dir():  # such as additional_chat_templates/
+            shutil.rmtree(target / path.name)
         path.replace(target / path.name)
     source.rmdir()
     for pattern in ("*.safetensors", "*.safetensors.index.json"):

@@ -64,6 +64,16 @@ class GreedyRows(LogitsProcessor):
         return torch.cat([scores[: self.first], only_best])
 
 
+class LostLogits(LogitsProcessor):
+    """Lets a policy whose logits are not numbers answer at random instead of ending the process.
+
+    Its log-probs are no numbers either, which the training sees and reports with a cause and a remedy.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.nan_to_num(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a decode gives.
@@ -141,7 +151,7 @@ class HuggingFaceDecoder:
             return_dict_in_generate=True,
             output_scores=keep_scores,
         )
-        processors = LogitsProcessorList()
+        processors = LogitsProcessorList([LostLogits()])
         width = prompts.input_ids.shape[1]
         if 0 < first_greedy < len(prompts):
             processors.append(GreedyRows(first_greedy, width, settings.greedy_cap, eos_ids[0]))

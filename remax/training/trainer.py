@@ -31,6 +31,7 @@ from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 from utils.present import present
+from utils.run import TrainingStopped
 
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
@@ -302,7 +303,17 @@ class Trainer:
         return evaluation
 
     def evaluated(self, state: TrainState, evaluation: PolicyEvaluation, best: bool) -> str | None:
-        """Hands the evaluation on; a reason to stop where the policy is too far from its reference."""
+        """Hands the evaluation on; a reason to stop where the policy is too far from its reference.
+
+        Raises:
+            TrainingStopped: The policy's log-probs are no numbers: it has lost its weights.
+        """
+        if not math.isfinite(evaluation.figures["kl_per_token"]):
+            raise TrainingStopped(
+                f"step {state.step}: evaluation KL is {evaluation.figures['kl_per_token']}. Likely cause: the weights are "
+                "lost, by a learning rate that is too high. Remedy: start again from the last good model with a tenth of "
+                "--actor_learning_rate; bf16 instead of fp16"
+            )
         self.on_evaluation(state.step, evaluation, best)
         kl = evaluation.figures["kl_per_token"]
         if state.step and self.settings.target_kl and kl >= self.settings.target_kl:
