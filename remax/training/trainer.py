@@ -310,9 +310,9 @@ class Trainer:
         """
         if not math.isfinite(evaluation.figures["kl_per_token"]):
             raise TrainingStopped(
-                f"step {state.step}: evaluation KL is {evaluation.figures['kl_per_token']}. Likely cause: the weights are "
-                "lost, by a learning rate that is too high. Remedy: start again from the last good model with a tenth of "
-                "--actor_learning_rate; bf16 instead of fp16"
+                f"step {state.step}: evaluation KL is {evaluation.figures['kl_per_token']}. Likely cause: the weights "
+                "are lost, by a learning rate that is too high. Remedy: start again from the last good model with a "
+                "tenth of --actor_learning_rate; bf16 instead of fp16"
             )
         self.on_evaluation(state.step, evaluation, best)
         kl = evaluation.figures["kl_per_token"]
