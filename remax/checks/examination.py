@@ -66,10 +66,7 @@ def examine(
         max_prompt_tokens: Length of the longest prompt in training.
         reload_limit: An actor of more parameters is not written to disk and read again; 0: none is.
     """
-    findings = [
-        *check_tokens(actor, reward, reference, tokenizer),
-        check_fit(actor, reward, max_prompt_tokens),
-    ]
+    findings = [*check_tokens(actor, reward, reference, tokenizer), check_fit(actor, reward, max_prompt_tokens)]
     if any(found.result == FAILURE for found in findings):  # running the models could end in an index error
         return Report([*findings, Finding("generation, rewards and export", SKIPPED, "the models do not go together")])
     findings += [check_sampling(actor), check_ranks()]

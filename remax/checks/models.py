@@ -31,10 +31,7 @@ def roles(actor: Actor, reward: CompositeReward, reference: Reference | None = N
 
 
 def check_tokens(
-    actor: Actor,
-    reward: CompositeReward,
-    reference: Reference | None,
-    tokenizer: PreTrainedTokenizerBase,
+    actor: Actor, reward: CompositeReward, reference: Reference | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[Finding]:
     """Vocabulary, end token and pad token of all models."""
     models = roles(actor, reward, reference)

@@ -350,8 +350,7 @@ class AlgorithmFlags:
         0.0, "reinforce: decay of a moving-average baseline; 0: no baseline", only="baseline_decay"
     )
     gamma: Fraction | None = flag(
-        None,
-        "discount per token to the answer's end; default 0.95 (remax, reinforce), 1 (others); 1 is Algorithm 1",
+        None, "discount per token to the answer's end; default 0.95 (remax, reinforce), 1 (others); 1 is Algorithm 1"
     )
     clip_reward_value: NonNegative = flag(5.0, "largest size of what --clip_on names; 0: no limit")
     clip_on: Literal["difference", "reward"] | None = flag(

@@ -233,10 +233,7 @@ def build_parser(
 
 
 def read_flags(
-    arguments: type[AnyArguments],
-    argv: Sequence[str] | None,
-    description: str,
-    usage: str = USAGE,
+    arguments: type[AnyArguments], argv: Sequence[str] | None, description: str, usage: str = USAGE
 ) -> AnyArguments:
     """The flags of a program (argv None: of the command line), each checked for itself.
 
