@@ -62,9 +62,6 @@ def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     return args
 
 
-# ---------------------------------------------------------------------------------------------- checks of every stage
-
-
 def check_data(args: StageArguments, stage: int) -> None:
     """The split, and the data files that are named as paths."""
     try:
@@ -133,9 +130,6 @@ def check_dtype(flag_name: str, dtype: Dtype, bf16: bool) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------- defaults that follow others
-
-
 def resolve_dtype(flag_name: str, dtype: Dtype, bf16: bool = False) -> Dtype:
     """fp32, bf16 or fp16 from the flag, the older flag for bf16, and the device.
 
@@ -177,9 +171,6 @@ def resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offlo
         setattr(args, stage_flag, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ steps 1 and 2
-
-
 def check_finetune(args: FinetuneArguments) -> None:
     check_model("model_name_or_path", args.model_name_or_path)
     check_lora(args.lora_dim, args.only_optimize_lora, "lora_dim")
@@ -212,9 +203,6 @@ def flags_with_readers(args: Step2Arguments | Step3Arguments) -> Iterable[tuple[
         only = field.metadata.get("only")
         if only and getattr(args, field.name) != field.default:
             yield field.name, only
-
-
-# -------------------------------------------------------------------------------------------------------------- step 3
 
 
 def check_step3(args: Step3Arguments) -> None:

@@ -237,9 +237,6 @@ def _in_words(error: BaseException) -> str:
     return type(error).__name__ + (f": {message[0]}" if message else "") + where
 
 
-# ------------------------------------------------------------------------------------------------------------- finding
-
-
 @functools.cache
 def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
     """The function of an entry `module:function` or `path/to/file.py:function`.

@@ -96,9 +96,6 @@ def trained_reward(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Token
     return TrainedReward(engine)
 
 
-# ------------------------------------------------------------------------------------------------------------- step 3
-
-
 @dataclass(frozen=True)
 class Tokenizers:
     """The tokenizers of step 3.

@@ -60,9 +60,6 @@ def _optimizer(args: Arguments, steps: int, **rates: float) -> OptimizerConfig:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ steps 1 and 2
-
-
 def finetune_engine(args: FinetuneArguments) -> EngineConfig:
     """How steps 1 and 2 spread the model that they train."""
     return EngineConfig(
@@ -115,9 +112,6 @@ def finetune_cadence(args: FinetuneArguments) -> Cadence:
         max_steps=args.max_steps,
         evaluate_every=args.eval_steps,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- step 3
 
 
 def actor_engine(args: Step3Arguments) -> EngineConfig:
