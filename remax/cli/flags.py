@@ -62,6 +62,7 @@ def flag(default: Any = dataclasses.MISSING, help: str = "", *, basic: bool = Fa
 
 
 usual = partial(flag, basic=True)
+of_critic = partial(flag, only="critic")
 
 
 @dataclass(kw_only=True)
@@ -383,19 +384,13 @@ class PpoFlags:
     lam: Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)] = flag(
         0.95, "lambda of generalised advantages", only="lam"
     )
-    critic_model_name_or_path: str | None = flag(
-        None, "start of the critic; default: the first reward model", only="critic"
-    )
-    critic_learning_rate: Positive = flag(5e-6, "peak learning rate", only="critic")
-    critic_weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms", only="critic")
-    critic_zero_stage: ZeroStage | None = flag(None, "default: the actor's", only="critic")
-    critic_dtype: Dtype | None = flag(None, "default: the actor's", only="critic")
-    offload_critic: bool = flag(
-        False, "the critic's optimizer states in CPU memory, also without --offload", only="critic"
-    )
-    critic_gradient_checkpointing: bool = flag(
-        False, "recompute activations: less memory, a third slower", only="critic"
-    )
+    critic_model_name_or_path: str | None = of_critic(None, "start of the critic; default: the first reward model")
+    critic_learning_rate: Positive = of_critic(5e-6, "peak learning rate")
+    critic_weight_decay: NonNegative = of_critic(0.0, "AdamW weight decay, not on biases and norms")
+    critic_zero_stage: ZeroStage | None = of_critic(None, "default: the actor's")
+    critic_dtype: Dtype | None = of_critic(None, "default: the actor's")
+    offload_critic: bool = of_critic(False, "the critic's optimizer states in CPU memory, also without --offload")
+    critic_gradient_checkpointing: bool = of_critic(False, "recompute activations: less memory, a third slower")
 
 
 @dataclass(kw_only=True)
@@ -481,8 +476,6 @@ class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, Confi
 
 @dataclass(kw_only=True)
 class FinetuneArguments(Arguments, LoraFlags, FinetuneFlags):
-    """Steps 1 and 2."""
-
     @property
     def console_every(self) -> int:
         return 1 if self.print_loss else self.logging_steps
@@ -490,15 +483,11 @@ class FinetuneArguments(Arguments, LoraFlags, FinetuneFlags):
 
 @dataclass(kw_only=True)
 class Step1Arguments(FinetuneArguments, SupervisedDataFlags):
-    """All flags of supervised fine-tuning."""
-
     stage = "step1"
 
 
 @dataclass(kw_only=True)
 class Step2Arguments(FinetuneArguments, RetiredInStep2, PreferenceFlags):
-    """All flags of learning from preferences."""
-
     stage = "step2"
 
 
@@ -516,8 +505,6 @@ class Step3Arguments(
     RewardFlags,
     ActorFlags,
 ):
-    """All flags of reinforcement learning."""
-
     stage = "step3"
 
     @property

@@ -126,7 +126,6 @@ class Flag:
         basic: whether most runs need it.
     """
 
-    name: str
     kind: Kind
     group: str | None
     default: Any
@@ -157,7 +156,7 @@ def flags_of(arguments: type) -> dict[str, Flag]:
             owner = next(cls for cls in arguments.__mro__ if field.name in inspect.get_annotations(cls))
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             kind, group = Kind.of(hints[field.name]), getattr(owner, "_argument_group_name", None)
-            flags[field.name] = Flag(field.name, kind, group, default, field.metadata["help"], field.metadata["basic"])
+            flags[field.name] = Flag(kind, group, default, field.metadata["help"], field.metadata["basic"])
     first = {flag.group for flag in flags.values() if flag.required}
     return dict(sorted(flags.items(), key=lambda item: item[1].group not in first))
 
@@ -268,21 +267,21 @@ def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> d
     Raises:
         UserError: no such file, or it sets something else than flags of this program to values that they take.
     """
-    where, config = f"--config {file}", read_config(file)
-    if config.stage is not None and config.stage != stage:
-        raise UserError(f"{where}: is a run of {config.stage}, not of {stage or 'this program'}")
+    where, (content, run_of) = f"--config {file}", read_config(file)
+    if run_of is not None and run_of != stage:
+        raise UserError(f"{where}: is a run of {run_of}, not of {stage or 'this program'}")
     values: dict[str, Any] = {}
     keys: dict[str, Any] = {}  # by the flag that they name
-    for key, value in config.values.items():
+    for key, value in content.items():
         name = str(key).removeprefix("--").replace("-", "_")
         if name not in flags:
-            if config.stage is not None:
+            if run_of is not None:
                 continue  # such as the notices of a run
             raise UserError(f"{where}: {key}: {_correction(f'--{name}', flags)}")
         if name in keys:
             raise UserError(f"{where}: {key}: is the same flag as {keys[name]}; expected once")
         keys[name] = key
-        if name == "config" and config.stage is None:
+        if name == "config" and run_of is None:
             raise UserError(f"{where}: {key}: a file cannot name another one")
         if value is None or name in ("config", "local_rank"):
             continue
