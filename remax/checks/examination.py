@@ -57,11 +57,7 @@ def examine(
     """Makes all checks; every rank calls it with as many prompts as the others.
 
     Args:
-        actor: The policy.
-        reward: What scores its answers.
-        tokenizer: The actor's.
         prompts: A batch of this rank's, of which a few rows are used.
-        reference: The frozen policy, where it is loaded.
         pairs: Batches of held-out pairs, see `held_out_pairs`.
         max_prompt_tokens: Length of the longest prompt in training.
         reload_limit: An actor of more parameters is not written to disk and read again; 0: none is.

@@ -14,7 +14,6 @@ OK, WARNING, FAILURE, SKIPPED = "ok", "warning", "failure", "skipped"
 
 # Mean difference, in nats, that two computations of the same log-probs may have: rounding, of logits of size 10 to 30.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
-
 EXACT = 1e-3  # where nothing but the order of sums may differ, also in bf16
 
 

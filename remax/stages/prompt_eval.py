@@ -77,8 +77,8 @@ def read_prompts(args: PromptEvalArguments) -> list[str]:
         prompts = [row.prompt for row in rows if row.skipped is None]
     elif args.prompts_file:
         text = Path(args.prompts_file).read_text(encoding="utf-8-sig")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        prompts = [line if line.endswith("Assistant:") else as_dialogue(line) for line in lines]  # or a dialogue already
+        lines = [line.strip() for line in text.splitlines() if line.strip()]  # questions, or dialogues already
+        prompts = [line if line.endswith("Assistant:") else as_dialogue(line) for line in lines]
     else:
         return [as_dialogue(question) for question in QUESTIONS[args.language]]
     if not prompts:
