@@ -22,7 +22,7 @@ def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos
     special tokens only.
     """
     own = hf.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer_eos
+    eos = own.eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
     if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
         eos_ids.append(tokenizer_eos)
@@ -122,8 +122,8 @@ def load_policy(
     See `remax.models.packing` for `packing`.
     """
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, config=config, dtype=dtype, **extra)
+    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, **options)
     if len(tokenizer) > embedded_tokens(hf):
         raise UserError(
             f"{flag}: the tokenizer of {name_or_path} has {len(tokenizer)} tokens, the model only embeds "

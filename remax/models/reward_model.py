@@ -65,8 +65,7 @@ def prepare_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     """
     if distinct_pad(tokenizer):
         return False
-    vocabulary = tokenizer.get_vocab()
-    if PAD_TOKEN in vocabulary:
+    if PAD_TOKEN in tokenizer.get_vocab():
         tokenizer.pad_token = PAD_TOKEN
         return False
     return tokenizer.add_special_tokens({"pad_token": PAD_TOKEN}) > 0
@@ -109,17 +108,14 @@ def load_reward_model(
         config.num_labels = 1
     else:
         check_reward_config(config, name_or_path, flag)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    hf, report = from_pretrained(
-        AutoModelForSequenceClassification, name_or_path, flag, config=config, dtype=dtype, **extra
-    )
+    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    hf, report = from_pretrained(AutoModelForSequenceClassification, name_or_path, flag, **options)
     if not hasattr(hf, "score"):
         raise UserError(
             f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral "
             "or Qwen"
         )
-    missing = [key for key in report["missing_keys"] if key.startswith("score.")]
-    if missing and not new_head:
+    if not new_head and any(key.startswith("score.") for key in report["missing_keys"]):
         raise UserError(
             f"{flag}: {name_or_path} has no weights for its score head; expected a reward model, as step 2 saves it"
         )

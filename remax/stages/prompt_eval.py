@@ -124,8 +124,5 @@ def write(path: Path, prompts: list[str], answers: dict[str, list[Answers]]) -> 
     """A row for each prompt: {prompt, baseline: {greedy: [{text, tokens, ended}], ...}, finetune: {...}}."""
     with path.open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(prompts):
-            found = {
-                model: {kind: [dataclasses.asdict(answer) for answer in row] for kind, row in answers[model][i].items()}
-                for model in MODELS
-            }
-            file.write(json.dumps({"prompt": prompt, **found}, ensure_ascii=False) + "\n")
+            row = {"prompt": prompt, **{model: answers[model][i] for model in MODELS}}
+            file.write(json.dumps(row, ensure_ascii=False, default=dataclasses.asdict) + "\n")
