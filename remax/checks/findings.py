@@ -56,7 +56,6 @@ class Report:
         return "\n".join(lines)
 
     def json(self) -> str:
-        """The findings for programs."""
         return json.dumps({"healthy": not self.failures, "findings": [asdict(found) for found in self.findings]})
 
     def refuse_failures(self) -> None:

@@ -14,6 +14,7 @@ from remax.cli.flags import (
     Count,
     CountOrZero,
     Dtype,
+    Flags,
     NonNegative,
     RewardSourceFlags,
     SamplingFlags,
@@ -26,9 +27,7 @@ from utils.run import UserError
 
 
 @dataclass(kw_only=True)
-class RewardEvalFlags:
-    _argument_group_name = "model and data"
-
+class RewardEvalFlags(Flags, group="model and data"):
     model_name_or_path: str = flag(help="the reward model: folder or hub name")
     data_path: str | None = flag(
         None,
@@ -44,9 +43,7 @@ class RewardEvalFlags:
 
 
 @dataclass(kw_only=True)
-class RetiredInRewardEval:
-    _argument_group_name = "retired (accepted, do nothing)"
-
+class RetiredInRewardEval(Flags, group="retired (accepted, do nothing)"):
     num_padding_at_beginning: int | None = flag(None, "masks come from lengths")
 
 
@@ -62,9 +59,7 @@ class RewardEvalArguments(RetiredInRewardEval, RewardEvalFlags, ConfigFlag):
 
 
 @dataclass(kw_only=True)
-class AskFlags:
-    _argument_group_name = "models and prompts"
-
+class AskFlags(Flags, group="models and prompts"):
     model_name_or_path_baseline: str = flag(help="the model before training: folder or hub name")
     model_name_or_path_finetune: str = flag(help="the model after training: folder or hub name")
     language: Literal["English", "Chinese", "Japanese"] = flag("English", "language of the built-in prompts")
@@ -80,9 +75,7 @@ class AskFlags:
 
 
 @dataclass(kw_only=True)
-class DecodingFlags:
-    _argument_group_name = "answers: greedy, sampled, and by beam search when --num_beams is above 1"
-
+class DecodingFlags(Flags, group="answers: greedy, sampled, and by beam search when --num_beams is above 1"):
     max_new_tokens: Count = flag(100, "longest answer in tokens")
     num_return_sequences: Count = flag(1, "sampled answers per prompt, and answers shown of a beam search")
     num_beams: Count = flag(1, "answers that a beam search follows; 1: no beam search")
@@ -97,9 +90,7 @@ class PromptEvalArguments(SamplingFlags, DecodingFlags, AskFlags, ConfigFlag):
 
 
 @dataclass(kw_only=True)
-class DoctorFlags:
-    _argument_group_name = "models, data and generation, as in step 3"
-
+class DoctorFlags(Flags, group="models, data and generation, as in step 3"):
     actor_model_name_or_path: str = flag(help="the model of step 1: folder or hub name")
     data_path: list[str] = flag([], "data whose held-out pairs the reward model ranks; without it that is skipped")
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")

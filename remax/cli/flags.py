@@ -65,26 +65,31 @@ usual = partial(flag, basic=True)
 of_critic = partial(flag, only="critic")
 
 
+class Flags:
+    """Fields that are flags, with the title that they stand under in the help; subclasses add to the same group."""
+
+    _group: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, group: str | None = None) -> None:
+        cls._group = group or cls._group
+
+
 @dataclass(kw_only=True)
-class ConfigFlag:
+class ConfigFlag(Flags):
     config: str | None = usual(
         None, "yaml or json file of flags, or a run's run.json to start it again; what the command line says goes first"
     )
 
 
 @dataclass(kw_only=True)
-class SamplingFlags:
-    _argument_group_name = "sampled answers"
-
+class SamplingFlags(Flags, group="sampled answers"):
     temperature: Positive = usual(1.0, "of the sampled answers")
     top_p: Fraction = usual(1.0, "sample from the most probable tokens with this total probability; 1: from all")
     top_k: CountOrZero = flag(0, "sample from the k most probable tokens; 0: from all")
 
 
 @dataclass(kw_only=True)
-class RewardSourceFlags:
-    _argument_group_name = "reward (models, functions, or both; at least one)"
-
+class RewardSourceFlags(Flags, group="reward (models, functions, or both; at least one)"):
     reward_model_name_or_path: list[str] = usual([], "reward models of step 2: folders or hub names; name:0.5 weighs")
     normalize_reward: bool = flag(
         False, "reward models: score minus its mean over its standard deviation, as step 2 keeps them in config.json"
@@ -98,9 +103,7 @@ class RewardSourceFlags:
 
 
 @dataclass(kw_only=True)
-class DataFlags:
-    _argument_group_name = "data"
-
+class DataFlags(Flags, group="data"):
     data_path: list[str] = usual(
         ["Dahoas/rm-static"],
         "hub names, folders or files (jsonl, json, csv, parquet, arrow; .gz), several allowed; "
@@ -128,9 +131,7 @@ class DataFlags:
 
 
 @dataclass(kw_only=True)
-class RunFlags:
-    _argument_group_name = "run"
-
+class RunFlags(Flags, group="run"):
     output_dir: str = usual("output", "folder for the models, metrics.jsonl and run.json")
     seed: int = usual(2023, "seed of everything but the data split; each rank adds its number")
     local_rank: int = flag(-1, "set by the launcher")
@@ -145,9 +146,7 @@ class RunFlags:
 
 
 @dataclass(kw_only=True)
-class OptimizerFlags:
-    _argument_group_name = "optimizer (AdamW)"
-
+class OptimizerFlags(Flags, group="optimizer (AdamW)"):
     lr_scheduler_type: Scheduler = usual("cosine", "course of the learning rate over the optimizer steps")
     adam_beta1: BelowOne = flag(0.9, "decay of the mean gradient")
     adam_beta2: BelowOne = flag(0.95, "decay of the mean squared gradient")
@@ -158,9 +157,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class MemoryFlags:
-    _argument_group_name = "memory"
-
+class MemoryFlags(Flags, group="memory"):
     offload: bool = usual(False, "optimizer states of every trained model in CPU memory (ZeRO 1-3)")
     offload_parameters: bool = flag(False, "parameters of the trained model in CPU memory too (ZeRO 3)")
     attn_implementation: Attention | None = flag(None, "attention kernel; without it transformers chooses")
@@ -173,9 +170,7 @@ class SupervisedDataFlags(DataFlags):
 
 
 @dataclass(kw_only=True)
-class FinetuneFlags:
-    _argument_group_name = "model and training"
-
+class FinetuneFlags(Flags, group="model and training"):
     model_name_or_path: str = usual(help="the model to train: hub name or folder")
     dtype: Dtype = usual("auto", "number format; auto: bf16 where the GPU has it, else fp32")
     bf16: bool = flag(False, "the same as --dtype bf16")
@@ -194,9 +189,7 @@ class FinetuneFlags:
 
 
 @dataclass(kw_only=True)
-class LoraFlags:
-    _argument_group_name = "LoRA"
-
+class LoraFlags(Flags, group="LoRA"):
     lora_dim: CountOrZero = usual(0, "rank of the adapters; 0: no LoRA")
     lora_module_name: str = usual("decoder.layers.", "part of the names of the modules that get adapters")
     lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
@@ -204,9 +197,7 @@ class LoraFlags:
 
 
 @dataclass(kw_only=True)
-class PreferenceFlags:
-    _argument_group_name = "loss"
-
+class PreferenceFlags(Flags, group="loss"):
     loss: Literal["ranking", "dpo", "r-dpo"] = usual(
         "ranking",
         "ranking: a reward model; dpo, r-dpo: no reward model but a policy straight from the pairs, against its start",
@@ -235,9 +226,7 @@ class PreferenceFlags:
 
 
 @dataclass(kw_only=True)
-class ActorFlags:
-    _argument_group_name = "actor (the trained policy) and reference (its frozen start)"
-
+class ActorFlags(Flags, group="actor (the trained policy) and reference (its frozen start)"):
     actor_model_name_or_path: str = usual(help="the fine-tuned model of step 1: folder or hub name")
     actor_dtype: Dtype = usual("auto", "number format, the reference's too; auto: bf16 where the GPU has it, else fp32")
     actor_bf16: bool = flag(False, "the same as --actor_dtype bf16")
@@ -261,9 +250,7 @@ class ActorFlags:
 
 
 @dataclass(kw_only=True)
-class ActorLoraFlags:
-    _argument_group_name = "LoRA"
-
+class ActorLoraFlags(Flags, group="LoRA"):
     actor_lora_dim: CountOrZero = usual(0, "rank of the adapters; 0: no LoRA")
     actor_lora_module_name: str = flag("decoder.layers.", "part of the names of the modules that get adapters")
     actor_lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
@@ -282,9 +269,7 @@ class RewardFlags(RewardSourceFlags):
 
 
 @dataclass(kw_only=True)
-class RolloutFlags:
-    _argument_group_name = "rollout"
-
+class RolloutFlags(Flags, group="rollout"):
     per_device_generation_batch_size: Count = usual(16, "prompts per device that are answered together")
     generation_batches: Count = flag(1, "such batches before the one optimizer step")
     per_device_training_batch_size: Count = usual(16, "answers per device and micro-batch of the update")
@@ -309,9 +294,7 @@ class RolloutFlags:
 
 
 @dataclass(kw_only=True)
-class AlgorithmFlags:
-    _argument_group_name = "algorithm"
-
+class AlgorithmFlags(Flags, group="algorithm"):
     algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo"] = usual(
         "remax", "how an answer's advantage is estimated"
     )
@@ -346,9 +329,7 @@ class AlgorithmFlags:
 
 
 @dataclass(kw_only=True)
-class KlFlags:
-    _argument_group_name = "KL to the reference"
-
+class KlFlags(Flags, group="KL to the reference"):
     penalty: Penalty | None = usual(
         None,
         "one_step: a token pays its own KL; full_step: and that of the tokens after it (with k1 the exact gradient); "
@@ -372,9 +353,7 @@ class KlFlags:
 
 
 @dataclass(kw_only=True)
-class PpoFlags:
-    _argument_group_name = "ppo only"
-
+class PpoFlags(Flags, group="ppo only"):
     ppo_epochs: Count = flag(1, "passes over each rollout", only="epochs")
     ppo_mini_batches: Count = flag(1, "optimizer steps in one pass", only="epochs")
     cliprange: Positive = flag(0.2, "the policy's ratio counts within 1 +- this", only="cliprange")
@@ -394,9 +373,7 @@ class PpoFlags:
 
 
 @dataclass(kw_only=True)
-class WatchFlags:
-    _argument_group_name = "watching and checking"
-
+class WatchFlags(Flags, group="watching and checking"):
     print_answers: bool = usual(False, "show a prompt with its answers at every console line")
     save_answers: bool = flag(False, "write the answers of every evaluation to <output_dir>")
     log_variance: bool = flag(False, "measure the advantages' variance under several baselines")
@@ -410,9 +387,7 @@ class WatchFlags:
 
 
 @dataclass(kw_only=True)
-class Retired:
-    _argument_group_name = "retired (accepted, do nothing)"
-
+class Retired(Flags, group="retired (accepted, do nothing)"):
     deepspeed: bool = flag(False, "DeepSpeed is always used")
 
 

@@ -167,12 +167,10 @@ def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
 
 
 def table(lines: list[tuple[str, str]], note: str) -> str:
-    """Names and values in two columns, and a note below."""
     return "\n".join([f"  {name:<21} {value}" for name, value in lines] + ([f"  {note}"] if note else []))
 
 
 def show(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> str:
-    """The built-in examples with their scores."""
     index, blocks = texts.index(), []
     for i, row in enumerate(rows):
         better, worse = (float(scores[index[i, column]]) for column in ("chosen", "rejected"))

@@ -81,7 +81,6 @@ def from_pretrained(
 
 
 def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:
-    """Turns gradient checkpointing on where it is asked for."""
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -125,7 +125,6 @@ class Packed:
 
     @classmethod
     def join(cls, sequences: Sequences) -> Packed:
-        """The rows in their order."""
         lengths, mask = sequences.lengths, sequences.mask
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         return cls(sequences.input_ids[mask][None], positions[mask][None], lengths.cumsum(0) - lengths, lengths)

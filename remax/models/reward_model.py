@@ -38,7 +38,6 @@ class RewardModel(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The layer from hidden states to scores."""
         return self.hf.get_submodule("score")
 
     def forward(self, sequences: Sequences, every_token: bool = False) -> Tensor:

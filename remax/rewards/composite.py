@@ -106,7 +106,6 @@ class CompositeReward:
 
     @property
     def models(self) -> list[Part]:
-        """The parts that are reward models."""
         return [part for part in self.parts if not isinstance(part.scorer, FunctionReward)]
 
     @property
@@ -115,7 +114,7 @@ class CompositeReward:
         return tuple(part.name for part in self.parts) if len(self.parts) > 1 else ()
 
     def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
-        """(B,) float32 reward of each answer."""
+        """(B,) float32."""
         return self.score_parts(sequences, forwards)[0]
 
     def score_parts(self, sequences: Sequences, forwards: int = 1) -> tuple[Tensor, dict[str, Tensor]]:

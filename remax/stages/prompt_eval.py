@@ -97,7 +97,6 @@ def check_model(args: PromptEvalArguments, model: str, prompts: list[str]) -> Pr
 
 
 def ask(args: PromptEvalArguments, model: str, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[Answers]:
-    """The model's answers to each prompt."""
     name, flag = getattr(args, f"model_name_or_path_{model}"), f"--model_name_or_path_{model}"
     settings = GenerationSettings(args.max_new_tokens, tokenizer.pad_token_id, sampling(args))
     config = EngineConfig(dtype=args.dtype)

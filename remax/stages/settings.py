@@ -67,7 +67,6 @@ def _cadence(args: Arguments, batches_per_step: int, max_steps: int) -> Cadence:
 
 
 def finetune_model(args: FinetuneArguments) -> ModelSpec:
-    """The model that steps 1 and 2 train."""
     lora = LoraSpec(args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
     return ModelSpec(
         args.model_name_or_path,
@@ -101,7 +100,6 @@ def _reference_engine(args: Step2Arguments | Step3Arguments, dtype: str) -> Engi
 
 
 def reward_engine(args: Step3Arguments) -> EngineConfig:
-    """How each reward model is spread."""
     return EngineConfig(args.reward_zero_stage, offload_parameters=args.offload_reward_model, dtype=args.reward_dtype)
 
 
@@ -120,7 +118,6 @@ def actor_model(args: Step3Arguments) -> ModelSpec:
 
 
 def reference_model(args: Step3Arguments) -> ModelSpec:
-    """The policy's frozen start."""
     name, flag = args.actor_model_name_or_path, "--actor_model_name_or_path"
     return ModelSpec(name, flag, _reference_engine(args, args.actor_dtype), args.attn_implementation)
 
@@ -160,13 +157,11 @@ def evaluated_distribution(args: Step3Arguments) -> Sampling:
 
 
 def generation(args: Step3Arguments, pad_id: int) -> GenerationSettings:
-    """How the policy answers."""
     longest, longest_greedy = args.max_answer_seq_len, args.max_greedy_seq_len
     return GenerationSettings(longest, pad_id, sampling(args), longest_greedy, args.two_pass_rollout)
 
 
 def trainer_settings(args: Step3Arguments) -> TrainerSettings:
-    """How the trainer cuts its work."""
     return TrainerSettings(
         _cadence(args, args.rollout_batches, args.stop_step),
         micro_batch_size=args.per_device_training_batch_size,
