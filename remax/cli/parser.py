@@ -224,7 +224,9 @@ def read_flags(
     namespace, unknown = build_parser(arguments, description, usage).parse_known_args(argv)
     given = vars(namespace)
     if unknown:
-        raise UserError(unknown_flags(unknown, flags))
+        name = unknown[0].split("=")[0]
+        belongs = f"{' '.join(unknown)}: belongs to no flag; write --flag value, and quote values with spaces"
+        raise UserError(f"{name}: {_correction(name, flags)}" if name.startswith("-") else belongs)
     if "config" in given:
         given = values_of_file(given["config"], flags, getattr(arguments, "stage", None)) | given
     missing = [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]
@@ -270,13 +272,6 @@ def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> d
         except ValueError as error:
             raise UserError(f"{where}: {key}: {error}") from None
     return values
-
-
-def unknown_flags(unknown: Sequence[str], known: Iterable[str]) -> str:
-    name = unknown[0].split("=")[0]
-    if not name.startswith("-"):
-        return f"{' '.join(unknown)}: belongs to no flag; write --flag value, and quote values with spaces"
-    return f"{name}: {_correction(name, known)}"
 
 
 def _correction(name: str, known: Iterable[str]) -> str:

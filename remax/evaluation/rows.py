@@ -108,17 +108,13 @@ def report(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor, config: 
         known = f"held-out scores in training: mean {config.score_mean:.3f}, spread {config.score_std:.3f}"
     sums = figure_sums(rows, texts, scores)
     if not sums or not sums["pairs"]:
-        lines = [
-            ("mean score", f"{scores.mean():.3f}  (spread {scores.std(correction=0):.3f}, {len(scores)} answers)"),
-            ("range", f"{scores.min():.3f} to {scores.max():.3f}"),
-        ]
-        return table(lines, known)
+        mean = f"{scores.mean():.3f}  (spread {scores.std(correction=0):.3f}, {len(scores)} answers)"
+        return table([("mean score", mean), ("range", f"{scores.min():.3f} to {scores.max():.3f}")], known)
     figures, n = pair_figures(sums) | ranked_figures(sums), int(sums["pairs"])
     if "rankings" in sums:  # without an error: the pairs of one prompt are no independent draws
         counted = f"({n} pairs of {sums['rankings']:.0f} prompts; a tie counts half)"
-        chance = f"(blind choice: {figures['best_of_k_chance']:.3f})"
-        lines = [("accuracy", f"{figures['accuracy']:.3f}  {counted}")]
-        lines.append(("best of K", f"{figures['best_of_k_accuracy']:.3f}  {chance}"))
+        best = f"{figures['best_of_k_accuracy']:.3f}  (blind choice: {figures['best_of_k_chance']:.3f})"
+        lines = [("accuracy", f"{figures['accuracy']:.3f}  {counted}"), ("best of K", best)]
     else:
         error = (figures["accuracy"] * (1 - figures["accuracy"]) / n) ** 0.5
         lines = [("accuracy", f"{figures['accuracy']:.3f} +- {error:.3f}  ({n} pairs; a tie counts half)")]

@@ -52,14 +52,11 @@ def _trained(args: Arguments, zero_stage: int, dtype: str, micro_batch_size: int
     return EngineConfig(zero_stage, offload, parameters, dtype, micro_batch_size, args.gradient_clipping)
 
 
-def _optimizer(args: Arguments, steps: int, **rates: float) -> OptimizerConfig:
-    return OptimizerConfig(
-        total_steps=steps,
-        warmup_steps=args.num_warmup_steps,
-        schedule=args.lr_scheduler_type,
-        betas=(args.adam_beta1, args.adam_beta2),
-        **rates,
-    )
+def _optimizer(
+    args: Arguments, steps: int, rate: float, weight_decay: float, lora_rate: float | None = None
+) -> OptimizerConfig:
+    warmup, schedule, betas = args.num_warmup_steps, args.lr_scheduler_type, (args.adam_beta1, args.adam_beta2)
+    return OptimizerConfig(rate, steps, warmup, schedule, weight_decay, betas, lora_rate)
 
 
 def _cadence(args: Arguments, batches_per_step: int, max_steps: int) -> Cadence:
@@ -87,8 +84,7 @@ def finetune_reference(args: Step2Arguments) -> ModelSpec:
 
 
 def finetune_optimizer(args: FinetuneArguments, steps: int) -> OptimizerConfig:
-    rate, decay, lora_rate = args.learning_rate, args.weight_decay, args.lora_learning_rate
-    return _optimizer(args, steps, learning_rate=rate, weight_decay=decay, lora_learning_rate=lora_rate)
+    return _optimizer(args, steps, args.learning_rate, args.weight_decay, args.lora_learning_rate)
 
 
 def finetune_cadence(args: FinetuneArguments) -> Cadence:
@@ -138,12 +134,11 @@ def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
 
 
 def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
-    rate, decay, lora_rate = args.actor_learning_rate, args.actor_weight_decay, args.actor_lora_learning_rate
-    return _optimizer(args, steps, learning_rate=rate, weight_decay=decay, lora_learning_rate=lora_rate)
+    return _optimizer(args, steps, args.actor_learning_rate, args.actor_weight_decay, args.actor_lora_learning_rate)
 
 
 def critic_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
-    return _optimizer(args, steps, learning_rate=args.critic_learning_rate, weight_decay=args.critic_weight_decay)
+    return _optimizer(args, steps, args.critic_learning_rate, args.critic_weight_decay)
 
 
 def sampling(args: SamplingFlags) -> Sampling:
