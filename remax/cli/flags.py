@@ -426,15 +426,10 @@ WHY_RETIRED = {
 
 @dataclass(kw_only=True)
 class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, ConfigFlag):
-    """What the three stages have in common.
+    """What the three stages have in common."""
 
-    Attributes:
-        stage: its name in run.json.
-        notices: for rank 0 to print: one line for each retired flag that was given, and for each flag that acts
-            otherwise than it says.
-    """
-
-    stage: ClassVar[str]
+    stage: ClassVar[str]  # its name in run.json
+    # For rank 0 to print: one line for each retired flag that was given, and for each that acts otherwise than it says.
     notices: list[str] = dataclasses.field(default_factory=list, init=False)
 
     @property

@@ -127,11 +127,7 @@ def check_dtype(flag_name: str, dtype: Dtype, bf16: bool) -> None:
 
 
 def resolve_dtype(flag_name: str, dtype: Dtype, bf16: bool = False) -> Dtype:
-    """fp32, bf16 or fp16 from the flag, the older flag for bf16, and the device.
-
-    Raises:
-        UserError: fp16 without a GPU.
-    """
+    """fp32, bf16 or fp16 from the flag, the older flag for bf16, and the device; fp16 needs a GPU."""
     if bf16:
         return "bf16"
     if dtype in ("fp32", "bf16"):

@@ -117,10 +117,7 @@ def load_policy(
     attn_implementation: str | None = None,
     packing: bool = False,
 ) -> PolicyModel:
-    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds.
-
-    See `remax.models.packing` for `packing`.
-    """
+    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds."""
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, **options)

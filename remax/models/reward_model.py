@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from types import MethodType
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +94,7 @@ def load_reward_model(
 ) -> RewardModel:
     """A sequence classifier with one label.
 
-    With `new_head` the head may be missing (a language model as backbone) and starts fresh. See `remax.models.packing`
-    for `packing`.
+    With `new_head` the head may be missing (a language model as backbone) and starts fresh.
 
     Raises:
         UserError: The architecture has no `score` head, a finished reward model lacks its head's weights, or it has
@@ -137,13 +135,9 @@ def score_statistics(config: PreTrainedConfig, name_or_path: str, flag: str) -> 
         UserError: The config has none, or a deviation that cannot be divided by.
     """
     mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
-    if not (_is_finite(mean) and _is_finite(std) and std > 0):
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (mean, std)) or std <= 0:
         raise UserError(
             f"--normalize_reward: the config.json of {flag} {name_or_path} has score_mean {mean} and score_std {std}; "
             "expected numbers, the second above 0, as step 2 writes them"
         )
     return float(mean), float(std)
-
-
-def _is_finite(x: object) -> TypeGuard[float]:
-    return isinstance(x, (int, float)) and math.isfinite(x)

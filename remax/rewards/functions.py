@@ -255,7 +255,6 @@ def reward_function(function: Callable[..., Any], entry: str = "", flag: str = "
 
     Args:
         entry: its name in errors; by default its own.
-        flag: the flag that errors name.
 
     Raises:
         UserError: it has other parameters.

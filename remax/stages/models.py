@@ -164,10 +164,7 @@ def build_reward(
 
 
 def build_models(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Models:
-    """Actor, reference, reward, and for PPO a critic; each is loaded by its own ZeRO stage.
-
-    The optimizer takes `steps` steps.
-    """
+    """Actor, reference, reward, and for PPO a critic, each by its own ZeRO stage; `steps` are the optimizer's."""
     tokenizer, spec = tokenizers.actor, actor_model(args)
     distribution, chunk_size = evaluated_distribution(args), args.logprob_chunk_size
     actor = Actor(
