@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,8 +135,9 @@ def score_statistics(config: PreTrainedConfig, name_or_path: str, flag: str) -> 
     Raises:
         UserError: The config has none, or a deviation that cannot be divided by.
     """
-    mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (mean, std)) or std <= 0:
+    kept: list[Any] = [getattr(config, name, None) for name in ("score_mean", "score_std")]
+    mean, std = kept
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in kept) or std <= 0:
         raise UserError(
             f"--normalize_reward: the config.json of {flag} {name_or_path} has score_mean {mean} and score_std {std}; "
             "expected numbers, the second above 0, as step 2 writes them"
