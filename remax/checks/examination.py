@@ -28,12 +28,13 @@ from remax.checks.models import check_fit, check_ranks, check_reload, check_samp
 from remax.checks.rewards import check_ranking, check_scores
 from remax.core.sequences import Prompts
 from remax.engines.policy import Actor, Reference
+from remax.evaluation.policy import isolated_rng
 from remax.rewards.composite import CompositeReward
 from utils.data.batches import PairBatch
 from utils.data.collate import pad
 from utils.data.shapes import as_dialogue
 from utils.data.tokens import encode_prompts
-from utils.distributed import device, rank
+from utils.distributed import device
 
 PROBE_TEXTS = (
     "Why is the sky blue?",
@@ -57,24 +58,16 @@ def examine(
     """Makes all checks; every rank calls it with as many prompts as the others.
 
     Args:
-        actor: The policy.
-        reward: What scores its answers.
-        tokenizer: The actor's.
         prompts: A batch of this rank's, of which a few rows are used.
-        reference: The frozen policy, where it is loaded.
         pairs: Batches of held-out pairs, see `held_out_pairs`.
         max_prompt_tokens: Length of the longest prompt in training.
         reload_limit: An actor of more parameters is not written to disk and read again; 0: none is.
     """
-    findings = [
-        *check_tokens(actor, reward, reference, tokenizer),
-        check_fit(actor, reward, max_prompt_tokens),
-    ]
+    findings = [*check_tokens(actor, reward, reference, tokenizer), check_fit(actor, reward, max_prompt_tokens)]
     if any(found.result == FAILURE for found in findings):  # running the models could end in an index error
         return Report([*findings, Finding("generation, rewards and export", SKIPPED, "the models do not go together")])
     findings += [check_sampling(actor), check_ranks()]
-    with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(rank())
+    with isolated_rng(0), torch.no_grad():
         probe = take_probe(actor, prompts.to(device()))
         findings += [
             check_greedy(actor, probe),

@@ -14,7 +14,6 @@ OK, WARNING, FAILURE, SKIPPED = "ok", "warning", "failure", "skipped"
 
 # Mean difference, in nats, that two computations of the same log-probs may have: rounding, of logits of size 10 to 30.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
-
 EXACT = 1e-3  # where nothing but the order of sums may differ, also in bf16
 
 
@@ -57,7 +56,6 @@ class Report:
         return "\n".join(lines)
 
     def json(self) -> str:
-        """The findings for programs."""
         return json.dumps({"healthy": not self.failures, "findings": [asdict(found) for found in self.findings]})
 
     def refuse_failures(self) -> None:

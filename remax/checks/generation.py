@@ -26,19 +26,12 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True)
 class Probe:
-    """Answers to a few prompts, generated as training generates them.
+    """Answers to a few prompts, generated as training generates them."""
 
-    Attributes:
-        prompts: The last row is the second half of the longest prompt, so that padding always occurs.
-        sampled: B sampled answers.
-        greedy: B greedy answers.
-        drawn_from: (B, A) log-probs of the sampled tokens in the distributions that generation drew them from.
-    """
-
-    prompts: Prompts
+    prompts: Prompts  # the last row is the second half of the longest prompt, so that padding always occurs
     sampled: Sequences
     greedy: Sequences
-    drawn_from: Tensor
+    drawn_from: Tensor  # (B, A) log-probs of the sampled tokens in the distributions that generation drew them from
 
 
 def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
@@ -49,14 +42,18 @@ def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
     return Prompts(torch.cat([ids, ids[longest : longest + 1]]), torch.cat([lengths, half[None]]))
 
 
+def _answers(actor: Actor, prompts: Prompts, samples: int) -> tuple[Sequences | None, Sequences | None, list[Tensor]]:
+    settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
+    with actor.generating() as synced:
+        return rollout_with_scores(
+            actor.model.hf, prompts, settings, samples=samples, synced_gpus=synced, decoder=actor.decoder
+        )
+
+
 def take_probe(actor: Actor, prompts: Prompts) -> Probe:
     """Has the actor answer the first few prompts."""
     prompts = with_padded_row(prompts, PROBE_ROWS)
-    settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
-    with actor.generating() as synced:
-        sampled, greedy, scores = rollout_with_scores(
-            actor.model.hf, prompts, settings, synced_gpus=synced, decoder=actor.decoder
-        )
+    sampled, greedy, scores = _answers(actor, prompts, samples=1)
     sampled, greedy = present(sampled, "the sampled rollout"), present(greedy, "the greedy rollout")
     return Probe(prompts, sampled, greedy, score_logprobs(scores, sampled.answer_ids))
 
@@ -82,11 +79,8 @@ def check_greedy(actor: Actor, probe: Probe) -> Finding:
     """
     logp = logprobs_under(actor, probe.greedy, Sampling(top_k=1)).double()[probe.greedy.answer_mask]
     distance = torch.expm1(-logp).log().clamp(min=0.0)  # log(0) = -inf, clamped: the token is the argmax
-    tolerance = (
-        10 * TOLERANCE[actor.engine.config.dtype] if actor.engine.config.dtype == "fp32" else 0.25
-    )  # 2 units of bf16 at 16
-    missed = combine((distance > tolerance).double())
-    size = combine(distance)
+    tolerance = 10 * TOLERANCE["fp32"] if actor.engine.config.dtype == "fp32" else 0.25  # 2 units of bf16 at 16
+    missed, size = combine((distance > tolerance).double()), combine(distance)
     return finding(
         "greedy tokens are the argmax",
         missed.mean <= 0.01,
@@ -118,13 +112,9 @@ def check_padding(actor: Actor, probe: Probe) -> Finding:
     """A prompt decoded in a left-padded batch has the log-probs that it has alone."""
     length = int(probe.prompts.lengths[-1])
     alone = Prompts(probe.prompts.input_ids[-1:, -length:], probe.prompts.lengths[-1:])
-    settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
     answers, steps = [], []
     for prompts in (probe.prompts, alone):
-        with actor.generating() as synced:
-            _, greedy, scores = rollout_with_scores(
-                actor.model.hf, prompts, settings, samples=0, synced_gpus=synced, decoder=actor.decoder
-            )
+        _, greedy, scores = _answers(actor, prompts, samples=0)
         greedy = present(greedy, "the greedy rollout")
         answers.append(greedy.answer_ids[-1][: int(greedy.answer_lengths[-1])])
         steps.append([step[-1:] for step in scores])
@@ -160,10 +150,7 @@ def check_noise(actor: Actor, probe: Probe, vocabulary: int) -> Finding:
 
 
 def check_batching(actor: Actor, reward: CompositeReward, probe: Probe) -> Finding:
-    """The shortest and the longest row have the same log-probs and scores in the batch and alone.
-
-    The scores are those of every reward model.
-    """
+    """The shortest and the longest row have the same log-probs, and scores of every model, in the batch and alone."""
     sequences = probe.sampled
     rows = [int(sequences.lengths.argmin()), int(sequences.lengths.argmax())]
     single = [sequences.select(slice(row, row + 1)) for row in rows]

@@ -25,25 +25,19 @@ from utils.tokenizer import load_tokenizer, same_vocabulary
 
 def roles(actor: Actor, reward: CompositeReward, reference: Reference | None = None) -> dict[str, Role]:
     """Every model by its name in the report."""
-    models: dict[str, Role] = {"actor": actor}
-    models |= {label_of("reward model", part, reward): part.model for part in reward.models}
-    return models | ({"reference": reference} if reference is not None else {})
+    models = {label_of("reward model", part, reward): part.model for part in reward.models}
+    return {"actor": actor, **models, **({"reference": reference} if reference is not None else {})}
 
 
 def check_tokens(
-    actor: Actor,
-    reward: CompositeReward,
-    reference: Reference | None,
-    tokenizer: PreTrainedTokenizerBase,
+    actor: Actor, reward: CompositeReward, reference: Reference | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[Finding]:
     """Vocabulary, end token and pad token of all models."""
     models = roles(actor, reward, reference)
     rows = {name: embedded_tokens(role.model.hf) for name, role in models.items()}
     too_small = [f"the {name} embeds {n}" for name, n in rows.items() if n < len(tokenizer)]
-    theirs = {
-        label_of("reward model", part, reward): present(part.tokenizer, "a reward model's tokenizer")
-        for part in reward.models
-    }
+    own = "a reward model's tokenizer"
+    theirs = {label_of("reward model", part, reward): present(part.tokenizer, own) for part in reward.models}
     differences = {name: same_vocabulary(tokenizer, other) for name, other in theirs.items()}
     different = [f"{name}: {difference}" for name, difference in differences.items() if difference]
     vocabulary = finding(
@@ -92,10 +86,8 @@ def check_tokens(
 def check_fit(actor: Actor, reward: CompositeReward, max_prompt_tokens: int) -> Finding:
     """Room for the longest prompt with the longest answer in every model."""
     longest = max_prompt_tokens + actor.generation.max_new_tokens
-    known = {
-        name: getattr(role.model.hf.config, "max_position_embeddings", None)
-        for name, role in roles(actor, reward).items()
-    }
+    configs = {name: role.model.hf.config for name, role in roles(actor, reward).items()}
+    known = {name: getattr(config, "max_position_embeddings", None) for name, config in configs.items()}
     positions = {name: n for name, n in known.items() if n is not None}
     return finding(
         "prompts fit",

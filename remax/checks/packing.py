@@ -23,7 +23,6 @@ def check_packing(engine: TrainedEngine, max_len: int, **read: bool) -> None:
     its context matters to a token.
 
     Args:
-        engine: Holds the model.
         max_len: Tokens of the longest row in training.
         **read: What makes the model's forward return a value for every answer token.
 

@@ -3,28 +3,17 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.run import UserError
 
 
-@dataclass(frozen=True)
-class Config:
-    """What a file says.
-
-    Attributes:
-        values: by name of the flag, as the file has them.
-        stage: of the run whose run.json it is, else None.
-    """
-
-    values: dict[Any, Any]
-    stage: str | None = None
-
-
-def read_config(file: str) -> Config:
+def read_config(file: str) -> tuple[dict[Any, Any], str | None]:
     """Reads json where the name ends so, else yaml.
+
+    Returns:
+        The values by name of the flag, as the file has them; the stage of the run whose run.json it is, else None.
 
     Raises:
         UserError: no such file, its content is no mapping, or a key is there twice.
@@ -57,8 +46,8 @@ def read_config(file: str) -> Config:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: is no {'json' if is_json else 'yaml'} ({reason})") from None
     if isinstance(content, dict) and isinstance(content.get("arguments"), dict):
-        return Config(content["arguments"], str(content.get("stage")))
+        return content["arguments"], str(content.get("stage"))
     if not isinstance(content, dict):
         kind = "empty" if content is None else f"a {type(content).__name__}"
         raise UserError(f"{where}: is {kind}; expected a mapping from flags to values, such as learning_rate: 1e-5")
-    return Config(content)
+    return content, None

@@ -31,11 +31,9 @@ class Answer:
 
 
 def read_answers(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Answer]:
-    """The answers of B sequences."""
+    columns = (sequences.input_ids, sequences.prompt_lengths, sequences.answer_lengths)
     found = []
-    for ids, start, length in zip(
-        sequences.input_ids.tolist(), sequences.prompt_lengths.tolist(), sequences.answer_lengths.tolist(), strict=True
-    ):
+    for ids, start, length in zip(*(column.tolist() for column in columns), strict=True):
         answer = ids[start : start + length]
         text = str(tokenizer.decode(answer, skip_special_tokens=True))
         found.append(Answer(text, length, answer[-1] in eos_ids))

@@ -51,12 +51,9 @@ def perplexity(actor: Actor, loader: Iterable[SupervisedBatch]) -> dict[str, flo
 
 @dataclass
 class PolicyEvaluation:
-    """What `evaluate_policy` finds.
+    """What `evaluate_policy` finds: figures reduced over the ranks, and the answers of all ranks.
 
-    Attributes:
-        figures: Reduced over the ranks.
-        answers: Those of all ranks, each with `prompt`, `answer`, `length` and `reward` (and `reward/NAME` for each
-            part of several).
+    Each of these has `prompt`, `answer`, `length` and `reward` (and `reward/NAME` for each part of several).
     """
 
     figures: dict[str, float]
@@ -94,12 +91,6 @@ def evaluate_policy(
     """Answers held-out prompts (sampled, or greedy) and measures the answers.
 
     Args:
-        actor: Answers.
-        reference: What its KL is measured against.
-        reward: Scores the answers.
-        loader: The prompts.
-        tokenizer: The actor's.
-        greedy: Take the greedy answers.
         answers: Prompts with the data's own answers.
         seed: Of the sampled answers.
 
@@ -123,9 +114,8 @@ def evaluate_policy(
     readable: list[dict[str, Any]] = []
     with evaluating(actor.model), isolated_rng(seed):
         for batch in map(to_device, loader):
-            sampled, best = actor.rollout(
-                Prompts(batch.input_ids, batch.lengths), samples=0 if greedy else 1, greedy=greedy
-            )
+            prompts = Prompts(batch.input_ids, batch.lengths)
+            sampled, best = actor.rollout(prompts, samples=0 if greedy else 1, greedy=greedy)
             sequences = present(best if greedy else sampled, "the rollout")
             score, parts = reward.score_parts(sequences)  # (B,), and each part's by name
             output = actor.logprobs(sequences, entropy=True)
@@ -135,17 +125,16 @@ def evaluate_policy(
             additions = {
                 "prompts": weight,
                 "tokens": token_weight,
-                "reward": weight * score,
                 "reward_squares": weight * score**2,
                 "ended": weight * sequences.ended(eos_ids),
                 "kl": token_weight * (output.logprobs - reference_logprobs),
                 "entropy": token_weight * present(output.entropy, "PolicyOutput.entropy"),
                 "reference_nll": -token_weight * reference_logprobs,
             }
-            additions |= {f"reward/{name}": weight * scores for name, scores in parts.items()}
+            scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
+            additions = {name: weight * values for name, values in scores.items()} | additions
             for name, value in additions.items():
                 sums[name] += value.double().sum()
-            scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
             found = read_answers(sequences, tokenizer, eos_ids)
             for i in weight.nonzero().flatten().tolist():
                 rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}

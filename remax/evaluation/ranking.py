@@ -27,13 +27,9 @@ class Scorer(Protocol):
     """What gives answers scores: `Reward`, `TrainedReward`, `ImplicitReward`."""
 
     @property
-    def model(self) -> nn.Module:
-        """Put into eval mode meanwhile."""
-        ...
+    def model(self) -> nn.Module: ...
 
-    def score(self, sequences: Sequences) -> Tensor:
-        """(B,) scores."""
-        ...
+    def score(self, sequences: Sequences) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -51,11 +47,9 @@ def ranking_accuracy(
                 scored = scorer.score(Sequences.from_batch(batch))
                 additions = ranked_sums(scored, batch.row, batch.ranks, batch.lengths, batch.weight)
             else:
-                chosen, rejected = pair_scores(scorer, batch)  # (B,)
-                weight = batch.weight
-                lengths = (batch.chosen_lengths, batch.rejected_lengths)
-                additions = pair_sums(chosen, rejected, *lengths, weight)
-                additions |= score_sums(torch.cat([chosen, rejected]), weight.repeat(2))
+                scores, lengths = pair_scores(scorer, batch), (batch.chosen_lengths, batch.rejected_lengths)
+                additions = pair_sums(*scores, *lengths, batch.weight)
+                additions |= score_sums(torch.cat(scores), batch.weight.repeat(2))
             for name, value in additions.items():
                 sums[name] = sums.get(name, 0.0) + value
     total = sum_across_ranks(sums)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -21,17 +22,13 @@ from utils.data.shapes import Example, dense, usable_texts
 class Texts:
     """The texts of all rows, one after the other, and where they belong.
 
-    Attributes:
-        encoded: the texts.
-        place: of each text: the row, and "chosen" or "rejected", or which of the row's several ranked answers it is.
-        reasons: for each row why it is not scored, or None.
-        pairs: whether some row has two answers.
+    The `place` of a text is its row, and "chosen" or "rejected", or which of the row's several ranked answers it is.
     """
 
     encoded: list[EncodedText]
     place: list[tuple[int, str | int]]
-    reasons: list[str | None]
-    pairs: bool
+    reasons: list[str | None]  # for each row why it is not scored
+    pairs: bool  # whether some row has two answers
 
     def index(self) -> dict[tuple[int, str | int], int]:
         """Place -> number of the text."""
@@ -82,33 +79,25 @@ def scored_rows(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
     """The rows as they were read, with their scores.
 
     These are chosen_score and rejected_score, or score where there are only single answers, or answer_scores, a list in
-    the order of the row's answers.
-
-    A row that is not scored has null there, and the reason in the column `not_scored`.
+    the order of the row's answers. A row that is not scored has null there, and the reason in the column `not_scored`.
     """
     names = {"chosen": "chosen_score", "rejected": "rejected_score"} if texts.pairs else {"chosen": "score"}
-    values = scores.tolist()
-    index = texts.index()
-    result = []
     ranked = any(row.example.answers is not None for row in rows)
-    for i, row in enumerate(rows):
-        found = {name: index.get((i, column)) for column, name in names.items()}
-        scored = row.original | {name: None if k is None else values[k] for name, k in found.items()}
+    found = dict(zip(texts.place, scores.tolist(), strict=True))
+    result = []
+    for i, (row, reason) in enumerate(zip(rows, texts.reasons, strict=True)):
+        own: dict[str, Any] = {name: found.get((i, column)) for column, name in names.items()}
         if ranked:
-            several = [values[index[i, k]] for k in answers_of(row.example)] if texts.reasons[i] is None else None
-            scored = row.original | {"answer_scores": several}
-        if texts.reasons[i] is not None:
-            scored["not_scored"] = texts.reasons[i]
-        result.append(scored)
+            own = {"answer_scores": None if reason else [found[i, k] for k in answers_of(row.example)]}
+        result.append(row.original | own | ({"not_scored": reason} if reason else {}))
     return result
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """One json object a line; the file appears when it is complete."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(path)
 
 
@@ -119,17 +108,13 @@ def report(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor, config: 
         known = f"held-out scores in training: mean {config.score_mean:.3f}, spread {config.score_std:.3f}"
     sums = figure_sums(rows, texts, scores)
     if not sums or not sums["pairs"]:
-        lines = [
-            ("mean score", f"{scores.mean():.3f}  (spread {scores.std(correction=0):.3f}, {len(scores)} answers)"),
-            ("range", f"{scores.min():.3f} to {scores.max():.3f}"),
-        ]
-        return table(lines, known)
+        mean = f"{scores.mean():.3f}  (spread {scores.std(correction=0):.3f}, {len(scores)} answers)"
+        return table([("mean score", mean), ("range", f"{scores.min():.3f} to {scores.max():.3f}")], known)
     figures, n = pair_figures(sums) | ranked_figures(sums), int(sums["pairs"])
     if "rankings" in sums:  # without an error: the pairs of one prompt are no independent draws
         counted = f"({n} pairs of {sums['rankings']:.0f} prompts; a tie counts half)"
-        chance = f"(blind choice: {figures['best_of_k_chance']:.3f})"
-        lines = [("accuracy", f"{figures['accuracy']:.3f}  {counted}")]
-        lines.append(("best of K", f"{figures['best_of_k_accuracy']:.3f}  {chance}"))
+        best = f"{figures['best_of_k_accuracy']:.3f}  (blind choice: {figures['best_of_k_chance']:.3f})"
+        lines = [("accuracy", f"{figures['accuracy']:.3f}  {counted}"), ("best of K", best)]
     else:
         error = (figures["accuracy"] * (1 - figures["accuracy"]) / n) ** 0.5
         lines = [("accuracy", f"{figures['accuracy']:.3f} +- {error:.3f}  ({n} pairs; a tie counts half)")]
@@ -178,12 +163,10 @@ def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
 
 
 def table(lines: list[tuple[str, str]], note: str) -> str:
-    """Names and values in two columns, and a note below."""
     return "\n".join([f"  {name:<21} {value}" for name, value in lines] + ([f"  {note}"] if note else []))
 
 
 def show(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> str:
-    """The built-in examples with their scores."""
     index, blocks = texts.index(), []
     for i, row in enumerate(rows):
         better, worse = (float(scores[index[i, column]]) for column in ("chosen", "rejected"))

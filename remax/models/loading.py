@@ -37,7 +37,10 @@ def quiet_libraries() -> None:
 
 
 def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) -> PreTrainedConfig:
-    """The model's configuration; a UserError naming `flag` when there is none."""
+    """The model's configuration; a UserError naming `flag` when there is none.
+
+    With `disable_dropout` every dropout rate is 0, by whatever name the family has for it.
+    """
     if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
         raise UserError(f"{flag}: the folder {name_or_path} holds no config.json; expected a Hugging Face model folder")
     try:
@@ -49,8 +52,9 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
             "that can be reached"
         ) from error
     config.use_cache = True
-    if disable_dropout:
-        zero_dropout(config)
+    for name, value in list(config.to_dict().items()) if disable_dropout else ():
+        if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
+            setattr(config, name, 0.0)
     return config
 
 
@@ -61,13 +65,6 @@ def check_length(config: PreTrainedConfig, tokens: int, flags: str, model_flag: 
         raise UserError(f"{flags}: {tokens} tokens, but the model of {model_flag} has {positions} positions; lower it")
 
 
-def zero_dropout(config: PreTrainedConfig) -> None:
-    """Sets every dropout rate of the configuration to 0, by whatever name the family has for it."""
-    for name, value in list(config.to_dict().items()):
-        if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
-            setattr(config, name, 0.0)
-
-
 def from_pretrained(
     auto_class: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
     name_or_path: str,
@@ -75,6 +72,7 @@ def from_pretrained(
     **options: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`auto_class.from_pretrained`, with its loading report; loading trouble becomes one line naming the flag."""
+    options = {name: value for name, value in options.items() if value is not None}
     try:
         loaded: Any = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
         return loaded
@@ -83,7 +81,6 @@ def from_pretrained(
 
 
 def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:
-    """Turns gradient checkpointing on where it is asked for."""
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -1,4 +1,4 @@
-"""The rows of a micro-batch joined end to end: the same numbers without padding.
+"""The rows of a micro-batch one behind the other: the same numbers without padding.
 
 A padded batch has as many token slots as rows times longest row, and the model computes all of them. Here the rows are
 joined to a single one just before the model reads them, and what is needed of its hidden states is looked up at the new
@@ -29,7 +29,6 @@ from remax.core.sequences import Sequences
 from utils.run import UserError
 
 IN_PIECES = "sdpa_in_pieces"  # transformers makes no mask for an attention that it has no mask function for
-
 LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -54,14 +53,10 @@ def attend_in_pieces(
     """Causal attention within each of the pieces that the only row consists of: an attention of transformers.
 
     Args:
-        module: The attention layer.
-        query: (1, heads, N, D).
-        key: (1, key heads, N, D).
-        value: (1, key heads, N, D).
+        query: (1, heads, N, D); key and value are (1, key heads, N, D).
         attention_mask: None; transformers makes no mask for this attention.
         piece_lengths: Tokens of each piece; they add up to N.
-        sliding_window: How many tokens a token sees, itself included.
-        **options: For transformers' own attention.
+        sliding_window: So many tokens does a token see, itself included.
 
     Returns:
         (1, N, heads, D), and no attention weights.
@@ -121,23 +116,15 @@ def unpacked(model: Reader) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Packed:
-    """The rows of a batch joined to one, without padding.
+    """The rows of a batch joined to one, without padding."""
 
-    Attributes:
-        input_ids: (1, N).
-        position_ids: (1, N), from zero in each piece.
-        start: (B,) column of each piece's first token.
-        lengths: (B,) tokens of each piece, N in all.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    start: Tensor
-    lengths: Tensor
+    input_ids: Tensor  # (1, N)
+    position_ids: Tensor  # (1, N), from zero in each piece
+    start: Tensor  # (B,) column of each piece's first token
+    lengths: Tensor  # (B,) tokens of each piece, N in all
 
     @classmethod
     def join(cls, sequences: Sequences) -> Packed:
-        """The rows in their order."""
         lengths, mask = sequences.lengths, sequences.mask
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         return cls(sequences.input_ids[mask][None], positions[mask][None], lengths.cumsum(0) - lengths, lengths)

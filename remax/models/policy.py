@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.core.logprobs import Head, token_stats
 from remax.core.sampling import Sampling
@@ -27,7 +22,7 @@ def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos
     tokens only.
     """
     own = hf.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer_eos
+    eos = own.eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
     if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
         eos_ids.append(tokenizer_eos)
@@ -122,13 +117,10 @@ def load_policy(
     attn_implementation: str | None = None,
     packing: bool = False,
 ) -> PolicyModel:
-    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds.
-
-    See `remax.models.packing` for `packing`.
-    """
+    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds."""
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, config=config, dtype=dtype, **extra)
+    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, **options)
     if len(tokenizer) > embedded_tokens(hf):
         raise UserError(
             f"{flag}: the tokenizer of {name_or_path} has {len(tokenizer)} tokens, the model only embeds "

@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import math
 from types import MethodType
-from typing import TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.core.sequences import Sequences
 from remax.models.loading import embedded_tokens, from_pretrained, load_config, prepare_training
@@ -43,7 +38,6 @@ class RewardModel(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The layer from hidden states to scores."""
         return self.hf.get_submodule("score")
 
     def forward(self, sequences: Sequences, every_token: bool = False) -> Tensor:
@@ -70,8 +64,7 @@ def prepare_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
     """
     if distinct_pad(tokenizer):
         return False
-    vocabulary = tokenizer.get_vocab()
-    if PAD_TOKEN in vocabulary:
+    if PAD_TOKEN in tokenizer.get_vocab():
         tokenizer.pad_token = PAD_TOKEN
         return False
     return tokenizer.add_special_tokens({"pad_token": PAD_TOKEN}) > 0
@@ -102,8 +95,7 @@ def load_reward_model(
 ) -> RewardModel:
     """A sequence classifier with one label.
 
-    With `new_head` the head may be missing (a language model as backbone) and starts fresh. See `remax.models.packing`
-    for `packing`.
+    With `new_head` the head may be missing (a language model as backbone) and starts fresh.
 
     Raises:
         UserError: The architecture has no `score` head, a finished reward model lacks its head's weights, or it has
@@ -114,17 +106,14 @@ def load_reward_model(
         config.num_labels = 1
     else:
         check_reward_config(config, name_or_path, flag)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    hf, report = from_pretrained(
-        AutoModelForSequenceClassification, name_or_path, flag, config=config, dtype=dtype, **extra
-    )
+    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    hf, report = from_pretrained(AutoModelForSequenceClassification, name_or_path, flag, **options)
     if not hasattr(hf, "score"):
         raise UserError(
             f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral "
             "or Qwen"
         )
-    missing = [key for key in report["missing_keys"] if key.startswith("score.")]
-    if missing and not new_head:
+    if not new_head and any(key.startswith("score.") for key in report["missing_keys"]):
         raise UserError(
             f"{flag}: {name_or_path} has no weights for its score head; expected a reward model, as step 2 saves it"
         )
@@ -146,14 +135,11 @@ def score_statistics(config: PreTrainedConfig, name_or_path: str, flag: str) -> 
     Raises:
         UserError: The config has none, or a deviation that cannot be divided by.
     """
-    mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
-    if not (_is_finite(mean) and _is_finite(std) and std > 0):
+    kept: list[Any] = [getattr(config, name, None) for name in ("score_mean", "score_std")]
+    mean, std = kept
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in kept) or std <= 0:
         raise UserError(
             f"--normalize_reward: the config.json of {flag} {name_or_path} has score_mean {mean} and score_std {std}; "
             "expected numbers, the second above 0, as step 2 writes them"
         )
     return float(mean), float(std)
-
-
-def _is_finite(x: object) -> TypeGuard[float]:
-    return isinstance(x, (int, float)) and math.isfinite(x)

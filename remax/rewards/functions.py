@@ -33,9 +33,7 @@ from typing import Any
 from utils.run import UserError
 
 LARGEST = 3.4e38  # of float32, in which rewards are kept
-
 GRACE = 1.0  # seconds after which an async function that blocks its loop is interrupted from outside
-
 MANNERS = "(prompt, answer) for one sample, or (prompts, answers) for lists of them, passed by name"
 
 
@@ -53,26 +51,17 @@ class TimeOut(BaseException):
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function with what its signature says of it.
+    """A function with what its signature says of it."""
 
-    Attributes:
-        entry: `module:function` as it was given, for errors.
-        function: The function itself.
-        batched: Whether it takes lists.
-        asynchronous: Whether it is awaited.
-    """
-
-    entry: str
+    entry: str  # `module:function` as it was given, for errors
     function: Callable[..., Any]
-    batched: bool
+    batched: bool  # takes lists
     asynchronous: bool
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str], timeout: float = 0.0) -> list[float]:
         """One finite number for each of B samples.
 
         Args:
-            prompts: B prompts.
-            answers: B answers.
             timeout: Seconds for a sample, or for a batched call; 0: none.
 
         Raises:
@@ -103,10 +92,9 @@ class RewardFunction:
     async def _awaited(self, prompts: list[str], answers: list[str], timeout: float) -> Any:
         if self.batched:
             return await _in_time(self.function(prompts=prompts, answers=answers), None, timeout)
-        samples = enumerate(zip(prompts, answers, strict=True))
         tasks = [
             asyncio.ensure_future(_in_time(self.function(prompt=prompt, answer=answer), i, timeout))
-            for i, (prompt, answer) in samples
+            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
         try:
             return await asyncio.gather(*tasks)
@@ -168,9 +156,7 @@ def _time_limit(seconds: float, told: float | None = None) -> Iterator[None]:
     It uses the interval timer's signal, since only that interrupts a regular expression that runs away, and since the
     function stays in the main thread. It needs Unix; code that never comes back from a C library is not interrupted.
 
-    Args:
-        seconds: The limit.
-        told: The limit that the error names, where it is another one.
+    The error names `told`, where that is another limit.
     """
     if not seconds:
         yield
@@ -237,9 +223,6 @@ def _in_words(error: BaseException) -> str:
     return type(error).__name__ + (f": {message[0]}" if message else "") + where
 
 
-# ------------------------------------------------------------------------------------------------------------- finding
-
-
 @functools.cache
 def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
     """The function of an entry `module:function` or `path/to/file.py:function`.
@@ -270,7 +253,6 @@ def reward_function(function: Callable[..., Any], entry: str = "", flag: str = "
 
     Args:
         entry: its name in errors; by default its own.
-        flag: the flag that errors name.
 
     Raises:
         UserError: it has other parameters.
@@ -281,20 +263,16 @@ def reward_function(function: Callable[..., Any], entry: str = "", flag: str = "
 
 
 def _import(source: str, is_file: bool, given: str) -> ModuleType:
-    path: Path | None
-    if is_file:
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise UserError(f"{given}: no such file {path} (looked from {Path.cwd()})")
-    else:
-        path = Path(*source.split(".")).with_suffix(".py")  # below the working folder, which a launcher leaves out
-        if _is_importable(source) or not path.is_file():
-            path = None
+    # A module may lie below the working folder, which a launcher leaves out.
+    path = Path(source).expanduser() if is_file else Path(*source.split(".")).with_suffix(".py")
+    if is_file and not path.is_file():
+        raise UserError(f"{given}: no such file {path} (looked from {Path.cwd()})")
+    by_name = not is_file and (_is_importable(source) or not path.is_file())
     try:
         with _staying_here():
-            return importlib.import_module(source) if path is None else _import_file(path.resolve())
+            return importlib.import_module(source) if by_name else _import_file(path.resolve())
     except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) and path is None else None
+        missing = error.name if isinstance(error, ModuleNotFoundError) and by_name else None
         if missing and f"{source}.".startswith(f"{missing}."):
             raise UserError(
                 f"{given}: no module {source}; install it, put its folder on PYTHONPATH, or give the path of a file "

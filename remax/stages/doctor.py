@@ -8,16 +8,16 @@ from remax.checks.examination import PROBE_TEXTS, built_in_prompts, examine
 from remax.checks.findings import Report
 from remax.checks.rewards import held_out_pairs
 from remax.cli.evaluation import DoctorArguments, stdout_to_stderr
-from remax.core.sampling import Sampling
 from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
-from remax.rewards.composite import FunctionReward, try_functions
+from remax.rewards.composite import try_functions
 from remax.rewards.sources import reward_sources
 from remax.stages.models import build_reward, reward_functions
+from remax.stages.settings import sampling
 from utils.data.config import DataConfig
 from utils.distributed import print0
 from utils.tokenizer import load_tokenizer
@@ -29,11 +29,8 @@ def examine_folders(args: DoctorArguments) -> Report:
     tokenizer = load_tokenizer(name, flag)
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     own = [load_tokenizer(model.name, "--reward_model_name_or_path") for model in models]
-    scorers = [part.scorer for part in reward_functions(args, tokenizer)]
-    try_functions([scorer for scorer in scorers if isinstance(scorer, FunctionReward)], PROBE_TEXTS[:2])
-    generation = GenerationSettings(
-        args.max_answer_seq_len, tokenizer.pad_token_id, Sampling(args.temperature, args.top_p, args.top_k)
-    )
+    try_functions(reward_functions(args, tokenizer), PROBE_TEXTS[:2])
+    generation = GenerationSettings(args.max_answer_seq_len, tokenizer.pad_token_id, sampling(args))
     policy = load_policy(
         name, flag, dtype=config.torch_dtype, tokenizer=tokenizer, attn_implementation=args.attn_implementation
     )

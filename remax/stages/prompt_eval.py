@@ -9,14 +9,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from remax.cli.evaluation import PromptEvalArguments
-from remax.core.sampling import Sampling
 from remax.engines.base import FrozenEngine
-from remax.engines.deepspeed_config import DTYPES, EngineConfig
+from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
 from remax.evaluation.answers import Answer, answer_prompts
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.policy import load_policy
+from remax.stages.settings import sampling
 from utils.data.chat import template_of
 from utils.data.rows import read_rows
 from utils.data.shapes import Form, as_dialogue
@@ -76,8 +76,9 @@ def read_prompts(args: PromptEvalArguments) -> list[str]:
         rows = read_rows(args.data_path, cache_dir=args.data_output_path, form=form)
         prompts = [row.prompt for row in rows if row.skipped is None]
     elif args.prompts_file:
-        lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-        prompts = [as_prompt(line.strip()) for line in lines if line.strip()]
+        text = Path(args.prompts_file).read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]  # questions, or dialogues already
+        prompts = [line if line.endswith("Assistant:") else as_dialogue(line) for line in lines]
     else:
         return [as_dialogue(question) for question in QUESTIONS[args.language]]
     if not prompts:
@@ -86,30 +87,21 @@ def read_prompts(args: PromptEvalArguments) -> list[str]:
     return prompts[: args.num_prompts or None]
 
 
-def as_prompt(line: str) -> str:
-    """A question as a dialogue; a line that ends with "Assistant:" is one already."""
-    return line if line.endswith("Assistant:") else as_dialogue(line)
-
-
 def check_model(args: PromptEvalArguments, model: str, prompts: list[str]) -> PreTrainedTokenizerBase:
     """The model's tokenizer, when the model is there and has room for the longest prompt and its answer."""
-    flag = f"--model_name_or_path_{model}"
-    name = getattr(args, f"model_name_or_path_{model}")
-    config = load_config(name, flag)
-    tokenizer = load_tokenizer(name, flag)
+    name, flag = getattr(args, f"model_name_or_path_{model}"), f"--model_name_or_path_{model}"
+    config, tokenizer = load_config(name, flag), load_tokenizer(name, flag)
     longest = max(len(ids) for ids in encode_prompts(tokenizer, prompts))
     check_length(config, longest + args.max_new_tokens, f"the longest prompt ({longest}) + --max_new_tokens", flag)
     return tokenizer
 
 
 def ask(args: PromptEvalArguments, model: str, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[Answers]:
-    """The model's answers to each prompt."""
     name, flag = getattr(args, f"model_name_or_path_{model}"), f"--model_name_or_path_{model}"
-    settings = GenerationSettings(
-        args.max_new_tokens, tokenizer.pad_token_id, Sampling(args.temperature, args.top_p, args.top_k)
-    )
-    policy = load_policy(name, flag, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
-    actor = Actor(FrozenEngine(policy, EngineConfig(dtype=args.dtype)), generation=settings)
+    settings = GenerationSettings(args.max_new_tokens, tokenizer.pad_token_id, sampling(args))
+    config = EngineConfig(dtype=args.dtype)
+    policy = load_policy(name, flag, dtype=config.torch_dtype, tokenizer=tokenizer)
+    actor = Actor(FrozenEngine(policy, config), generation=settings)
     samples, beams = args.num_return_sequences, args.num_beams
     return answer_prompts(actor, tokenizer, prompts, batch_size=args.batch_size, samples=samples, beams=beams)
 
@@ -131,8 +123,5 @@ def write(path: Path, prompts: list[str], answers: dict[str, list[Answers]]) -> 
     """A row for each prompt: {prompt, baseline: {greedy: [{text, tokens, ended}], ...}, finetune: {...}}."""
     with path.open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(prompts):
-            found = {
-                model: {kind: [dataclasses.asdict(answer) for answer in row] for kind, row in answers[model][i].items()}
-                for model in MODELS
-            }
-            file.write(json.dumps({"prompt": prompt, **found}, ensure_ascii=False) + "\n")
+            row = {"prompt": prompt, **{model: answers[model][i] for model in MODELS}}
+            file.write(json.dumps(row, ensure_ascii=False, default=dataclasses.asdict) + "\n")

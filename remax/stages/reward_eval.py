@@ -39,10 +39,10 @@ EXAMPLES = [
 def run_reward_eval(args: RewardEvalArguments) -> None:
     """Scores the answers of --data_path or of two built-in examples, prints figures, and writes to --output."""
     quiet_libraries()
-    flag = "--model_name_or_path"
-    config = load_config(args.model_name_or_path, flag)
+    name, flag = args.model_name_or_path, "--model_name_or_path"
+    config = load_config(name, flag)
     check_length(config, args.max_seq_len, "--max_seq_len")
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(name)
     if world_size() > 1:
         init_distributed(args.local_rank)
     for notice in args.notices:
@@ -54,21 +54,18 @@ def run_reward_eval(args: RewardEvalArguments) -> None:
     else:
         rows = [TextRow({}, example) for example in EXAMPLES]
     texts = encode_rows(rows, tokenizer, args.max_seq_len)
-    name = args.data_path or "the built-in examples"
-    print0(describe_rows(name, rows, texts, args.max_seq_len))
+    data = args.data_path or "the built-in examples"
+    print0(describe_rows(data, rows, texts, args.max_seq_len))
     if not texts.encoded:
-        raise UserError(f"--data_path {name}: no row can be scored; expected answers, alone or in pairs")
+        raise UserError(f"--data_path {data}: no row can be scored; expected answers, alone or in pairs")
 
-    model = load_reward_model(args.model_name_or_path, flag, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
+    model = load_reward_model(name, flag, dtype=DTYPES[args.dtype], tokenizer=tokenizer)
     reward = Reward(FrozenEngine(model, EngineConfig(dtype=args.dtype)))
     scores = score_texts(reward, texts.encoded, batch_size=args.batch_size, pad_id=tokenizer.pad_token_id)  # (n,)
     if not scores.isfinite().all():
         count = int((~scores.isfinite()).sum())
         raise UserError(f"--dtype {args.dtype}: {count} of {len(scores)} scores are not finite numbers; try fp32")
-    if args.data_path:
-        print0(report(rows, texts, scores, config))
-    else:
-        print0(show(rows, texts, scores))
+    print0(report(rows, texts, scores, config) if args.data_path else show(rows, texts, scores))
     if args.output and is_main():
         write_rows(Path(args.output), scored_rows(rows, texts, scores))
         print0(f"scores of {len(rows)} rows written to {args.output}")

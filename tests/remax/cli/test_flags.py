@@ -357,17 +357,16 @@ READ = {
     ],
     f"{DATA}:load_data": [
         f"longest = {LONGEST}",
-        "config = data_config(args, output)",
+        "data_config(args, output)",
         "batches=args.max_steps * args.rollout_batches",
         "max_len=args.max_prompt_seq_len",
         "train_batch_size=args.per_device_generation_batch_size",
-        "eval_batch_size=args.per_device_eval_batch_size",
-        "batch_size=args.per_device_eval_batch_size",
+        "eval_batch_size = args.per_device_eval_batch_size",
         "if args.unsupervised_dataset_name",
         "plain_text_batches(args.unsupervised_dataset_name, configuration=args.unsupervised_dataset_config_name, "
         "tokenizer=tokenizer, block=longest, batch_size=args.per_device_training_batch_size, seed=args.seed, "
-        "cache_dir=args.data_output_path, rank=rank(), world_size=world_size())",
-        "limit = args.max_eval_batches",
+        "cache_dir=args.data_output_path, **ranks)",
+        "limit, rows = (args.max_eval_batches, concatenate_datasets(held_out) if held_out else None)",
     ],
     f"{MODELS}:check_models": [
         REWARDS,
