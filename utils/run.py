@@ -26,6 +26,12 @@ class UserError(Exception):
     """Bad input. The message is one line: what (flag, file, row), what was expected, and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """The error's message, first line only."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class TrainingStopped(Exception):
     """Going on would be pointless, or impossible. The message is one line: step, figure, likely cause and remedy."""
 

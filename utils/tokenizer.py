@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.hub import hub_is_reachable
-from utils.run import UserError
+from utils.run import UserError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*")
 
@@ -45,8 +45,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name_or_path)
     except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         if online:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{flag}: no usable tokenizer in {name_or_path}: {reason}") from error
+            raise UserError(f"{flag}: no usable tokenizer in {name_or_path}: {first_line(error)}") from error
         raise UserError(
             f"{flag}: {name_or_path} is neither a folder nor in the cache, and the Hugging Face hub cannot be reached; "
             "download the model on a machine with access and give its folder"

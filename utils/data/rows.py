@@ -11,7 +11,7 @@ from datasets import Value
 
 from utils.data.preferences import TEXT, choose_conversion, normalise
 from utils.data.shapes import PLAIN, Example, Form
-from utils.data.sources import Shard, file_format, json_rows, read_splits, undecodable
+from utils.data.sources import BadJSON, Shard, file_format, json_rows, read_splits, undecodable
 from utils.run import UserError
 
 
@@ -35,7 +35,6 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
     Args:
         name: Anything that `utils.data.preferences.load_data_set` reads.
         cache_dir: Where the Arrow files go; None: the datasets library's own folder.
-        flag: The flag that errors name.
         form: The chat template that writes lists of messages.
 
     Raises:
@@ -53,7 +52,7 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
                 if text["prompt"] is None:
                     text["prompt"], skipped = "", "plain text without a prompt"
                 rows.append(TextRow(original, Example(**{column: text[column] for column in TEXT}), skipped))
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, BadJSON) as error:
         raise UserError(f"{flag}: {undecodable(splits, name)}") from error
     return rows
 

@@ -28,9 +28,9 @@ from utils.data.preferences import (
 from utils.data.raw import raw_rows
 from utils.data.report import Dropped, count_dropped, report_dropped
 from utils.data.shapes import Form, Row
-from utils.data.sources import READ_ERRORS, Shard, check_numbers, first_bad_row, first_line, read_splits
+from utils.data.sources import READ_ERRORS, Shard, check_numbers, first_bad_row, read_splits
 from utils.distributed import print0
-from utils.run import UserError
+from utils.run import UserError, first_line
 
 TOGETHER = 1000  # rows that are converted or encoded at a time, and from which the shape is found
 HELD_OUT_ROWS = 1000  # of each data set, at most
