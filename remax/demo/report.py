@@ -48,7 +48,7 @@ from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from utils.data.encoding import Encoder, Names, encode_rows
-from utils.data.loaders import COLLATORS, KINDS, EvalSampler, make_loader
+from utils.data.loaders import COLLATORS, KINDS, eval_order, make_loader
 from utils.data.preferences import load_data_set
 from utils.run import UserError, describe_run, run_main
 from utils.tokenizer import load_tokenizer
@@ -169,7 +169,7 @@ def measure(
     def loader(stage: int, tokenizer: PreTrainedTokenizerBase, max_len: int) -> DataLoader:
         encoded = encode_rows(rows, Encoder(KINDS[stage], tokenizer, max_len), cache_dir=None, names=Names("eval"))
         collate = partial(COLLATORS[KINDS[stage]], pad_id=tokenizer.pad_token_id)
-        return make_loader(encoded, EvalSampler(len(encoded)), BATCH_SIZE, collate)
+        return make_loader(encoded, eval_order(len(encoded)), BATCH_SIZE, collate)
 
     def actor(name: str) -> Actor:
         tokenizer = tokenizers[name]

@@ -5,7 +5,7 @@ dialogue of several turns step 1 learns the last answer or all of them: a `loss_
 the tokens after the first prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,10 +55,6 @@ NEEDS = {
 TOO_LONG = "whose prompt alone fills --max_seq_len"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches of rows, for Dataset.map
-
-
 @dataclass(frozen=True)
 class Encoder:
     """How one stage makes token ids of text rows.
@@ -91,21 +87,20 @@ class Encoder:
 
     def encode(self, batch: dict[str, list]) -> dict[str, list]:
         """Columns of text -> columns of FEATURES[kind] and FATE."""
-        return to_columns(ENCODERS[self.kind](batch, self))
+        return to_columns(list(ENCODERS[self.kind](batch, self)))
 
 
-def supervised_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
+def supervised_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt and chosen -> input_ids, prompt_length, loss_mask and their fate.
 
     The loss_mask covers the tokens after the prompt; it is None where all of them are learned.
     """
-    rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
     prompts, answers = batch["prompt"], batch["chosen"]
-    first = beginning(tokenizer)
-    plain = plain_ids(tokenizer, [prompt or "" for prompt in prompts])
+    texts, first = [prompt or "" for prompt in prompts], beginning(tokenizer)
+    plain = plain_ids(tokenizer, texts)
     heads = with_beginning(first, plain)
-    tails = encode_answers(tokenizer, [prompt or "" for prompt in prompts], plain, [answer or "" for answer in answers])
+    tails = encode_answers(tokenizer, texts, plain, [answer or "" for answer in answers])
     places = batch.get("earlier") or [[]] * len(prompts)
     for prompt, answer, head, tail, earlier in zip(prompts, answers, heads, tails, places, strict=True):
         mask, dropped = None, unusable(prompt, [answer])
@@ -114,24 +109,22 @@ def supervised_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
         elif not dropped and encoder.train_on == "all" and earlier:
             start, mask = split_turns(tokenizer, prompt, earlier, head)
             head, tail, mask = head[:start], head[start:] + tail, mask[start:] + [True] * len(tail)
-        elif not dropped and prompt is None:  # plain text: its first token is the prompt
-            head, tail = split_text(tokenizer, answer, first)
+        elif not dropped and prompt is None:  # plain text: its first token, or what precedes every text, is the prompt
+            (joint,) = encode_prompts(tokenizer, [answer])
+            head, tail = joint[: max(len(first), 1)], joint[max(len(first), 1) :]
         full_length = len(head)
-        dropped = dropped or no_token(head) or too_long(head, encoder)
+        dropped = dropped or unfit(head, encoder)
         head = make_room(head, [tail], max_len, first)
         ids = join(head, tail, max_len, tokenizer.eos_token_id)
         if mask is not None:
             mask = (mask + [True])[: len(ids) - len(head)]  # True: the end token, where one was added
             dropped = dropped or (None if any(mask) else "without a token to learn")
-        rows.append(
-            {
-                "input_ids": [] if dropped else ids,
-                "prompt_length": len(head),
-                "loss_mask": None if dropped else mask,
-                **fate(dropped, len(head) + len(tail) >= max_len, len(head), full_length),
-            }
-        )
-    return rows
+        yield {
+            "input_ids": [] if dropped else ids,
+            "prompt_length": len(head),
+            "loss_mask": None if dropped else mask,
+            **fate(dropped, len(head) + len(tail) >= max_len, len(head), full_length),
+        }
 
 
 def split_turns(
@@ -142,8 +135,6 @@ def split_turns(
     The tokens stay those of the whole prompt; one that crosses an answer's boundary belongs to the answer.
 
     Args:
-        tokenizer: Made the tokens.
-        prompt: As text.
         earlier: (start, end) of the earlier answers, in characters of the prompt; at least one.
         head: The prompt's ids, with the tokenizer's beginning.
 
@@ -168,13 +159,6 @@ def shared_length(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def split_text(tokenizer: PreTrainedTokenizerBase, text: str, first: list[int]) -> tuple[list[int], list[int]]:
-    """A text's first token, or what the tokenizer puts before it, and the rest."""
-    (ids,) = encode_prompts(tokenizer, [text])
-    start = max(len(first), 1)
-    return ids[:start], ids[start:]
-
-
 def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list[int]) -> list[int]:
     """Cuts a prompt that fills `max_len` alone: it keeps its end, and leaves the answers up to half of the room."""
     if len(head) < max_len:
@@ -183,9 +167,8 @@ def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list
     return keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
 
 
-def ranking_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
+def ranking_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length, margin and their fate."""
-    rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first = beginning(tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
@@ -201,32 +184,28 @@ def ranking_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     ):
         full_length = len(head)
         dropped = unusable(prompt, []) or (None if several[i] is None else unranked(several[i], ranks[i]))
-        dropped = dropped or unusable(prompt, [chosen, rejected]) or no_token(head) or too_long(head, encoder)
+        dropped = dropped or unusable(prompt, [chosen, rejected]) or unfit(head, encoder)
         head = make_room(head, ends, max_len, first)
         ids = [join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
         if not dropped and chosen.strip() == rejected.strip():
             dropped = "with equal answers"
         if not dropped and ids[0] == ids[1]:
             dropped = "whose answers are equal after the cut"
-        rows.append(
-            {
-                "chosen_ids": [] if dropped else ids[0],
-                "rejected_ids": [] if dropped else ids[1],
-                "prompt_length": len(head),
-                "margin": margin,
-                **fate(dropped, len(head) + max(map(len, ends)) >= max_len, len(head), full_length),
-            }
-        )
-    return rows
+        yield {
+            "chosen_ids": [] if dropped else ids[0],
+            "rejected_ids": [] if dropped else ids[1],
+            "prompt_length": len(head),
+            "margin": margin,
+            **fate(dropped, len(head) + max(map(len, ends)) >= max_len, len(head), full_length),
+        }
 
 
-def ranked_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
+def ranked_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt, answers and ranks -> answers_ids, ranks, prompt_length, left_out and their fate.
 
     A row without `answers` is a pair: chosen before rejected. left_out counts the answers of a used row that are not
     among its `usable_answers`, as texts or after the cut.
     """
-    rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
     first, eos = beginning(tokenizer), tokenizer.eos_token_id
     prompts = [prompt or "" for prompt in batch["prompt"]]
@@ -243,7 +222,7 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
         full_length, is_pair = len(head), batch["answers"][i] is None
         ranks = [1, 2] if is_pair else batch["ranks"][i]
         kept = usable_texts(answers[i], ranks)
-        dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head) or too_long(head, encoder)
+        dropped = unusable(prompts[i], answers[i] if is_pair else []) or unfit(head, encoder)
         if not dropped and (reason := unranked(answers[i], ranks)):
             dropped = "with equal answers" if is_pair else reason
         head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
@@ -251,31 +230,23 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
         used = [kept[k] for k in usable_answers([ids[k] for k in kept], [ranks[k] for k in kept])]
         if not dropped and len({ranks[k] for k in used}) < 2:
             dropped = "whose answers are equal after the cut"
-        rows.append(
-            {
-                "answers_ids": [] if dropped else [ids[k] for k in used],
-                "ranks": [] if dropped else dense([ranks[k] for k in used]),
-                "prompt_length": len(head),
-                "left_out": 0 if dropped else len(ranks) - len(used),
-                **fate(dropped, any(len(head) + len(tails[i][k]) >= max_len for k in used), len(head), full_length),
-            }
-        )
-    return rows
+        yield {
+            "answers_ids": [] if dropped else [ids[k] for k in used],
+            "ranks": [] if dropped else dense([ranks[k] for k in used]),
+            "prompt_length": len(head),
+            "left_out": 0 if dropped else len(ranks) - len(used),
+            **fate(dropped, any(len(head) + len(tails[i][k]) >= max_len for k in used), len(head), full_length),
+        }
 
 
-def prompts_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
+def prompts_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt -> input_ids, the text, and their fate."""
-    tokenizer, max_len = encoder.tokenizer, encoder.max_len
-    first = beginning(tokenizer)
-    rows = []
+    first = beginning(encoder.tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
-    for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True):
-        dropped = unusable(prompt, []) or no_token(ids)
-        if not dropped and encoder.drops_overlong and len(ids) > max_len:
-            dropped = "whose prompt is longer than --max_prompt_seq_len"
-        kept = keep_end(ids, max_len, first)
-        rows.append({"input_ids": kept, "prompt": prompt, **fate(dropped, False, len(kept), len(ids))})
-    return rows
+    for prompt, ids in zip(prompts, encode_prompts(encoder.tokenizer, prompts), strict=True):
+        dropped = unusable(prompt, []) or unfit(ids, encoder)
+        kept = keep_end(ids, encoder.max_len, first)
+        yield {"input_ids": kept, "prompt": prompt, **fate(dropped, False, len(kept), len(ids))}
 
 
 def fate(dropped: str | None, cut: bool, length: int, full_length: int) -> Row:
@@ -293,17 +264,18 @@ def unusable(prompt: str | None, answers: Sequence[str | None]) -> str | None:
     return ("with an empty text" if prompt is None else "with an empty answer") if empty else None
 
 
-def no_token(prompt_ids: list[int]) -> str | None:
-    """Why a prompt is unusable that consists of characters which the tokenizer ignores; None for others."""
-    return None if prompt_ids else "whose prompt has no token"
+def unfit(prompt_ids: list[int], encoder: Encoder) -> str | None:
+    """Why a prompt of these tokens cannot be used, or None."""
+    if not prompt_ids:  # the tokenizer ignores all its characters
+        return "whose prompt has no token"
+    if not encoder.drops_overlong:
+        return None
+    if encoder.kind == "prompts":
+        return "whose prompt is longer than --max_prompt_seq_len" if len(prompt_ids) > encoder.max_len else None
+    return TOO_LONG if len(prompt_ids) >= encoder.max_len else None  # no room for an answer
 
 
-def too_long(prompt_ids: list[int], encoder: Encoder) -> str | None:
-    """Why a prompt is unusable that leaves no room for an answer, where such rows are dropped; None for others."""
-    return TOO_LONG if encoder.drops_overlong and len(prompt_ids) >= encoder.max_len else None
-
-
-ENCODERS: dict[str, Callable[[dict[str, list], Encoder], list[Row]]] = {
+ENCODERS: dict[str, Callable[[dict[str, list], Encoder], Iterator[Row]]] = {
     "supervised": supervised_batch,
     "ranking": ranking_batch,
     "ranked": ranked_batch,
@@ -312,12 +284,7 @@ ENCODERS: dict[str, Callable[[dict[str, list], Encoder], list[Row]]] = {
 
 
 def to_columns(rows: list[Row]) -> dict[str, list]:
-    """Rows -> columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets
 
 
 @dataclass(frozen=True)
@@ -345,8 +312,6 @@ def encode_rows(
         rows: Columns prompt, chosen, rejected; for "ranked" also answers and ranks.
         encoder: Says the columns of the result, of which those in OPTIONAL are left out where no row has them.
         cache_dir: Where the Arrow files go; None: the datasets library's own folder.
-        names: What messages call the rows and the flags.
-        num_proc: Processes that encode; None: this one.
         record: Gets an entry: how many rows were dropped and cut.
         in_memory: Write nothing to the cache.
 
@@ -373,10 +338,9 @@ def encode_rows(
     )
     table = encoded.with_format("arrow")
     kept = np.asarray(table["dropped"][:].is_null())
-    was_cut, prompt_was_cut = (np.asarray(table[name][:]) for name in ("cut", "prompt_cut"))
-    cut, prompt_cut = was_cut & kept, prompt_was_cut & kept
+    cut, prompt_cut = (np.asarray(table[name][:]) & kept for name in ("cut", "prompt_cut"))
     longest = int(np.asarray(table["full_length"][:]).max())
-    if kind == "prompts" and prompt_was_cut.all() and names.data.startswith("train"):
+    if kind == "prompts" and np.asarray(table["prompt_cut"][:]).all() and names.data.startswith("train"):
         raise UserError(
             f"{names.length_flag} {max_len}: every prompt of {names.data_flag} is longer (up to {longest} tokens); "
             "raise it, or shorten the prompts"
@@ -424,8 +388,7 @@ def check_serves(rows: Dataset, kind: str, names: Names) -> None:
     column, need = NEEDS[kind]
     if column == "rejected" and has_rankings(rows):
         column = "answers"  # where all of them are tied, there is no worst one
-    if len(rows) and rows.with_format("arrow")[column][:].null_count == len(rows):
-        what = "a prompt" if column == "prompt" else f"an answer `{column}`"
-        raise UserError(f"{names.data_flag}: no row has {what}; {need}")
-    if kind in ("ranking", "ranked") and len(rows) and rows.with_format("arrow")["prompt"][:].null_count == len(rows):
-        raise UserError(f"{names.data_flag}: no row has a prompt; {need}")
+    for needed in (column, "prompt") if column in ("rejected", "answers") else (column,):
+        if len(rows) and rows.with_format("arrow")[needed][:].null_count == len(rows):
+            what = "a prompt" if needed == "prompt" else f"an answer `{needed}`"
+            raise UserError(f"{names.data_flag}: no row has {what}; {need}")

@@ -24,11 +24,11 @@ from utils.data.encoding import FEATURES, Encoder, Names, encode_rows
 from utils.data.loaders import (
     COLLATORS,
     LENGTH_FLAGS,
-    EvalSampler,
     ResumableSampler,
     check_fills_a_batch,
     check_margins,
     data_sources,
+    eval_order,
     form_of,
     kind_of,
     make_loader,
@@ -300,7 +300,7 @@ def build_streaming_loaders(
     train = DataLoader(
         RowsThemselves(), train_batch_size, sampler=order, collate_fn=collate, generator=torch.Generator()
     )
-    in_turn = EvalSampler(len(evaluation), rank, world_size)
+    in_turn = eval_order(len(evaluation), rank, world_size)
     return train, make_loader(evaluation, in_turn, eval_batch_size, collate)
 
 
