@@ -29,7 +29,7 @@ from utils.data.shapes import (
 
 def rm_static(row: Row) -> Example:
     """Finished prompts and two answers."""
-    return pair(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"), margin(row))
+    return pair(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"), margin=margin(row))
 
 
 def synthetic_instruct(row: Row) -> Example:

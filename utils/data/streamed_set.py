@@ -89,28 +89,21 @@ class StreamedSet:
         """The usable rows of a split in order, with the columns of `normalise_rows`; the others are counted."""
         repeats = Repeats(REMEMBERED)
         for shard in self.shards[split]:
+            label = f"{shard.file.name} " if shard.file and len(self.shards["train"]) > 1 else ""
+            labelled = replace(shard, rows=None, label=label)
             rows = raw_rows(shard, self.flag)
             while chunk := list(islice(rows, TOGETHER)):
                 names, raw = zip(*chunk, strict=True)
-                yield from self.usable(self.normalised(shard, names, raw), repeats, counts)
-
-    def normalised(self, shard: Shard, names: Sequence[str], raw: Sequence[Row]) -> dict[str, list]:
-        """Rows of a shard as the columns of `normalise_rows`."""
-        complete = ({**dict.fromkeys(self.columns), **renamed(row, self.conversion.form.columns)} for row in raw)
-        label = f"{shard.file.name} " if shard.file and len(self.shards["train"]) > 1 else ""
-        return normalise_rows(complete, names, self.conversion, replace(shard, rows=None, label=label))
-
-    def usable(self, columns: dict[str, list], repeats: Repeats, counts: Counts) -> Iterator[Row]:
-        """The rows without a reason to be dropped; all are counted."""
-        for values in zip(*columns.values(), strict=True):
-            row = dict(zip(columns, values, strict=True))
-            counts.read += 1
-            reason = row["skipped"] or (REPEATS if repeats.has(row["key"]) else None)
-            if reason:
-                count_dropped(counts.dropped, reason, row["origin"])
-                continue
-            counts.digest.update(row["key"].to_bytes(8, "little", signed=True))
-            yield row
+                named = (renamed(row, self.conversion.form.columns) for row in raw)
+                complete = ({**dict.fromkeys(self.columns), **row} for row in named)
+                for row in normalise_rows(complete, names, self.conversion, labelled):
+                    counts.read += 1
+                    reason = row["skipped"] or (REPEATS if repeats.has(row["key"]) else None)
+                    if reason:
+                        count_dropped(counts.dropped, reason, row["origin"])
+                    else:
+                        counts.digest.update(row["key"].to_bytes(8, "little", signed=True))
+                        yield row
 
     def training_texts(self, stage: int, shares: Sequence[float], seed: int, counts: Counts) -> Iterator[Row]:
         """The usable training rows of one stage."""
@@ -159,34 +152,25 @@ def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag
     first = shards["train"][0]
     _, raw = zip(*islice(raw_rows(first, flag), TOGETHER), strict=True)
     try:
-        sample = Dataset.from_list(with_all_columns(raw))
+        columns = dict.fromkeys(chain.from_iterable(raw))
+        sample = Dataset.from_list([{**columns, **row} for row in raw])
     except READ_ERRORS as error:
         check_numbers(first, raw[0], flag)
         problem = first_bad_row(first.file) if first.file else None
         raise UserError(f"{flag}: {first.place}, {problem or first_line(error)}") from error
     shard = rename(replace(first, rows=sample), form.columns, flag)
     conversion = choose_conversion(entry, shard, flag, form)
-    whole = flag != "--data_path"
-    stream = StreamedSet(entry, flag, weight, shards, shard.table.column_names, conversion, whole)
+    stream = StreamedSet(entry, flag, weight, shards, shard.table.column_names, conversion, flag != "--data_path")
     held_out = held_out_rows(stream)
     print0(f"{flag} {entry}: {conversion.shape}; streamed, {len(held_out)} rows to evaluate")
     return replace(stream, held_out=held_out)
 
 
-def with_all_columns(rows: Sequence[Row]) -> list[Row]:
-    """The rows, each with the columns of all."""
-    columns = dict.fromkeys(chain.from_iterable(rows))
-    return [{**columns, **row} for row in rows]
-
-
 def held_out_rows(stream: StreamedSet) -> Dataset:
     """The first rows that nothing is trained on; what was dropped among a test split's is reported."""
-    counts = Counts()
-    own = "test" in stream.shards
+    counts, own = Counts(), "test" in stream.shards
     rows = stream.texts("test" if own else "train", counts)
-    if not own:
-        rows = (row for row in rows if is_held_out(row["asked"]))
-    chosen = list(islice(rows, HELD_OUT_ROWS))
+    chosen = list(islice((row for row in rows if own or is_held_out(row["asked"])), HELD_OUT_ROWS))
     where = "its test split has no usable row" if own else f"none of its {counts.read} rows falls to it by chance"
     if not chosen:
         raise UserError(f"{stream.flag}: {stream.name} has no row for evaluation: {where}; give it a test split")
