@@ -109,9 +109,6 @@ def _fenced(text: str) -> str:
     return "".join(f"|{word}|" for word in _words(text))
 
 
-
-
-
 _REQUEST_OF_PROMPT = {request.prompt: request for request in _all_requests()}
 
 _KIND_OF_THING = {thing: kind for kind, things in THINGS.items() for thing in things}

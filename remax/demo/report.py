@@ -89,7 +89,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-
 @dataclass(frozen=True)
 class Stage:
     """What a stage has left in its folder."""
@@ -123,7 +122,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """A json object a line."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
 
 
 def measure(
@@ -165,12 +163,16 @@ def measure(
         sampled = evaluate_policy(
             policy, reference, reward, prompts, tokenizers[name], answers=demonstrations, seed=seed
         )
-        answers[name] = [row | {"true_reward": corpus.true_reward(row["prompt"], row["answer"])} for row in sampled.answers]
+        answers[name] = [
+            row | {"true_reward": corpus.true_reward(row["prompt"], row["answer"])} for row in sampled.answers
+        ]
         asked = [row["prompt"] for row in answers[name]]
         best_guesses = answer_prompts(policy, tokenizers[name], asked, batch_size=BATCH_SIZE, samples=0)
         figures[name] = {
             "true_reward": asdict(corpus.estimate([row["true_reward"] for row in answers[name]])),
-            "true_reward_greedy": asdict(corpus.mean_true_reward(asked, [found["greedy"][0].text for found in best_guesses])),
+            "true_reward_greedy": asdict(
+                corpus.mean_true_reward(asked, [found["greedy"][0].text for found in best_guesses])
+            ),
             "learned_reward": asdict(corpus.estimate([row["reward"] for row in answers[name]])),
         } | {key: sampled.figures[key] for key in ("perplexity", "length", "ended", "kl", "entropy")}
     pairs = loader(1, tokenizers["reward"], longest["reward"])
@@ -185,12 +187,6 @@ def measure(
         "reward_model": judge_ranking(ranking_accuracy(reward, pairs), list(rows)),
     }
     return summary, answers
-
-
-
-
-
-
 
 
 def judge_ranking(figures: dict[str, float], rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -215,7 +211,6 @@ def verdict(summary: dict[str, Any]) -> tuple[bool, str]:
         f"and has gone {gap:.0%} of the way from there to the best reachable (wanted: {ENOUGH_OF_THE_GAP:.0%})"
     )
     return passed, ("GOALS REACHED: " if passed else "GOALS NOT REACHED: ") + text
-
 
 
 def table(summary: dict[str, Any]) -> str:
