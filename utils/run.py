@@ -47,11 +47,9 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        if rank:
             time.sleep(3)
-            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -61,7 +59,6 @@ def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
     """Makes the run's folder; rank 0 writes `run.json` there (arguments, versions, seed, git commit, ...).
 
     Args:
-        output_dir: The folder.
         args: A namespace, dataclass instance or dict with the parsed flags.
         stage: The name that goes into `run.json`, for example "step1".
 

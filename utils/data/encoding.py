@@ -12,20 +12,11 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from utils.data import tokens
 from utils.data.cache import cache_file, fingerprint_of
 from utils.data.config import Overlong, TrainOn
 from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
 from utils.data.shapes import Row, dense, unranked, usable_answers, usable_texts
-from utils.data.tokens import (
-    beginning,
-    encode_answers,
-    encode_prompts,
-    join,
-    keep_end,
-    plain_ids,
-    tokenizer_fingerprint,
-    with_beginning,
-)
 from utils.run import UserError
 
 IDS = List(Value("int32"))
@@ -97,10 +88,10 @@ def supervised_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
     prompts, answers = batch["prompt"], batch["chosen"]
-    texts, first = [prompt or "" for prompt in prompts], beginning(tokenizer)
-    plain = plain_ids(tokenizer, texts)
-    heads = with_beginning(first, plain)
-    tails = encode_answers(tokenizer, texts, plain, [answer or "" for answer in answers])
+    texts, first = [prompt or "" for prompt in prompts], tokens.beginning(tokenizer)
+    plain = tokens.plain_ids(tokenizer, texts)
+    heads = tokens.with_beginning(first, plain)
+    tails = tokens.encode_answers(tokenizer, texts, plain, [answer or "" for answer in answers])
     places = batch.get("earlier") or [[]] * len(prompts)
     for prompt, answer, head, tail, earlier in zip(prompts, answers, heads, tails, places, strict=True):
         mask, dropped = None, unusable(prompt, [answer])
@@ -110,12 +101,12 @@ def supervised_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
             start, mask = split_turns(tokenizer, prompt, earlier, head)
             head, tail, mask = head[:start], head[start:] + tail, mask[start:] + [True] * len(tail)
         elif not dropped and prompt is None:  # plain text: its first token, or what precedes every text, is the prompt
-            (joint,) = encode_prompts(tokenizer, [answer])
+            (joint,) = tokens.encode_prompts(tokenizer, [answer])
             head, tail = joint[: max(len(first), 1)], joint[max(len(first), 1) :]
         full_length = len(head)
         dropped = dropped or unfit(head, encoder)
         head = make_room(head, [tail], max_len, first)
-        ids = join(head, tail, max_len, tokenizer.eos_token_id)
+        ids = tokens.join(head, tail, max_len, tokenizer.eos_token_id)
         if mask is not None:
             mask = (mask + [True])[: len(ids) - len(head)]  # True: the end token, where one was added
             dropped = dropped or (None if any(mask) else "without a token to learn")
@@ -141,8 +132,8 @@ def split_turns(
     Returns:
         The number of tokens before the first answer, and for each token of `head` whether it belongs to an answer.
     """
-    (plain,) = plain_ids(tokenizer, [prompt])
-    boundaries = plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
+    (plain,) = tokens.plain_ids(tokenizer, [prompt])
+    boundaries = tokens.plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
     offset = len(head) - len(plain)  # the tokenizer's beginning
     mask = [False] * len(head)
     starts = []
@@ -164,18 +155,18 @@ def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list
     if len(head) < max_len:
         return head
     longest = max(len(tail) for tail in tails) + 1
-    return keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
+    return tokens.keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
 
 
 def ranking_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length, margin and their fate."""
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
-    first = beginning(tokenizer)
+    first = tokens.beginning(tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
-    plain = plain_ids(tokenizer, prompts)
-    heads = with_beginning(first, plain)
+    plain = tokens.plain_ids(tokenizer, prompts)
+    heads = tokens.with_beginning(first, plain)
     tails = [
-        encode_answers(tokenizer, prompts, plain, [answer or "" for answer in batch[name]])
+        tokens.encode_answers(tokenizer, prompts, plain, [answer or "" for answer in batch[name]])
         for name in ("chosen", "rejected")
     ]
     margins, several, ranks = (batch.get(name) or [None] * len(prompts) for name in ("margin", "answers", "ranks"))
@@ -186,7 +177,7 @@ def ranking_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
         dropped = unusable(prompt, []) or (None if several[i] is None else unranked(several[i], ranks[i]))
         dropped = dropped or unusable(prompt, [chosen, rejected]) or unfit(head, encoder)
         head = make_room(head, ends, max_len, first)
-        ids = [join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
+        ids = [tokens.join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
         if not dropped and chosen.strip() == rejected.strip():
             dropped = "with equal answers"
         if not dropped and ids[0] == ids[1]:
@@ -207,18 +198,18 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     among its `usable_answers`, as texts or after the cut.
     """
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
-    first, eos = beginning(tokenizer), tokenizer.eos_token_id
+    first, eos = tokens.beginning(tokenizer), tokenizer.eos_token_id
     prompts = [prompt or "" for prompt in batch["prompt"]]
-    plain = plain_ids(tokenizer, prompts)
+    plain = tokens.plain_ids(tokenizer, prompts)
     pairs = zip(batch["chosen"], batch["rejected"], strict=True)
     answers: list[Sequence[str | None]] = [
         pair if found is None else found for found, pair in zip(batch["answers"], pairs, strict=True)
     ]
     owner = [i for i, found in enumerate(answers) for _ in found]
     texts = [answer or "" for found in answers for answer in found]
-    encoded = iter(encode_answers(tokenizer, [prompts[i] for i in owner], [plain[i] for i in owner], texts))
+    encoded = iter(tokens.encode_answers(tokenizer, [prompts[i] for i in owner], [plain[i] for i in owner], texts))
     tails = [[next(encoded) for _ in found] for found in answers]
-    for i, head in enumerate(with_beginning(first, plain)):
+    for i, head in enumerate(tokens.with_beginning(first, plain)):
         full_length, is_pair = len(head), batch["answers"][i] is None
         ranks = [1, 2] if is_pair else batch["ranks"][i]
         kept = usable_texts(answers[i], ranks)
@@ -226,7 +217,7 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
         if not dropped and (reason := unranked(answers[i], ranks)):
             dropped = "with equal answers" if is_pair else reason
         head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
-        ids = [tuple(join(head, tail, max_len, eos)) for tail in tails[i]]
+        ids = [tuple(tokens.join(head, tail, max_len, eos)) for tail in tails[i]]
         used = [kept[k] for k in usable_answers([ids[k] for k in kept], [ranks[k] for k in kept])]
         if not dropped and len({ranks[k] for k in used}) < 2:
             dropped = "whose answers are equal after the cut"
@@ -241,11 +232,11 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
 
 def prompts_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt -> input_ids, the text, and their fate."""
-    first = beginning(encoder.tokenizer)
+    first = tokens.beginning(encoder.tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
-    for prompt, ids in zip(prompts, encode_prompts(encoder.tokenizer, prompts), strict=True):
+    for prompt, ids in zip(prompts, tokens.encode_prompts(encoder.tokenizer, prompts), strict=True):
         dropped = unusable(prompt, []) or unfit(ids, encoder)
-        kept = keep_end(ids, encoder.max_len, first)
+        kept = tokens.keep_end(ids, encoder.max_len, first)
         yield {"input_ids": kept, "prompt": prompt, **fate(dropped, False, len(kept), len(ids))}
 
 
@@ -323,7 +314,7 @@ def encode_rows(
     """
     kind, max_len = encoder.kind, encoder.max_len
     check_serves(rows, kind, names)
-    made_by = (ENCODING_VERSION, tokenizer_fingerprint(encoder.tokenizer))
+    made_by = (ENCODING_VERSION, tokens.tokenizer_fingerprint(encoder.tokenizer))
     fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(encoder.options.items()))
     encoded = rows.map(
         encoder.encode,

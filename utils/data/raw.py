@@ -17,18 +17,9 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, IterableDataset
 
+from utils.data import sources
 from utils.data.shapes import Row
-from utils.data.sources import (
-    READ_ERRORS,
-    SHAPES,
-    BadJSON,
-    Shard,
-    csv_header,
-    file_format,
-    is_json_list,
-    json_rows,
-    open_file,
-)
+from utils.data.sources import BadJSON, Shard
 from utils.run import UserError, first_line
 
 AT_ONCE = 1000  # rows that a library decodes together
@@ -44,7 +35,8 @@ def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
     """
     empty = True
     try:
-        for name, row in READERS[file_format(shard.file)](shard.file) if shard.file else numbered(iterate(shard.table)):
+        read = READERS[sources.file_format(shard.file)](shard.file) if shard.file else numbered(iterate(shard.table))
+        for name, row in read:
             if not isinstance(row, dict):
                 found = type(row).__name__
                 raise UserError(f"{flag}: {shard.place}, {name}: found {found}, expected an object of columns")
@@ -54,10 +46,10 @@ def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{flag}: {shard.place}, {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{flag}: {shard.place} holds text that is not UTF-8 ({error.reason})") from error
-    except (*READ_ERRORS, zlib.error) as error:
+    except (*sources.READ_ERRORS, zlib.error) as error:
         raise UserError(f"{flag}: {shard.place} cannot be read: {first_line(error)}") from error
     if empty:
-        raise UserError(f"{flag}: {shard.place} has no rows; expected {SHAPES}")
+        raise UserError(f"{flag}: {shard.place} has no rows; expected {sources.SHAPES}")
 
 
 def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
@@ -77,8 +69,8 @@ def iterate(rows: Dataset | IterableDataset) -> Iterator[Row]:
 
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a list, or of a file with one object a line."""
-    with open_file(path) as file:
-        yield from numbered(json_items(file)) if is_json_list(file) else json_rows(path)
+    with sources.open_file(path) as file:
+        yield from numbered(json_items(file)) if sources.is_json_list(file) else sources.json_rows(path)
 
 
 def json_items(file: Any) -> Iterator[Any]:
@@ -115,7 +107,7 @@ def json_items(file: Any) -> Iterator[Any]:
 
 def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of texts, since csv has no types: "4" is an answer, and so is "NA"."""
-    csv_header(path)  # refuses rows that pandas would shift
+    sources.csv_header(path)  # refuses rows that pandas would shift
     tables = pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=AT_ONCE, encoding="utf-8-sig")
     with tables:
         yield from numbered(row for table in tables for row in table.to_dict("records"))
@@ -131,7 +123,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 def read_arrow(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of Arrow's file format, or of its stream format, which the datasets library writes."""
-    with open_file(path) as file:
+    with sources.open_file(path) as file:
         if file.peek(6)[:6] == b"ARROW1":
             table = pyarrow.ipc.open_file(file)
             batches = (table.get_batch(i) for i in range(table.num_record_batches))

@@ -14,17 +14,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features
 
-from utils.data.preferences import (
-    ABOUT,
-    HOLD_OUT,
-    HOLD_OUT_SEED,
-    REPEATS,
-    TEXT,
-    Conversion,
-    choose_conversion,
-    normalise_rows,
-    rename,
-)
+from utils.data import preferences
+from utils.data.preferences import ABOUT, TEXT, Conversion
 from utils.data.raw import raw_rows
 from utils.data.report import Dropped, count_dropped, report_dropped
 from utils.data.shapes import Form, Row
@@ -96,9 +87,9 @@ class StreamedSet:
                 names, raw = zip(*chunk, strict=True)
                 named = (renamed(row, self.conversion.form.columns) for row in raw)
                 complete = ({**dict.fromkeys(self.columns), **row} for row in named)
-                for row in normalise_rows(complete, names, self.conversion, labelled):
+                for row in preferences.normalise_rows(complete, names, self.conversion, labelled):
                     counts.read += 1
-                    reason = row["skipped"] or (REPEATS if repeats.has(row["key"]) else None)
+                    reason = row["skipped"] or (preferences.REPEATS if repeats.has(row["key"]) else None)
                     if reason:
                         count_dropped(counts.dropped, reason, row["origin"])
                     else:
@@ -133,7 +124,7 @@ def stage_of(prompt: int, shares: Sequence[float], seed: int) -> int:
 
 def is_held_out(prompt: int) -> bool:
     """Whether the rows of a prompt are only evaluated, in every stage; for data sets without a test split."""
-    return hashed(prompt, "held out", HOLD_OUT_SEED) < HOLD_OUT
+    return hashed(prompt, "held out", preferences.HOLD_OUT_SEED) < preferences.HOLD_OUT
 
 
 def hashed(prompt: int, *salt: object) -> float:
@@ -158,8 +149,8 @@ def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag
         check_numbers(first, raw[0], flag)
         problem = first_bad_row(first.file) if first.file else None
         raise UserError(f"{flag}: {first.place}, {problem or first_line(error)}") from error
-    shard = rename(replace(first, rows=sample), form.columns, flag)
-    conversion = choose_conversion(entry, shard, flag, form)
+    shard = preferences.rename(replace(first, rows=sample), form.columns, flag)
+    conversion = preferences.choose_conversion(entry, shard, flag, form)
     stream = StreamedSet(entry, flag, weight, shards, shard.table.column_names, conversion, flag != "--data_path")
     held_out = held_out_rows(stream)
     print0(f"{flag} {entry}: {conversion.shape}; streamed, {len(held_out)} rows to evaluate")

@@ -19,21 +19,10 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from utils.data import loaders
 from utils.data.config import DataConfig
 from utils.data.encoding import FEATURES, Encoder, Names, encode_rows, to_columns
-from utils.data.loaders import (
-    COLLATORS,
-    LENGTH_FLAGS,
-    ResumableSampler,
-    check_fills_a_batch,
-    check_margins,
-    data_sources,
-    eval_order,
-    form_of,
-    kind_of,
-    make_loader,
-    write_record,
-)
+from utils.data.loaders import ResumableSampler
 from utils.data.report import as_record, count_dropped, report_cut, report_dropped, report_left_out
 from utils.data.shapes import Row
 from utils.data.splits import stage_shares
@@ -123,7 +112,7 @@ class StreamedStage:
             report_dropped(what, c.dropped, c.read)
             report_dropped(f"{name} ({part}, {step})", c.unusable, c.encoded)
             prompts, answers, lacking = (c.cut.get(fate, (0, [])) for fate in ("prompt_cut", "cut", "left_out"))
-            limit = f"{LENGTH_FLAGS[self.stage]} {self.encoder.max_len}"
+            limit = f"{loaders.LENGTH_FLAGS[self.stage]} {self.encoder.max_len}"
             report_cut(limit, what, prompts, answers, c.longest, c.encoded)
             report_left_out(what, c.left_out, lacking)
 
@@ -134,7 +123,7 @@ class StreamedStage:
             **{"streaming": True, "shuffle_buffer": self.config.shuffle_buffer, "eval_rows": self.eval_rows},
             **{"first_epoch_complete": complete, "data": data + self.evaluation},
         }
-        write_record(self.config, self.stage, self.encoder.tokenizer, record)
+        loaders.write_record(self.config, self.stage, self.encoder.tokenizer, record)
 
     def entry(self, stream: StreamedSet, c: Counts) -> dict[str, Any]:
         """Of data.json, for one data set; fingerprint: of the usable rows that were read."""
@@ -233,8 +222,8 @@ def open_streams(config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerB
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    form = form_of(config, tokenizer)
-    sources, weights = data_sources(config, stage)
+    form = loaders.form_of(config, tokenizer)
+    sources, weights = loaders.data_sources(config, stage)
     return [
         open_stream(name, weight, cache_dir=config.cache_dir, flag=flag, form=form)
         for (flag, name), weight in zip(sources, weights, strict=True)
@@ -263,28 +252,28 @@ def build_streaming_loaders(
             it is reached.
     """
     first = [first_texts(stream, config, stage) for stream in streams]
-    kind = kind_of(config, stage, (*first, *(stream.held_out for stream in streams)))
+    kind = loaders.kind_of(config, stage, (*first, *(stream.held_out for stream in streams)))
     encoder = Encoder(kind, tokenizer, max_len, config.overlong, config.train_on)
     encode = partial(encode_rows, encoder=encoder, cache_dir=None, in_memory=True)
     held_out: list[Dataset] = []
     record: list[dict[str, Any]] = []
     columns: set[str] = set()
     for stream, rows in zip(streams, first, strict=True):
-        called = f"{stream.flag} {stream.name}", LENGTH_FLAGS[stage]
+        called = f"{stream.flag} {stream.name}", loaders.LENGTH_FLAGS[stage]
         columns |= set(encode(rows, names=Names(f"train, the first {len(rows)} rows", *called)).column_names)
         held_out.append(encode(stream.held_out, names=Names("eval", *called), record=record))
-    check_margins(config, kind, columns, "none of the first rows")
+    loaders.check_margins(config, kind, columns, "none of the first rows")
     evaluation = datasets.concatenate_datasets(held_out)
     of_stage = StreamedStage(config, stage, encoder, streams, record, len(evaluation))
     first_batch = islice(of_stage.unshuffled(of_stage.nothing_yet()), train_batch_size * world_size)
-    check_fills_a_batch(sum(1 for _ in first_batch), stage, train_batch_size, world_size)
+    loaders.check_fills_a_batch(sum(1 for _ in first_batch), stage, train_batch_size, world_size)
     of_stage.write(of_stage.nothing_yet(), complete=False)
-    collate = partial(COLLATORS[kind], pad_id=tokenizer.pad_token_id)
+    collate = partial(loaders.COLLATORS[kind], pad_id=tokenizer.pad_token_id)
     order = StreamSampler(of_stage.open_epoch, train_batch_size, batches, rank=rank, world_size=world_size)
     options: dict[str, Any] = {"collate_fn": collate, "generator": torch.Generator()}
     train = DataLoader(RowsThemselves(), train_batch_size, sampler=order, **options)
-    in_turn = eval_order(len(evaluation), rank, world_size)
-    return train, make_loader(evaluation, in_turn, eval_batch_size, collate)
+    in_turn = loaders.eval_order(len(evaluation), rank, world_size)
+    return train, loaders.make_loader(evaluation, in_turn, eval_batch_size, collate)
 
 
 def first_texts(stream: StreamedSet, config: DataConfig, stage: int) -> Dataset:
