@@ -27,7 +27,6 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The error's message, first line only."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -78,7 +77,6 @@ def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
 
 
 def describe_run(args: Any, stage: str) -> dict[str, Any]:
-    """The content of `run.json`."""
     arguments = dict(args) if isinstance(args, Mapping) else dict(vars(args))
     return {
         "stage": stage,

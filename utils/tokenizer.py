@@ -96,7 +96,6 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def distinct_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True when the pad token is not the end token."""
     return tokenizer.pad_token_id != tokenizer.eos_token_id
 
 

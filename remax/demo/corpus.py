@@ -78,7 +78,6 @@ class Request:
 
     @property
     def prompt(self) -> str:
-        """The prompt as the corpus writes it."""
         return PROMPT.format(request=self.fill(REQUESTS[self.phrasing]))
 
     def fill(self, template: str) -> str:
@@ -133,7 +132,6 @@ class Judgement:
 
     @property
     def reward(self) -> float:
-        """The true reward, in points."""
         points = 2.0 * self.right / self.asked + 0.5 * min(self.courtesies, 2) - 0.5 * self.faults
         return max(WORST_REWARD, points)
 

@@ -81,7 +81,6 @@ def main() -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags."""
     parser = argparse.ArgumentParser(prog="python -m remax.demo", description="Reports what the demo has learnt.")
     parser.add_argument("--output_dir", default="output/demo", help="the demo's folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
@@ -119,7 +118,6 @@ def read_stage(folder: Path) -> Stage:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """A json object a line."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -175,7 +173,8 @@ def measure(
             ),
             "learned_reward": asdict(corpus.estimate([row["reward"] for row in answers[name]])),
         } | {key: sampled.figures[key] for key in ("perplexity", "length", "ended", "kl", "entropy")}
-    pairs = loader(1, tokenizers["reward"], longest["reward"])
+    ranking = ranking_accuracy(reward, loader(1, tokenizers["reward"], longest["reward"]))
+    accuracy, pairs = ranking["accuracy"], len(rows)
     best = corpus.estimate([corpus.best_reachable(row["prompt"]) for row in answers["SFT"]]).mean
     before, after = (Estimate(**figures[name]["true_reward"]) for name in ("SFT", "ReMax"))
     summary = {
@@ -184,22 +183,16 @@ def measure(
         "best_reachable": best,
         "standard_errors_above_sft": corpus.standard_errors_above(after, before),
         "gap_closed": corpus.gap_closed(after, before, best),
-        "reward_model": judge_ranking(ranking_accuracy(reward, pairs), list(rows)),
+        "reward_model": {
+            "accuracy": accuracy,
+            "accuracy_standard_error": math.sqrt(accuracy * (1 - accuracy) / pairs),
+            "accuracy_ceiling": corpus.accuracy_ceiling(rows),  # preferences are drawn, the better answer loses some
+            "longer_wins": ranking["longer_wins"],
+            "margin": ranking["margin"],
+            "pairs": pairs,
+        },
     }
     return summary, answers
-
-
-def judge_ranking(figures: dict[str, float], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Accuracy on held-out pairs, beside what can be reached: preferences are drawn, the better answer loses some."""
-    accuracy, n = figures["accuracy"], len(rows)
-    return {
-        "accuracy": accuracy,
-        "accuracy_standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
-        "accuracy_ceiling": corpus.accuracy_ceiling(rows),
-        "longer_wins": figures["longer_wins"],
-        "margin": figures["margin"],
-        "pairs": n,
-    }
 
 
 def verdict(summary: dict[str, Any]) -> tuple[bool, str]:
@@ -215,24 +208,20 @@ def verdict(summary: dict[str, Any]) -> tuple[bool, str]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary, aligned."""
-    policies = summary["policies"]
-
-    def with_error(key: str) -> list[str]:
-        return [f"{policies[name][key]['mean']:.2f} ± {policies[name][key]['standard_error']:.2f}" for name in POLICIES]
-
-    def plain(key: str, form: str) -> list[str]:
-        return [form.format(policies[name][key]) for name in POLICIES]
-
-    rows = [
-        ("", list(POLICIES)),
-        ("true reward", with_error("true_reward")),
-        ("true reward, greedy answers", with_error("true_reward_greedy")),
-        ("learned reward", with_error("learned_reward")),
-        ("perplexity of the corpus' answers", plain("perplexity", "{:.2f}")),
-        ("answer length, tokens", plain("length", "{:.1f}")),
-        ("answers that end", plain("ended", "{:.0%}")),
-        ("entropy, nats per token", plain("entropy", "{:.2f}")),
-        ("KL to SFT, nats per answer", plain("kl", "{:.1f}")),
+    with_error = "{0[mean]:.2f} ± {0[standard_error]:.2f}"
+    figures = [
+        ("true reward", "true_reward", with_error),
+        ("true reward, greedy answers", "true_reward_greedy", with_error),
+        ("learned reward", "learned_reward", with_error),
+        ("perplexity of the corpus' answers", "perplexity", "{:.2f}"),
+        ("answer length, tokens", "length", "{:.1f}"),
+        ("answers that end", "ended", "{:.0%}"),
+        ("entropy, nats per token", "entropy", "{:.2f}"),
+        ("KL to SFT, nats per answer", "kl", "{:.1f}"),
+    ]
+    rows = [("", list(POLICIES))]
+    rows += [
+        (title, [form.format(summary["policies"][name][key]) for name in POLICIES]) for title, key, form in figures
     ]
     width = max(len(title) for title, _ in rows)
     ranking, seconds = summary["reward_model"], summary["seconds"]

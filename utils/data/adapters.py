@@ -9,16 +9,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from utils.data import shapes
 from utils.data.shapes import (
     Conversation,
     Example,
     Row,
     RowRefused,
     RowSkipped,
-    as_dialogue,
     ask,
-    conversation,
-    dialogues,
     margin,
     numbers,
     pair,
@@ -91,7 +89,7 @@ def qag_jaquad(row: Row) -> Example:
 def ultrafeedback(row: Row) -> Conversation:
     """Two whole dialogues with a score each."""
     better, worse = numbers({"scores": [row["score_chosen"], row["score_rejected"]]}, "scores", 2)
-    return replace(conversation(row, ["chosen", "rejected"]), margin=better - worse)
+    return replace(shapes.conversation(row, ["chosen", "rejected"]), margin=better - worse)
 
 
 def nectar(row: Row) -> Example:
@@ -106,7 +104,7 @@ def ultrafeedback_completions(row: Row) -> Example:
     found = row["completions"] or []
     scores = numbers({"scores": [completion["overall_score"] for completion in found]}, "scores", len(found))
     answers = [completion["response"] or "" for completion in found]
-    return ranked(as_dialogue(text(row, "instruction")), answers, [-score for score in scores])
+    return ranked(shapes.as_dialogue(text(row, "instruction")), answers, [-score for score in scores])
 
 
 ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
@@ -126,7 +124,7 @@ ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
     "mkqa-Japanese": partial(mkqa, language="ja"),
     "lmqg/qg_jaquad": partial(bare, columns=("question", "sentence")),
     "lmqg/qag_jaquad": qag_jaquad,
-    "Anthropic/hh-rlhf": dialogues,
+    "Anthropic/hh-rlhf": shapes.dialogues,
     "HuggingFaceH4/ultrafeedback_binarized": ultrafeedback,
     "berkeley-nest/Nectar": nectar,
     "openbmb/UltraFeedback": ultrafeedback_completions,

@@ -111,5 +111,4 @@ class ChatTemplate:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate | None:
-    """The tokenizer's chat template, where it has one."""
     return ChatTemplate(tokenizer) if tokenizer is not None and tokenizer.chat_template else None

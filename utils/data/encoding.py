@@ -19,23 +19,18 @@ from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, repor
 from utils.data.shapes import Row, dense, unranked, usable_answers, usable_texts
 from utils.run import UserError
 
-IDS = List(Value("int32"))
+INT, BOOL = Value("int32"), Value("bool")
+IDS = List(INT)
 FEATURES = {
-    "supervised": Features({"input_ids": IDS, "prompt_length": Value("int32"), "loss_mask": List(Value("bool"))}),
-    "ranking": Features(
-        {"chosen_ids": IDS, "rejected_ids": IDS, "prompt_length": Value("int32"), "margin": Value("float32")}
-    ),
-    "ranked": Features(
-        {"answers_ids": List(IDS), "ranks": IDS, "prompt_length": Value("int32"), "left_out": Value("int32")}
-    ),
+    "supervised": Features({"input_ids": IDS, "prompt_length": INT, "loss_mask": List(BOOL)}),
+    "ranking": Features({"chosen_ids": IDS, "rejected_ids": IDS, "prompt_length": INT, "margin": Value("float32")}),
+    "ranked": Features({"answers_ids": List(IDS), "ranks": IDS, "prompt_length": INT, "left_out": INT}),
     "prompts": Features({"input_ids": IDS, "prompt": Value("string")}),
 }
 ENCODING_VERSION = 1  # of the tokens: to be raised with every change, see tests/utils/data/test_golden.py
 OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has them
 # What became of a row, and how long its prompt was before the cut: read from the cache at every start.
-FATE = Features(
-    {"dropped": Value("string"), "cut": Value("bool"), "prompt_cut": Value("bool"), "full_length": Value("int32")}
-)
+FATE = Features({"dropped": Value("string"), "cut": BOOL, "prompt_cut": BOOL, "full_length": INT})
 PAIRS_NEEDED = "step 2 learns from pairs: expected the columns chosen and rejected, or answers in an order"
 NEEDS = {
     "supervised": ("chosen", "step 1 learns from answers: expected a column chosen or completion"),
@@ -67,7 +62,6 @@ class Encoder:
 
     @property
     def drops_overlong(self) -> bool:
-        """Whether rows with too long a prompt are left out."""
         return self.kind != "prompts" if self.overlong is None else self.overlong == "drop"
 
     @property

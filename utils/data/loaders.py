@@ -312,7 +312,6 @@ class EpochSampler(ResumableSampler):
         self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
 
     def rows(self) -> Iterator[int]:
-        """This rank's indices of the whole epoch."""
         generator = torch.Generator().manual_seed((self.seed % 2**40 << 20) + self.epoch)
         order = torch.randperm(self.n_rows, generator=generator).tolist()
         return iter(order[self.rank :: self.world_size][: self.rows_per_rank])

@@ -60,11 +60,9 @@ def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
 def iterate(rows: Dataset | IterableDataset) -> Iterator[Row]:
     """The rows of a data set on the disk, several at a time, or of an iterable one."""
     if not isinstance(rows, Dataset):
-        yield from rows
-        return
-    for start in range(0, len(rows), AT_ONCE):
-        batch = rows[start : start + AT_ONCE]
-        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        return iter(rows)
+    batches = rows.iter(AT_ONCE)
+    return (dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values(), strict=True))
 
 
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:

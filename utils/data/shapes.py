@@ -144,7 +144,6 @@ def ask(question: str | None, chosen: str | None, rejected: str | None = None, m
 
 
 def text(row: Row, column: str) -> str:
-    """The string in `column`."""
     value = row[column]
     if not isinstance(value, str):
         found = "missing or null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
@@ -283,7 +282,6 @@ def several_answers(row: Row, *, order: str | None, bare: bool) -> Example | Con
 
 
 def listed(row: Row, column: str) -> list[Any]:
-    """The list in `column`."""
     if not isinstance(row[column], list):
         found = "missing or null" if row[column] is None else f"{type(row[column]).__name__} {str(row[column])[:40]!r}"
         raise RowRefused(column, f"found {found}, expected a list")

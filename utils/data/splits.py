@@ -12,7 +12,6 @@ from utils.run import UserError
 
 
 def prompt_keys(rows: Dataset) -> Iterator[int]:
-    """The `prompt_key` of each row."""
     for start in range(0, len(rows), 1000):
         batch = rows[start : start + 1000]
         for prompt, chosen in zip(batch["prompt"], batch["chosen"], strict=True):

@@ -109,8 +109,6 @@ class StreamedSet:
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with the user's columns under the names that shapes are made of; see `preferences.rename`."""
-    if not columns:
-        return row
     ours = {theirs: name for name, theirs in columns.items()}
     return {ours.get(name, name): value for name, value in row.items() if name in ours or name not in columns}
 

@@ -56,10 +56,10 @@ class StreamedStage:
 
     def open_epoch(self, epoch: int) -> Iterator[Row]:
         """The rows of an epoch, the same on every rank; the first one is reported."""
-        counts = self.nothing_yet()
-        rows = self.unshuffled(counts)
-        rows = rows if epoch else self.watch(rows, counts)
-        return shuffled(rows, self.config.shuffle_buffer, self.config.seed, epoch)
+        rows = self.unshuffled(counts := self.nothing_yet())
+        return shuffled(
+            rows if epoch else self.watch(rows, counts), self.config.shuffle_buffer, self.config.seed, epoch
+        )
 
     def encoded(self, stream: StreamedSet, counts: Counts) -> Iterator[Row]:
         """The encoded training rows of a data set, in the order of its texts."""
@@ -80,12 +80,10 @@ class StreamedStage:
         if encoded["dropped"][k]:
             count_dropped(counts.unusable, encoded["dropped"][k], text["origin"])
             return False
-        for fate in ("cut", "prompt_cut"):
-            if encoded[fate][k]:
+        for fate in ("cut", "prompt_cut", "left_out"):
+            if fate in encoded and encoded[fate][k]:
                 count_dropped(counts.cut, fate, text["origin"])
-        if left_out := encoded.get("left_out", {k: 0})[k]:
-            counts.left_out += left_out
-            count_dropped(counts.cut, "left_out", text["origin"])
+        counts.left_out += encoded["left_out"][k] if "left_out" in encoded else 0
         counts.kept += 1
         return True
 
@@ -117,7 +115,6 @@ class StreamedStage:
             report_left_out(what, c.left_out, lacking)
 
     def write(self, counts: Sequence[Counts], complete: bool) -> None:
-        """Writes data.json."""
         data = [self.entry(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
         record = {
             **{"streaming": True, "shuffle_buffer": self.config.shuffle_buffer, "eval_rows": self.eval_rows},
@@ -197,7 +194,6 @@ class StreamSampler(ResumableSampler):
         self.open_epoch, self.batch_size, self.batches = open_epoch, batch_size, batches
 
     def rows(self) -> Iterator[Row]:
-        """This rank's rows of the whole epoch."""
         rows = self.open_epoch(self.epoch)
         global_batch = self.batch_size * self.world_size
         while len(step := list(islice(rows, global_batch))) == global_batch:
