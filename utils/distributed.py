@@ -38,7 +38,7 @@ def init_distributed(local_rank: int = -1, timeout: timedelta | None = None) -> 
         return
     _complete_environment(local_rank)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _share_cores()
@@ -67,17 +67,14 @@ def _complete_environment(local_rank: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if local_rank >= 0:
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
-        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-        if missing:
+        if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
             raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} not set; start with "
                 "`deepspeed main.py ...` or `torchrun main.py ...`, or unset WORLD_SIZE for a single process"
             )
         return
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
-    for name, value in {"RANK": "0", "LOCAL_RANK": str(max(local_rank, 0)), "WORLD_SIZE": "1"}.items():
+    values = ("0", str(max(local_rank, 0)), "1", "127.0.0.1", str(free_port()))
+    for name, value in zip(LAUNCHER_VARIABLES, values, strict=True):
         os.environ.setdefault(name, value)
 
 
@@ -92,11 +89,8 @@ def available_cores() -> int:
     """Cores that this process may use: its CPU affinity, cut to the container's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota_file = Path("/sys/fs/cgroup/cpu.max")
-    if quota_file.is_file():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    quota, period = quota_file.read_text().split() if quota_file.is_file() else ("max", "")
+    return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
 
 
 def _share_cores() -> None:
@@ -110,12 +104,10 @@ def _share_cores() -> None:
 
 
 def rank() -> int:
-    """This process's number among all ranks."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -126,9 +118,8 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """Where this rank's tensors live."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
 
 
 def _alone() -> bool:
@@ -150,7 +141,7 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
-    """Leaves the process group; without one, does nothing."""
+    """Leaves the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -15,10 +15,8 @@ def hub_is_reachable(timeout: float = 5.0) -> bool:
     """Asks the hub once, and once more if there is no answer; then the libraries are switched to their offline mode.
 
     Left alone they retry every file with growing pauses, and a machine without network waits for minutes before it
-    reads "not found". Offline they look into their cache at once. Rank 0 says so on stderr.
-
-    Args:
-        timeout: Seconds that each of the two requests waits.
+    reads "not found". Offline they look into their cache at once. Rank 0 says so on stderr. Each of the two requests
+    waits for `timeout` seconds.
     """
     if constants.HF_HUB_OFFLINE:
         return False

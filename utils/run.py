@@ -26,6 +26,11 @@ class UserError(Exception):
     """Bad input. The message is one line: what (flag, file, row), what was expected, and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class TrainingStopped(Exception):
     """Going on would be pointless, or impossible. The message is one line: step, figure, likely cause and remedy."""
 
@@ -41,11 +46,9 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        if rank:
             time.sleep(3)
-            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -55,7 +58,6 @@ def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
     """Makes the run's folder; rank 0 writes `run.json` there (arguments, versions, seed, git commit, ...).
 
     Args:
-        output_dir: The folder.
         args: A namespace, dataclass instance or dict with the parsed flags.
         stage: The name that goes into `run.json`, for example "step1".
 
@@ -75,7 +77,6 @@ def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
 
 
 def describe_run(args: Any, stage: str) -> dict[str, Any]:
-    """The content of `run.json`."""
     arguments = dict(args) if isinstance(args, Mapping) else dict(vars(args))
     return {
         "stage": stage,

@@ -21,7 +21,7 @@ from utils.data.batches import PairBatch
 from utils.data.collate import collate_ranking
 from utils.data.config import DataConfig
 from utils.data.encoding import Encoder
-from utils.data.loaders import EvalSampler, form_of, make_loader
+from utils.data.loaders import eval_order, form_of, make_loader
 from utils.data.preferences import load_data_set
 from utils.distributed import gather_objects, rank, world_size
 
@@ -157,6 +157,6 @@ def held_out_pairs(
         return None
     names = ("chosen_ids", "rejected_ids", "prompt_length")
     pairs = Dataset.from_dict({name: [encoded[name][i] for i in kept] for name in names})
-    sampler = EvalSampler(len(pairs), rank(), world_size())
+    sampler = eval_order(len(pairs), rank(), world_size())
     collate = partial(collate_ranking, pad_id=tokenizer.pad_token_id)
     return make_loader(pairs, sampler, batch_size, collate)

@@ -56,7 +56,7 @@ def attend_in_pieces(
         query: (1, heads, N, D); key and value are (1, key heads, N, D).
         attention_mask: None; transformers makes no mask for this attention.
         piece_lengths: Tokens of each piece; they add up to N.
-        sliding_window: So many tokens does a token see, itself included.
+        sliding_window: How many tokens a token sees, itself included.
 
     Returns:
         (1, N, heads, D), and no attention weights.

@@ -65,7 +65,6 @@ def parse_name(entry: str, flag: str = "--data_path") -> DataName:
 
 
 def exists(name: str) -> bool:
-    """Whether there is such a file or folder."""
     try:
         return Path(name).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a zero byte, or the home folder of nobody

@@ -58,10 +58,7 @@ def load_data_set(
     Args:
         name: A file, a folder or a hub name, see `utils.data.names.parse_name`.
         cache_dir: Where the Arrow files go; None: the datasets library's own folder.
-        num_proc: Processes that convert rows; None: this one.
-        flag: The flag that errors name.
         announce: Print what was found and dropped; False where the same data set was announced before.
-        form: The names of the columns, and the chat template that writes lists of messages.
         record: Gets an entry for each split: how many rows were read and dropped.
 
     Raises:
@@ -130,8 +127,8 @@ def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Convers
             f"{flag}: {shard.place} has the columns {found}; expected {SHAPES}: rename the columns, or name them with "
             "--prompt_column, --chosen_column and --rejected_column"
         )
-    if of_messages:
-        shape += " of messages" if shape != "messages" else ""
+    if of_messages and shape != "messages":
+        shape += " of messages"
     if shape.startswith("prompt"):
         bare = prompts_are_bare(shard.table)
         convert = partial(convert, bare=bare)
@@ -180,71 +177,48 @@ def normalise_batch(
     if conversion.shape.startswith("prompt/answers"):
         check_numbers(shard, batch, conversion.flag)
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    names = [row_name(shard.file, i) for i in indices]
-
-    def on_reading(k: int, column: str) -> str | None:
-        return converted_on_reading(shard.file, indices[k], column)
-
-    columns = normalise_rows(rows, names, conversion, shard, on_reading)
-    return {name: columns[name] for name in NORMALISED}
+    texts = normalise_rows(rows, [row_name(shard.file, i) for i in indices], conversion, shard, indices)
+    return {name: [row[name] for row in texts] for name in NORMALISED}
 
 
 def normalise_rows(
-    rows: Iterable[Row],
-    names: Sequence[str],
-    conversion: Conversion,
-    shard: Shard,
-    other_cause: Callable[[int, str], str | None] = lambda k, column: None,
-) -> dict[str, list]:
-    """Columns of NORMALISED, and `asked`: a number that rows of the same prompt share, whatever the chat template.
+    rows: Iterable[Row], names: Sequence[str], conversion: Conversion, shard: Shard, stored_at: Sequence[int] = ()
+) -> list[Row]:
+    """Rows of any shape with the columns of NORMALISED and `asked`.
+
+    `asked` is a number that rows of the same prompt share, whatever the chat template.
 
     Args:
-        rows: Of any shape.
         names: What messages call each row.
-        conversion: Makes texts of a row.
-        shard: Where the rows are from, for messages.
-        other_cause: (number of a refused row, column) -> where the fault really is, if elsewhere.
+        stored_at: The rows' indices in the shard, where its reader may have changed values.
     """
     flag = conversion.flag
-    columns: dict[str, list] = {name: [] for name in (*NORMALISED, "asked")}
+    found: list[Row] = []
     for k, row in enumerate(rows):
         reason = None
         try:
             converted = conversion.convert(row)
-            example, asked = finish(converted, conversion.form.template), asked_key(converted)
+            example = finish(converted, conversion.form.template)
+            # Before any template, since the models of the stages may have different ones.
+            prompt = write_plain(converted.messages)[0] if isinstance(converted, Conversation) else converted.prompt
+            asked = prompt_key(prompt, converted.chosen)
         except RowSkipped as skipped:
             example, asked, reason = Example("", None, None), 0, str(skipped)
         except RowRefused as refused:
             column, problem = refused.args
-            where = other_cause(k, column) or f"{names[k]}, column {column!r}: {problem}"
+            where = converted_on_reading(shard.file, stored_at[k], column) if stored_at else None
+            where = where or f"{names[k]}, column {column!r}: {problem}"
             raise UserError(f"{flag}: {shard.place}, {where}") from None
         except KeyError as missing:
-            found = ", ".join(row)
-            raise UserError(f"{flag}: {shard.place} has no column {missing}; it has {found}") from None
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-            IndexError,
-        ) as error:  # of an adapter, which relies on its data set
-            kind = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"{flag}: {shard.place}, {names[k]} is not like the rows of this data set ({kind})"
-            ) from error
-        for name in TEXT:
-            columns[name].append(getattr(example, name))
-        columns["earlier"].append(None if example.earlier is None else [list(span) for span in example.earlier])
-        columns["key"].append(row_key(example))
-        columns["asked"].append(asked)
-        columns["skipped"].append(reason)
-    columns["origin"] = [shard.label + name for name in names]
-    return columns
-
-
-def asked_key(row: Example | Conversation) -> int:
-    """The `prompt_key` of the prompt before any template, since the models of the stages may have different ones."""
-    prompt = write_plain(row.messages)[0] if isinstance(row, Conversation) else row.prompt
-    return prompt_key(prompt, row.chosen)
+            raise UserError(f"{flag}: {shard.place} has no column {missing}; it has {', '.join(row)}") from None
+        except (TypeError, ValueError, AttributeError, IndexError) as error:  # an adapter relies on its data set
+            what = f"is not like the rows of this data set ({type(error).__name__}: {error})"
+            raise UserError(f"{flag}: {shard.place}, {names[k]} {what}") from error
+        earlier = None if example.earlier is None else [list(span) for span in example.earlier]
+        about = {"earlier": earlier, "origin": shard.label + names[k], "key": row_key(example)}
+        texts = {name: getattr(example, name) for name in TEXT}
+        found.append({**texts, **about, "skipped": reason, "asked": asked})
+    return found
 
 
 def row_key(example: Example) -> int:
@@ -265,9 +239,7 @@ def drop_skipped(rows: Dataset, name: str, split: str, flag: str, announce: bool
     reasons = table["skipped"][:].to_pylist()
     keys = np.asarray(table["key"][:])
     _, first = np.unique(keys, return_index=True)
-    repeated = np.ones(len(rows), dtype=bool)
-    repeated[first] = False
-    for i in np.flatnonzero(repeated):
+    for i in np.setdiff1d(np.arange(len(rows)), first):
         reasons[i] = reasons[i] or REPEATS
     kept = np.flatnonzero([reason is None for reason in reasons])
     dropped = tally(reasons, rows)
@@ -276,10 +248,8 @@ def drop_skipped(rows: Dataset, name: str, split: str, flag: str, announce: bool
     if not len(kept):
         raise UserError(f"{flag}: the {split} split of {name} has no usable row: {as_words(dropped)}")
     counts = {"fingerprint": fingerprint_of(keys[kept].tobytes()), "rows": len(rows), "kept": len(kept)}
-    counts["dropped"] = as_record(dropped)
-    if len(kept) < len(rows):
-        rows = rows.select(kept)
-    return rows.remove_columns(["key", "skipped"]), counts
+    used = rows if len(kept) == len(rows) else rows.select(kept)
+    return used.remove_columns(["key", "skipped"]), {**counts, "dropped": as_record(dropped)}
 
 
 def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
@@ -299,6 +269,4 @@ def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
             held += prompts[k]
     if not held:  # every prompt has more than 5 % of the rows
         held = order.permutation(n)[:target].tolist()
-    mask = np.zeros(n, dtype=bool)
-    mask[held] = True
-    return rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask))
+    return rows.select(np.setdiff1d(np.arange(n), held)), rows.select(np.sort(held))

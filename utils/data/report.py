@@ -24,7 +24,6 @@ def tally(reasons: Iterable[str | None], rows: Dataset) -> Dropped:
 
 
 def count_dropped(dropped: Dropped, reason: str, name: str) -> None:
-    """Adds one row."""
     count, names = dropped.get(reason, (0, []))
     dropped[reason] = (count + 1, [*names, name][:SHOWN_ROWS])
 

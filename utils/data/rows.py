@@ -11,7 +11,7 @@ from datasets import Value
 
 from utils.data.preferences import TEXT, choose_conversion, normalise
 from utils.data.shapes import PLAIN, Example, Form
-from utils.data.sources import Shard, file_format, json_rows, read_splits, undecodable
+from utils.data.sources import BadJSON, Shard, file_format, json_rows, read_splits, undecodable
 from utils.run import UserError
 
 
@@ -32,14 +32,8 @@ class TextRow:
 def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", form: Form = PLAIN) -> list[TextRow]:
     """All rows of a file; of a folder or hub data set those of its test split, else those of its training split.
 
-    Args:
-        name: Anything that `utils.data.preferences.load_data_set` reads.
-        cache_dir: Where the Arrow files go; None: the datasets library's own folder.
-        flag: The flag that errors name.
-        form: The chat template that writes lists of messages.
-
     Raises:
-        UserError: Nothing there, an unreadable file, columns of no known shape, a wrong value.
+        UserError: See `utils.data.preferences.load_data_set`, which explains the arguments as well.
     """
     splits = read_splits(name, cache_dir, flag)
     rows: list[TextRow] = []
@@ -49,11 +43,11 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
         for shard in shards:
             texts = normalise(shard, conversion, cache_dir, None)
             for original, text in zip(original_rows(shard), texts, strict=True):
-                skipped = text["skipped"]
                 if text["prompt"] is None:
-                    text["prompt"], skipped = "", "plain text without a prompt"
-                rows.append(TextRow(original, Example(**{column: text[column] for column in TEXT}), skipped))
-    except UnicodeDecodeError as error:
+                    text |= {"prompt": "", "skipped": "plain text without a prompt"}
+                example = Example(**{column: text[column] for column in TEXT})
+                rows.append(TextRow(original, example, text["skipped"]))
+    except (UnicodeDecodeError, BadJSON) as error:
         raise UserError(f"{flag}: {undecodable(splits, name)}") from error
     return rows
 

@@ -58,8 +58,7 @@ def plain_text_batches(
         )
     print0(f"{FLAG} {name}: {len(rows)} blocks of {block} tokens")
     order = EpochSampler(len(rows), batch_size, rank=rank, world_size=world_size, seed=seed)
-    loader = make_loader(rows, order, batch_size, partial(collate_supervised, pad_id=tokenizer.pad_token_id))
-    return endless(loader)
+    return endless(make_loader(rows, order, batch_size, partial(collate_supervised, pad_id=tokenizer.pad_token_id)))
 
 
 def endless(loader: DataLoader) -> Iterator[SupervisedBatch]:
@@ -76,9 +75,8 @@ def to_blocks(
     column = next((c for c in COLUMNS if c in rows.column_names), None)
     if column is None:
         raise UserError(f"{FLAG}: {place} has the columns {', '.join(rows.column_names)}; expected `text`")
-    fingerprint = fingerprint_of(
-        rows._fingerprint, BLOCKS_VERSION, column, tokenizer_fingerprint(tokenizer), "text", block
-    )
+    made_by = (BLOCKS_VERSION, column, tokenizer_fingerprint(tokenizer), "text", block)
+    fingerprint = fingerprint_of(rows._fingerprint, *made_by)
     return rows.map(
         partial(blocks, column=column, tokenizer=tokenizer, block=block),
         batched=True,

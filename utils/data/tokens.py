@@ -43,13 +43,7 @@ def encode_answers(
     """Ids of the answers as they follow their prompts, without an end token.
 
     The joint text decides wherever it keeps the prompt's tokens: prompt ids + answer ids are then what the tokenizer
-    makes of prompt + answer.
-
-    Args:
-        tokenizer: The one that made `heads`.
-        prompts: As text.
-        heads: The prompts' `plain_ids`.
-        answers: As text, one for each prompt.
+    makes of prompt + answer. `heads` are the prompts' `plain_ids`.
     """
     joint = plain_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     return [
@@ -85,7 +79,6 @@ def keep_end(ids: list[int], max_len: int, first: list[int]) -> list[int]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Equal for tokenizers that encode alike, in every process."""
-    digest = hashlib.blake2b(digest_size=12)
     state: dict[str, Any] = {
         "kind": type(tokenizer).__name__,
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
@@ -93,11 +86,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "eos": tokenizer.eos_token_id,
         "probe": plain_ids(tokenizer, ["\n\nHuman: One, two;  THREE?\n\nAssistant: été 1234 x"])[0],
     }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         rules = json.loads(backend.to_str())
         parts = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")  # not: padding, truncation
         state["rules"] = {part: rules[part] for part in parts}
         state["merges"] = rules["model"].get("merges")
-    digest.update(json.dumps(state, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return hashlib.blake2b(json.dumps(state, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
