@@ -5,12 +5,13 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check style clean
+.PHONY: help demo test test-fast mutants check style clean
 
 PYTHON ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
 SEED ?= 0
+JOBS ?= 1
 
 ifneq ($(SETUP),no)
 ENVIRONMENT := $(abspath $(VENV))
@@ -40,6 +41,9 @@ test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 
 test-fast: $(READY) ## those that start no further processes, under three minutes
 	python -m pytest -m "not ranks and not compiled" $(PYTEST_ARGS)
+
+mutants: $(READY) ## hand-made faults, each of which some test must notice: most of an hour (JOBS=2: two at a time)
+	python tests/mutants/run.py --jobs $(JOBS)
 
 check: $(READY) ## lint, types, import direction, shell scripts
 	ruff check .

@@ -84,7 +84,8 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         "ppo": (
             3,
             "--algo ppo --ppo_epochs 2 --ppo_mini_batches 2 --lam 0.9 --gamma 0.98 --critic_learning_rate 2e-3"
-            " --critic_weight_decay 0.2 --cliprange 0.1 --cliprange_value 0.3 --enable_ema" + GPT2,
+            " --critic_weight_decay 0.2 --cliprange 0.1 --cliprange_value 0.3 --enable_ema"
+            " --unsupervised_dataset_name {text} --unsup_coef 0.4" + GPT2,
         ),
     },
     2: {

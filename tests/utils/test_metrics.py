@@ -45,6 +45,7 @@ def test_console_line_keeps_the_groups_of_a_mixed_record():
 def test_each_call_is_a_record_and_not_a_number_is_null(tmp_path, capsys):
     logger = MetricsLogger(tmp_path)
     logger.log(1, {"train/loss": torch.tensor(2.5), "train/kl": math.nan, "train/grad": math.inf}, epoch=0.25)
+    assert len(records(tmp_path)) == 1  # at once: a run that is killed closes nothing
     logger.log(2, {"train/loss": 2})
     logger.close()
     first, second = records(tmp_path)

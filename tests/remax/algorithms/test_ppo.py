@@ -89,7 +89,7 @@ def test_value_clip_by_hand():
 
 
 def test_losses_and_metrics_against_a_loop():
-    algorithm = PPO(kl=KLPenalty(0.1))
+    algorithm = PPO(kl=KLPenalty(0.1), cliprange=0.2, cliprange_value=0.3)
     batch = algorithm.prepare(rollout())
     logprobs = (batch.old_logprobs + 0.3 * random(3, 4, seed=6)).requires_grad_()
     values = (batch.values + 0.4 * random(3, 4, seed=7)).requires_grad_()
@@ -106,10 +106,12 @@ def test_losses_and_metrics_against_a_loop():
             policy += max(-a * ratio, -a * clipped) / 8
             cut += -a * clipped > -a * ratio
             v, old, target = values[i, t].item(), batch.values[i, t].item(), batch.returns[i, t].item()
-            value += max((v - target) ** 2, (min(max(v, old - 0.2), old + 0.2) - target) ** 2) / 2 / 8
+            value += max((v - target) ** 2, (min(max(v, old - 0.3), old + 0.3) - target) ** 2) / 2 / 8
     assert loss.item() == pytest.approx(policy)
     assert value_loss.item() == pytest.approx(value)
     assert float(metrics["ratio_clipped"].total) == cut > 0
+    ratios = (logprobs - batch.old_logprobs).exp()[MASK]
+    assert float(metrics["ratio"].total) == pytest.approx(ratios.sum().item()) and int(metrics["ratio"].count) == 8
     assert not set(metrics) & set(value_metrics)  # they are added up in one dict
 
 

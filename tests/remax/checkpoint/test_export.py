@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from remax.checkpoint.export import export, write_note
+from remax.checkpoint.export import export, full_state_dict, write_note
 from remax.core.sequences import Sequences
 from remax.models.lora import merge_adapters
 from remax.models.policy import load_policy
@@ -19,6 +19,7 @@ ROWS = 4
 POLICIES = {"gpt2": 300, "opt": 300, "llama": 300, "qwen2": 300}
 STAGES = range(4)
 TEXTS = [["\n\nHuman: Name two birds.\n\nAssistant:", " An owl and a swan."], ["\n\nHuman: Hi", " a"], ["x", " y z"]]
+WIDE = {"llama": {"intermediate_size": 400}}  # some weights above the size up to which ZeRO-3 keeps them whole
 SCORERS = [("llama", "own", 3), ("opt", "eos", 3), ("gpt2", "none", 3), ("llama", "none", 3), ("gpt2", "none", 2)]
 
 
@@ -26,8 +27,9 @@ SCORERS = [("llama", "own", 3), ("opt", "eos", 3), ("gpt2", "none", 3), ("llama"
 def exports(make_policy, save_rows, run_ranks):
     """Every kind of model exported by two ranks, in one launch."""
     rows = save_rows(7, ROWS, 300)
+    policies = {family: str(make_policy(family, **WIDE.get(family, {}))) for family in POLICIES}
     checks = [
-        {"check": "export_policy", "name": f"{family}-{stage}", "model": str(make_policy(family)), "zero_stage": stage}
+        {"check": "export_policy", "name": f"{family}-{stage}", "model": policies[family], "zero_stage": stage}
         for family in POLICIES
         for stage in STAGES
         if family == "llama" or stage in (2, 3)
@@ -35,7 +37,7 @@ def exports(make_policy, save_rows, run_ranks):
     for stage in (2, 3):
         extra = {"name": f"lora-{stage}", "lora": "attn.c_", "model": str(make_policy("gpt2"))}
         checks.append({"check": "export_policy", "zero_stage": stage} | extra)
-        extra = {"name": f"ema-{stage}", "average": True, "model": str(make_policy("llama"))}
+        extra = {"name": f"ema-{stage}", "average": True, "model": policies["llama"]}
         checks.append({"check": "export_policy", "zero_stage": stage} | extra)
     checks = [check | {"rows": rows, "micro_batch": 1} for check in checks]
     extra = {"name": "bf16", "model": str(make_policy("llama")), "rows": rows, "dtype": "bf16", "zero_stage": 3}
@@ -70,7 +72,8 @@ def assert_logprobs(folder, sequences: Sequences, expected: list, tolerance: flo
 @torch.no_grad()
 def test_a_policy_is_whole_at_every_stage(name, exports, make_policy):
     results, folder, sequences = exports
-    trained, source = torch.load(folder / f"{name}.pt"), make_policy(name.split("-")[0])
+    family = name.split("-")[0]
+    trained, source = torch.load(folder / f"{name}.pt"), make_policy(family, **WIDE.get(family, {}))
     hf, report = AutoModelForCausalLM.from_pretrained(folder / name, output_loading_info=True)
     assert not any(report.values())  # nothing missing, unexpected or of another shape
     before = AutoModelForCausalLM.from_pretrained(source)
@@ -87,7 +90,7 @@ def test_a_policy_is_whole_at_every_stage(name, exports, make_policy):
     assert_logprobs(folder / name, sequences, results[name]["logprobs"])
     assert AutoTokenizer.from_pretrained(folder / name)("Name two birds")["input_ids"]
     assert (folder / name / "generation_config.json").is_file()
-    assert results[name]["losses"] == pytest.approx(results[f"{name.split('-')[0]}-2"]["losses"], rel=1e-5)
+    assert results[name]["losses"] == pytest.approx(results[f"{family}-2"]["losses"], rel=1e-5)
 
 
 @pytest.mark.ranks
@@ -192,6 +195,17 @@ def test_a_model_without_adapters_is_merged_into_itself(make_policy):
     state = dict(model.hf.named_parameters())
     merged = merge_adapters(state, model.hf)
     assert merged.keys() == state.keys() and all(merged[name] is state[name] for name in state)
+
+
+def test_buffers_that_a_checkpoint_holds_are_exported(make_policy):
+    model, _ = load(make_policy("llama"))
+    model.hf.register_buffer("kept", torch.ones(2))
+    model.hf.register_buffer("made_anew", torch.ones(2), persistent=False)
+    state = full_state_dict(model.hf, zero3=False)
+    assert state["kept"].tolist() == [1.0, 1.0] and "made_anew" not in state
+    assert state.keys() - {"kept"} == {name for name, _ in model.hf.named_parameters()}
+    model.hf.kept.fill_(2.0)
+    assert state["kept"].tolist() == [1.0, 1.0]  # a copy
 
 
 def test_a_note_beside_the_export(tmp_path):

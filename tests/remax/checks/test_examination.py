@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LogitsProcessor
 
+from remax.checks import generation as generation_checks
 from remax.checks import models as model_checks
 from remax.checks.examination import built_in_prompts, examine
 from remax.checks.findings import FAILURE, OK, SKIPPED, WARNING, Report
-from remax.checks.generation import with_padded_row
+from remax.checks.generation import Probe, check_drawn, check_greedy, take_probe, with_padded_row
 from remax.core.sampling import Sampling
-from remax.core.sequences import Prompts
+from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import Engine, FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
@@ -311,19 +312,21 @@ class PlainActor(Actor):
         super().__init__(engine, generation=generation)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("disable_dropout", [True, False])
-def test_dropout_in_the_update_raises_a_warning(disable_dropout, load, make_policy):
+def test_dropout_in_the_update_raises_a_warning(disable_dropout, training, load, make_policy):
+    # Whatever mode the model is in: before the first step it need not be the update's.
     patient = load("opt")
     folder = str(make_policy("opt"))
     model = load_policy(
         folder, "--a", dtype=torch.float32, tokenizer=patient["tokenizer"], disable_dropout=disable_dropout
     )
     patient["actor"] = PlainActor(model, patient["actor"].generation)
-    model.train()
+    model.train(training)
     report = examine(**patient)
     assert results(report)["no dropout in the update"] == (OK if disable_dropout else WARNING)
     assert not report.failures, report.table()
-    assert model.training
+    assert model.training == training
 
 
 def test_an_export_that_differs_is_found(load, monkeypatch):
@@ -340,6 +343,35 @@ def test_an_export_that_differs_is_found(load, monkeypatch):
     patient = load()
     assert failed(examine(**patient | {"reload_limit": 10**9})) == ["export reads back the same"]
     assert results(examine(**patient | {"reload_limit": 1000}))["export reads back the same"] == SKIPPED
+
+
+@torch.no_grad()
+def test_where_a_difference_is_too_large(load, monkeypatch):
+    # Above 1e-3 nats in the mean, for generation against the forward and for an export against the model.
+    patient = load()
+    with torch.random.fork_rng():
+        probe = take_probe(patient["actor"], patient["prompts"])
+    honest = generation_checks.logprobs_under(patient["actor"], probe.sampled, Sampling())
+    for size, result in ((5e-4, OK), (2e-3, FAILURE)):
+        monkeypatch.setattr(generation_checks, "logprobs_under", lambda *_, by=size: probe.drawn_from + by)
+        assert check_drawn(patient["actor"], probe).result == result
+        monkeypatch.setattr(model_checks, "logprobs_under", lambda *_, by=size: honest + by)
+        again = model_checks.check_reload(patient["actor"], patient["tokenizer"], probe, 10**9)
+        assert again.result == result
+    patient["actor"].engine.config = EngineConfig(dtype="bf16")  # where generation may round more
+    assert check_drawn(patient["actor"], probe).result == OK
+
+
+@pytest.mark.parametrize(("wrong", "result"), [(0, OK), (2, OK), (3, FAILURE)])
+def test_how_many_greedy_tokens_may_differ(wrong, result, load, monkeypatch):
+    # Of 200 tokens one in a hundred; each is 1 away from the largest logit, so its log-prob is -log(1 + e).
+    tokens = torch.zeros(1, 200)
+    tokens[0, :wrong] = -math.log1p(math.e)
+    answers = Sequences(torch.zeros(1, 201, dtype=torch.long), torch.tensor([1]), torch.tensor([200]))
+    monkeypatch.setattr(generation_checks, "logprobs_under", lambda *_: tokens)
+    probe = Probe(prompts=None, sampled=answers, greedy=answers, drawn_from=None)
+    found = check_greedy(load()["actor"], probe)
+    assert found.result == result and found.numbers["share"] == pytest.approx(wrong / 200)
 
 
 def test_a_score_that_reads_the_padding_is_found(load):

@@ -1,8 +1,10 @@
 """The report of an examination."""
 
 import pytest
+import torch
 
-from remax.checks.findings import FAILURE, OK, WARNING, Finding, Report
+from remax.checks import findings
+from remax.checks.findings import FAILURE, OK, WARNING, Finding, Report, gap
 from utils.run import UserError
 
 
@@ -17,3 +19,10 @@ def test_the_table_names_result_and_remedy():
     with pytest.raises(UserError, match="longer name: 0 of 1. mend it"):
         report.refuse_failures()
     Report([Finding("a", WARNING, "x", "y")]).refuse_failures()  # a warning does not stop training
+
+
+def test_a_distance_is_that_of_all_ranks(monkeypatch):
+    # Here 1 and 3; on the other rank 4 numbers that add up to 8, one of them 5: mean (4 + 8) / 6.
+    monkeypatch.setattr(findings, "gather_objects", lambda mine: [mine, (8.0, 5.0, 4)])
+    found = gap(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([2.0, 5.0, 0.0]), torch.tensor([True, True, False]))
+    assert (found.mean, found.largest, found.count) == (2.0, 5.0, 6)

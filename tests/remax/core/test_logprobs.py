@@ -157,6 +157,14 @@ def test_half_precision_is_summed_in_float32():
     torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_temperature_divides_in_float32(dtype):
+    logits = (10 * torch.randn(4, 50, generator=torch.Generator().manual_seed(1))).to(dtype)
+    targets = torch.tensor([0, 1, 2, 3])
+    logprobs, *_ = chunk_stats(logits, targets, Sampling(temperature=0.7), False, None)
+    torch.testing.assert_close(logprobs, (logits.float() / 0.7).log_softmax(-1)[torch.arange(4), targets])
+
+
 def test_a_word_of_no_probability_leaves_entropy_and_kl_finite():
     logits = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=torch.float64, requires_grad=True)
     logprobs, entropy, kl = chunk_stats(

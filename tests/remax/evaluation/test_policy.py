@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Reference
 from remax.engines.scorer import Reward
 from remax.evaluation.answers import write_answers
-from remax.evaluation.policy import PolicyEvaluation, evaluate_policy, perplexity
+from remax.evaluation.policy import PolicyEvaluation, evaluate_policy, own_noise, perplexity
 from remax.evaluation.ranking import pair_scores
 from remax.generation.decode import GenerationSettings, rollout
 from remax.models.policy import load_policy
@@ -72,6 +73,34 @@ def test_perplexity_by_hand(make_policy, sequences_of):
         figures = perplexity(PlainActor(model, sampling=sampling), loader)
         assert figures["loss"] == pytest.approx(total / tokens, rel=1e-5)
         assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
+
+
+@torch.no_grad()
+def test_perplexity_is_without_dropout_and_over_the_learned_tokens(make_policy, sequences_of):
+    tokenizer = load_tokenizer(str(make_policy("gpt2")))
+    options = {"dtype": torch.float32, "tokenizer": tokenizer, "disable_dropout": False}
+    model, rows = load_policy(str(make_policy("gpt2")), "--m", **options), sequences_of(3, 4, len(tokenizer))
+    learned = torch.rand(rows.answer_mask.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    logprobs = model.eval()(rows)[0][learned & rows.answer_mask]
+    model.train()
+    batch = replace(supervised_batch(rows, [1.0] * 4), loss_mask=learned)
+    assert perplexity(PlainActor(model), [batch])["loss"] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
+    assert model.training
+
+
+def test_draws_of_an_evaluation_are_its_own(monkeypatch):
+    # The same every time, others on another rank; and whoever draws next draws what it would have drawn.
+    def draws(rank: str) -> torch.Tensor:
+        monkeypatch.setenv("RANK", rank)
+        with own_noise(3):
+            return torch.rand(4)
+
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    first = draws("0")
+    assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(draws("0"), first) and not torch.equal(draws("1"), first)
 
 
 @torch.no_grad()

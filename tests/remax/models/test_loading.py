@@ -17,6 +17,7 @@ from remax.generation.decode import GenerationSettings, rollout
 from remax.models.loading import check_length, evaluating, load_config
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
+from remax.models.reward_model import load_reward_model
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -82,6 +83,9 @@ def test_dropout_is_off(family, make_policy, sequences_of):
     training = [model(sequences)[0] for _ in range(2)]
     with evaluating(model):
         assert not model.hf.training
+        with evaluating(model):
+            pass
+        assert not model.hf.training  # as it was found
         evaluated = model(sequences)[0]
     assert model.hf.training
     assert torch.equal(training[0], training[1]) and torch.equal(training[0], evaluated)
@@ -138,6 +142,22 @@ def test_lora_trains_and_its_merged_export_is_the_same_model(family, only_lora, 
         model.hf.disable_adapters()
         assert not torch.allclose(model.hf(sequences.input_ids).logits, expected, atol=1e-2)
     assert torch.equal(merged.get_input_embeddings().weight, model.hf.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("only_lora", [True, False])
+def test_a_score_head_learns_beside_the_adapters_of_its_model(only_lora, make_scorer):
+    # A new head is random: were it frozen, the adapters would learn to serve noise.
+    folder = str(make_scorer("llama"))
+    model = load_reward_model(folder, "--m", dtype=torch.float32, tokenizer=load_tokenizer(folder))
+    add_lora(model.hf, 3, "q_proj", only_lora, "--lora_module_name")
+    learns = {name: p.requires_grad for name, p in model.hf.named_parameters()}
+    assert learns["score.weight"] and all(learns[name] for name in learns if "lora_" in name)
+    layers = {name.split(".")[-4] for name in learns if "lora_" in name}
+    assert layers == {"q_proj"}  # and no other layer
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    scales = {scale for module in adapted for scale in module.scaling.values()}
+    assert scales == {1.0}
+    assert all(learns[name] != only_lora for name in learns if "lora_" not in name and name != "score.weight")
 
 
 def test_lora_on_nothing_is_refused(make_policy):

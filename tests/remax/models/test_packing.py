@@ -239,6 +239,25 @@ def test_the_check_finds_a_leak(make_policy, make_scorer, monkeypatch):
             checked(model)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-4), ("bf16", 3e-2)])
+def test_the_check_refuses_what_rounding_cannot_explain(dtype, bound, make_policy):
+    # The largest difference, as a share of the largest value.
+    model = PolicyModel(AutoModelForCausalLM.from_pretrained(make_policy("llama")), packing=True)
+
+    class OffBy(Engine):
+        def __init__(self, size: float):
+            self.model, self.config, self.size = model, EngineConfig(dtype=dtype), size
+
+        def __call__(self, rows: Sequences) -> torch.Tensor:
+            values = torch.full(rows.answer_mask.shape, -8.0)
+            values[0, 0] += 8 * self.size * self.model.packing
+            return values
+
+    check_packing(OffBy(0.8 * bound), 9)
+    with pytest.raises(UserError, match="change each other's values"):
+        check_packing(OffBy(1.2 * bound), 9)
+
+
 def test_the_check_reaches_beyond_the_window(make_policy, monkeypatch):
     def endless(*tensors, sliding_window, **options):
         return attend_in_pieces(*tensors, **options)

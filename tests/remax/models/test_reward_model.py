@@ -12,7 +12,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from remax.checkpoint.export import export
 from remax.core.sequences import Sequences
-from remax.models.reward_model import PAD_TOKEN, load_reward_model, prepare_pad_token, store_score_statistics
+from remax.models.reward_model import (
+    PAD_TOKEN,
+    RewardModel,
+    load_reward_model,
+    prepare_pad_token,
+    store_score_statistics,
+)
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -96,6 +102,23 @@ def test_what_stands_behind_the_end_does_not_matter(make_scorer):
         torch.where(sequences.mask, sequences.input_ids, noise), sequences.prompt_lengths, sequences.answer_lengths
     )
     torch.testing.assert_close(model(noisy), model(sequences))
+
+
+@torch.no_grad()
+def test_a_bf16_model_scores_in_float32_with_the_bias_of_its_head(make_scorer):
+    # Some families' heads have a bias. In bf16 a score near 40 has steps of 1/4.
+    hf = AutoModelForSequenceClassification.from_pretrained(make_scorer("llama"), dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    hf.score = torch.nn.Linear(hf.config.hidden_size, 1, dtype=torch.bfloat16)
+    hf.score.bias.fill_(40.0)
+    model, sequences = RewardModel(hf).eval(), as_sequences(load_tokenizer(str(make_scorer("llama"))))
+    states = hf.base_model(sequences.input_ids).last_hidden_state
+    by_hand = states.double() @ hf.score.weight[0].double() + 40.0  # (B, T)
+    scores, values = model(sequences), model(sequences, every_token=True)
+    assert scores.dtype == values.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), sequences.at(by_hand, sequences.end_index), rtol=1e-6, atol=1e-5)
+    before = sequences.predictors(by_hand) * sequences.answer_mask
+    torch.testing.assert_close(values.double(), before, rtol=1e-6, atol=1e-5)
 
 
 def test_a_pad_token_is_added_once(tokenizers):

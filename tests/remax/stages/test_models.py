@@ -10,9 +10,11 @@ import torch
 from transformers import AutoConfig
 
 from remax.cli.validate import parse_step3
+from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.models.reward_model import load_reward_model, store_score_statistics
-from remax.stages.models import build_reward, check_models
+from remax.stages import models
+from remax.stages.models import build_models, build_reward, check_models
 from remax.stages.rlhf import try_reward_functions
 from utils.data.batches import PromptBatch
 from utils.run import UserError
@@ -115,3 +117,56 @@ def test_a_faulty_function_is_found_before_weights_are_read(flags, tmp_path):
     try_reward_functions(good, tokenizer, held_out)
     with pytest.raises(UserError, match=r"rules.py:first: IndexError: .* line 2: .*prompt 'Human: a', answer ''"):
         try_reward_functions(bad, tokenizer, held_out)
+
+
+def test_which_model_gets_which_role(flags, make_scorer, tmp_path, monkeypatch):
+    # Engines that only note what they are made of: the critic starts from the first reward model, the reference is
+    # tempered like the actor.
+    two = tmp_path / "two"
+    shutil.copytree(make_scorer("llama"), two)
+    line = ["--algo", "ppo", "--reward_model_name_or_path", make_scorer("llama"), f"{two}:0.5", "--temperature", "0.7"]
+    line += [
+        "--top_p",
+        "0.9",
+        "--logprob_chunk_size",
+        "33",
+        "--disable_reward_dropout",
+        "--critic_learning_rate",
+        "0.5",
+    ]
+
+    class Engine:
+        def __init__(self, model, config, optimizer=None):
+            self.model, self.config, self.optimizer = model, config, optimizer
+            self.zero3 = config.zero_stage == 3
+
+    for name in ("TrainedEngine", "FrozenEngine"):
+        monkeypatch.setattr(models, name, Engine)
+    for name in ("load_policy_model", "load_scorer"):
+        monkeypatch.setattr(models, name, lambda spec, tokenizer, **_: (spec.name, tokenizer))
+
+    def build(*more: str):
+        args = flags(*line, *more)
+        own = check_models(args)
+        return args, own, build_models(args, own, 50)
+
+    args, own, built = build("--actor_zero_stage", "3")
+    (first, second) = (part.scorer.engine.model for part in built.reward.parts)
+    assert first == (str(make_scorer("llama")), own.rewards[0]) and second == (str(two), own.rewards[1])
+    assert built.actor.engine.model == built.reference.engine.model == (args.actor_model_name_or_path, own.actor)
+    assert built.critic.engine.model == first and built.critic.engine.optimizer.learning_rate == 0.5
+    assert built.actor.engine.optimizer.total_steps == built.critic.engine.optimizer.total_steps == 50
+    assert [part.weight for part in built.reward.parts] == [1.0, 0.5]
+    assert built.actor.sampling == built.actor.generation.sampling == Sampling(0.7, 0.9)
+    assert built.reference.sampling == Sampling(0.7)
+    assert built.actor.chunk_size == built.reference.chunk_size == 33
+    assert built.actor.gather_for_generation and "gathered once per rollout" in built.actor.backend
+    _, _, synced = build("--actor_zero_stage", "3", "--zero3_generation", "synced", "--logprobs_of", "model")
+    assert not synced.actor.gather_for_generation and "ranks in step" in synced.actor.backend
+    assert synced.actor.sampling == synced.reference.sampling == Sampling()
+
+
+def test_functions_are_weighed(flags, tmp_path):
+    args = flags("--reward_fn", f"{tmp_path}/rules.py:length:-0.1")
+    (part,) = build_reward(args, EngineConfig(), check_models(args).actor, []).parts
+    assert (part.name, part.weight) == ("length", -0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,15 +88,41 @@ def test_a_step_is_a_mean_over_the_answer_tokens_of_all_its_micro_batches():
     assert learner.w.item() == pytest.approx(0.5 + 0.01 * 3)
 
 
+def test_a_step_on_dialogues_is_a_mean_over_the_learned_tokens():
+    # Of 1 2 / 4 / 5 only 2 and 5 are learned: mean of -w * id over these two.
+    masks = [torch.tensor([[False, True], [False, False]]), torch.tensor([[True]])]
+    batches = [replace(batch, loss_mask=mask) for batch, mask in zip(BATCHES, masks, strict=True)]
+    assert [Supervised(Learner(), []).count(batch) for batch in batches] == [1, 1]
+    figures = optimizer_step(Supervised(Learner(), []), batches)
+    assert figures["loss"] == pytest.approx(-0.5 * (2 + 5) / 2) and figures["grad_norm"] == pytest.approx(3.5)
+
+
+def pairs(chosen: list[int], rejected: list[int], margin: list[float] | None = None) -> PairBatch:
+    """Answers of one token each behind a prompt of one."""
+    n = torch.tensor([2] * len(chosen))
+    lengths = {"prompt_lengths": n - 1, "chosen_lengths": n, "rejected_lengths": n}
+    ids = {"chosen_ids": chosen, "rejected_ids": rejected}
+    tensors = {name: torch.tensor([[9, i] for i in last]) for name, last in ids.items()}
+    margins = None if margin is None else torch.tensor(margin)
+    return PairBatch(**lengths, **tensors, weight=torch.ones(len(chosen)), margin=margins)
+
+
+def test_margins_and_smoothing_act_where_they_are_asked_for():
+    # One pair (4, 2) of difference d = 0.5 * 2 and margin 0.75.
+    def loss(**options) -> float:
+        return optimizer_step(Ranking(Learner(), [], **options), [pairs([4], [2], [0.75])])["loss"]
+
+    def cost(d: float) -> float:
+        return math.log1p(math.exp(-d))
+
+    assert loss() == pytest.approx(cost(1.0))
+    assert loss(use_margin=True) == pytest.approx(cost(0.25))
+    assert loss(label_smoothing=0.1) == pytest.approx(0.9 * cost(1.0) + 0.1 * cost(-1.0))
+    assert loss(centring=0.1) == pytest.approx(cost(1.0) + 0.1 * (0.5 * 6) ** 2)
+
+
 def test_a_ranking_step_is_a_mean_over_pairs():
     # Pairs (4, 2), (3, 3), (1, 5) of last tokens, scores w times that: -log sigmoid(w * (c - r)).
-    def pairs(chosen: list[int], rejected: list[int]) -> PairBatch:
-        n = torch.tensor([2] * len(chosen))
-        lengths = {"prompt_lengths": n - 1, "chosen_lengths": n, "rejected_lengths": n}
-        ids = {"chosen_ids": chosen, "rejected_ids": rejected}
-        tensors = {name: torch.tensor([[9, i] for i in last]) for name, last in ids.items()}
-        return PairBatch(**lengths, **tensors, weight=torch.ones(len(chosen)))
-
     figures = optimizer_step(Ranking(Learner(), []), [pairs([4, 3], [2, 3]), pairs([1], [5])])
     losses = [math.log1p(math.exp(-0.5 * d)) for d in (2, 0, -4)]
     assert figures["loss"] == pytest.approx(sum(losses) / 3)

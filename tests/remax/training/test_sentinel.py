@@ -233,6 +233,21 @@ def test_overflow_without_end_is_fatal():
     assert judged({"skipped": 1.0}, steps=limit) == {"stuck in overflow"}
 
 
+def test_only_overflows_in_a_row_count():
+    # fp16 overflows now and then for a whole run; and a run that is resumed goes on counting what it counted.
+    sentinel, limits = Sentinel(VOCABULARY), Thresholds()
+    for _ in range(limits.overflow_limit):
+        alarms = [sentinel.judge(HEALTHY | {"skipped": 1.0}) for _ in range(limits.overflow_warning - 1)]
+        assert not any(alarms) and not sentinel.judge(HEALTHY)
+    for _ in range(limits.overflow_warning - 1):
+        sentinel.judge(HEALTHY | {"skipped": 1.0})
+    assert not sentinel.nonfinite
+    resumed = Sentinel(VOCABULARY)
+    resumed.load_state_dict(json.loads(json.dumps(sentinel.state_dict())))
+    (alarm,) = resumed.judge(HEALTHY | {"skipped": 1.0})
+    assert alarm.kind == "overflow"
+
+
 def test_gradients_that_are_not_finite_are_fatal_in_a_row():
     assert judged({"grad_norm": math.inf}, steps=2) == set()
     assert judged({"grad_norm": math.inf}, steps=3) == {"not finite"}

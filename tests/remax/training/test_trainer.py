@@ -4,6 +4,7 @@ checkpointing, order, padding, rollouts per step. And the loop round it: cadence
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from remax.algorithms import build_algorithm
 from remax.algorithms.kl import KLPenalty
+from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
+from remax.engines.base import StepResult
 from remax.evaluation.policy import PolicyEvaluation
 from remax.training.loop import Cadence
-from remax.training.trainer import Trainer, TrainerSettings
+from remax.training.trainer import Timer, Trainer, TrainerSettings
 from utils.run import TrainingStopped
 
 ROWS = 8
@@ -144,6 +147,24 @@ def test_offload(saved, expected, run_ranks):
     results, folder = run_ranks(checks_of(saved, variations), 2, timeout=900)
     for name in results:
         same_update(name, results, folder, expected)
+
+
+def test_figures_of_a_step_that_was_skipped(sequences_of):
+    # The sentinel counts such steps; the norm is the one that was seen.
+    answers = sequences_of(0, 4, 300)
+    hf = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[5]))
+    trainer = SimpleNamespace(
+        actor=SimpleNamespace(model=SimpleNamespace(hf=hf)),
+        algorithm=build_algorithm("remax"),
+        settings=TrainerSettings(),
+    )
+    timer = Timer()
+    timer.seconds, timer.tokens = {"update": 2.0}, 10
+    for skipped in (False, True):
+        result = StepResult(learning_rate=0.1, grad_norm=7.0, skipped=skipped)
+        figures = Trainer.summarise(trainer, Rollout(answers, torch.ones(4)), {}, timer, result)
+        assert figures.get("skipped") == (1.0 if skipped else None)
+        assert (figures["grad_norm"], figures["lr"], figures["tokens_per_second"]) == (7.0, 0.1, 5.0)
 
 
 # --- the loop

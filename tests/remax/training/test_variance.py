@@ -99,6 +99,12 @@ def test_gradient_variance_against_the_covariance():
     assert measured.signal == pytest.approx(signal, abs=0.5)
 
 
+def test_gradient_variance_by_hand():
+    # Projections 0 and 2: mean 1, variance (1 + 1) / (2 - 1) = 2, squared mean minus variance / 2 = 0.
+    measured = gradient_variance(torch.tensor([[0.0], [2.0]], dtype=torch.float64))
+    assert (measured.variance, measured.signal) == (2.0, 0.0)
+
+
 def test_equal_gradients_have_no_variance_and_full_signal():
     projections = project([torch.tensor([3.0, 4.0])], 2000, seed=0).repeat(3, 1)
     measured = gradient_variance(projections)

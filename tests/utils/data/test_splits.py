@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from utils.data.splits import blend, stage_indices
+from utils.data.splits import blend, prompt_key, stage_indices
 from utils.run import UserError
 
 
@@ -107,3 +107,11 @@ def test_a_blend_has_its_proportions_and_no_row_twice():
     assert blend([100, 50], [0.25, 0.75], seed=3) == [first, second]
     assert blend([100, 50], [0.25, 0.75], seed=4)[0] != first
     assert [len(rows) for rows in blend([1000, 2], [1e-6, 1.0])] == [1, 2]  # at least one row of each
+
+
+def test_plain_texts_are_told_apart_by_themselves():
+    # They have no prompt: with one key for all of them, all would fall to one stage.
+    keys = [prompt_key(None, f"text {i}") for i in range(60)]
+    assert len(set(keys)) == 60 and prompt_key(None, "text 0") == keys[0]
+    assert prompt_key("a prompt", "one answer") == prompt_key("a prompt", "another")
+    assert [len(stage_indices(keys, "1,1,1", stage)) for stage in range(3)] == [20, 20, 20]
