@@ -47,7 +47,7 @@ class ModelSpec:
         return {"dtype": self.engine.torch_dtype} | {name: getattr(self, name) for name in names}
 
 
-def _trained(args: Arguments, zero_stage: int, dtype: str, micro_batch_size: int) -> EngineConfig:
+def _trained_engine(args: Arguments, zero_stage: int, dtype: str, micro_batch_size: int) -> EngineConfig:
     offload, parameters = args.offload, args.offload_parameters
     return EngineConfig(zero_stage, offload, parameters, dtype, micro_batch_size, args.gradient_clipping)
 
@@ -68,7 +68,7 @@ def finetune_model(args: FinetuneArguments) -> ModelSpec:
     return ModelSpec(
         args.model_name_or_path,
         "--model_name_or_path",
-        _trained(args, args.zero_stage, args.dtype, args.per_device_train_batch_size),
+        _trained_engine(args, args.zero_stage, args.dtype, args.per_device_train_batch_size),
         args.attn_implementation,
         disable_dropout=args.disable_dropout,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -105,7 +105,7 @@ def actor_model(args: Step3Arguments) -> ModelSpec:
     return ModelSpec(
         args.actor_model_name_or_path,
         "--actor_model_name_or_path",
-        _trained(args, args.actor_zero_stage, args.actor_dtype, args.per_device_training_batch_size),
+        _trained_engine(args, args.actor_zero_stage, args.actor_dtype, args.per_device_training_batch_size),
         args.attn_implementation,
         disable_dropout=args.disable_actor_dropout,
         gradient_checkpointing=args.actor_gradient_checkpointing,
@@ -122,7 +122,7 @@ def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
     """Where the critic starts: its own model, or else the first reward model. Only where the algorithm has a critic."""
     own = args.critic_model_name_or_path
     stage, dtype = present(args.critic_zero_stage, "--critic_zero_stage"), present(args.critic_dtype, "--critic_dtype")
-    engine = _trained(args, stage, dtype, args.per_device_training_batch_size)
+    engine = _trained_engine(args, stage, dtype, args.per_device_training_batch_size)
     return ModelSpec(
         own or first_reward_model,
         "--critic_model_name_or_path" if own else "--reward_model_name_or_path",
