@@ -87,10 +87,9 @@ class Request:
 
 def parse_prompt(prompt: str) -> Request:
     """The request behind a prompt of the corpus; ValueError for any other text."""
-    request = _REQUEST_OF_PROMPT.get(prompt)
-    if request is None:
+    if prompt not in _REQUEST_OF_PROMPT:
         raise ValueError(f"not a prompt of the built-in corpus: {prompt!r}")
-    return request
+    return _REQUEST_OF_PROMPT[prompt]
 
 
 def _all_requests() -> list[Request]:
