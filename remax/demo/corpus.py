@@ -86,11 +86,10 @@ class Request:
 
 
 def parse_prompt(prompt: str) -> Request:
-    """The request that a prompt of the corpus makes; ValueError for any other text."""
-    request = _REQUEST_OF_PROMPT.get(prompt)
-    if request is None:
+    """The request behind a prompt of the corpus; ValueError for any other text."""
+    if prompt not in _REQUEST_OF_PROMPT:
         raise ValueError(f"not a prompt of the built-in corpus: {prompt!r}")
-    return request
+    return _REQUEST_OF_PROMPT[prompt]
 
 
 def _all_requests() -> list[Request]:

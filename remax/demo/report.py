@@ -305,12 +305,10 @@ def plot(path: Path, stage: Stage, summary: dict[str, Any]) -> None:
     held_out(axes["learned"], "reward", "reward_standard_error")
 
     steps, rewards = true_rewards_over_steps(stage)
-    if steps:
-        points(axes["true"], steps, [r.mean for r in rewards], [r.standard_error for r in rewards])
-    else:  # the stage ran without --save_answers: only its two ends are known
-        ends = [Estimate(**summary["policies"][name]["true_reward"]) for name in ("SFT", "ReMax")]
-        last = stage.series("eval/reward")[0][-1]
-        points(axes["true"], [0, last], [r.mean for r in ends], [r.standard_error for r in ends])
+    if not steps:  # the stage ran without --save_answers: only its two ends are known
+        steps = [0, stage.series("eval/reward")[0][-1]]
+        rewards = [Estimate(**summary["policies"][name]["true_reward"]) for name in ("SFT", "ReMax")]
+    points(axes["true"], steps, [r.mean for r in rewards], [r.standard_error for r in rewards])
     axes["true"].axhline(summary["best_reachable"], color=GOAL, linestyle="--", linewidth=1.5, label="best reachable")
 
     for name in ("kl", "length"):
@@ -343,11 +341,9 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 def true_rewards_over_steps(stage: Stage) -> tuple[list[int], list[Estimate]]:
     """Steps, and the true reward of the answers that the stage has kept of each evaluation (--save_answers)."""
     found = {int(path.stem.removeprefix("step_")): path for path in (stage.folder / "answers").glob("step_*.jsonl")}
-    kept = {step: read_rows(found[step]) for step in sorted(found)}
-    return list(kept), [
-        corpus.mean_true_reward([row["prompt"] for row in rows], [row["answer"] for row in rows])
-        for rows in kept.values()
-    ]
+    rows_of = {step: read_rows(found[step]) for step in sorted(found)}
+    rewards = [[corpus.true_reward(row["prompt"], row["answer"]) for row in rows] for rows in rows_of.values()]
+    return list(rows_of), [corpus.estimate(values) for values in rewards]
 
 
 if __name__ == "__main__":

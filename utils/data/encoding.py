@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.data import tokens
 from utils.data.cache import cache_file, fingerprint_of
 from utils.data.config import Overlong, TrainOn
-from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
+from utils.data.report import SHOWN_ROWS, as_record, as_words, cut_record, report_dropped, report_encoding, tally
 from utils.data.shapes import Row, dense, unranked, usable_answers, usable_texts
 from utils.run import UserError
 
@@ -323,7 +323,6 @@ def encode_rows(
     )
     table = encoded.with_format("arrow")
     kept = np.asarray(table["dropped"][:].is_null())
-    cut, prompt_cut = (np.asarray(table[name][:]) & kept for name in ("cut", "prompt_cut"))
     longest = int(np.asarray(table["full_length"][:]).max())
     if kind == "prompts" and np.asarray(table["prompt_cut"][:]).all() and names.data.startswith("train"):
         raise UserError(
@@ -341,15 +340,14 @@ def encode_rows(
     dropped = {reason.replace("--max_seq_len", names.length_flag): found for reason, found in dropped.items()}
     what = f"{names.data_flag} ({names.data})"
     report_dropped(what, dropped, len(encoded))
-    limit = f"{names.length_flag} {max_len}"
-    report_cut(limit, what, first_rows(prompt_cut, rows), first_rows(cut, rows), longest, len(rows))
-    left_out = np.asarray(table["left_out"][:]) if kind == "ranked" else np.zeros(len(encoded), dtype=int)
-    report_left_out(what, int(left_out.sum()), first_rows(left_out, rows))
+    lost = ("cut", "prompt_cut", *(["left_out"] if kind == "ranked" else []))
+    cut = {name: first_rows(np.asarray(table[name][:]) * kept, rows) for name in lost}
+    left_out = int(np.asarray(table["left_out"][:]).sum()) if kind == "ranked" else 0
+    report_encoding(what, f"{names.length_flag} {max_len}", cut, left_out, longest, len(rows))
     if record is not None:
         used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **encoder.options}
         counts = {"rows": len(encoded), "kept": int(kept.sum()), "dropped": as_record(dropped)}
-        counts |= {"answers_left_out": int(left_out.sum())} if kind == "ranked" else {}
-        record.append({**used, **counts, "cut_prompts": int(prompt_cut.sum()), "cut_answers": int(cut.sum())})
+        record.append({**used, **counts, **cut_record(kind, cut, left_out)})
     unused = [name for name in OPTIONAL if name in encoded.column_names and table[name][:].null_count == len(encoded)]
     unused += ["left_out"] if kind == "ranked" else []
     encoded = encoded.remove_columns([*FATE, *unused])

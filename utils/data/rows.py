@@ -38,7 +38,10 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
     splits = read_splits(name, cache_dir, flag)
     rows: list[TextRow] = []
     try:
-        shards = [without_labels(shard) for shard in splits.get("test", splits["train"])]
+        shards = splits.get("test", splits["train"])
+        for k, shard in enumerate(shards):  # unlike training, evaluation keeps unwanted answers
+            if shard.table.features.get("label") == Value("bool"):
+                shards[k] = replace(shard, rows=shard.table.remove_columns("label"))
         conversion = choose_conversion(name, shards[0], flag, form)
         for shard in shards:
             texts = normalise(shard, conversion, cache_dir, None)
@@ -50,13 +53,6 @@ def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", fo
     except (UnicodeDecodeError, BadJSON) as error:
         raise UserError(f"{flag}: {undecodable(splits, name)}") from error
     return rows
-
-
-def without_labels(shard: Shard) -> Shard:
-    """The shard without a column `label` of true and false: unlike training, evaluation keeps unwanted answers."""
-    if shard.table.features.get("label") != Value("bool"):
-        return shard
-    return replace(shard, rows=shard.table.remove_columns("label"))
 
 
 def original_rows(shard: Shard) -> list[dict[str, Any]]:

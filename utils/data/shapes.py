@@ -96,12 +96,9 @@ def best_and_worst(prompt: str, answers: Sequence[str], ranks: Sequence[float], 
     the last; where all are tied, there is no worst.
     """
     ranks = dense(ranks)
-    kept = usable_texts(answers, ranks)
-    best = min(kept, key=lambda i: ranks[i], default=None)
-    worst = max(reversed(kept), key=lambda i: ranks[i], default=None)
-    chosen = None if best is None else answers[best]
-    tied = best is None or worst is None or ranks[worst] == ranks[best]
-    rejected = None if worst is None or tied else answers[worst]
+    kept = sorted(usable_texts(answers, ranks), key=lambda i: ranks[i])
+    chosen = answers[kept[0]] if kept else None
+    rejected = answers[kept[-1]] if kept and ranks[kept[-1]] > ranks[kept[0]] else None
     return Example(prompt, chosen, rejected, earlier=earlier, answers=tuple(answers), ranks=tuple(ranks))
 
 
@@ -190,9 +187,7 @@ def finish(converted: Example | Conversation, template: ChatTemplate | None = No
     messages = converted.messages
     try:
         prompt, earlier = write_plain(messages) if template is None else template.prompt(messages)
-
-        def write(answer: str) -> str:
-            return as_answer(prompt, answer) if template is None else template.answer(messages, prompt, answer)
+        write = partial(as_answer, prompt) if template is None else partial(template.answer, messages, prompt)
 
         if converted.answers is not None:
             ranks = present(converted.ranks, "the ranks of several answers")

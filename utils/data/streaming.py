@@ -23,7 +23,7 @@ from utils.data import loaders
 from utils.data.config import DataConfig
 from utils.data.encoding import FEATURES, Encoder, Names, encode_rows, to_columns
 from utils.data.loaders import ResumableSampler
-from utils.data.report import as_record, count_dropped, report_cut, report_dropped, report_left_out
+from utils.data.report import as_record, count_dropped, cut_record, report_dropped, report_encoding
 from utils.data.shapes import Row
 from utils.data.splits import stage_shares
 from utils.data.streamed_set import TOGETHER, Counts, StreamedSet, as_data_set, open_stream
@@ -109,10 +109,8 @@ class StreamedStage:
             print0(f"{what}: {c.read} rows read, {c.kept} of them for {step}")
             report_dropped(what, c.dropped, c.read)
             report_dropped(f"{name} ({part}, {step})", c.unusable, c.encoded)
-            prompts, answers, lacking = (c.cut.get(fate, (0, [])) for fate in ("prompt_cut", "cut", "left_out"))
             limit = f"{loaders.LENGTH_FLAGS[self.stage]} {self.encoder.max_len}"
-            report_cut(limit, what, prompts, answers, c.longest, c.encoded)
-            report_left_out(what, c.left_out, lacking)
+            report_encoding(what, limit, c.cut, c.left_out, c.longest, c.encoded)
 
     def write(self, counts: Sequence[Counts], complete: bool) -> None:
         data = [self.entry(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
@@ -125,14 +123,12 @@ class StreamedStage:
     def entry(self, stream: StreamedSet, c: Counts) -> dict[str, Any]:
         """Of data.json, for one data set; fingerprint: of the usable rows that were read."""
         used = {"kind": self.encoder.kind, "max_len": self.encoder.max_len, **self.encoder.options}
-        cut = {name: c.cut.get(fate, (0, []))[0] for name, fate in (("prompts", "prompt_cut"), ("answers", "cut"))}
         return {
             **{"data": f"{stream.flag} {stream.name}", "split": "train", "shape": stream.conversion.shape, **used},
             **{"fingerprint": c.digest.hexdigest(), "rows": c.read, "dropped": as_record(c.dropped)},
             **{"held_out": c.held_out, "of_other_stages": c.other_stages, "of_this_stage": c.encoded},
             **{"unusable": as_record(c.unusable), "kept": c.kept},
-            **{f"cut_{name}": count for name, count in cut.items()},
-            **({"answers_left_out": c.left_out} if self.encoder.kind == "ranked" else {}),
+            **cut_record(self.encoder.kind, c.cut, c.left_out),
         }
 
 
