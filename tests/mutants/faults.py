@@ -1676,7 +1676,6 @@ TRAINING = [
             "gather_objects(shares.cpu())",
             "[shares.cpu()]",
             "each rank has its own gradient variance",
-            (2, "remax, ZeRO 2"),
         ),
         (
             "variance-groups",
@@ -1889,7 +1888,7 @@ STAGES = [
             "VarianceMeter(actor, algorithm.samples_per_prompt, algorithm.gamma",
             "VarianceMeter(actor, 1, algorithm.gamma",
             "the variance meter takes every answer for a prompt",
-            (1, "rloo"),
+            f"{ROOM}/stages/test_rlhf.py",
         ),
         (
             "rlhf-ema-is-actor",

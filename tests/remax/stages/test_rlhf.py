@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +12,15 @@ from remax.stages import rlhf
 from utils.run import UserError
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_models_are_examined_before_the_training_unless_told_not_to(skip, monkeypatch, tmp_path):
-    line = ["--actor_model_name_or_path", "m/a", "--reward_model_name_or_path", "m/r", "--output_dir", str(tmp_path)]
-    args = parse_step3([*line, "--skip_doctor", str(skip), "--seed", "77", "--max_steps", "9"])
+class Words(list):
+    """A tokenizer, as far as it is asked here."""
+
+    pad_token_id = 0
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """Names of what was called, in order. The reward model's examination fails, the training has 20 batches."""
     called: list[str] = []
 
     def note(name: str, value: object = None):
@@ -24,22 +28,41 @@ def test_models_are_examined_before_the_training_unless_told_not_to(skip, monkey
 
     for name in ("quiet_libraries", "init_distributed", "try_reward_functions", "shutdown", "save_final", "write_note"):
         note(name)
-    note("check_models", SimpleNamespace(actor=SimpleNamespace(pad_token_id=0)))
+    note("check_models", SimpleNamespace(actor=Words([0] * 300)))
     note("load_data", SimpleNamespace(train=[0] * 20, evaluation=[], plain_text=None))
-    models = SimpleNamespace(actor=None, reference=None, reward=SimpleNamespace(part_names=()), critic=None)
-    note("build_models", models)
+    note(
+        "build_models", SimpleNamespace(actor=None, reference=None, reward=SimpleNamespace(part_names=()), critic=None)
+    )
     note("examine_models", Report([Finding("a check", FAILURE, "0 of 1", "mend it")]))
     note("MetricsLogger", SimpleNamespace(close=lambda: None))
-    note("Sentinel")
     note("Trainer", SimpleNamespace(train=lambda _: called.append("train") or SimpleNamespace(results={})))
     monkeypatch.setattr(rlhf, "set_seed", lambda seed: called.append(f"seed {seed}"))
-    monkeypatch.setattr(rlhf, "Sentinel", lambda _: None)
-    monkeypatch.setattr(sys.modules["remax.stages.rlhf"], "len", lambda _: 20, raising=False)
+    return called
+
+
+def arguments(tmp_path, line: str):
+    base = f"--actor_model_name_or_path m/a --reward_model_name_or_path m/r --output_dir {tmp_path} {line}"
+    return parse_step3(base.split())
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_models_are_examined_before_the_training_unless_told_not_to(skip, stubbed, tmp_path):
+    args = arguments(tmp_path, f"--skip_doctor {skip} --seed 77 --max_steps 9")
     if skip:
         rlhf.run_rlhf(args)
-        assert "examine_models" not in called and called.index("build_models") < called.index("train")
+        assert "examine_models" not in stubbed and stubbed.index("build_models") < stubbed.index("train")
     else:
         with pytest.raises(UserError, match="the examination failed .* a check: 0 of 1. mend it"):
             rlhf.run_rlhf(args)
-        assert called[-1] == "examine_models" and "train" not in called
-    assert called.index("seed 77") < called.index("build_models")
+        assert stubbed[-1] == "examine_models" and "train" not in stubbed
+    assert stubbed.index("seed 77") < stubbed.index("build_models")
+
+
+def test_the_variance_meter_knows_which_answers_belong_together(stubbed, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(rlhf, "VarianceMeter", lambda *values: made.append(values))
+    line = "--skip_doctor true --algo rloo --samples_per_prompt 8 --gamma 0.9"
+    rlhf.run_rlhf(arguments(tmp_path, line))
+    assert not made
+    rlhf.run_rlhf(arguments(tmp_path, f"{line} --log_variance --log_variance_gradient_steps 7"))
+    assert made == [(None, 8, 0.9, 7)]

@@ -14,6 +14,7 @@ import torch
 from remax.core.rollout import Rollout
 from remax.core.sampling import Sampling
 from remax.models.policy import load_policy
+from remax.training import variance
 from remax.training.variance import (
     VarianceMeter,
     advantage_variances,
@@ -164,6 +165,15 @@ def test_the_meter_measures_every_baseline_on_the_same_answers(actor, sequences_
     assert set(second) - set(first) == {"variance/moving_average", "gradient_signal"} | {
         f"gradient_variance/{name}" for name in ("none", "mean", "greedy", "leave_one_out", "moving_average")
     }
+
+
+def test_the_gradients_of_all_ranks_are_measured_together(actor, sequences_of, monkeypatch):
+    shares: list[torch.Tensor] = []
+    monkeypatch.setattr(variance, "gather_objects", lambda mine: shares.append(mine) or [mine, 3 * mine])
+    rollout = Rollout(sequences_of(1, rows=2, vocabulary=200), torch.randn(2))
+    figures = VarianceMeter(actor, gradient_steps=1, projections=5)(1, rollout, {"reward": 0.0})
+    both = gradient_variance(torch.cat([shares[0], 3 * shares[0]]))
+    assert figures["gradient_variance/none"] == pytest.approx(both.variance)
 
 
 def test_one_prompt_has_no_gradient_variance(actor, sequences_of):

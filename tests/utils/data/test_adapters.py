@@ -115,3 +115,12 @@ def test_public_rows_without_a_score_are_skipped(name, columns):
     row = next(row for known, row, _ in KNOWN if known == name)
     with pytest.raises(RowSkipped, match="that are missing or not finite"):
         ADAPTERS[name](row | columns)
+
+
+def test_the_answer_of_a_dialogue_is_behind_its_last_cue():
+    dialogue = "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"prompt": dialogue, "chosen": f"{dialogue} good", "rejected": f"{dialogue} bad"}
+    example = ADAPTERS["yitingxie/rlhf-reward-datasets"](row)
+    assert (example.prompt, example.chosen, example.rejected) == (dialogue, " good", " bad")
+    alone = ADAPTERS["yitingxie/rlhf-reward-datasets"](row | {"chosen": "good", "rejected": "bad"})
+    assert (alone.chosen, alone.rejected) == (" good", " bad")
