@@ -31,6 +31,7 @@ class Answer:
 
 
 def read_answers(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Answer]:
+    """The answers of B sequences."""
     columns = (sequences.input_ids, sequences.prompt_lengths, sequences.answer_lengths)
     found = []
     for ids, start, length in zip(*(column.tolist() for column in columns), strict=True):
