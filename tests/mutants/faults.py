@@ -955,7 +955,7 @@ REWARDS = [
             'if sum_across_ranks({"failed": float(failure is not None)})["failed"]:',
             "if failure:",
             "the other ranks wait for one that failed",
-            f"{ROOM}/evaluation/test_policy.py::test_a_reward_function_that_fails_on_one_rank_stops_all_with_its_error",
+            f"{ROOM}/rewards/test_composite.py::test_a_failure_on_another_rank_is_raised_here_too",
         ),
     ),
     *faults(

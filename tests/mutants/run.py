@@ -10,6 +10,7 @@ pass without a fault, or the text that a fault replaces is not found exactly onc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -73,6 +74,7 @@ def run_test(test: Test, tree: Path, scratch: Path) -> None:
     import pytest
 
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # ends with the runner
     log = os.open(scratch / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -138,10 +140,7 @@ class Job:
         late = time.monotonic() - self.started > LIMIT
         if process == 0 and not late:
             return None
-        try:
-            os.killpg(self.process, signal.SIGKILL)  # the ranks that it has started, too
-        except (ProcessLookupError, PermissionError):
-            pass
+        self.kill()
         self.seconds += time.monotonic() - self.started
         if process == 0:
             os.waitpid(self.process, 0)
@@ -151,6 +150,11 @@ class Job:
         self.tests = self.tests[1:]
         self.start()
         return None
+
+    def kill(self) -> None:
+        """Ends the test, and the ranks that it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process, signal.SIGKILL)
 
     def reason(self) -> str:
         """What failed, in a few words."""
@@ -203,12 +207,16 @@ def copy(tree: Path) -> Path:
 
 def run_all(workers: Workers, work: list[tuple[tuple[Test, ...], Fault | None]], tell: Any) -> None:
     """All of it, as copies come free."""
-    for tests, fault in work:
-        if not workers.free:
+    try:
+        for tests, fault in work:
+            if not workers.free:
+                finish(workers, tell)
+            workers.start(tests, fault)
+        while workers.running:
             finish(workers, tell)
-        workers.start(tests, fault)
-    while workers.running:
-        finish(workers, tell)
+    finally:
+        for job in workers.running:
+            job.kill()
 
 
 def finish(workers: Workers, tell: Any) -> None:
@@ -235,6 +243,7 @@ def main() -> int:
         print("stale:\n" + "\n".join(lines))
         return 2
     warm_up()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started, broken, killed, survivors = time.monotonic(), [], 0, []
 
     def tell_baseline(job: Job, result: str) -> None:

@@ -21,6 +21,7 @@ from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
 from remax.generation.decode import GenerationSettings
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
+from remax.rewards import composite
 from remax.rewards.composite import CompositeReward, FunctionReward, Part, try_functions
 from remax.rewards.functions import RewardFunction
 from remax.training.trainer import Trainer, TrainerSettings
@@ -142,6 +143,15 @@ def test_a_failure_names_function_rank_prompt_and_answer(tokenizers, monkeypatch
     reward = FunctionReward(RewardFunction("rules:g", lambda prompts, answers: [1.0], True, False), tokenizer)
     with pytest.raises(UserError, match="returned 1 values; .* a batch of 2 whose first sample is: .*Hi', answer"):
         reward.score(sequences)
+
+
+def test_a_failure_on_another_rank_is_raised_here_too(tokenizers, monkeypatch):
+    # Going on alone, this rank would wait for the other one in vain.
+    reward = by_rule(lambda prompt, answer: 1.0, load_tokenizer(str(tokenizers["own"])))
+    monkeypatch.setattr(composite, "sum_across_ranks", lambda values: {name: x + 1.0 for name, x in values.items()})
+    monkeypatch.setattr(composite, "gather_objects", lambda mine: [mine, "what the other rank says"])
+    with pytest.raises(UserError, match="what the other rank says"):
+        reward.score_texts(["a"], ["b"])
 
 
 def test_functions_are_tried_with_an_empty_answer(tokenizers):
