@@ -55,8 +55,15 @@ def _trained_engine(args: Arguments, zero_stage: int, dtype: str, micro_batch_si
 def _optimizer(
     args: Arguments, steps: int, rate: float, weight_decay: float, lora_rate: float | None = None
 ) -> OptimizerConfig:
-    warmup, schedule, betas = args.num_warmup_steps, args.lr_scheduler_type, (args.adam_beta1, args.adam_beta2)
-    return OptimizerConfig(rate, steps, warmup, schedule, weight_decay, betas, lora_rate)
+    return OptimizerConfig(
+        rate,
+        steps,
+        warmup_steps=args.num_warmup_steps,
+        schedule=args.lr_scheduler_type,
+        weight_decay=weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        lora_learning_rate=lora_rate,
+    )
 
 
 def _cadence(args: Arguments, batches_per_step: int, max_steps: int) -> Cadence:

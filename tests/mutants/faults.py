@@ -1702,8 +1702,8 @@ STAGES = [
         ("settings-unsup", "        unsupervised_coefficient=args.unsup_coef,\n", "", "plain text is not learned"),
         (
             "settings-warmup",
-            "warmup, schedule, betas = args.num_warmup_steps, args",
-            "warmup, schedule, betas = 0, args",
+            "warmup_steps=args.num_warmup_steps,",
+            "warmup_steps=0,",
             "no warm-up",
         ),
         (
