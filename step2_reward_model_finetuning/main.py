@@ -8,6 +8,7 @@ from utils.run import run_main
 
 
 def main() -> None:
+    """Parses the flags and runs the stage."""
     args = parse_step2()
     from remax.stages.finetune import run_finetuning  # seconds of imports, which a wrong flag need not wait for
 

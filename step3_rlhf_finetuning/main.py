@@ -8,6 +8,7 @@ from utils.run import run_main
 
 
 def main() -> None:
+    """Parses the flags and runs the stage."""
     args = parse_step3()
     from remax.stages.rlhf import run_rlhf  # seconds of imports, which a wrong flag need not wait for
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from remax.cli.evaluation import parse_prompt_eval
+from remax.stages import prompt_eval
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -16,7 +17,7 @@ PROGRAM = Path(__file__).resolve().parent.parent / "step1_supervised_finetuning"
 
 
 @pytest.fixture(scope="module")
-def prompt_eval():
+def program():
     spec = importlib.util.spec_from_file_location("prompt_eval", PROGRAM)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -24,7 +25,7 @@ def prompt_eval():
 
 
 @pytest.fixture
-def run(prompt_eval, tiny_model, tmp_path, monkeypatch, capsys):
+def run(program, tiny_model, tmp_path, monkeypatch, capsys):
     """run(flags) -> (rows of the output, what was printed); a GPT-2 before, a Llama after."""
 
     def run(*flags):
@@ -32,7 +33,7 @@ def run(prompt_eval, tiny_model, tmp_path, monkeypatch, capsys):
         command += ["--model_name_or_path_finetune", tiny_model("llama"), "--output", tmp_path / "answers.jsonl"]
         command += ["--data_output_path", tmp_path / "cache", "--max_new_tokens", 6, *flags]
         monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-        prompt_eval.main()
+        program.main()
         rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
         return rows, capsys.readouterr().out
 
@@ -51,7 +52,7 @@ def greedy(folder, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("language", ["English", "Chinese", "Japanese"])
-def test_built_in_prompts(run, prompt_eval, tiny_model, language):
+def test_built_in_prompts(run, tiny_model, language):
     rows, printed = run("--language", language, "--batch_size", 3)
     assert len(rows) == len(prompt_eval.QUESTIONS[language]) == 5
     for row, question in zip(rows, prompt_eval.QUESTIONS[language], strict=True):
@@ -135,7 +136,7 @@ def test_defaults_of_known_flags():
     assert (args.penalty_alpha, args.top_k, args.language) == (0, 0, "English")
 
 
-def test_an_answer_that_does_not_fit_is_refused_before_loading(prompt_eval, run, questions, monkeypatch):
+def test_an_answer_that_does_not_fit_is_refused_before_loading(run, questions, monkeypatch):
     monkeypatch.setattr(prompt_eval, "load_policy", None)
     with pytest.raises(
         UserError, match=r"the longest prompt \(\d+\) \+ --max_new_tokens: 20\d\d tokens, but the model of "

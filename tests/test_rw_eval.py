@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from remax.stages import reward_eval
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -19,10 +20,8 @@ PROGRAM = Path(__file__).resolve().parent.parent / "step2_reward_model_finetunin
 def rw_eval():
     spec = importlib.util.spec_from_file_location("rw_eval", PROGRAM)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["rw_eval"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules["rw_eval"]
+    return module
 
 
 @pytest.fixture
@@ -150,10 +149,10 @@ def test_long_answers_are_cut_and_an_empty_one_is_its_end_token(run, tiny_reward
     assert long["score"] is not None
 
 
-def test_built_in_examples(run, tiny_reward_model, rw_eval):
+def test_built_in_examples(run, tiny_reward_model):
     _, printed = run()
     folder = tiny_reward_model("llama")
-    for example in rw_eval.EXAMPLES:
+    for example in reward_eval.EXAMPLES:
         assert f"good answer, score {plain_score(folder, example.prompt, example.chosen):.4f}" in printed
         assert f"bad answer, score {plain_score(folder, example.prompt, example.rejected):.4f}" in printed
 
@@ -184,7 +183,7 @@ def test_bad_input_is_refused(rw_eval, tiny_reward_model, tmp_path, monkeypatch,
         *filled,
     ]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-    monkeypatch.setattr(rw_eval, "load_reward_model", None)  # too late
+    monkeypatch.setattr(reward_eval, "load_reward_model", None)  # too late
     with pytest.raises(UserError, match=message):
         rw_eval.main()
     assert (tmp_path / "rows.jsonl").read_text() == json.dumps(PAIRS["text"]) + "\n"

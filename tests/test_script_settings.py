@@ -24,12 +24,13 @@ DEMO = f"{STAGES[2]}/training_scripts/demo/run_demo.sh"
 DEEPSPEED = """#!/bin/bash
 printf 'argument %s\\n' "$@"
 echo "accelerator ${DS_ACCELERATOR:-}"
+echo "memory ${PYTORCH_CUDA_ALLOC_CONF:-}"
 echo "a warning" >&2
 exit "${STATUS:-0}"
 """
 # The Python beside the launcher: without a GPU, on whatever machine the tests run.
 PYTHON = """#!/bin/bash
-if [[ $* == *device_count* ]]; then echo 0; else exec python3 "$@"; fi
+if [[ $* == *device_count* ]]; then echo "${GPUS:-0}"; else exec python3 "$@"; fi
 """
 
 
@@ -69,7 +70,8 @@ def call(tmp_path_factory, run_command) -> Callable[..., Call]:
         done = run_command(["env", "-i", *pairs, "bash", folder / script, *flags], cwd=folder, timeout=60)
         lines = done.stdout.splitlines()
         arguments = [line.removeprefix("argument ") for line in lines if line.startswith("argument ")]
-        assert arguments, done.stdout
+        if not arguments:
+            return Call({}, Path(), [], "", done.returncode, done.stdout, folder)
         start = next(i for i, word in enumerate(arguments) if word.endswith("/main.py"))
         launcher = dict(zip(arguments[:start:2], arguments[1:start:2], strict=True))
         accelerator = next(line for line in lines if line.startswith("accelerator")).removeprefix("accelerator ")
@@ -110,12 +112,46 @@ def test_two_ranks_run_on_the_cpu(call, variables):
     assert "--hostfile" not in done.launcher
 
 
-def test_the_hostfile_says_how_many_ranks_each_machine_has(call):
-    done = call(OPT, HOSTFILE="/my hosts")
-    assert done.launcher["--hostfile"] == "/my hosts"
+def test_the_hostfile_says_how_many_ranks_each_machine_has(call, tmp_path):
+    hosts = tmp_path / "my hosts"
+    hosts.write_text("# the first one is this one\nnode-1 slots=8\nnode-2 slots=8\n")
+    done = call(OPT, HOSTFILE=hosts)
+    assert done.launcher["--hostfile"] == str(hosts)
     assert "--num_gpus" not in done.launcher and done.accelerator == ""
-    done = call(OPT, HOSTFILE="/my hosts", NUM_GPUS=4)
-    assert done.launcher["--hostfile"] == "/my hosts" and done.launcher["--num_gpus"] == "4"
+    assert effective(call(DEMO, HOSTFILE=hosts).words)["per_device_generation_batch_size"] == 64 / 8
+    done = call(OPT, HOSTFILE=hosts, NUM_GPUS=4)
+    assert done.launcher["--hostfile"] == str(hosts) and done.launcher["--num_gpus"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"HOSTFILE": "nowhere"}, "error: HOSTFILE nowhere: no such file"),
+        ({"HOSTFILE": "bin/python"}, 'error: HOSTFILE bin/python: expected lines such as "name slots=8"'),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-5f2c"}, "error: CUDA_VISIBLE_DEVICES GPU-5f2c: the launcher takes numbers only"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "NUM_GPUS": 3}, "error: NUM_GPUS 3: CUDA_VISIBLE_DEVICES has 2"),
+    ],
+)
+def test_what_the_launcher_would_misread_is_refused(call, variables, message):
+    # A wrong hostfile would train on one machine, and other names of devices end the launcher in a traceback.
+    gpus = {} if "HOSTFILE" in variables else {"DS_ACCELERATOR": "cuda", "GPUS": 2}
+    done = call(OPT, **gpus | variables)
+    assert done.status == 2 and not done.words and done.console.startswith(message), done.console
+    assert done.console.count("\n") == 1
+
+
+def test_the_gpus_that_the_user_chose_are_used(call):
+    # Told a number of ranks, the launcher would take the first ones of the machine, whoever uses them.
+    gpus = {"DS_ACCELERATOR": "cuda", "GPUS": 4, "CUDA_VISIBLE_DEVICES": "2,3,5,7"}
+    done = call(OPT, **gpus, NUM_GPUS=2)
+    assert done.launcher["--include"] == "localhost:2,3" and "--num_gpus" not in done.launcher
+    done = call(DEMO, **gpus)
+    assert done.launcher["--include"] == "localhost:2,3,5,7"
+    assert effective(done.words)["per_device_generation_batch_size"] == 64 / 4
+    assert "memory expandable_segments:True" in done.console
+    done = call(OPT, DS_ACCELERATOR="cuda", GPUS=4)
+    assert not {"--include", "--num_gpus"} & done.launcher.keys()
+    assert "memory \n" in call(OPT).console  # nothing of the kind without a GPU
 
 
 def test_the_port_is_the_users_or_a_free_one(call):

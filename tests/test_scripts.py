@@ -1,7 +1,9 @@
 """Every shipped training script runs to its end on a tiny stand-in of its architecture, with two ranks; and the command
 lines of the ReMax authors' own scripts work here as they are."""
 
+import itertools
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from remax.cli.validate import parse_step1, parse_step2, parse_step3
+from utils.distributed import free_port
 from utils.run import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,59 +93,128 @@ def assert_several_rewards(output: Path) -> None:
         assert part["words"] > 0
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize("script", SCRIPTS, ids=short)
-def test_script_runs_to_the_end(
-    script, tmp_path, corpus, rank_answers, tiny_model, tiny_reward_model, run_command, can_compile
-):
+def script_flags(script: Path, folder: Path, reward: Path, can_compile: bool) -> list[str]:
+    """What is typed behind the script's name."""
     stage, architecture = stage_of(script), ARCHITECTURE[script.parent.name]
     flags = shlex.split(SMALLER[stage]) + ["--max_steps", "2", "--max_eval_batches", "1"]
     if architecture == STREAMED:
         flags += ["--streaming", "--shuffle_buffer", "20"]
     if not can_compile:
         flags += ["--offload", "false"]
-    packed = stage < 3 and architecture in PACKED
-    flags += ["--packing"] * packed
-    reward, rewards = tiny_reward_model(architecture), short(script) if stage == 3 else ""
-    if "gpt2" in rewards:
-        flags += several_rewards(tmp_path, reward)
-    if "demo" in rewards:  # a function alone
-        flags, reward = [*flags, "--reward_fn", f"{ROOT / STAGES[2] / 'example_rewards.py'}:words"], ""
-    ranked = stage == 2 and architecture == "gpt2"
-    if ranked:
-        (tmp_path / "ranked").mkdir()
-        corpus = rank_answers(corpus, tmp_path / "ranked")
+    flags += ["--packing"] * (stage < 3 and architecture in PACKED)
+    if stage == 3 and architecture == "gpt2":
+        flags += several_rewards(folder, reward)
+    if stage == 3 and script.parent.name == "demo":  # a function alone
+        flags += ["--reward_fn", f"{ROOT / STAGES[2] / 'example_rewards.py'}:words"]
+    if stage == 2 and architecture == "gpt2":
         flags += ["--ranked_loss", "plackett-luce", "--center_rewards_coefficient", "0.01"]
-    # From a folder that is neither the repository nor the stage's, into a relative one.
-    done = run_command(
-        ["bash", script, *flags],
-        cwd=tmp_path,
-        MODEL=tiny_model(architecture),
-        REWARD_MODEL=reward,
-        DATA=corpus,
-        OUTPUT="result",
-        NUM_GPUS=2,
-    )
+    return flags
+
+
+@pytest.fixture(scope="module")
+def prepare_script(tmp_path_factory, corpus, rank_answers, tiny_model, tiny_reward_model, can_compile):
+    """prepare_script(script) -> (its folder, the flags behind its name, its environment).
+
+    The folder is neither the repository nor the stage's, and OUTPUT is relative to it.
+    """
+
+    def prepare(script: Path) -> tuple[Path, list[str], dict[str, str]]:
+        stage, architecture = stage_of(script), ARCHITECTURE[script.parent.name]
+        folder = tmp_path_factory.mktemp(script.stem)
+        data, reward = corpus, tiny_reward_model(architecture)
+        if stage == 2 and architecture == "gpt2":
+            (folder / "ranked").mkdir()
+            data = rank_answers(corpus, folder / "ranked")
+        flags = script_flags(script, folder, reward, can_compile)
+        alone = stage == 3 and script.parent.name == "demo"
+        names = {"MODEL": tiny_model(architecture), "REWARD_MODEL": "" if alone else reward, "DATA": data}
+        return folder, flags, {k: str(v) for k, v in names.items()} | {"OUTPUT": "result", "NUM_GPUS": "2"}
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def in_one_start(tmp_path_factory, prepare_script, run_command):
+    """{script: (its folder, exit status, what it printed)} of all scripts, run by one start of the launcher.
+
+    What each script would hand to the launcher is told by a stand-in for `deepspeed`.
+    """
+    base, jobs = tmp_path_factory.mktemp("one_start"), []
+    stand_in = base / "bin" / "deepspeed"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$HANDED_ON"\n')
+    stand_in.chmod(0o755)
+    for script in SCRIPTS:
+        folder, flags, environment = prepare_script(script)
+        path = f"{stand_in.parent}:{os.environ['PATH']}"
+        done = run_command(["bash", script, *flags], folder, PATH=path, HANDED_ON=folder / "handed_on", **environment)
+        assert done.returncode == 0, done.stdout
+        words = (folder / "handed_on").read_text().splitlines()
+        (program,) = [i for i, word in enumerate(words) if word.endswith("/main.py")]
+        assert words[:program][-2:] == ["--num_gpus", "2"]
+        job = {"program": words[program], "flags": words[program + 1 :], "folder": str(folder)}
+        jobs.append(job | {"log": str(folder / "printed.txt")})
+    (base / "jobs.json").write_text(json.dumps(jobs))
+    launcher = ["deepspeed", "--log_level", "critical", "--master_port", str(free_port()), "--num_gpus", "2"]
+    done = run_command([*launcher, ROOT / "tests/mains.py", base / "jobs.json"], base, DS_ACCELERATOR="cpu")
+    finished = json.loads((base / "jobs.done").read_text()) if (base / "jobs.done").exists() else []
+    results = {}
+    for script, job, end in itertools.zip_longest(SCRIPTS, jobs, finished):
+        printed = Path(job["log"]).read_text() if Path(job["log"]).exists() else ""
+        results[script] = (
+            Path(job["folder"]),
+            end["status"] if end else None,
+            printed + (done.stdout if not end else ""),
+        )
+    return results
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("script", SCRIPTS, ids=short)
+def test_script_runs_to_the_end(script, in_one_start, tiny_model):
+    folder, status, printed = in_one_start[script]
+    assert status == 0, printed
+    assert_script_did_its_work(script, folder / "result", printed, tiny_model)
+
+
+# From bash through the real launcher, one for each stage.
+WHOLE_WAY = [
+    ROOT / STAGES[0] / "training_scripts/gpt2/run_gpt2.sh",
+    ROOT / STAGES[1] / "training_scripts/mistral/run_mistral_7b.sh",
+    ROOT / STAGES[2] / "training_scripts/llama2/run_llama2_7b.sh",
+]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("script", WHOLE_WAY, ids=short)
+def test_script_through_the_launcher(script, prepare_script, run_command, tiny_model):
+    folder, flags, environment = prepare_script(script)
+    done = run_command(["bash", script, *flags], folder, **environment)
     assert done.returncode == 0, done.stdout
-    output = tmp_path / "result"
-    assert (output / "training.log").read_text() == done.stdout  # the console and the log file both
+    assert (folder / "result/training.log").read_text() == done.stdout  # the console and the log file both
+    assert_script_did_its_work(script, folder / "result", done.stdout, tiny_model)
+
+
+def assert_script_did_its_work(script: Path, output: Path, printed: str, tiny_model) -> None:
+    stage, architecture = stage_of(script), ARCHITECTURE[script.parent.name]
     run = json.loads((output / "run.json").read_text())
     assert run["world_size"] == 2 and run["arguments"]["max_steps"] == 2
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == 2
     if stage < 3:
         padding = [line["train/padding_share"] for line in lines if "train/loss" in line]
+        packed = architecture in PACKED
         assert len(padding) == 2 and all(share == 0 if packed else 0 < share < 1 for share in padding)
-    if "gpt2" in rewards:
+    if stage == 3 and architecture == "gpt2":
         assert_several_rewards(output)
-    assert ("functions score" in done.stdout) == ("demo" in rewards)
+    assert ("functions score" in printed) == (stage == 3 and script.parent.name == "demo")
     if stage == 2:
         results = json.loads((output / "results.json").read_text())
-        assert ("best_of_k_accuracy" in results["after"]) == ranked
+        assert ("best_of_k_accuracy" in results["after"]) == (architecture == "gpt2")
     record = json.loads((output / "data.json").read_text())
     assert record.get("streaming", False) == (architecture == STREAMED)
     if stage == 3:
-        assert_exported(output / "actor", stage)  # the best one, here perhaps that before the first step
+        assert_exported(output / "actor", stage)  # the best one
         output = output / "actor_final"
     assert_exported(output, stage)
     assert_trained(output, tiny_model(architecture))
@@ -161,15 +233,22 @@ def test_script_keeps_the_exit_status_and_the_last_flag_wins(tmp_path, corpus, t
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", STAGES[:2])
-def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model, run_command):
-    flags = f"--model_name_or_path {tiny_model('llama')} --data_path {corpus} --output_dir result --max_seq_len 64"
-    flags += " --learning_rate 1e30 --max_steps 5 --max_eval_batches 1 --per_device_train_batch_size 4"
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model, tiny_reward_model, run_command):
+    flags = f"--data_path {corpus} --output_dir result --max_steps 5 --max_eval_batches 1"
+    last = "last"
+    if stage == STAGES[2]:
+        flags += f" --actor_model_name_or_path {tiny_model('llama')} --max_answer_seq_len 8 --num_warmup_steps 0"
+        flags += f" --reward_model_name_or_path {tiny_reward_model('llama')} --actor_learning_rate 1e30 --skip_doctor"
+        last = "actor_last"
+    else:
+        flags += f" --model_name_or_path {tiny_model('llama')} --max_seq_len 64 --learning_rate 1e30"
+        flags += " --per_device_train_batch_size 4"
     done = run_command(["python", ROOT / stage / "main.py", *shlex.split(flags)], cwd=tmp_path)
     assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout
     assert "training stopped. step " in done.stdout.splitlines()[-1]
-    assert "learning rate" in done.stdout.splitlines()[-1] and "result/last" in done.stdout.splitlines()[-1]
-    assert (tmp_path / "result/last/model.safetensors").is_file()
+    assert "learning rate" in done.stdout.splitlines()[-1] and f"result/{last}" in done.stdout.splitlines()[-1]
+    assert (tmp_path / f"result/{last}/model.safetensors").is_file()
     lines = [json.loads(line) for line in (tmp_path / "result/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train/loss"] is None and lines[-1]["step"] >= 2  # the step that was lost is there too
 
@@ -274,16 +353,35 @@ def few_rows(tmp_path_factory):
     return lambda n: make_corpus(tmp_path_factory.mktemp("few_rows"), seed=1, train_rows=n, test_rows=4)
 
 
+@pytest.fixture(scope="module")
+def authors_lines(tmp_path_factory, few_rows, tiny_model, tiny_reward_model, run_command, can_compile):
+    """{name: (output folder, exit status, what it printed)} of the authors' lines, run in one process."""
+    # Whole epochs: one batch of 16 in a fifth of the rows (step 1) or two fifths (step 2), two batches for step 3.
+    rows, base, jobs = (
+        {"step1": 80, "step2": 40, "step3 llama2": 5, "step3 opt": 20},
+        tmp_path_factory.mktemp("lines"),
+        [],
+    )
+    for name, (stage, *_) in AUTHORS.items():
+        folder = base / name.replace(" ", "_")
+        folder.mkdir()
+        data = few_rows(rows.get(name) or rows[name.split()[0]])
+        flags = authors_flags(name, folder, data, tiny_model, tiny_reward_model)
+        if not can_compile:
+            flags = [flag for flag in flags if flag != "--offload"]
+        job = {"program": str(ROOT / STAGES[stage - 1] / "main.py"), "flags": flags, "folder": str(folder)}
+        jobs.append(job | {"log": str(folder / "printed.txt")})
+    (base / "jobs.json").write_text(json.dumps(jobs))
+    done = run_command(["python", ROOT / "tests/mains.py", base / "jobs.json"], base, RANK="0")
+    finished = json.loads((base / "jobs.done").read_text()) if (base / "jobs.done").exists() else []
+    ends = itertools.zip_longest(AUTHORS, jobs, finished)
+    return {name: (Path(job["folder"]) / "output", end and end["status"], done.stdout) for name, job, end in ends}
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", AUTHORS)
-def test_authors_line_runs(name, tmp_path, few_rows, tiny_model, tiny_reward_model, run_command, can_compile):
-    # Whole epochs: one batch of 16 in a fifth of the rows (step 1) or two fifths (step 2), two batches for step 3.
-    stage, architecture, flags = AUTHORS[name]
-    rows = {"step1": 80, "step2": 40, "step3 llama2": 5, "step3 opt": 20}
-    n = rows.get(name) or rows[name.split()[0]]
-    flags = authors_flags(name, tmp_path, few_rows(n), tiny_model, tiny_reward_model)
-    if not can_compile:
-        flags = [flag for flag in flags if flag != "--offload"]
-    done = run_command(["python", ROOT / STAGES[stage - 1] / "main.py", *flags], cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert_exported(tmp_path / "output" / ("actor" if stage == 3 else ""), stage)
+def test_authors_line_runs(name, authors_lines):
+    output, status, printed = authors_lines[name]
+    assert status == 0, printed
+    stage = AUTHORS[name][0]
+    assert_exported(output / ("actor" if stage == 3 else ""), stage)

@@ -28,17 +28,17 @@ def init_distributed(local_rank: int = -1, timeout: timedelta | None = None) -> 
     left out: it is compiled at first use and no faster than gloo.
 
     Args:
-        local_rank: the flag that the deepspeed launcher adds; -1: from the environment.
-        timeout: how long a collective waits for the other ranks. Default: DEEPSPEED_TIMEOUT minutes, else 30.
+        local_rank: The flag that the deepspeed launcher adds; -1: from the environment.
+        timeout: How long a collective waits for the other ranks. Default: DEEPSPEED_TIMEOUT minutes, else 30.
 
     Raises:
-        UserError: the launcher's variables are incomplete, or the rendezvous port is taken.
+        UserError: The launcher's variables are incomplete, or the rendezvous port is taken.
     """
     if dist.is_initialized():
         return
     _complete_environment(local_rank)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _share_cores()
@@ -67,17 +67,14 @@ def _complete_environment(local_rank: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if local_rank >= 0:
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
-        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-        if missing:
+        if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
             raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} not set; start with "
                 "`deepspeed main.py ...` or `torchrun main.py ...`, or unset WORLD_SIZE for a single process"
             )
         return
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
-    for name, value in {"RANK": "0", "LOCAL_RANK": str(max(local_rank, 0)), "WORLD_SIZE": "1"}.items():
+    values = ("0", str(max(local_rank, 0)), "1", "127.0.0.1", str(free_port()))
+    for name, value in zip(LAUNCHER_VARIABLES, values, strict=True):
         os.environ.setdefault(name, value)
 
 
@@ -92,11 +89,8 @@ def available_cores() -> int:
     """Cores that this process may use: its CPU affinity, cut to the container's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota_file = Path("/sys/fs/cgroup/cpu.max")
-    if quota_file.is_file():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    quota, period = quota_file.read_text().split() if quota_file.is_file() else ("max", "")
+    return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
 
 
 def _share_cores() -> None:
@@ -110,12 +104,10 @@ def _share_cores() -> None:
 
 
 def rank() -> int:
-    """This process's number among all ranks."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -126,9 +118,8 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """Where this rank's tensors live."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
 
 
 def _alone() -> bool:
@@ -150,23 +141,33 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
-    """Leaves the process group; without one, does nothing."""
+    """Leaves the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def _scalar(value: float | torch.Tensor) -> torch.Tensor:
+    """The number as a float64 tensor on this rank's device; does not wait for the GPU when it is there already."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().reshape(()).to(device(), torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device())
+
+
 def sum_across_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Sums of the ranks' values, name by name, by one float64 all_reduce.
+    """Sums of the ranks' values, name by name, by one float64 all_reduce and one transfer to the CPU.
 
     Raises:
-        RuntimeError: the ranks came with different names (numbers would be added to the wrong ones).
+        RuntimeError: The ranks came with different names (numbers would be added to the wrong ones).
     """
     names = sorted(values)
-    if _alone() or not names:
-        return {name: float(values[name]) for name in names}
+    alone = _alone()
+    if not names:
+        return {}
+    numbers = [_scalar(values[name]) for name in names]
+    if alone:
+        return dict(zip(names, torch.stack(numbers).tolist(), strict=True))
     fingerprint = float(zlib.crc32("\n".join(names).encode()))
-    numbers = [float(values[name]) for name in names] + [fingerprint, fingerprint**2]
-    total = torch.tensor(numbers, dtype=torch.float64, device=device())
+    total = torch.stack([*numbers, _scalar(fingerprint), _scalar(fingerprint**2)])
     dist.all_reduce(total)
     *sums, sum_of_fingerprints, sum_of_squares = total.tolist()
     # Mean and mean square of the fingerprints are this rank's own only where all are equal.
@@ -174,11 +175,6 @@ def sum_across_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, fl
     if sum_of_fingerprints != ranks * fingerprint or abs(sum_of_squares / ranks / fingerprint**2 - 1) > 1e-12:
         raise RuntimeError(f"sum_across_ranks: the ranks gave different names; rank {rank()} gave {names}")
     return dict(zip(names, sums, strict=True))
-
-
-def mean_across_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Means of the ranks' values, name by name; every rank counts the same."""
-    return {name: total / world_size() for name, total in sum_across_ranks(values).items()}
 
 
 def gather_objects(obj: Any) -> list[Any]:
@@ -199,6 +195,6 @@ def set_seed(seed: int) -> None:
 
 
 def print0(*args: Any) -> None:
-    """print on rank 0 only, at once."""
+    """Prints on rank 0 only, at once."""
     if is_main():
         print(*args, flush=True)

@@ -5,7 +5,8 @@
 # last and win. $RANKS is the number of ranks on this machine. Set by the script, unless the user has:
 #   MODEL, REWARD_MODEL, DATA, OUTPUT   models to start from, data, and the folder of the results
 # Set by the user, if at all:
-#   NUM_GPUS     ranks on each machine (default: every GPU there is; without any, 2 ranks on the CPU)
+#   NUM_GPUS     ranks on each machine (default: every GPU there is, or those of CUDA_VISIBLE_DEVICES; without any, 2
+#                ranks on the CPU)
 #   HOSTFILE     the machines, as DeepSpeed wants them listed ("name slots=8" a line)
 #   MASTER_PORT  where the ranks meet (default: a free port)
 set -euo pipefail
@@ -24,7 +25,7 @@ if ! [[ -x $PYTHON ]]; then PYTHON=python3; fi
 count_gpus() { # torch takes two seconds to tell; it is not asked where the system shows no device of NVIDIA or AMD
     local pattern
     for pattern in '/dev/nvidia*' '/dev/nvhost*' /dev/kfd /dev/dxg; do
-        if compgen -G "$pattern" >/dev/null; then
+        if [[ ${DS_ACCELERATOR:-} == cuda ]] || compgen -G "$pattern" >/dev/null; then
             "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'
             return
         fi
@@ -32,17 +33,39 @@ count_gpus() { # torch takes two seconds to tell; it is not asked where the syst
     echo 0
 }
 
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
 if [[ ${DS_ACCELERATOR:-} == cpu ]]; then RANKS=0; else RANKS=$(count_gpus); fi
 if ((RANKS == 0)) && [[ -z ${HOSTFILE:-} ]]; then
     export DS_ACCELERATOR=cpu
     NUM_GPUS=${NUM_GPUS:-2}
 fi
+DEVICES=() # of CUDA_VISIBLE_DEVICES, which the launcher overlooks as soon as it is told a number
+if [[ -n ${HOSTFILE:-} ]]; then
+    [[ -f $HOSTFILE ]] || refuse "HOSTFILE $HOSTFILE: no such file (looked from $PWD)" # the launcher would go on alone
+    ((RANKS)) || RANKS=$(sed -n 's/^[^#]*slots=\([0-9]*\).*/\1/p' "$HOSTFILE" | head -n 1)
+    ((RANKS)) || refuse "HOSTFILE $HOSTFILE: expected lines such as \"name slots=8\""
+elif ((RANKS)) && [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    [[ $CUDA_VISIBLE_DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+        refuse "CUDA_VISIBLE_DEVICES $CUDA_VISIBLE_DEVICES: the launcher takes numbers only, such as 2,3"
+    IFS=, read -ra DEVICES <<<"$CUDA_VISIBLE_DEVICES"
+    DEVICES=("${DEVICES[@]:0:${NUM_GPUS:-$RANKS}}")
+    ((${#DEVICES[@]} == ${NUM_GPUS:-$RANKS})) || refuse "NUM_GPUS $NUM_GPUS: CUDA_VISIBLE_DEVICES has ${#DEVICES[@]}"
+fi
+if ((RANKS)); then export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}; fi
 RANKS=${NUM_GPUS:-$RANKS}
 
 launch() {
     local port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')}
     local launcher=(deepspeed --log_level critical --master_port "$port")
-    if [[ -n ${NUM_GPUS:-} ]]; then launcher+=(--num_gpus "$NUM_GPUS"); fi
+    if ((${#DEVICES[@]})); then
+        launcher+=(--include "localhost:$(IFS=, && echo "${DEVICES[*]}")")
+    elif [[ -n ${NUM_GPUS:-} ]]; then
+        launcher+=(--num_gpus "$NUM_GPUS")
+    fi
     if [[ -n ${HOSTFILE:-} ]]; then launcher+=(--hostfile "$HOSTFILE"); fi
     mkdir -p "$OUTPUT"
     # tee outlives Ctrl-C, so that the last words of the ranks are kept as well.

@@ -28,13 +28,12 @@ class MetricsLogger:
     """Writes each set of values to `metrics.jsonl`, to TensorBoard and, as one readable line, to the console.
 
     Args:
-        output_dir: the run's folder; `metrics.jsonl` there gets one record a call. An existing file is continued.
-        tensorboard_dir: where TensorBoard's event files go; None: no TensorBoard.
-        console_every: a line for every n-th step; values named "eval/..." are always shown.
-        total_steps: shown after the step, as in "step 20/300".
-        console: names (without "train/") to show, in this order; None: all.
-        quiet: names (without their group) that the console leaves out.
-        drop_after: continue an existing `metrics.jsonl` but drop its records of later steps, which this run repeats
+        output_dir: The run's folder; `metrics.jsonl` there gets one record a call. An existing file is continued.
+        tensorboard_dir: Where event files go; None: no TensorBoard.
+        console_every: A line for every n-th step; values named "eval/..." are always shown.
+        console: Names (without "train/") to show, in this order; None: all.
+        quiet: Names (without their group) that the console leaves out.
+        drop_after: Continue an existing `metrics.jsonl` but drop its records of later steps, which this run repeats
             (resuming at step n: n; starting afresh: -1). None: keep everything.
     """
 
@@ -49,11 +48,9 @@ class MetricsLogger:
         quiet: Sequence[str] = (),
         drop_after: int | None = None,
     ):
-        self.active = is_main()
-        self.console_every = max(1, console_every)
-        self.total_steps = total_steps
+        self.active, self.tensorboard = is_main(), None
+        self.console_every, self.total_steps = max(1, console_every), total_steps
         self.console, self.quiet = console, quiet
-        self.tensorboard = None
         if not self.active:
             return
         path = Path(output_dir) / "metrics.jsonl"
@@ -75,9 +72,8 @@ class MetricsLogger:
         if not self.active:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        record = {"step": step, "time": round(time.time(), 3)}
-        if epoch is not None:
-            record["epoch"] = epoch
+        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        record |= {} if epoch is None else {"epoch": epoch}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -89,10 +85,8 @@ class MetricsLogger:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Closes the files."""
-        if not self.active:
-            return
-        self.file.close()
+        if self.active:
+            self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
@@ -120,9 +114,8 @@ def console_line(
     """
     groups = {name.partition("/")[0] if "/" in name else "" for name in values}
     group = groups.pop() if len(groups) == 1 else ""
-    parts = [f"step {step}" + (f"/{total_steps}" if total_steps else "")]
-    if group not in ("", "train"):
-        parts.insert(0, group)
+    parts = [] if group in ("", "train") else [group]
+    parts.append(f"step {step}" + (f"/{total_steps}" if total_steps else ""))
     if epoch is not None:
         parts.append(f"epoch {epoch:.2f}")
     shown = {}
@@ -135,15 +128,14 @@ def console_line(
 
 
 class ProgressLines:
-    """Stands in for a tqdm bar where there is no terminal: one plain line every `every` seconds, none when silent.
+    """Replaces a tqdm bar where there is no terminal: one plain line every `every` seconds, none when silent.
 
     Same use as tqdm: `update(n)`, `set_postfix(**values)`, `close()`, or as a context manager.
     """
 
     def __init__(self, total: int, desc: str, unit: str, *, silent: bool = False, every: float = 30.0):
         self.total, self.desc, self.unit, self.silent, self.every = total, desc, unit, silent, every
-        self.n = 0
-        self.postfix = ""
+        self.n, self.postfix = 0, ""
         self.started = self.printed = time.monotonic()
 
     def update(self, n: int = 1) -> None:
@@ -153,9 +145,11 @@ class ProgressLines:
             self._print(now)
 
     def set_postfix(self, **values: Any) -> None:
+        """What the lines end with from now on."""
         self.postfix = ", ".join(f"{name} {value}" for name, value in values.items())
 
     def close(self) -> None:
+        """Prints the last line."""
         if not self.silent:
             self._print(time.monotonic())
             self.silent = True  # a second close says nothing
@@ -164,10 +158,9 @@ class ProgressLines:
         self.printed = now
         seconds = max(now - self.started, 1e-9)
         rate = self.n / seconds
-        left = (self.total - self.n) / rate if rate else math.nan
         times = f"{tqdm.format_interval(seconds)} so far"
         if 0 < self.n < self.total:
-            times += f", {tqdm.format_interval(left)} to go"
+            times += f", {tqdm.format_interval((self.total - self.n) / rate)} to go"
         shown = f"{rate:.3g}" if rate < 999.5 else f"{rate:.0f}"
         line = f"{self.desc}: {self.n}/{self.total} {self.unit}, {times}, {shown} {self.unit}/s"
         print(line + (f", {self.postfix}" if self.postfix else ""), file=sys.stderr, flush=True)
@@ -182,9 +175,7 @@ class ProgressLines:
 def progress(total: int, desc: str, unit: str) -> "tqdm | ProgressLines":
     """ETA and throughput on rank 0: a tqdm bar on a terminal, otherwise a line every half minute; elsewhere nothing.
 
-    Args:
-        total: how many units there are to do.
-        unit: their name in the plural ("steps", "prompts").
+    The `unit` is in the plural: "steps", "prompts".
     """
     if is_main() and sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=f" {unit}", dynamic_ncols=True, smoothing=0.1)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "tok
 
 class UserError(Exception):
     """Bad input. The message is one line: what (flag, file, row), what was expected, and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class TrainingStopped(Exception):
@@ -41,11 +47,9 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        if rank:
             time.sleep(3)
-            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -55,11 +59,11 @@ def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
     """Makes the run's folder; rank 0 writes `run.json` there (arguments, versions, seed, git commit, ...).
 
     Args:
-        args: a namespace, dataclass instance or dict with the parsed flags.
-        stage: the name that goes into `run.json`, for example "step1".
+        args: A namespace, dataclass instance or dict with the parsed flags.
+        stage: The name that goes into `run.json`, for example "step1".
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: The folder cannot be made or written.
     """
     folder = Path(output_dir)
     try:
@@ -74,7 +78,6 @@ def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
 
 
 def describe_run(args: Any, stage: str) -> dict[str, Any]:
-    """The content of `run.json`."""
     arguments = dict(args) if isinstance(args, Mapping) else dict(vars(args))
     return {
         "stage": stage,
@@ -93,10 +96,8 @@ def versions() -> dict[str, str]:
     """Python's version and those of the packages that decide a run's numbers; a missing package is left out."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.hub import hub_is_reachable
-from utils.run import UserError
+from utils.run import UserError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*")
 
@@ -23,11 +23,11 @@ def load_tokenizer(
     token. No token is added: the vocabulary stays the model's.
 
     Args:
-        flag: the flag that errors name.
-        chat_template: see `read_chat_template`; it takes the place of the tokenizer's own, and is saved with it.
+        flag: Named by errors.
+        chat_template: See `read_chat_template`; it takes the place of the tokenizer's own, and is saved with it.
 
     Raises:
-        UserError: no tokenizer there, or one without an end token; a chat template that cannot be used.
+        UserError: No tokenizer there, or one without an end token; a chat template that cannot be used.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -44,8 +44,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name_or_path)
     except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         if online:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{flag}: no usable tokenizer in {name_or_path}: {reason}") from error
+            raise UserError(f"{flag}: no usable tokenizer in {name_or_path}: {first_line(error)}") from error
         raise UserError(
             f"{flag}: {name_or_path} is neither a folder nor in the cache, and the Hugging Face hub cannot be reached; "
             "download the model on a machine with access and give its folder"
@@ -84,8 +83,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     question = [{"role": "user", "content": "QUESTION"}]
     dialogue = [*question, {"role": "assistant", "content": "ANSWER"}]
     try:
-        asked = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(dialogue, tokenize=False)
+        asked = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(dialogue, tokenize=False))
     except (TemplateError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--chat_template: cannot write a question and its answer: {reason}") from error
@@ -97,7 +96,6 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def distinct_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True when the pad token is not the end token."""
     return tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -109,13 +107,8 @@ def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> s
     tokens_a, tokens_b = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (a, b))
     unread = {i for tokenizer in (a, b) for i in [tokenizer.pad_token_id] if i is not None}
     for i in sorted(tokens_a.keys() | tokens_b.keys()):
-        token_a, token_b = tokens_a.get(i), tokens_b.get(i)
-        if token_a == token_b or (i in unread and None in (token_a, token_b)):
-            continue
-        return f"id {i} is {describe(token_a)} in the one and {describe(token_b)} in the other"
+        pair = (tokens_a.get(i), tokens_b.get(i))
+        if pair[0] != pair[1] and not (i in unread and None in pair):
+            a_is, b_is = ("no token" if token is None else repr(token) for token in pair)
+            return f"id {i} is {a_is} in the one and {b_is} in the other"
     return None
-
-
-def describe(token: str | None) -> str:
-    """A token for an error message."""
-    return "no token" if token is None else repr(token)

@@ -98,8 +98,13 @@ def make_algorithm(estimator: Estimator, kl: float, **more) -> Algorithm:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. rate, critic_rate: constant learning rates.   epochs: PPO's passes over each rollout.
-    snapshots: whether the policy half-way and at the end is saved.
+    """One training.
+
+    Attributes:
+        rate: constant learning rate of the policy.
+        critic_rate: that of PPO's critic.
+        epochs: PPO's passes over each rollout.
+        snapshots: whether the policy half-way and at the end is saved.
     """
 
     estimator: str
@@ -321,8 +326,10 @@ def fit_critic(fixed: FixedPolicy, batches: Iterator[PromptBatch], steps: int, r
 
 @torch.no_grad()
 def reward_figures(fixed: FixedPolicy, batches: list[PromptBatch]) -> dict[str, float]:
-    """What a baseline has to guess: mean of the rewards, their spread among the answers to one prompt and among prompts
-    (of the prompts' own means, without what the few answers add to it), mean of the greedy answers, mean KL.
+    """What a baseline has to guess.
+
+    Mean of the rewards, their spread among the answers to one prompt and among prompts (of the prompts' own means,
+    without what the few answers add to it), mean of the greedy answers, mean KL.
     """
     drawn = [fixed.answer(batch, samples=SAMPLES, greedy=True) for batch in batches]
     groups = torch.cat([fixed.reward.score(sampled) for sampled, _ in drawn]).view(-1, SAMPLES)  # (prompts, SAMPLES)

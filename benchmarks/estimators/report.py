@@ -127,14 +127,14 @@ def final_table(runs: dict[str, list[list[dict]]], axis: str, kl: float) -> str:
 
 
 def ratio(figures: dict, basis: dict) -> str:
-    """variance / basis variance with its interval, by the jackknife on the logarithm: the same answers serve both."""
+    """Variance / basis variance with its interval, by the jackknife on the logarithm: the same answers serve both."""
     logs = [math.log(a["variance"] / b["variance"]) for a, b in zip(figures["without"], basis["without"], strict=True)]
     centre, half = jackknife(math.log(figures["all"]["variance"] / basis["all"]["variance"]), logs)
     return f"{math.exp(centre):.2f} ({math.exp(centre - half):.2f} to {math.exp(centre + half):.2f})"
 
 
 def relative(figures: dict) -> str:
-    """variance / |E g|^2; where the squared norm is not told from 0, only a lower bound."""
+    """Variance / |E g|^2; where the squared norm is not told from 0, only a lower bound."""
     signal, half = jackknife(figures["all"]["signal"], [w["signal"] for w in figures["without"]])
     variance = figures["all"]["variance"]
     low = brief(variance / (signal + half), 2)

@@ -1,4 +1,4 @@
-"""Compares the policy-gradient estimators on the built-in corpus, on a CPU:
+"""Compares the policy-gradient estimators on the built-in corpus, on a CPU.
 
     python benchmarks/estimators/run.py
 

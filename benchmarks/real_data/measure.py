@@ -22,8 +22,10 @@ PERPLEXITY_ROWS = 512  # the rows that step 1 evaluates on with 2 ranks x 8 batc
 
 
 def clustered(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
-    """Mean over all rows, and its standard error when rows of one group are not independent:
-    sqrt(C / (C - 1) * sum over groups of (sum of the group's deviations)^2) / n, with C groups and n rows."""
+    """Mean over all rows, and its standard error when rows of one group are not independent.
+
+    sqrt(C / (C - 1) * sum over groups of (sum of the group's deviations)^2) / n, with C groups and n rows.
+    """
     n, mean = len(values), math.fsum(values) / len(values)
     sums: dict[str, float] = {}
     for value, group in zip(values, groups, strict=True):
@@ -153,8 +155,10 @@ def bold(answer: str) -> float:
 
 
 def policies(run: Path, rows: list[dict], max_prompt: int) -> dict:
-    """The answers to held-out prompts at the first and the last evaluation of step 3, and both judges' scores; and of
-    the answers that people prefer or do not (`rows`), cut to the same number of tokens, what needs no judge."""
+    """The answers to held-out prompts at the first and the last evaluation of step 3, and both judges' scores.
+
+    And of the answers that people prefer or do not (`rows`), cut to the same number of tokens, what needs no judge.
+    """
     files = sorted((run / "remax" / "answers").glob("step_*.jsonl"))
     longest = json.loads((run / "remax" / "run.json").read_text())["arguments"]["max_answer_seq_len"]
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
@@ -219,8 +223,10 @@ def policies(run: Path, rows: list[dict], max_prompt: int) -> dict:
 def rise(
     columns: dict[str, dict[str, list[float]]], key: str, controls: Sequence[str], groups: list[str]
 ) -> dict[str, float]:
-    """What is left of the rise of `key` among answers that are alike in `controls`: the coefficient of "after" in the
-    least-squares fit key ~ 1 + after + controls over the answers of both policies, and its standard error over prompts.
+    """What is left of the rise of `key` among answers that are alike in `controls`.
+
+    The coefficient of "after" in the least-squares fit key ~ 1 + after + controls over the answers of both policies,
+    and its standard error over prompts.
     """
     design, target = [], []
     for name in ("sft", "remax"):

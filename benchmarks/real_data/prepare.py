@@ -54,8 +54,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def length_differences(rows: list[dict], tokenizer, max_seq_len: int) -> list[int]:
-    """Tokens by which the chosen answer is longer than the rejected one, both with their end token and cut where
-    prompt and answer fill max_seq_len."""
+    """Tokens by which the chosen answer is longer than the rejected one.
+
+    Both have their end token and are cut where prompt and answer fill max_seq_len.
+    """
 
     def lengths(name: str) -> list[int]:
         return [len(ids) for ids in tokenizer([row[name] for row in rows], add_special_tokens=False)["input_ids"]]
@@ -69,8 +71,10 @@ def length_differences(rows: list[dict], tokenizer, max_seq_len: int) -> list[in
 
 
 def balance_lengths(rows: list[dict], differences: list[int], seed: int) -> list[dict]:
-    """Rows among which, in each bin of |difference|, as many have the longer answer chosen as the shorter one; ties
-    stay. The order is kept."""
+    """Rows among which, in each bin of |difference|, as many have the longer answer chosen as the shorter one.
+
+    Ties stay. The order is kept.
+    """
     bins: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     kept = [i for i, difference in enumerate(differences) if difference == 0]
     for i, difference in enumerate(differences):

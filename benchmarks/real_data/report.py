@@ -74,7 +74,7 @@ def plot(run: Path, path: Path) -> None:
 
 
 def cell(figure: dict, digits: int = 3) -> str:
-    """0.123 ± 0.004"""
+    """Such as 0.123 ± 0.004."""
     return f"{figure['mean']:.{digits}f} ± {figure['se']:.{digits}f}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from remax.algorithms.base import Algorithm
 from remax.algorithms.grpo import GRPO
@@ -28,10 +29,11 @@ def readers(setting: str) -> list[str]:
     return [name for name, kind in ALGORITHMS.items() if setting in {f.name for f in fields(kind) if f.init}]
 
 
-def build_algorithm(name: str, **settings) -> Algorithm:
+def build_algorithm(name: str, **settings: Any) -> Algorithm:
     """The algorithm called `name`; a setting that is None keeps the algorithm's own default.
 
-    Raises ValueError for an unknown name, for a setting that this algorithm does not read, and for one out of range.
+    Raises:
+        ValueError: The name is unknown, or a setting is out of range or one that this algorithm does not read.
     """
     if name not in ALGORITHMS:
         raise ValueError(f"algorithm {name!r} is unknown; choose from {', '.join(ALGORITHMS)}")

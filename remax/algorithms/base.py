@@ -15,7 +15,7 @@ ranks), so that adding the gradients up gives the same update however the rows a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -28,11 +28,12 @@ from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
 from remax.core.sums import Figure, Figures
+from utils.present import present
 
 Totals = dict[str, float]
 
 
-def on_one_rank(totals: dict[str, float | Tensor]) -> Totals:
+def on_one_rank(totals: Mapping[str, float | Tensor]) -> Totals:
     """The sums over ranks, where there is one rank."""
     return {name: float(value) for name, value in totals.items()}
 
@@ -41,11 +42,17 @@ def on_one_rank(totals: dict[str, float | Tensor]) -> Totals:
 class Algorithm(ABC):
     """The hyper-parameters that all algorithms know, and what the trainer reads.
 
-    kl: the penalty.   gamma: discount per token.   loss_aggregation: see `aggregate`.
-    clip_reward_value: limit in units of reward, 0 for none.   clip_on: what it acts on, the `reward` or the
-    `difference` from the baseline (for groups: the advantage of the answer).
-    entropy_coef: weight of the bonus sum_t H_t, reward per nat; its gradient holds the states fixed.
-    sum_across_ranks: adds named numbers up over all ranks; one rank by default.
+    Attributes:
+        clip_reward_value: Limit in units of reward, 0 for none.
+        clip_on: What the limit acts on: the `reward`, or the `difference` from the baseline (for groups: the advantage
+            of the answer).
+        loss_aggregation: See `aggregate`.
+        entropy_coef: Weight of the bonus sum_t H_t, reward per nat; its gradient holds the states fixed.
+        sum_across_ranks: Adds named numbers up over all ranks; one rank by default.
+        samples_per_prompt: Answers drawn for each prompt.
+        greedy: The algorithm needs `Rollout.baseline`.
+        compares_answers: `loss` needs all answers to a prompt in one micro-batch.
+        critic: The algorithm needs `Rollout.values`, and has `value_loss`.
     """
 
     kl: KLPenalty = field(default_factory=KLPenalty)
@@ -54,13 +61,14 @@ class Algorithm(ABC):
     clip_on: str = "reward"
     loss_aggregation: str = "sequence"
     entropy_coef: float = 0.0
-    sum_across_ranks: Callable[[dict[str, float | Tensor]], Totals] = field(default=on_one_rank, repr=False)
+    sum_across_ranks: Callable[[Mapping[str, float | Tensor]], Totals] = field(default=on_one_rank, repr=False)
+    # Settings of the algorithms that declare them again; of the others, constants.
+    samples_per_prompt: int = field(default=1, init=False, repr=False)
+    epochs: int = field(default=1, init=False, repr=False)
 
-    greedy: ClassVar[bool] = False  # needs Rollout.baseline
-    compares_answers: ClassVar[bool] = False  # `loss` needs all answers to a prompt in one micro-batch
-    critic: ClassVar[bool] = False  # needs Rollout.values, and has value_loss
-    samples_per_prompt: ClassVar[int] = 1
-    epochs: ClassVar[int] = 1
+    greedy: ClassVar[bool] = False
+    compares_answers: ClassVar[bool] = False
+    critic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.clip_on not in ("reward", "difference"):
@@ -92,6 +100,10 @@ class Algorithm(ABC):
         """The micro-batch's share of the step's loss, and its figures."""
         return on_policy_loss(self, batch, output, denominator)
 
+    def value_loss(self, batch: Rollout, values: Tensor, denominator: float | Tensor) -> tuple[Tensor, Figures]:
+        """The micro-batch's share of the critic's loss, and its figures, where the algorithm has a critic."""
+        raise TypeError(f"{type(self).__name__} has no critic")
+
     def count(self, sequences: Sequences) -> Tensor:
         """This batch's share of the loss's denominator: answers, or answer tokens."""
         return sequences.answer_lengths.sum() if self.loss_aggregation == "token" else torch.tensor(len(sequences))
@@ -102,14 +114,17 @@ class Algorithm(ABC):
 
     def token_advantages(self, batch: Rollout, penalty: Tensor) -> Tensor:
         """(B, A) weights of the tokens' log-probs, from the answers' advantages and the (B, A) KL penalty."""
-        return token_advantages(batch.advantages, batch.sequences.answer_mask, self.gamma, penalty)
+        advantages = present(batch.advantages, "Rollout.advantages")
+        return token_advantages(advantages, batch.sequences.answer_mask, self.gamma, penalty)
 
     def state_dict(self) -> dict[str, float | None]:
+        """What `update` and `prepare` have moved since the start."""
         return {"kl_coefficient": self.kl.coefficient}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Goes on from what `state_dict` gave."""
         if self.kl.target is not None:  # a fixed coefficient is the user's, also after a resume with another one
-            self.kl.coefficient = state["kl_coefficient"]
+            self.kl.coefficient = present(state["kl_coefficient"], "kl_coefficient")
 
 
 def with_advantages(rollout: Rollout, advantages: Tensor) -> Rollout:
@@ -120,9 +135,13 @@ def with_advantages(rollout: Rollout, advantages: Tensor) -> Rollout:
 def regularisers(
     algorithm: Algorithm, batch: Rollout, output: PolicyOutput, *, penalised: bool = True
 ) -> tuple[Tensor, Tensor, Figures]:
-    """-> (B, A) to subtract from the advantages (detached), (B, A) to add to the loss (with gradient), figures.
+    """What the KL penalty and the entropy bonus contribute.
 
-    `penalised=False`: the KL is in `batch.advantages` already, and only measured here.
+    Args:
+        penalised: False: the KL is in `batch.advantages` already, and only measured here.
+
+    Returns:
+        (B, A) to subtract from the advantages, detached; (B, A) to add to the loss, with gradient; figures.
     """
     mask, kl = batch.sequences.answer_mask, algorithm.kl
     zeros = torch.zeros_like(output.logprobs)

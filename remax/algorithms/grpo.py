@@ -33,12 +33,18 @@ def grpo_advantages(reward: Tensor, samples_per_prompt: int, *, scale_by_std: bo
 
 @dataclass
 class GRPO(Algorithm):
-    """samples_per_prompt: k, at least 2.   scale_by_std: False leaves r_i - mean (Liu et al., arXiv 2503.20783)."""
+    """GRPO with the paper's defaults.
+
+    Attributes:
+        samples_per_prompt: k, at least 2.
+        advantage_scaling: `group` divides by the std, `none` leaves r_i - mean (Liu et al., arXiv 2503.20783).
+        eps: Added to the standard deviation.
+    """
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(0.04, estimator="k3", where="loss", reach="one_step"))
     loss_aggregation: str = "sequence_mean"
     samples_per_prompt: int = 4
-    scale_by_std: bool = True
+    advantage_scaling: str = "group"
     eps: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -47,10 +53,15 @@ class GRPO(Algorithm):
             raise ValueError(
                 f"grpo with samples_per_prompt {self.samples_per_prompt}: it compares at least 2 answers to a prompt"
             )
+        if self.advantage_scaling not in ("none", "group"):
+            raise ValueError(f"grpo with advantage_scaling {self.advantage_scaling!r}; choose group or none")
 
     def prepare(self, rollout: Rollout) -> Rollout:
+        """See `grpo_advantages`."""
         reward = clip(rollout.rewards, self.clip_reward_value) if self.clip_on == "reward" else rollout.rewards
-        advantages = grpo_advantages(reward, self.samples_per_prompt, scale_by_std=self.scale_by_std, eps=self.eps)
+        advantages = grpo_advantages(
+            reward, self.samples_per_prompt, scale_by_std=self.advantage_scaling == "group", eps=self.eps
+        )
         if self.clip_on == "difference":
             advantages = clip(advantages, self.clip_reward_value)
         return with_advantages(rollout, advantages)

@@ -92,12 +92,16 @@ def reverse_cumsum(x: Tensor) -> Tensor:
 class KLPenalty:
     """beta * c_t, and how beta moves.
 
-    coefficient: beta, in reward per nat; 0 is no penalty.
-    estimator, where, reach, normalize: see the top of the file.
-    target: nats per answer that an adaptive coefficient steers to; None keeps it fixed.
-    horizon: answers over which a KL that is 20 % or more off its target moves beta by 20 % (Ziegler et al., arXiv
-    1909.08593, section 2.2).
-    Raises ValueError for a choice that cannot act.
+    Attributes:
+        coefficient: beta, in reward per nat; 0 is no penalty.
+        estimator: One of `ESTIMATORS`, see the top of the file.
+        normalize: Whether the mean over an answer's tokens is charged instead of the sum.
+        target: Nats per answer that an adaptive coefficient steers to; None keeps it fixed.
+        horizon: Answers over which a KL that is 20 % or more off its target moves beta by 20 % (Ziegler et al., arXiv
+            1909.08593, section 2.2).
+
+    Raises:
+        ValueError: The choice cannot act.
     """
 
     coefficient: float = 0.1
@@ -129,6 +133,7 @@ class KLPenalty:
 
     @property
     def active(self) -> bool:
+        """Whether there is a penalty at all."""
         return self.coefficient > 0
 
     @property
@@ -145,7 +150,7 @@ class KLPenalty:
         return self.coefficient * total
 
     def in_advantage(self, costs: Tensor, mask: Tensor) -> Tensor:
-        """(B, A) costs -> (B, A) to subtract from the advantages of the tokens; detached, zero behind the answer."""
+        """(B, A) costs -> (B, A) to subtract from the advantages of the tokens; detached, zero after the answer."""
         c = costs.detach().masked_fill(~mask, 0.0)
         if self.reach == "one_step":
             if self.where == "loss":
@@ -169,8 +174,12 @@ class KLPenalty:
     def update(self, kl: float, answers: float) -> None:
         """Moves an adaptive coefficient after an optimizer step.
 
-        kl: nats per answer in that step.   answers: their number. Both over all ranks, or the ranks drift apart.
-        beta <- beta * (1 + clip(kl / target - 1, -.2, .2) * answers / horizon)
+        beta <- beta * (1 + clip(kl / target - 1, -.2, .2) * answers / horizon). Both arguments must be taken over all
+        ranks, or the ranks drift apart.
+
+        Args:
+            kl: Nats per answer in that step.
+            answers: Number of answers in that step.
         """
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
@@ -190,7 +199,8 @@ def build_penalty(
 ) -> KLPenalty:
     """`default` with the flags that are not None. Without `kl_in`, k1 acts in the reward and the others in the loss.
 
-    Raises ValueError for unknown names, for choices that contradict each other and for those that cannot act.
+    Raises:
+        ValueError: A name is unknown, or choices contradict each other or cannot act.
     """
     if penalty == "none":
         return replace(default, coefficient=0.0, target=None)

@@ -1,7 +1,7 @@
 """PPO with a critic (Schulman et al., arXiv 1707.06347), with the defaults of DeepSpeed-Chat (arXiv 2308.01320).
 
     r_t = -beta * k_t,  and + clip(r(x, y)) at the last token               k_t by the policy that sampled
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   V = 0 behind the last token, ended or cut
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   V = 0 after the last token, ended or cut
     A_t = sum_{h>=t} (gamma lam)^(h-t) delta_h,   target_t = A_t + V(s_t)                  (GAE, arXiv 1506.02438)
     policy loss  sum_t max( -A_t ratio_t, -A_t clip(ratio_t, 1 - eps, 1 + eps) ),   ratio_t = pi(y_t) / pi_old(y_t)
     value loss   sum_t max( (V - target)^2, (clip(V, V_old - eps_v, V_old + eps_v) - target)^2 ) / 2
@@ -11,8 +11,8 @@ E[r] - beta * KL, exactly, whatever V is. For lam < 1 its bias is zero where V i
 
     (1 - lam) E[ sum_t grad log pi(y_t) sum_{n>=1} lam^(n-1) (V - V_pi)(s_{t+n}) ].
 
-DeepSpeed-Chat does not whiten advantages; `whiten_advantages` does, over all answer tokens of the step. A KL in the
-loss with reach full_step is both: the differentiable c_t there, and r_t = -beta c_t here.
+DeepSpeed-Chat does not whiten advantages; advantage_scaling `batch` does, over all answer tokens of the step. A KL in
+the loss with reach full_step is both: the differentiable c_t there, and r_t = -beta c_t here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from remax.algorithms.terms import aggregate, clip, masked_total
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sums import Figure, Figures
+from utils.present import present
 
 
 def token_rewards(reward: Tensor, mask: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def token_rewards(reward: Tensor, mask: Tensor) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """(B, A) rewards and values, values[:, j] before token j -> (B, A) advantages and targets, zero behind answers."""
+    """(B, A) rewards and values, values[:, j] before token j -> (B, A) advantages and targets, zero after answers."""
     values = values.masked_fill(~mask, 0.0)
     following = torch.nn.functional.pad(values[:, 1:], (0, 1))  # V(s_{t+1})
     delta = (rewards + gamma * following - values).masked_fill(~mask, 0.0)
@@ -67,14 +68,20 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, targets: Tensor, clip
 
 @dataclass
 class PPO(Algorithm):
-    """lam: GAE's lambda.   cliprange, cliprange_value: of ratio and value.   epochs: passes over each rollout."""
+    """PPO with the defaults of DeepSpeed-Chat.
+
+    Attributes:
+        cliprange: How far the ratio may move from 1.
+        cliprange_value: How far the value may move from that of the rollout.
+        advantage_scaling: `batch` makes mean 0 and variance 1 over the answer tokens of all ranks; `none` does not.
+    """
 
     loss_aggregation: str = "token"
     lam: float = 0.95
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     epochs: int = 1
-    whiten_advantages: bool = False
+    advantage_scaling: str = "none"
     critic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -89,24 +96,30 @@ class PPO(Algorithm):
             raise ValueError(
                 "ppo gives the KL to GAE before the update, where only sampled estimators exist; use one_step or k1"
             )
+        if self.advantage_scaling not in ("none", "batch"):
+            raise ValueError(f"ppo with advantage_scaling {self.advantage_scaling!r}; choose batch or none")
         if not 0 <= self.lam <= 1 or self.epochs < 1 or self.cliprange <= 0 or self.cliprange_value <= 0:
             raise ValueError("ppo needs lam in [0, 1], at least one epoch, and positive clip ranges")
 
     @property
     def needs_old_logprobs(self) -> bool:
+        """Always: the ratio and the KL are measured from them."""
         return True
 
     def prepare(self, rollout: Rollout) -> Rollout:
+        """Advantages and the critic's targets, see `gae`."""
         mask, reward = rollout.sequences.answer_mask, clip(rollout.rewards, self.clip_reward_value)
         rewards = token_rewards(reward, mask)  # (B, A)
         if self.kl.active and self.kl.reach == "full_step":
-            costs = token_kl(rollout.old_logprobs, rollout.reference_logprobs, self.kl.estimator)
+            old_logprobs = present(rollout.old_logprobs, "Rollout.old_logprobs")
+            costs = token_kl(old_logprobs, rollout.reference_logprobs, self.kl.estimator)
             if self.kl.normalize:  # a mean over the answer is known at its end
                 rewards = rewards - token_rewards(self.kl.per_answer(costs, mask), mask)
             else:
                 rewards = rewards - self.kl.coefficient * costs.masked_fill(~mask, 0.0)
-        advantages, returns = gae(rewards, rollout.values, mask, self.gamma, self.lam)
-        if self.whiten_advantages:
+        values = present(rollout.values, "Rollout.values")
+        advantages, returns = gae(rewards, values, mask, self.gamma, self.lam)
+        if self.advantage_scaling == "batch":
             advantages = self._whiten(advantages, mask)
         return replace(rollout, advantages=advantages, returns=returns)
 
@@ -122,12 +135,14 @@ class PPO(Algorithm):
         """The clipped surrogate; see the top of the file."""
         mask = batch.sequences.answer_mask
         _, in_loss, figures = regularisers(self, batch, output, penalised=self.kl.where == "loss")
-        per_token, cut = clipped_policy_loss(output.logprobs, batch.old_logprobs, batch.advantages, self.cliprange)
+        old_logprobs = present(batch.old_logprobs, "Rollout.old_logprobs")
+        advantages = present(batch.advantages, "Rollout.advantages")
+        per_token, cut = clipped_policy_loss(output.logprobs, old_logprobs, advantages, self.cliprange)
         loss = aggregate(per_token + in_loss, mask, self.loss_aggregation, denominator)
-        ratio = (output.logprobs - batch.old_logprobs).exp()
+        ratio = (output.logprobs - old_logprobs).exp()
         figures["ratio_clipped"] = Figure(masked_total(cut.to(loss.dtype), mask), mask.sum())
         figures["ratio"] = Figure(masked_total(ratio, mask), mask.sum())
-        return loss, figures | common_figures(loss, batch.advantages, mask)
+        return loss, figures | common_figures(loss, advantages, mask)
 
     def value_loss(self, batch: Rollout, values: Tensor, denominator: float | Tensor) -> tuple[Tensor, Figures]:
         """The clipped value loss.
@@ -135,12 +150,13 @@ class PPO(Algorithm):
         Args:
             values: (B, A) of the critic now, with gradient; values[:, j] before answer token j.
         """
-        mask = batch.sequences.answer_mask
-        per_token, cut = clipped_value_loss(values, batch.values, batch.returns, self.cliprange_value)
+        mask, returns = batch.sequences.answer_mask, present(batch.returns, "Rollout.returns")
+        old_values = present(batch.values, "Rollout.values")
+        per_token, cut = clipped_value_loss(values, old_values, returns, self.cliprange_value)
         loss = aggregate(per_token, mask, self.loss_aggregation, denominator)
         return loss, {
             "value_loss": Figure(loss.detach()),
             "value": Figure(masked_total(values, mask), mask.sum()),
-            "value_error": Figure(masked_total((values - batch.returns).square(), mask), mask.sum()),
+            "value_error": Figure(masked_total((values - returns).square(), mask), mask.sum()),
             "value_clipped": Figure(masked_total(cut.to(loss.dtype), mask), mask.sum()),
         }

@@ -11,6 +11,7 @@ the step, which does not depend on y either.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,12 @@ from remax.core.rollout import Rollout
 
 @dataclass
 class Reinforce(Algorithm):
-    """baseline_decay: weight of the past in the average; 0: no baseline.   moving_average: None before the first."""
+    """REINFORCE; the other defaults are those of ReMax.
+
+    Attributes:
+        baseline_decay: Weight of the past in the moving average; 0: no baseline.
+        moving_average: The baseline of the next step; None before the first.
+    """
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(reach="one_step"))
     gamma: float = 0.95
@@ -38,6 +44,7 @@ class Reinforce(Algorithm):
             raise ValueError(f"baseline_decay is {self.baseline_decay}; it must lie in [0, 1)")
 
     def prepare(self, rollout: Rollout) -> Rollout:
+        """Advantages from the moving average, which then moves."""
         baseline = self._baseline(rollout.rewards) if self.baseline_decay else torch.zeros_like(rollout.rewards)
         return with_advantages(
             rollout, clipped_difference(rollout.rewards, baseline, self.clip_reward_value, self.clip_on)
@@ -54,8 +61,10 @@ class Reinforce(Algorithm):
         return torch.full_like(reward, previous)
 
     def state_dict(self) -> dict[str, float | None]:
+        """See `Algorithm.state_dict`."""
         return {**super().state_dict(), "moving_average": self.moving_average}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """See `Algorithm.load_state_dict`."""
         super().load_state_dict(state)
         self.moving_average = state["moving_average"]

@@ -25,6 +25,7 @@ from remax.algorithms.base import Algorithm, with_advantages
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.terms import clipped_difference, discount
 from remax.core.rollout import Rollout
+from utils.present import present
 
 
 def remax_advantages(
@@ -44,9 +45,8 @@ def remax_advantages(
         greedy_reward: (B,) r(x, ybar), scores of the greedy answers to the same prompts.
         penalty: (B, A) beta times the KL terms of the tokens, see `KLPenalty.in_advantage`.
         mask: (B, A), True on the answer's tokens.
-        gamma: discount per token.
-        clip_value: limit of the difference in units of reward, 0 for none.
-        clip_on: what is clipped: the `difference`, or each `reward`.
+        clip_value: Limit of the difference in units of reward, 0 for none.
+        clip_on: What is clipped: the `difference`, or each `reward`.
 
     Returns:
         (B, A) detached weights.
@@ -74,5 +74,12 @@ class ReMax(Algorithm):
 
     def token_advantages(self, batch: Rollout, penalty: Tensor) -> Tensor:
         """See `remax_advantages`."""
-        mask, clip = batch.sequences.answer_mask, {"clip_value": self.clip_reward_value, "clip_on": self.clip_on}
-        return remax_advantages(batch.rewards, batch.baseline, penalty, mask, gamma=self.gamma, **clip)
+        return remax_advantages(
+            batch.rewards,
+            present(batch.baseline, "Rollout.baseline"),
+            penalty,
+            batch.sequences.answer_mask,
+            gamma=self.gamma,
+            clip_value=self.clip_reward_value,
+            clip_on=self.clip_on,
+        )

@@ -1,5 +1,6 @@
-"""RLOO: k answers per prompt, each compared with the mean of the others (Kool et al. 2019; Ahmadian et al., arXiv
-2402.14740).
+"""RLOO: k answers per prompt, each compared with the mean of the others.
+
+Kool et al. 2019; Ahmadian et al., arXiv 2402.14740.
 
     R_i = clip(r(x, y_i)) - beta * sum_t k_it                    the KL is part of the reward of the whole answer
     A_i = R_i - (1/(k-1)) sum_{j != i} R_j
@@ -22,6 +23,7 @@ from remax.algorithms.terms import clip, leave_one_out_mean
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sums import Figures
+from utils.present import present
 
 
 def rloo_advantages(returns: Tensor, samples_per_prompt: int) -> Tensor:
@@ -31,7 +33,11 @@ def rloo_advantages(returns: Tensor, samples_per_prompt: int) -> Tensor:
 
 @dataclass
 class RLOO(Algorithm):
-    """samples_per_prompt: k, at least 2."""
+    """RLOO.
+
+    Attributes:
+        samples_per_prompt: k, at least 2.
+    """
 
     samples_per_prompt: int = 4
 
@@ -52,13 +58,16 @@ class RLOO(Algorithm):
 
     @property
     def needs_old_logprobs(self) -> bool:
+        """Where the KL is part of the returns."""
         return self._kl_in_returns
 
     def prepare(self, rollout: Rollout) -> Rollout:
+        """See `rloo_advantages`."""
         on_reward = self.clip_on == "reward"
         returns = clip(rollout.rewards, self.clip_reward_value) if on_reward else rollout.rewards  # (B,)
         if self._kl_in_returns:
-            costs = token_kl(rollout.old_logprobs, rollout.reference_logprobs, self.kl.estimator)
+            old_logprobs = present(rollout.old_logprobs, "Rollout.old_logprobs")
+            costs = token_kl(old_logprobs, rollout.reference_logprobs, self.kl.estimator)
             returns = returns - self.kl.per_answer(costs, rollout.sequences.answer_mask)
         advantages = rloo_advantages(returns, self.samples_per_prompt)
         return with_advantages(rollout, advantages if on_reward else clip(advantages, self.clip_reward_value))

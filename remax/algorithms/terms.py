@@ -11,7 +11,7 @@ AGGREGATIONS = ("sequence", "token", "sequence_mean")
 
 
 def clip(x: Tensor, limit: float) -> Tensor:
-    """x in [-limit, limit]; 0 does not clip."""
+    """The values, none beyond [-limit, limit]; a limit of 0 does not clip."""
     return x.clamp(-limit, limit) if limit else x
 
 
@@ -43,11 +43,12 @@ def leave_one_out_mean(x: Tensor, samples_per_prompt: int) -> Tensor:
 
 
 def aggregate(per_token: Tensor, mask: Tensor, aggregation: str, denominator: float | Tensor) -> Tensor:
-    """(B, A) -> scalar: sum over the answer tokens, over the step's denominator.
+    """(B, A) -> scalar: sum over the answer tokens, divided by the step's denominator.
 
-    sequence: over answers; the sum over an answer's tokens, mean over answers. Unbiased for E[R].
-    token: over answer tokens. Their number is random too, so a step of few answers is a little biased (as 1 / answers).
-    sequence_mean: over answers; the mean over an answer's tokens, so that each token of a long answer counts less.
+    `sequence` sums over an answer's tokens, and the denominator counts answers: unbiased for E[R]. For `token` the
+    denominator counts answer tokens. Their number is random too, so a step of few answers is a little biased (as
+    1 / answers). `sequence_mean` takes the mean over an answer's tokens, so that each token of a long answer counts
+    less, and the denominator counts answers.
     """
     per_token = per_token.masked_fill(~mask, 0.0)
     if aggregation == "sequence_mean":

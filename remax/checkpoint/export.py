@@ -7,12 +7,14 @@ and adapters are merged in that copy: the training model keeps its adapters apar
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.engines.zero import gathered
@@ -24,8 +26,9 @@ from utils.run import STOPPED
 
 
 def full_state_dict(hf: PreTrainedModel, zero3: bool) -> dict[str, Tensor]:
-    """Whole tensors in CPU memory on rank 0, an empty dict on the others. Every rank must call it. Tied tensors appear
-    once.
+    """Whole tensors in CPU memory on rank 0, an empty dict on the others; every rank must call it.
+
+    Tied tensors appear once.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in hf.named_parameters():  # tied parameters are listed once
@@ -46,17 +49,20 @@ def export(
     zero3: bool,
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes weights (safetensors), config, generation config and tokenizer. Every rank must call it; it returns when
-    all is written.
+    """Writes weights (safetensors), config, generation config and tokenizer.
 
-    `state` replaces the model's own weights (an average of them). All files are written aside first and then moved into
-    `folder`, which may hold other files (the run's logs).
+    Every rank must call it; it returns when all is written. `state` replaces the model's own weights (an average of
+    them). All files are written to a folder of their own first and then moved into `folder`, which may hold other files
+    (the run's logs).
     """
     hf, folder = model.hf, Path(folder)
     state = merge_adapters(full_state_dict(hf, zero3) if state is None else state, hf)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".partial"
+        partial.unlink() if partial.is_symlink() else shutil.rmtree(
+            partial, ignore_errors=True
+        )  # of an interrupted one
         _without_adapters(hf).save_pretrained(partial, state_dict=state)
         if isinstance(model, PolicyModel):
             model.own_generation_config.save_pretrained(partial)
@@ -68,18 +74,22 @@ def export(
 def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
     """An empty model of the same configuration, so that saving neither sees adapters nor moves any weight."""
     with torch.device("meta"):
-        plain = type(hf)(hf.config).to(hf.dtype)  # the config will name this number format
+        plain = type(hf)(hf.config)
+        cast(nn.Module, plain).to(hf.dtype)  # the config will name this number format
     if hf.can_generate():
         plain.generation_config = hf.generation_config
     return plain
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Moves every file of `source` into `target`; weight files of an earlier export that the new one does not have go
-    away.
+    """Moves every file and folder of `source` into `target`, in the place of those of the same name.
+
+    Weight files of an earlier export that the new one does not have are removed.
     """
     new = {path.name for path in source.iterdir()}
     for path in source.iterdir():
+        if path.is_dir() and (target / path.name).is_dir():  # such as additional_chat_templates/
+            shutil.rmtree(target / path.name)
         path.replace(target / path.name)
     source.rmdir()
     for pattern in ("*.safetensors", "*.safetensors.index.json"):
@@ -103,7 +113,7 @@ def export_and_exit(
     sys.exit(STOPPED)
 
 
-def write_note(folder: str | Path, name: str, values: dict) -> None:
+def write_note(folder: str | Path, name: str, values: Mapping[str, Any]) -> None:
     """A small json file beside an export, on rank 0: why it was saved and how good it is."""
     if is_main():
         (Path(folder) / name).write_text(json.dumps(values, indent=2) + "\n")

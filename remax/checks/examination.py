@@ -28,12 +28,13 @@ from remax.checks.models import check_fit, check_ranks, check_reload, check_samp
 from remax.checks.rewards import check_ranking, check_scores
 from remax.core.sequences import Prompts
 from remax.engines.policy import Actor, Reference
+from remax.evaluation.policy import isolated_rng
 from remax.rewards.composite import CompositeReward
 from utils.data.batches import PairBatch
 from utils.data.collate import pad
 from utils.data.shapes import as_dialogue
 from utils.data.tokens import encode_prompts
-from utils.distributed import device, rank
+from utils.distributed import device
 
 PROBE_TEXTS = (
     "Why is the sky blue?",
@@ -52,25 +53,21 @@ def examine(
     reference: Reference | None = None,
     pairs: Iterable[PairBatch] | None = None,
     max_prompt_tokens: int,
-    resumed: bool = False,
     reload_limit: int = 500_000_000,
-    seed: int = 0,
 ) -> Report:
-    """Every rank calls it with as many prompts as the others.
+    """Makes all checks; every rank calls it with as many prompts as the others.
 
-    prompts: a batch of this rank's, of which a few rows are used.   pairs: batches of held-out pairs, see
-    `held_out_pairs`.   resumed: the actor has learned already, so it need not equal the reference.
-    reload_limit: an actor of more parameters is not written to disk and read again; 0: none is.
+    Args:
+        prompts: A batch of this rank's, of which a few rows are used.
+        pairs: Batches of held-out pairs, see `held_out_pairs`.
+        max_prompt_tokens: Length of the longest prompt in training.
+        reload_limit: An actor of more parameters is not written to disk and read again; 0: none is.
     """
-    findings = [
-        *check_tokens(actor, reward, reference, tokenizer),
-        check_fit(actor, reward, max_prompt_tokens),
-    ]
+    findings = [*check_tokens(actor, reward, reference, tokenizer), check_fit(actor, reward, max_prompt_tokens)]
     if any(found.result == FAILURE for found in findings):  # running the models could end in an index error
         return Report([*findings, Finding("generation, rewards and export", SKIPPED, "the models do not go together")])
     findings += [check_sampling(actor), check_ranks()]
-    with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed + rank())
+    with isolated_rng(0), torch.no_grad():
         probe = take_probe(actor, prompts.to(device()))
         findings += [
             check_greedy(actor, probe),
@@ -79,7 +76,7 @@ def examine(
             check_noise(actor, probe, len(tokenizer)),
             check_batching(actor, reward, probe),
             check_dropout(actor, probe),
-            check_reference(actor, reference, probe, resumed),
+            check_reference(actor, reference, probe),
             *check_scores(reward, [probe.sampled, probe.greedy]),
             *check_ranking(reward, pairs),
             check_reload(actor, tokenizer, probe, reload_limit),

@@ -14,7 +14,6 @@ OK, WARNING, FAILURE, SKIPPED = "ok", "warning", "failure", "skipped"
 
 # Mean difference, in nats, that two computations of the same log-probs may have: rounding, of logits of size 10 to 30.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
-
 EXACT = 1e-3  # where nothing but the order of sums may differ, also in bf16
 
 
@@ -42,6 +41,7 @@ class Report:
 
     @property
     def failures(self) -> list[Finding]:
+        """What forbids training."""
         return [found for found in self.findings if found.result == FAILURE]
 
     def table(self) -> str:
@@ -59,7 +59,11 @@ class Report:
         return json.dumps({"healthy": not self.failures, "findings": [asdict(found) for found in self.findings]})
 
     def refuse_failures(self) -> None:
-        """Raises UserError naming every failed check and its remedy."""
+        """Does nothing for a healthy report.
+
+        Raises:
+            UserError: Names every failed check and its remedy.
+        """
         if self.failures:
             what = "; ".join(f"{found.check}: {found.figure}. {found.remedy}" for found in self.failures)
             raise UserError(f"the examination failed (--skip_doctor trains all the same). {what}")
@@ -78,11 +82,13 @@ class Gap:
 
 
 def gap(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Gap:
+    """The distance between two tensors of one shape, where `mask` is True."""
     distance = (a.double() - b.double()).abs()
     return combine(distance[mask] if mask is not None else distance)
 
 
 def combine(distance: Tensor) -> Gap:
+    """This rank's distances together with those of the other ranks."""
     parts = gather_objects((float(distance.sum()), float(distance.max()), distance.numel()))
     sums, largest, counts = zip(*parts, strict=True)
     return Gap(sum(sums) / sum(counts), max(largest), sum(counts))

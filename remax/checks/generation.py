@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remax.checks.findings import SKIPPED, TOLERANCE, WARNING, Finding, combine, finding, gap
-from remax.checks.rewards import called
+from remax.checks.rewards import label_of
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import FrozenEngine
@@ -18,6 +18,7 @@ from remax.engines.roles import Role
 from remax.generation.decode import rollout_with_scores
 from remax.models.loading import evaluating
 from remax.rewards.composite import CompositeReward
+from utils.present import present
 
 PROBE_ROWS = 4  # prompts on each rank, besides one that is there to be padded
 PROBE_TOKENS = 32
@@ -25,16 +26,12 @@ PROBE_TOKENS = 32
 
 @dataclass(frozen=True)
 class Probe:
-    """Answers to a few prompts, generated as training generates them. The last row is the second half of the longest
-    prompt, so that padding always occurs.
+    """Answers to a few prompts, generated as training generates them."""
 
-    drawn_from: (B, A) log-probs of the sampled tokens in the distributions that generation drew them from.
-    """
-
-    prompts: Prompts
+    prompts: Prompts  # the last row is the second half of the longest prompt, so that padding always occurs
     sampled: Sequences
     greedy: Sequences
-    drawn_from: Tensor
+    drawn_from: Tensor  # (B, A) log-probs of the sampled tokens in the distributions that generation drew them from
 
 
 def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
@@ -45,13 +42,19 @@ def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
     return Prompts(torch.cat([ids, ids[longest : longest + 1]]), torch.cat([lengths, half[None]]))
 
 
-def take_probe(actor: Actor, prompts: Prompts) -> Probe:
-    prompts = with_padded_row(prompts, PROBE_ROWS)
+def _answers(actor: Actor, prompts: Prompts, samples: int) -> tuple[Sequences | None, Sequences | None, list[Tensor]]:
     settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
     with actor.generating() as synced:
-        sampled, greedy, scores = rollout_with_scores(
-            actor.model.hf, prompts, settings, synced_gpus=synced, decoder=actor.decoder
+        return rollout_with_scores(
+            actor.model.hf, prompts, settings, samples=samples, synced_gpus=synced, decoder=actor.decoder
         )
+
+
+def take_probe(actor: Actor, prompts: Prompts) -> Probe:
+    """Has the actor answer the first few prompts."""
+    prompts = with_padded_row(prompts, PROBE_ROWS)
+    sampled, greedy, scores = _answers(actor, prompts, samples=1)
+    sampled, greedy = present(sampled, "the sampled rollout"), present(greedy, "the greedy rollout")
     return Probe(prompts, sampled, greedy, score_logprobs(scores, sampled.answer_ids))
 
 
@@ -76,11 +79,8 @@ def check_greedy(actor: Actor, probe: Probe) -> Finding:
     """
     logp = logprobs_under(actor, probe.greedy, Sampling(top_k=1)).double()[probe.greedy.answer_mask]
     distance = torch.expm1(-logp).log().clamp(min=0.0)  # log(0) = -inf, clamped: the token is the argmax
-    tolerance = (
-        10 * TOLERANCE[actor.engine.config.dtype] if actor.engine.config.dtype == "fp32" else 0.25
-    )  # 2 units of bf16 at 16
-    missed = combine((distance > tolerance).double())
-    size = combine(distance)
+    tolerance = 10 * TOLERANCE["fp32"] if actor.engine.config.dtype == "fp32" else 0.25  # 2 units of bf16 at 16
+    missed, size = combine((distance > tolerance).double()), combine(distance)
     return finding(
         "greedy tokens are the argmax",
         missed.mean <= 0.01,
@@ -112,13 +112,10 @@ def check_padding(actor: Actor, probe: Probe) -> Finding:
     """A prompt decoded in a left-padded batch has the log-probs that it has alone."""
     length = int(probe.prompts.lengths[-1])
     alone = Prompts(probe.prompts.input_ids[-1:, -length:], probe.prompts.lengths[-1:])
-    settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
     answers, steps = [], []
     for prompts in (probe.prompts, alone):
-        with actor.generating() as synced:
-            _, greedy, scores = rollout_with_scores(
-                actor.model.hf, prompts, settings, samples=0, synced_gpus=synced, decoder=actor.decoder
-            )
+        _, greedy, scores = _answers(actor, prompts, samples=0)
+        greedy = present(greedy, "the greedy rollout")
         answers.append(greedy.answer_ids[-1][: int(greedy.answer_lengths[-1])])
         steps.append([step[-1:] for step in scores])
     n = min(len(answer) for answer in answers)
@@ -153,9 +150,7 @@ def check_noise(actor: Actor, probe: Probe, vocabulary: int) -> Finding:
 
 
 def check_batching(actor: Actor, reward: CompositeReward, probe: Probe) -> Finding:
-    """Log-probs, and every reward model's scores, of the shortest and the longest row are the same in the batch and
-    alone.
-    """
+    """The shortest and the longest row have the same log-probs, and scores of every model, in the batch and alone."""
     sequences = probe.sampled
     rows = [int(sequences.lengths.argmin()), int(sequences.lengths.argmax())]
     single = [sequences.select(slice(row, row + 1)) for row in rows]
@@ -164,11 +159,11 @@ def check_batching(actor: Actor, reward: CompositeReward, probe: Probe) -> Findi
     policy = combine(torch.cat([(logprobs[i, : len(x)] - x).abs() for i, x in zip(rows, alone, strict=True)]))
     figure, good, worst = f"log-probs differ by {policy} nats", policy.mean <= TOLERANCE[actor.engine.config.dtype], 0.0
     for part in reward.models:
-        scores = part.scorer.score(sequences).double()[rows]
-        alone = torch.cat([part.scorer.score(row) for row in single]).double()
-        judge = combine((scores - alone).abs() / (1 + scores.abs())).largest
-        figure += f", {called('scores', part, reward)} by {judge:.2g} of their size"
-        good, worst = good and judge <= TOLERANCE[part.scorer.engine.config.dtype], max(worst, judge)
+        scores = part.model.score(sequences).double()[rows]
+        scored_alone = torch.cat([part.model.score(row) for row in single]).double()
+        judge = combine((scores - scored_alone).abs() / (1 + scores.abs())).largest
+        figure += f", {label_of('scores', part, reward)} by {judge:.2g} of their size"
+        good, worst = good and judge <= TOLERANCE[part.model.engine.config.dtype], max(worst, judge)
     return finding(
         "rows do not touch one another",
         good,
@@ -198,15 +193,13 @@ def check_dropout(actor: Actor, probe: Probe) -> Finding:
     )
 
 
-def check_reference(actor: Actor, reference: Reference | None, probe: Probe, resumed: bool) -> Finding:
+def check_reference(actor: Actor, reference: Reference | None, probe: Probe) -> Finding:
     """Before the first update the policy is the reference: their KL is 0."""
     name = "KL to the reference is 0"
     if reference is None:
         return Finding(name, SKIPPED, "the reference is loaded from the actor's folder in step 3")
     policy, frozen = (logprobs_under(role, probe.sampled, Sampling()) for role in (actor, reference))
     size = gap(policy, frozen, probe.sampled.answer_mask)
-    if resumed:
-        return Finding(name, SKIPPED, f"resumed: log-probs differ by {size} nats", numbers={"mean": size.mean})
     return finding(
         name,
         size.mean <= TOLERANCE[actor.engine.config.dtype],

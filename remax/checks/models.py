@@ -11,35 +11,34 @@ from transformers import PreTrainedTokenizerBase
 from remax.checkpoint.export import export
 from remax.checks.findings import EXACT, FAILURE, SKIPPED, TOLERANCE, WARNING, Finding, finding
 from remax.checks.generation import Probe, logprobs_under
-from remax.checks.rewards import called
+from remax.checks.rewards import label_of
 from remax.core.sampling import Sampling
 from remax.engines.policy import Actor, Reference
 from remax.engines.roles import Role
-from remax.models.loading import count_parameters
+from remax.models.loading import count_parameters, embedded_tokens
 from remax.models.policy import load_policy
 from remax.rewards.composite import CompositeReward
 from utils.distributed import device, gather_objects, is_main
+from utils.present import present
 from utils.tokenizer import load_tokenizer, same_vocabulary
 
 
 def roles(actor: Actor, reward: CompositeReward, reference: Reference | None = None) -> dict[str, Role]:
     """Every model by its name in the report."""
-    scorers = {called("reward model", part, reward): part.scorer for part in reward.models}
-    return {"actor": actor} | scorers | ({"reference": reference} if reference is not None else {})
+    models = {label_of("reward model", part, reward): part.model for part in reward.models}
+    return {"actor": actor, **models, **({"reference": reference} if reference is not None else {})}
 
 
 def check_tokens(
-    actor: Actor,
-    reward: CompositeReward,
-    reference: Reference | None,
-    tokenizer: PreTrainedTokenizerBase,
+    actor: Actor, reward: CompositeReward, reference: Reference | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[Finding]:
     """Vocabulary, end token and pad token of all models."""
     models = roles(actor, reward, reference)
-    rows = {name: role.model.hf.get_input_embeddings().num_embeddings for name, role in models.items()}
+    rows = {name: embedded_tokens(role.model.hf) for name, role in models.items()}
     too_small = [f"the {name} embeds {n}" for name, n in rows.items() if n < len(tokenizer)]
-    theirs = {called("reward model", part, reward): part.tokenizer for part in reward.models}
-    differences = {name: same_vocabulary(tokenizer, its) for name, its in theirs.items()}
+    own = "a reward model's tokenizer"
+    theirs = {label_of("reward model", part, reward): present(part.tokenizer, own) for part in reward.models}
+    differences = {name: same_vocabulary(tokenizer, other) for name, other in theirs.items()}
     different = [f"{name}: {difference}" for name, difference in differences.items() if difference]
     vocabulary = finding(
         "vocabulary",
@@ -52,7 +51,7 @@ def check_tokens(
 
     ends = list(actor.model.hf.generation_config.eos_token_id)
     expected = tokenizer.eos_token_id
-    rewards_ends = {name: its.eos_token_id for name, its in theirs.items()}
+    rewards_ends = {name: other.eos_token_id for name, other in theirs.items()}
     others = [i for i in ends if i != expected]
     if expected not in ends or any(end != expected for end in rewards_ends.values()):
         end = Finding(
@@ -87,10 +86,8 @@ def check_tokens(
 def check_fit(actor: Actor, reward: CompositeReward, max_prompt_tokens: int) -> Finding:
     """Room for the longest prompt with the longest answer in every model."""
     longest = max_prompt_tokens + actor.generation.max_new_tokens
-    known = {
-        name: getattr(role.model.hf.config, "max_position_embeddings", None)
-        for name, role in roles(actor, reward).items()
-    }
+    configs = {name: role.model.hf.config for name, role in roles(actor, reward).items()}
+    known = {name: getattr(config, "max_position_embeddings", None) for name, config in configs.items()}
     positions = {name: n for name, n in known.items() if n is not None}
     return finding(
         "prompts fit",

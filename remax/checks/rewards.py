@@ -15,24 +15,22 @@ from transformers import PreTrainedTokenizerBase
 from remax.checks.findings import FAILURE, SKIPPED, WARNING, Finding, finding
 from remax.core.batches import to_device
 from remax.core.sequences import Sequences
-from remax.evaluation.ranking import pair_scores
+from remax.evaluation.ranking import pair_scores, wins
 from remax.rewards.composite import CompositeReward, Part
 from utils.data.batches import PairBatch
 from utils.data.collate import collate_ranking
 from utils.data.config import DataConfig
 from utils.data.encoding import Encoder
-from utils.data.loaders import EvalSampler, form_of, make_loader
+from utils.data.loaders import eval_order, form_of, make_loader
 from utils.data.preferences import load_data_set
 from utils.distributed import gather_objects, rank, world_size
 
 ENOUGH_PAIRS = 200  # fewer can only raise a warning: of 200 fair coins, 88 to 112 are heads
-
 ENOUGH_PER_SIDE = 50
-
 ONE_SIDED_95 = 1.645  # standard errors above chance
 
 
-def called(what: str, part: Part, reward: CompositeReward) -> str:
+def label_of(what: str, part: Part, reward: CompositeReward) -> str:
     """`what`, and which one, where there are several parts."""
     return f"{what} {part.name}" if reward.part_names else what
 
@@ -43,23 +41,22 @@ def check_scores(reward: CompositeReward, answers: Sequence[Sequences]) -> list[
     A reward model that scores all answers alike is broken. A function may: a rule that no answer of these few keeps.
     """
     total, parts = zip(*map(reward.score_parts, answers), strict=True)
-    columns = {"scores are finite and differ": (total, bool(reward.models))}
+    columns = {"scores are finite and differ": (list(total), bool(reward.models))}
     for part in reward.parts if reward.part_names else ():
         columns[f"scores of {part.name} differ"] = ([scores[part.name] for scores in parts], part in reward.models)
     findings = []
     for name, (scores, from_model) in columns.items():
-        values = [x for ranks in gather_objects(torch.cat(list(scores)).tolist()) for x in ranks]
-        values = torch.tensor(values, dtype=torch.float64)
-        finite, spread = bool(values.isfinite().all()), float(values.std())
+        of_all_ranks = [x for ranks in gather_objects(torch.cat(scores).tolist()) for x in ranks]
+        values = torch.tensor(of_all_ranks, dtype=torch.float64)
+        finite, mean, spread = bool(values.isfinite().all()), float(values.mean()), float(values.std())
         remedy = (
             "--reward_dtype fp32 or bf16 where scores overflow; a constant one teaches nothing: train the reward model"
             if from_model
             else "a constant score teaches nothing: if no answer ever keeps the rule, begin with an easier one"
         )
-        figure = f"mean {float(values.mean()):.3g}, standard deviation {spread:.2g} over {len(values)} answers"
-        numbers = {"mean": float(values.mean()), "standard_deviation": spread}
-        bad = WARNING if finite and not from_model else FAILURE
-        findings.append(finding(name, finite and spread > 0, figure, remedy, bad=bad, **numbers))
+        figure = f"mean {mean:.3g}, standard deviation {spread:.2g} over {len(values)} answers"
+        good, bad = finite and spread > 0, WARNING if finite and not from_model else FAILURE
+        findings.append(finding(name, good, figure, remedy, bad=bad, mean=mean, standard_deviation=spread))
     return findings
 
 
@@ -74,17 +71,17 @@ def check_ranking(reward: CompositeReward, pairs: Iterable[PairBatch] | None) ->
     for part in reward.models:
         rows = []
         for batch in map(to_device, pairs):
-            chosen, rejected = pair_scores(part.scorer, batch)
+            chosen, rejected = pair_scores(part.model, batch)
             real = batch.weight > 0
             columns = (chosen, rejected, batch.chosen_lengths, batch.rejected_lengths)
             rows.append(torch.stack([column[real].double().cpu() for column in columns]))  # (4, b)
-        every = torch.cat([share for shares in gather_objects(rows) for share in shares], 1)
-        findings += ranking_findings(*every, name=called("reward model", part, reward))
+        every = torch.cat([share for shares in gather_objects(rows) for share in shares], 1)  # (4, n)
+        findings += ranking_findings(*every.unbind(), name=label_of("reward model", part, reward))
     return findings
 
 
 def ranking_findings(
-    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, name: str = "reward model"
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, name: str = "reward model"
 ) -> list[Finding]:
     """Scores and lengths of n pairs, each (n,) -> two findings.
 
@@ -94,10 +91,10 @@ def ranking_findings(
     Its standard error is sqrt(1/n_longer + 1/n_shorter) / 4.
     """
     n = len(chosen)
-    right = 0.5 + 0.5 * (chosen - rejected).sign()  # (n,)
+    right = wins(chosen - rejected)  # (n,)
     longer, shorter = chosen_lengths > rejected_lengths, chosen_lengths < rejected_lengths
     accuracy = float(right.mean())
-    longer_wins = float((0.5 + 0.5 * (chosen_lengths - rejected_lengths).sign()).mean())
+    longer_wins = float(wins(chosen_lengths - rejected_lengths).mean())
     z = (accuracy - 0.5) * 2 * math.sqrt(n)
     ranks = finding(
         f"{name} ranks pairs",
@@ -144,20 +141,14 @@ def held_out_pairs(
     """Up to `limit` held-out pairs, shared out over the ranks; None where the data has none.
 
     Args:
-        config: names the data.
-        tokenizer: the actor's.
-        max_len: tokens of prompt and answer together.
-        limit: pairs.
-        batch_size: pairs per rank.
-        announce: print what was read.
-        rows: the held-out rows, where they are at hand; nothing is read then.
+        max_len: Tokens of prompt and answer together.
+        batch_size: Pairs per rank.
+        rows: The held-out rows, where they are at hand; nothing is read then.
     """
     if rows is None:
         form = form_of(config, tokenizer)
-        data_sets = (
-            load_data_set(name, cache_dir=config.cache_dir, form=form, announce=announce) for name in config.data_path
-        )
-        rows = concatenate_datasets([held_out for _, held_out in data_sets])
+        load = partial(load_data_set, cache_dir=config.cache_dir, form=form, announce=announce)
+        rows = concatenate_datasets([held_out for _, held_out in map(load, config.data_path)])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     batch = rows.select(sorted(order[: 2 * limit]))[:]
     encoded = Encoder("ranking", tokenizer, max_len).encode(batch)
@@ -166,9 +157,6 @@ def held_out_pairs(
         return None
     names = ("chosen_ids", "rejected_ids", "prompt_length")
     pairs = Dataset.from_dict({name: [encoded[name][i] for i in kept] for name in names})
-    return make_loader(
-        pairs,
-        EvalSampler(len(pairs), rank(), world_size()),
-        batch_size,
-        partial(collate_ranking, pad_id=tokenizer.pad_token_id),
-    )
+    sampler = eval_order(len(pairs), rank(), world_size())
+    collate = partial(collate_ranking, pad_id=tokenizer.pad_token_id)
+    return make_loader(pairs, sampler, batch_size, collate)

@@ -14,6 +14,7 @@ from remax.cli.flags import (
     Count,
     CountOrZero,
     Dtype,
+    Flags,
     NonNegative,
     RewardSourceFlags,
     SamplingFlags,
@@ -26,8 +27,13 @@ from utils.run import UserError
 
 
 @dataclass(kw_only=True)
-class RewardEvalFlags:
-    _argument_group_name = "model and data"
+class RetiredInRewardEval(Flags, group="retired (accepted, do nothing)"):
+    num_padding_at_beginning: int | None = flag(None, "masks come from lengths")
+
+
+@dataclass(kw_only=True)
+class RewardEvalArguments(RetiredInRewardEval, ConfigFlag, group="model and data"):
+    """All flags of rw_eval.py."""
 
     model_name_or_path: str = flag(help="the reward model: folder or hub name")
     data_path: str | None = flag(
@@ -41,29 +47,22 @@ class RewardEvalFlags:
     dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
     local_rank: int = flag(-1, "set by the launcher")
+    notices: list[str] = field(default_factory=list, init=False)  # one line for each retired flag that was given
 
 
 @dataclass(kw_only=True)
-class RetiredInRewardEval:
-    _argument_group_name = "retired (accepted, do nothing)"
-
-    num_padding_at_beginning: int | None = flag(None, "masks come from lengths")
-
-
-@dataclass(kw_only=True)
-class RewardEvalArguments(RetiredInRewardEval, RewardEvalFlags, ConfigFlag):
-    """All flags of rw_eval.py.
-
-    Attributes:
-        notices: one line for each retired flag that was given.
-    """
-
-    notices: list[str] = field(default_factory=list, init=False)
+class DecodingFlags(Flags, group="answers: greedy, sampled, and by beam search when --num_beams is above 1"):
+    max_new_tokens: Count = flag(100, "longest answer in tokens")
+    num_return_sequences: Count = flag(1, "sampled answers per prompt, and answers shown of a beam search")
+    num_beams: Count = flag(1, "answers that a beam search follows; 1: no beam search")
+    num_beam_groups: Count = flag(1, "above 1 is refused: diverse beam search has left transformers")
+    penalty_alpha: NonNegative = flag(0.0, "above 0 is refused: contrastive search has left transformers")
+    seed: int = flag(2023, "seed of the sampled answers, the same for both models")
 
 
 @dataclass(kw_only=True)
-class AskFlags:
-    _argument_group_name = "models and prompts"
+class PromptEvalArguments(SamplingFlags, DecodingFlags, ConfigFlag, group="models and prompts"):
+    """All flags of prompt_eval.py."""
 
     model_name_or_path_baseline: str = flag(help="the model before training: folder or hub name")
     model_name_or_path_finetune: str = flag(help="the model after training: folder or hub name")
@@ -80,25 +79,8 @@ class AskFlags:
 
 
 @dataclass(kw_only=True)
-class DecodingFlags:
-    _argument_group_name = "answers: greedy, sampled, and by beam search when --num_beams is above 1"
-
-    max_new_tokens: Count = flag(100, "longest answer in tokens")
-    num_return_sequences: Count = flag(1, "sampled answers per prompt, and answers shown of a beam search")
-    num_beams: Count = flag(1, "answers that a beam search follows; 1: no beam search")
-    num_beam_groups: Count = flag(1, "above 1 is refused: diverse beam search has left transformers")
-    penalty_alpha: NonNegative = flag(0.0, "above 0 is refused: contrastive search has left transformers")
-    seed: int = flag(2023, "seed of the sampled answers, the same for both models")
-
-
-@dataclass(kw_only=True)
-class PromptEvalArguments(SamplingFlags, DecodingFlags, AskFlags, ConfigFlag):
-    """All flags of prompt_eval.py."""
-
-
-@dataclass(kw_only=True)
-class DoctorFlags:
-    _argument_group_name = "models, data and generation, as in step 3"
+class DoctorArguments(SamplingFlags, RewardSourceFlags, ConfigFlag, group="models, data and generation, as in step 3"):
+    """All flags of the doctor."""
 
     actor_model_name_or_path: str = flag(help="the model of step 1: folder or hub name")
     data_path: list[str] = flag([], "data whose held-out pairs the reward model ranks; without it that is skipped")
@@ -111,11 +93,6 @@ class DoctorFlags:
     pairs: Count = flag(256, "held-out pairs to rank, at most")
     skip_reload: bool = flag(False, "do not write the actor to a temporary folder and read it again")
     json: bool = flag(False, "print the report as JSON")
-
-
-@dataclass(kw_only=True)
-class DoctorArguments(SamplingFlags, RewardSourceFlags, DoctorFlags, ConfigFlag):
-    """All flags of the doctor."""
 
 
 def parse_reward_eval(argv: Sequence[str] | None = None) -> RewardEvalArguments:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -60,61 +61,53 @@ def flag(default: Any = dataclasses.MISSING, help: str = "", *, basic: bool = Fa
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# -------------------------------------------------------------------------------------------- flags of several programs
+usual = partial(flag, basic=True)
+of_critic = partial(flag, only="critic")
+
+
+class Flags:
+    """Fields that are flags, with the title that they stand under in the help; subclasses add to the same group."""
+
+    _group: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, group: str | None = None) -> None:
+        cls._group = group or cls._group
 
 
 @dataclass(kw_only=True)
-class ConfigFlag:
-    config: str | None = flag(
-        None,
-        "yaml or json file of flags, or a run's run.json to start it again; what the command line says goes first",
-        basic=True,
+class ConfigFlag(Flags):
+    config: str | None = usual(
+        None, "yaml or json file of flags, or a run's run.json to start it again; what the command line says goes first"
     )
 
 
 @dataclass(kw_only=True)
-class SamplingFlags:
-    _argument_group_name = "sampled answers"
-
-    temperature: Positive = flag(1.0, "of the sampled answers", basic=True)
-    top_p: Fraction = flag(
-        1.0, "sample from the most probable tokens with this total probability; 1: from all", basic=True
-    )
+class SamplingFlags(Flags, group="sampled answers"):
+    temperature: Positive = usual(1.0, "of the sampled answers")
+    top_p: Fraction = usual(1.0, "sample from the most probable tokens with this total probability; 1: from all")
     top_k: CountOrZero = flag(0, "sample from the k most probable tokens; 0: from all")
 
 
 @dataclass(kw_only=True)
-class RewardSourceFlags:
-    _argument_group_name = "reward (models, functions, or both; at least one)"
-
-    reward_model_name_or_path: list[str] = flag(
-        [], "reward models of step 2: folders or hub names; name:0.5 weighs", basic=True
-    )
+class RewardSourceFlags(Flags, group="reward (models, functions, or both; at least one)"):
+    reward_model_name_or_path: list[str] = usual([], "reward models of step 2: folders or hub names; name:0.5 weighs")
     normalize_reward: bool = flag(
         False, "reward models: score minus its mean over its standard deviation, as step 2 keeps them in config.json"
     )
-    reward_fn: list[str] = flag(
-        [],
-        "functions of prompts and answers: module:function or file.py:function; name:-0.1 weighs, here as a penalty",
-        basic=True,
+    reward_fn: list[str] = usual(
+        [], "functions of prompts and answers: module:function or file.py:function; name:-0.1 weighs, here as a penalty"
     )
     reward_fn_timeout: NonNegative = flag(
         60.0, "seconds that such a function may take for a sample, or for its batch if it takes lists; 0: no limit"
     )
 
 
-# ------------------------------------------------------------------------------------------------ flags of every stage
-
-
 @dataclass(kw_only=True)
-class DataFlags:
-    _argument_group_name = "data"
-
-    data_path: list[str] = flag(
+class DataFlags(Flags, group="data"):
+    data_path: list[str] = usual(
         ["Dahoas/rm-static"],
         "hub names, folders or files (jsonl, json, csv, parquet, arrow; .gz), several allowed; "
         "name#configuration/split chooses, name:0.3 weighs",
-        basic=True,
     )
     prompt_column: str | None = flag(None, "the data's column of prompts, where it is not called `prompt`")
     chosen_column: str | None = flag(None, "the data's column of good answers, where it is not called `chosen`")
@@ -127,7 +120,7 @@ class DataFlags:
     overlong: Literal["cut", "drop"] | None = flag(
         None, "prompts longer than the limit: keep their end, or go; default: drop (steps 1, 2), cut (step 3)"
     )
-    data_split: str = flag("2,4,4", "shares of the data for the three stages; no prompt serves two of them", basic=True)
+    data_split: str = usual("2,4,4", "shares of the data for the three stages; no prompt serves two of them")
     data_seed: int = flag(1234, "seed of that split; the same in all stages, or they share rows")
     streaming: bool = flag(
         False, "read the data as it comes, again in every epoch, without a copy on the disk; needs --max_steps"
@@ -138,45 +131,36 @@ class DataFlags:
 
 
 @dataclass(kw_only=True)
-class RunFlags:
-    _argument_group_name = "run"
-
-    output_dir: str = flag("output", "folder for the models, metrics.jsonl and run.json", basic=True)
-    seed: int = flag(2023, "seed of everything but the data split; each rank adds its number", basic=True)
+class RunFlags(Flags, group="run"):
+    output_dir: str = usual("output", "folder for the models, metrics.jsonl and run.json")
+    seed: int = usual(2023, "seed of everything but the data split; each rank adds its number")
     local_rank: int = flag(-1, "set by the launcher")
-    num_train_epochs: Count = flag(1, "passes over the training data", basic=True)
-    max_steps: CountOrZero = flag(0, "stop after so many optimizer steps; 0: at the end of the epochs", basic=True)
-    logging_steps: Count = flag(10, "optimizer steps between console lines", basic=True)
-    eval_steps: CountOrZero = flag(0, "optimizer steps between evaluations; 0: once an epoch", basic=True)
+    num_train_epochs: Count = usual(1, "passes over the training data")
+    max_steps: CountOrZero = usual(0, "stop after so many optimizer steps; 0: at the end of the epochs")
+    logging_steps: Count = usual(10, "optimizer steps between console lines")
+    eval_steps: CountOrZero = usual(0, "optimizer steps between evaluations; 0: once an epoch")
     max_eval_batches: CountOrZero = flag(0, "batches (per device) an evaluation reads; 0: all")
-    per_device_eval_batch_size: Count = flag(16, "rows per device in evaluation", basic=True)
+    per_device_eval_batch_size: Count = usual(16, "rows per device in evaluation")
     enable_tensorboard: bool = flag(False, "write TensorBoard events too")
     tensorboard_path: str | None = flag(None, "folder for them; without it <output_dir>/tensorboard")
 
 
 @dataclass(kw_only=True)
-class OptimizerFlags:
-    _argument_group_name = "optimizer (AdamW)"
-
-    lr_scheduler_type: Scheduler = flag("cosine", "course of the learning rate over the optimizer steps", basic=True)
+class OptimizerFlags(Flags, group="optimizer (AdamW)"):
+    lr_scheduler_type: Scheduler = usual("cosine", "course of the learning rate over the optimizer steps")
     adam_beta1: BelowOne = flag(0.9, "decay of the mean gradient")
     adam_beta2: BelowOne = flag(0.95, "decay of the mean squared gradient")
     gradient_clipping: NonNegative = flag(1.0, "largest norm of the whole gradient; 0: no limit")
-    gradient_accumulation_steps: Count = flag(
-        1, "steps 1, 2: micro-batches per optimizer step; step 3: multiplies --generation_batches", basic=True
+    gradient_accumulation_steps: Count = usual(
+        1, "steps 1, 2: micro-batches per optimizer step; step 3: multiplies --generation_batches"
     )
 
 
 @dataclass(kw_only=True)
-class MemoryFlags:
-    _argument_group_name = "memory"
-
-    offload: bool = flag(False, "optimizer states of every trained model in CPU memory (ZeRO 1-3)", basic=True)
+class MemoryFlags(Flags, group="memory"):
+    offload: bool = usual(False, "optimizer states of every trained model in CPU memory (ZeRO 1-3)")
     offload_parameters: bool = flag(False, "parameters of the trained model in CPU memory too (ZeRO 3)")
     attn_implementation: Attention | None = flag(None, "attention kernel; without it transformers chooses")
-
-
-# ------------------------------------------------------------------------------------------------------ steps 1 and 2
 
 
 @dataclass(kw_only=True)
@@ -186,48 +170,37 @@ class SupervisedDataFlags(DataFlags):
 
 
 @dataclass(kw_only=True)
-class FinetuneFlags:
-    _argument_group_name = "model and training"
-
-    model_name_or_path: str = flag(help="the model to train: hub name or folder", basic=True)
-    dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32", basic=True)
+class FinetuneFlags(Flags, group="model and training"):
+    model_name_or_path: str = usual(help="the model to train: hub name or folder")
+    dtype: Dtype = usual("auto", "number format; auto: bf16 where the GPU has it, else fp32")
     bf16: bool = flag(False, "the same as --dtype bf16")
-    zero_stage: ZeroStage = flag(
-        0, "what the ranks share out: nothing, optimizer states, + gradients, + parameters", basic=True
-    )
-    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower", basic=True)
+    zero_stage: ZeroStage = usual(0, "what the ranks share out: nothing, optimizer states, + gradients, + parameters")
+    gradient_checkpointing: bool = usual(False, "recompute activations: less memory, a third slower")
     disable_dropout: bool = flag(False, "no dropout in training")
-    per_device_train_batch_size: Count = flag(16, "rows per device and micro-batch", basic=True)
-    max_seq_len: Count = flag(512, "longest prompt + answer in tokens", basic=True)
-    packing: bool = flag(
-        False,
-        "join a micro-batch's rows before the model reads them: no padding, the same loss and gradient",
-        basic=True,
+    per_device_train_batch_size: Count = usual(16, "rows per device and micro-batch")
+    max_seq_len: Count = usual(512, "longest prompt + answer in tokens")
+    packing: bool = usual(
+        False, "join a micro-batch's rows before the model reads them: no padding, the same loss and gradient"
     )
-    learning_rate: Positive = flag(1e-5, "peak learning rate", basic=True)
-    weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms", basic=True)
-    num_warmup_steps: CountOrZero = flag(0, "optimizer steps until the learning rate is at its peak", basic=True)
+    learning_rate: Positive = usual(1e-5, "peak learning rate")
+    weight_decay: NonNegative = usual(0.0, "AdamW weight decay, not on biases and norms")
+    num_warmup_steps: CountOrZero = usual(0, "optimizer steps until the learning rate is at its peak")
     print_loss: bool = flag(False, "a console line for every optimizer step, whatever --logging_steps")
 
 
 @dataclass(kw_only=True)
-class LoraFlags:
-    _argument_group_name = "LoRA"
-
-    lora_dim: CountOrZero = flag(0, "rank of the adapters; 0: no LoRA", basic=True)
-    lora_module_name: str = flag("decoder.layers.", "part of the names of the modules that get adapters", basic=True)
+class LoraFlags(Flags, group="LoRA"):
+    lora_dim: CountOrZero = usual(0, "rank of the adapters; 0: no LoRA")
+    lora_module_name: str = usual("decoder.layers.", "part of the names of the modules that get adapters")
     lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
-    only_optimize_lora: bool = flag(False, "train the LoRA adapters alone, nothing else", basic=True)
+    only_optimize_lora: bool = usual(False, "train the LoRA adapters alone, nothing else")
 
 
 @dataclass(kw_only=True)
-class PreferenceFlags:
-    _argument_group_name = "loss"
-
-    loss: Literal["ranking", "dpo", "r-dpo"] = flag(
+class PreferenceFlags(Flags, group="loss"):
+    loss: Literal["ranking", "dpo", "r-dpo"] = usual(
         "ranking",
         "ranking: a reward model; dpo, r-dpo: no reward model but a policy straight from the pairs, against its start",
-        basic=True,
     )
     use_margin: bool = flag(
         False, "ranking: the data's column `margin` is how much more the chosen answer must score", only="ranking"
@@ -242,43 +215,31 @@ class PreferenceFlags:
         "the whole ranking; the same for two answers",
         only="ranking",
     )
-    dpo_beta: Positive = flag(
-        0.1, "dpo, r-dpo: reward per nat of log-ratio (the paper compares with .05)", basic=True, only="dpo r-dpo"
+    dpo_beta: Positive = usual(
+        0.1, "dpo, r-dpo: reward per nat of log-ratio (the paper compares with .05)", only="dpo r-dpo"
     )
     length_alpha: NonNegative = flag(0.01, "r-dpo: weight of the difference of lengths, per token", only="r-dpo")
     reference_zero_stage: ZeroStage = flag(0, "dpo, r-dpo: 3 shares the reference's parameters out", only="dpo r-dpo")
-    offload_reference_model: bool = flag(
-        False,
-        "dpo, r-dpo: the reference's parameters in CPU memory (makes its ZeRO stage 3)",
-        basic=True,
-        only="dpo r-dpo",
+    offload_reference_model: bool = usual(
+        False, "dpo, r-dpo: the reference's parameters in CPU memory (makes its ZeRO stage 3)", only="dpo r-dpo"
     )
-
-
-# -------------------------------------------------------------------------------------------------------------- step 3
 
 
 @dataclass(kw_only=True)
-class ActorFlags:
-    _argument_group_name = "actor (the trained policy) and reference (its frozen start)"
-
-    actor_model_name_or_path: str = flag(help="the fine-tuned model of step 1: folder or hub name", basic=True)
-    actor_dtype: Dtype = flag(
-        "auto", "number format, the reference's too; auto: bf16 where the GPU has it, else fp32", basic=True
-    )
+class ActorFlags(Flags, group="actor (the trained policy) and reference (its frozen start)"):
+    actor_model_name_or_path: str = usual(help="the fine-tuned model of step 1: folder or hub name")
+    actor_dtype: Dtype = usual("auto", "number format, the reference's too; auto: bf16 where the GPU has it, else fp32")
     actor_bf16: bool = flag(False, "the same as --actor_dtype bf16")
-    actor_zero_stage: ZeroStage = flag(
-        0, "what the ranks share out: nothing, optimizer states, + gradients, + parameters", basic=True
+    actor_zero_stage: ZeroStage = usual(
+        0, "what the ranks share out: nothing, optimizer states, + gradients, + parameters"
     )
     reference_zero_stage: ZeroStage = flag(0, "3: the reference's parameters are shared out")
-    offload_reference_model: bool = flag(
-        False, "reference's parameters in CPU memory (makes its ZeRO stage 3)", basic=True
-    )
-    actor_gradient_checkpointing: bool = flag(False, "recompute activations: less memory, a third slower", basic=True)
+    offload_reference_model: bool = usual(False, "reference's parameters in CPU memory (makes its ZeRO stage 3)")
+    actor_gradient_checkpointing: bool = usual(False, "recompute activations: less memory, a third slower")
     disable_actor_dropout: bool = flag(False, "no dropout in training")
-    actor_learning_rate: Positive = flag(9.65e-6, "peak learning rate", basic=True)
+    actor_learning_rate: Positive = usual(9.65e-6, "peak learning rate")
     actor_weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms")
-    num_warmup_steps: CountOrZero = flag(100, "optimizer steps until the learning rate is at its peak", basic=True)
+    num_warmup_steps: CountOrZero = usual(100, "optimizer steps until the learning rate is at its peak")
     best_by: Literal["reward", "objective"] = flag(
         "reward",
         "keep the model with the highest evaluation reward, or with the highest reward - kl_ctl * KL, which a reward "
@@ -289,13 +250,11 @@ class ActorFlags:
 
 
 @dataclass(kw_only=True)
-class ActorLoraFlags:
-    _argument_group_name = "LoRA"
-
-    actor_lora_dim: CountOrZero = flag(0, "rank of the adapters; 0: no LoRA", basic=True)
+class ActorLoraFlags(Flags, group="LoRA"):
+    actor_lora_dim: CountOrZero = usual(0, "rank of the adapters; 0: no LoRA")
     actor_lora_module_name: str = flag("decoder.layers.", "part of the names of the modules that get adapters")
     actor_lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
-    only_optimize_lora: bool = flag(False, "train the LoRA adapters alone, nothing else", basic=True)
+    only_optimize_lora: bool = usual(False, "train the LoRA adapters alone, nothing else")
 
 
 @dataclass(kw_only=True)
@@ -303,21 +262,19 @@ class RewardFlags(RewardSourceFlags):
     reward_dtype: Dtype = flag("auto", "number format of reward models; auto: bf16 where the GPU has it, else fp32")
     reward_bf16: bool = flag(False, "the same as --reward_dtype bf16")
     reward_zero_stage: ZeroStage = flag(0, "3: each reward model's parameters are shared out")
-    offload_reward_model: bool = flag(False, "their parameters in CPU memory (makes their ZeRO stage 3)", basic=True)
+    offload_reward_model: bool = usual(False, "their parameters in CPU memory (makes their ZeRO stage 3)")
     disable_reward_dropout: bool = flag(
         False, "no dropout in a critic made from it; the reward model itself never has any"
     )
 
 
 @dataclass(kw_only=True)
-class RolloutFlags:
-    _argument_group_name = "rollout"
-
-    per_device_generation_batch_size: Count = flag(16, "prompts per device that are answered together", basic=True)
+class RolloutFlags(Flags, group="rollout"):
+    per_device_generation_batch_size: Count = usual(16, "prompts per device that are answered together")
     generation_batches: Count = flag(1, "such batches before the one optimizer step")
-    per_device_training_batch_size: Count = flag(16, "answers per device and micro-batch of the update", basic=True)
-    max_prompt_seq_len: Count = flag(256, "longest prompt in tokens", basic=True)
-    max_answer_seq_len: Count = flag(256, "longest answer in tokens", basic=True)
+    per_device_training_batch_size: Count = usual(16, "answers per device and micro-batch of the update")
+    max_prompt_seq_len: Count = usual(256, "longest prompt in tokens")
+    max_answer_seq_len: Count = usual(256, "longest answer in tokens")
     max_greedy_seq_len: CountOrZero = flag(
         0, "longest greedy answer (ReMax-fast: 128); 0: as --max_answer_seq_len", only="greedy"
     )
@@ -337,21 +294,16 @@ class RolloutFlags:
 
 
 @dataclass(kw_only=True)
-class AlgorithmFlags:
-    _argument_group_name = "algorithm"
-
-    algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo"] = flag(
-        "remax", "how an answer's advantage is estimated", basic=True
+class AlgorithmFlags(Flags, group="algorithm"):
+    algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo"] = usual(
+        "remax", "how an answer's advantage is estimated"
     )
-    samples_per_prompt: Count | None = flag(
-        None, "answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others)", basic=True
-    )
+    samples_per_prompt: Count | None = usual(None, "answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others)")
     baseline_decay: BelowOne = flag(
         0.0, "reinforce: decay of a moving-average baseline; 0: no baseline", only="baseline_decay"
     )
     gamma: Fraction | None = flag(
-        None,
-        "discount per token to the answer's end; default 0.95 (remax, reinforce), 1 (others); 1 is Algorithm 1",
+        None, "discount per token to the answer's end; default 0.95 (remax, reinforce), 1 (others); 1 is Algorithm 1"
     )
     clip_reward_value: NonNegative = flag(5.0, "largest size of what --clip_on names; 0: no limit")
     clip_on: Literal["difference", "reward"] | None = flag(
@@ -364,6 +316,12 @@ class AlgorithmFlags:
         "sequence_mean: mean over an answer's tokens, then over answers; default: token (ppo), sequence_mean (grpo), "
         "sequence (others)",
     )
+    advantage_scaling: Literal["none", "group", "batch"] | None = flag(
+        None,
+        "group: divide by the standard deviation of a prompt's answers (grpo); batch: mean 0 and deviation 1 over the "
+        "step's answer tokens (ppo); default: group (grpo), none (ppo)",
+        only="advantage_scaling",
+    )
     entropy_coef: NonNegative = flag(0.0, "weight of an entropy bonus in the loss")
     unsupervised_dataset_name: str | None = flag(None, "plain text mixed into the loss: hub name, folder or file")
     unsupervised_dataset_config_name: str | None = flag(None, "its configuration on the hub")
@@ -371,20 +329,15 @@ class AlgorithmFlags:
 
 
 @dataclass(kw_only=True)
-class KlFlags:
-    _argument_group_name = "KL to the reference"
-
-    penalty: Penalty | None = flag(
+class KlFlags(Flags, group="KL to the reference"):
+    penalty: Penalty | None = usual(
         None,
         "one_step: a token pays its own KL; full_step: and that of the tokens after it (with k1 the exact gradient); "
         "full_kl_...: the same with the KL over the vocabulary; the last four are older names, kl and full_kl of "
         "the full step. Default: full_step (rloo, ppo), one_step (others)",
-        basic=True,
     )
-    kl_ctl: NonNegative | None = flag(
-        None,
-        "weight of the KL, reward per nat; full_step needs about a tenth of one_step's; default 0.1 (grpo 0.04)",
-        basic=True,
+    kl_ctl: NonNegative | None = usual(
+        None, "weight of the KL, reward per nat; full_step needs about a tenth of one_step's; default 0.1 (grpo 0.04)"
     )
     kl_in: Literal["reward", "loss"] | None = flag(None, "where the KL enters; default: reward for k1, loss for others")
     kl_estimator: Literal["k1", "k2", "k3", "full"] | None = flag(
@@ -393,18 +346,14 @@ class KlFlags:
         "vocabulary; default: k3 (grpo), k1 (others)",
     )
     normalize_kl: bool = flag(False, "charge the mean of an answer's KL over its tokens instead of the sum")
-    target_kl: NonNegative = flag(
-        1.0, "stop when the KL in evaluation, in nats per token, reaches this; 0: never", basic=True
-    )
+    target_kl: NonNegative = usual(1.0, "stop when the KL in evaluation, in nats per token, reaches this; 0: never")
     adaptive_kl: bool = flag(False, "adapt --kl_ctl so that the KL stays near --adaptive_kl_target")
     adaptive_kl_target: Positive = flag(6.0, "in nats per answer")
     adaptive_kl_horizon: Count = flag(10_000, "answers over which a KL 20 %% off its target moves the weight by 20 %%")
 
 
 @dataclass(kw_only=True)
-class PpoFlags:
-    _argument_group_name = "ppo only"
-
+class PpoFlags(Flags, group="ppo only"):
     ppo_epochs: Count = flag(1, "passes over each rollout", only="epochs")
     ppo_mini_batches: Count = flag(1, "optimizer steps in one pass", only="epochs")
     cliprange: Positive = flag(0.2, "the policy's ratio counts within 1 +- this", only="cliprange")
@@ -414,26 +363,18 @@ class PpoFlags:
     lam: Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)] = flag(
         0.95, "lambda of generalised advantages", only="lam"
     )
-    critic_model_name_or_path: str | None = flag(
-        None, "start of the critic; default: the first reward model", only="critic"
-    )
-    critic_learning_rate: Positive = flag(5e-6, "peak learning rate", only="critic")
-    critic_weight_decay: NonNegative = flag(0.0, "AdamW weight decay, not on biases and norms", only="critic")
-    critic_zero_stage: ZeroStage | None = flag(None, "default: the actor's", only="critic")
-    critic_dtype: Dtype | None = flag(None, "default: the actor's", only="critic")
-    offload_critic: bool = flag(
-        False, "the critic's optimizer states in CPU memory, also without --offload", only="critic"
-    )
-    critic_gradient_checkpointing: bool = flag(
-        False, "recompute activations: less memory, a third slower", only="critic"
-    )
+    critic_model_name_or_path: str | None = of_critic(None, "start of the critic; default: the first reward model")
+    critic_learning_rate: Positive = of_critic(5e-6, "peak learning rate")
+    critic_weight_decay: NonNegative = of_critic(0.0, "AdamW weight decay, not on biases and norms")
+    critic_zero_stage: ZeroStage | None = of_critic(None, "default: the actor's")
+    critic_dtype: Dtype | None = of_critic(None, "default: the actor's")
+    offload_critic: bool = of_critic(False, "the critic's optimizer states in CPU memory, also without --offload")
+    critic_gradient_checkpointing: bool = of_critic(False, "recompute activations: less memory, a third slower")
 
 
 @dataclass(kw_only=True)
-class WatchFlags:
-    _argument_group_name = "watching and checking"
-
-    print_answers: bool = flag(False, "show a prompt with its answers at every console line", basic=True)
+class WatchFlags(Flags, group="watching and checking"):
+    print_answers: bool = usual(False, "show a prompt with its answers at every console line")
     save_answers: bool = flag(False, "write the answers of every evaluation to <output_dir>")
     log_variance: bool = flag(False, "measure the advantages' variance under several baselines")
     log_variance_gradient_steps: CountOrZero = flag(
@@ -445,13 +386,8 @@ class WatchFlags:
     test_stop_step: CountOrZero = flag(0, "with --enable_test_mode")
 
 
-# ------------------------------------------------------------------------------------------------------- retired flags
-
-
 @dataclass(kw_only=True)
-class Retired:
-    _argument_group_name = "retired (accepted, do nothing)"
-
+class Retired(Flags, group="retired (accepted, do nothing)"):
     deepspeed: bool = flag(False, "DeepSpeed is always used")
 
 
@@ -488,20 +424,12 @@ WHY_RETIRED = {
 }
 
 
-# -------------------------------------------------------------------------------------------------- what main.py sees
-
-
 @dataclass(kw_only=True)
 class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, ConfigFlag):
-    """What the three stages have in common.
+    """What the three stages have in common."""
 
-    Attributes:
-        stage: its name in run.json.
-        notices: for rank 0 to print: one line for each retired flag that was given, and for each flag that acts
-            otherwise than it says.
-    """
-
-    stage: ClassVar[str]
+    stage: ClassVar[str]  # its name in run.json
+    # For rank 0 to print: one line for each retired flag that was given, and for each that acts otherwise than it says.
     notices: list[str] = dataclasses.field(default_factory=list, init=False)
 
     @property
@@ -512,33 +440,24 @@ class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, Confi
 
     @property
     def tensorboard_dir(self) -> str | None:
-        """Folder for TensorBoard's files, None when it is off."""
-        if not self.enable_tensorboard:
-            return None
-        return self.tensorboard_path or str(Path(self.output_dir) / "tensorboard")
+        folder = self.tensorboard_path or str(Path(self.output_dir) / "tensorboard")
+        return folder if self.enable_tensorboard else None
 
 
 @dataclass(kw_only=True)
 class FinetuneArguments(Arguments, LoraFlags, FinetuneFlags):
-    """Steps 1 and 2."""
-
     @property
     def console_every(self) -> int:
-        """Optimizer steps between console lines."""
         return 1 if self.print_loss else self.logging_steps
 
 
 @dataclass(kw_only=True)
 class Step1Arguments(FinetuneArguments, SupervisedDataFlags):
-    """All flags of supervised fine-tuning."""
-
     stage = "step1"
 
 
 @dataclass(kw_only=True)
 class Step2Arguments(FinetuneArguments, RetiredInStep2, PreferenceFlags):
-    """All flags of learning from preferences."""
-
     stage = "step2"
 
 
@@ -556,13 +475,10 @@ class Step3Arguments(
     RewardFlags,
     ActorFlags,
 ):
-    """All flags of reinforcement learning."""
-
     stage = "step3"
 
     @property
     def rollout_batches(self) -> int:
-        """Generation batches before an optimizer step."""
         return self.generation_batches * self.gradient_accumulation_steps
 
     @property

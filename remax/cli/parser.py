@@ -32,18 +32,11 @@ RENAMED = {
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a flag takes.
+    """What a flag takes."""
 
-    Attributes:
-        type: of one value.
-        several: whether it is a list of such values.
-        choices: the values that are allowed, None: all.
-        allowed: the range of a number.
-    """
-
-    type: type
-    several: bool = False
-    choices: tuple[Any, ...] | None = None
+    type: type  # of one value
+    several: bool = False  # a list of such values
+    choices: tuple[Any, ...] | None = None  # the values that are allowed, None: all
     allowed: Range | None = None
 
     @classmethod
@@ -66,7 +59,6 @@ class Kind:
 
     @property
     def words(self) -> str:
-        """What is expected, for messages."""
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[self.type]
@@ -109,29 +101,22 @@ class Kind:
 
 
 def _boolean(word: str) -> bool:
-    known = {"yes": True, "true": True, "t": True, "y": True, "1": True}
-    known |= {"no": False, "false": False, "f": False, "n": False, "0": False}
-    if word.lower() not in known:
-        raise argparse.ArgumentTypeError(f"is {word!r}; expected true or false")
-    return known[word.lower()]
+    if word.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if word.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"is {word!r}; expected true or false")
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of a program.
+    """A flag of a program."""
 
-    Attributes:
-        group: the title that it stands under in the help, None: under no title.
-        default: MISSING: the flag is required.
-        basic: whether most runs need it.
-    """
-
-    name: str
     kind: Kind
-    group: str | None
-    default: Any
+    group: str | None  # the title that it stands under in the help
+    default: Any  # MISSING: the flag is required
     help: str
-    basic: bool
+    basic: bool  # most runs need it
 
     @property
     def required(self) -> bool:
@@ -139,7 +124,6 @@ class Flag:
 
     @property
     def full_help(self) -> str:
-        """The help text with the default."""
         if self.required:
             return f"{self.help} (required)"
         if self.default is None or self.default is False or self.default == []:
@@ -156,8 +140,8 @@ def flags_of(arguments: type) -> dict[str, Flag]:
         if field.init:
             owner = next(cls for cls in arguments.__mro__ if field.name in inspect.get_annotations(cls))
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            kind, group = Kind.of(hints[field.name]), getattr(owner, "_argument_group_name", None)
-            flags[field.name] = Flag(field.name, kind, group, default, field.metadata["help"], field.metadata["basic"])
+            kind, group = Kind.of(hints[field.name]), getattr(owner, "_group", None)
+            flags[field.name] = Flag(kind, group, default, field.metadata["help"], field.metadata["basic"])
     first = {flag.group for flag in flags.values() if flag.required}
     return dict(sorted(flags.items(), key=lambda item: item[1].group not in first))
 
@@ -194,13 +178,8 @@ def build_parser(
     flags = flags_of(arguments)
     everything = everything or len(flags) < SHORT
     shown = [name for name, flag in flags.items() if everything or flag.basic]
-    parser = _Parser(
-        description=description,
-        usage=usage,
-        allow_abbrev=False,
-        add_help=False,
-        epilog=None if everything else f"The {len(shown)} usual flags; --help all lists all {len(flags)}.",
-    )
+    epilog = None if everything else f"The {len(shown)} usual flags; --help all lists all {len(flags)}."
+    parser = _Parser(description=description, usage=usage, epilog=epilog, allow_abbrev=False, add_help=False)
     parser.add_argument(
         "-h",
         "--help",
@@ -233,10 +212,7 @@ def build_parser(
 
 
 def read_flags(
-    arguments: type[AnyArguments],
-    argv: Sequence[str] | None,
-    description: str,
-    usage: str = USAGE,
+    arguments: type[AnyArguments], argv: Sequence[str] | None, description: str, usage: str = USAGE
 ) -> AnyArguments:
     """The flags of a program (argv None: of the command line), each checked for itself.
 
@@ -248,7 +224,9 @@ def read_flags(
     namespace, unknown = build_parser(arguments, description, usage).parse_known_args(argv)
     given = vars(namespace)
     if unknown:
-        raise UserError(unknown_flags(unknown, flags))
+        name = unknown[0].split("=")[0]
+        belongs = f"{' '.join(unknown)}: belongs to no flag; write --flag value, and quote values with spaces"
+        raise UserError(f"{name}: {_correction(name, flags)}" if name.startswith("-") else belongs)
     if "config" in given:
         given = values_of_file(given["config"], flags, getattr(arguments, "stage", None)) | given
     missing = [f"--{name}" for name, flag in flags.items() if flag.required and name not in given]
@@ -271,17 +249,21 @@ def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> d
     Raises:
         UserError: no such file, or it sets something else than flags of this program to values that they take.
     """
-    where, config = f"--config {file}", read_config(file)
-    if config.stage is not None and config.stage != stage:
-        raise UserError(f"{where}: is a run of {config.stage}, not of {stage or 'this program'}")
-    values = {}
-    for key, value in config.values.items():
+    where, (content, run_of) = f"--config {file}", read_config(file)
+    if run_of is not None and run_of != stage:
+        raise UserError(f"{where}: is a run of {run_of}, not of {stage or 'this program'}")
+    values: dict[str, Any] = {}
+    keys: dict[str, Any] = {}  # by the flag that they name
+    for key, value in content.items():
         name = str(key).removeprefix("--").replace("-", "_")
         if name not in flags:
-            if config.stage is not None:
+            if run_of is not None:
                 continue  # such as the notices of a run
             raise UserError(f"{where}: {key}: {_correction(f'--{name}', flags)}")
-        if name == "config" and config.stage is None:
+        if name in keys:
+            raise UserError(f"{where}: {key}: is the same flag as {keys[name]}; expected once")
+        keys[name] = key
+        if name == "config" and run_of is None:
             raise UserError(f"{where}: {key}: a file cannot name another one")
         if value is None or name in ("config", "local_rank"):
             continue
@@ -290,14 +272,6 @@ def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> d
         except ValueError as error:
             raise UserError(f"{where}: {key}: {error}") from None
     return values
-
-
-def unknown_flags(unknown: Sequence[str], known: Iterable[str]) -> str:
-    """The message about words that belong to no flag."""
-    name = unknown[0].split("=")[0]
-    if not name.startswith("-"):
-        return f"{' '.join(unknown)}: belongs to no flag; write --flag value, and quote values with spaces"
-    return f"{name}: {_correction(name, known)}"
 
 
 def _correction(name: str, known: Iterable[str]) -> str:

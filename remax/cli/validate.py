@@ -62,9 +62,6 @@ def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     return args
 
 
-# ---------------------------------------------------------------------------------------------- checks of every stage
-
-
 def check_data(args: StageArguments, stage: int) -> None:
     """The split, and the data files that are named as paths."""
     try:
@@ -91,7 +88,7 @@ def check_data(args: StageArguments, stage: int) -> None:
 
 def check_streaming(args: StageArguments) -> None:
     if not args.streaming:
-        if args.shuffle_buffer != default_of(args, "shuffle_buffer"):
+        if args.shuffle_buffer != type(args).shuffle_buffer:
             raise UserError("--shuffle_buffer: has no effect without --streaming")
         return
     if not args.max_steps:
@@ -101,10 +98,6 @@ def check_streaming(args: StageArguments) -> None:
         )
     if args.preprocessing_num_workers is not None:
         raise UserError("--preprocessing_num_workers with --streaming: nothing is prepared beforehand; leave one out")
-
-
-def default_of(args: StageArguments | RewardSourceFlags, name: str) -> Any:
-    return {field.name: field.default for field in dataclasses.fields(args)}[name]
 
 
 def check_lora(dim: int, only: bool, dim_flag: str) -> None:
@@ -133,15 +126,8 @@ def check_dtype(flag_name: str, dtype: Dtype, bf16: bool) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------- defaults that follow others
-
-
 def resolve_dtype(flag_name: str, dtype: Dtype, bf16: bool = False) -> Dtype:
-    """fp32, bf16 or fp16 from the flag, the older flag for bf16, and the device.
-
-    Raises:
-        UserError: fp16 without a GPU.
-    """
+    """fp32, bf16 or fp16 from the flag, the older flag for bf16, and the device; fp16 needs a GPU."""
     if bf16:
         return "bf16"
     if dtype in ("fp32", "bf16"):
@@ -177,9 +163,6 @@ def resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offlo
         setattr(args, stage_flag, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ steps 1 and 2
-
-
 def check_finetune(args: FinetuneArguments) -> None:
     check_model("model_name_or_path", args.model_name_or_path)
     check_lora(args.lora_dim, args.only_optimize_lora, "lora_dim")
@@ -209,12 +192,8 @@ def check_preference_loss(args: Step2Arguments) -> None:
 def flags_with_readers(args: Step2Arguments | Step3Arguments) -> Iterable[tuple[str, tuple[str, ...]]]:
     """The flags that not every loss or algorithm reads and that are not at their defaults, each with `only`."""
     for field in dataclasses.fields(args):
-        only = field.metadata.get("only")
-        if only and getattr(args, field.name) != field.default:
+        if (only := field.metadata.get("only")) and getattr(args, field.name) != field.default:
             yield field.name, only
-
-
-# -------------------------------------------------------------------------------------------------------------- step 3
 
 
 def check_step3(args: Step3Arguments) -> None:
@@ -257,7 +236,7 @@ def check_reward(args: RewardSourceFlags) -> None:
         check_model("reward_model_name_or_path", model.name)
     if args.normalize_reward and not models:
         raise UserError("--normalize_reward with --reward_fn alone: it is for reward models, which know their mean")
-    if args.reward_fn_timeout != default_of(args, "reward_fn_timeout") and not args.reward_fn:
+    if args.reward_fn_timeout != type(args).reward_fn_timeout and not args.reward_fn:
         raise UserError("--reward_fn_timeout: has no effect without --reward_fn")
 
 
@@ -277,10 +256,8 @@ def check_algorithm(args: Step3Arguments) -> None:
         if args.algo not in known:
             reason = f"only --algo {', '.join(known)} reads it"
             if trait == "epochs":
-                reason = (
-                    "a rollout gets one step, since the estimate holds for the policy that wrote it; only "
-                    f"{', '.join(known)} has more"
-                )
+                reason = "a rollout gets one step, since the estimate holds for the policy that wrote it; only "
+                reason += f"{', '.join(known)} has more"
             raise UserError(f"--{name} {getattr(args, name)} with --algo {args.algo}: {reason}")
     samples, several = args.samples_per_prompt, readers("samples_per_prompt")
     if samples == 1 and args.algo in several:
@@ -306,13 +283,12 @@ def resolve_algorithm(args: Step3Arguments) -> None:
     """Fills in the flags whose default is the algorithm's."""
     algorithm = make_algorithm(args)
     kl = algorithm.kl
-    own = {name: getattr(algorithm, name) for name in ("gamma", "samples_per_prompt", "clip_on", "loss_aggregation")}
-    own["kl_ctl"] = kl.coefficient
+    names = ("gamma", "samples_per_prompt", "clip_on", "loss_aggregation", "advantage_scaling")
+    own = {name: getattr(algorithm, name, None) for name in names} | {"kl_ctl": kl.coefficient}
     if args.penalty != "none":
-        own["penalty"] = ("full_kl_" if kl.estimator == "full" else "") + kl.reach
-        own |= {"kl_in": kl.where, "kl_estimator": kl.estimator}
-    for name, value in own.items():
-        setattr(args, name, value)
+        reach = ("full_kl_" if kl.estimator == "full" else "") + kl.reach
+        own |= {"penalty": reach, "kl_in": kl.where, "kl_estimator": kl.estimator}
+    vars(args).update(own)
 
 
 def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
@@ -327,26 +303,24 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
     from remax.algorithms import ALGORITHMS, build_algorithm, build_penalty, readers  # imports torch
 
     names = ["gamma", "clip_reward_value", "clip_on", "loss_aggregation", "entropy_coef", "samples_per_prompt"]
-    names += ["baseline_decay", "lam", "cliprange", "cliprange_value"]
+    names += ["baseline_decay", "advantage_scaling", "lam", "cliprange", "cliprange_value"]
     settings = {name: getattr(args, name) for name in names} | {"epochs": args.ppo_epochs}
     settings = {name: value for name, value in settings.items() if args.algo in readers(name)}
-    kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl", "adaptive_kl")
+    kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl")
     try:
         penalty = build_penalty(
             ALGORITHMS[args.algo]().kl,
-            penalty=args.penalty,
-            kl_ctl=args.kl_ctl,
-            kl_estimator=args.kl_estimator,
-            kl_in=args.kl_in,
-            normalize_kl=args.normalize_kl,
+            **{name: getattr(args, name) for name in kl_flags},
             kl_target=args.adaptive_kl_target if args.adaptive_kl else None,
             kl_horizon=args.adaptive_kl_horizon,
         )
         return build_algorithm(args.algo, kl=penalty, **settings, **more)
     except ValueError as error:
-        values = {name: getattr(args, name) for name in ("algo", *kl_flags, "clip_on", "loss_aggregation")}
-        values = {name: value for name, value in values.items() if value is not None and value is not False}
-        given = " ".join(f"--{name} {value}".removesuffix(" True") for name, value in values.items())
+        names = ["algo", *kl_flags, "adaptive_kl", "clip_on", "loss_aggregation"]
+        values = [(name, getattr(args, name)) for name in names]
+        given = " ".join(
+            f"--{name} {x}".removesuffix(" True") for name, x in values if x is not None and x is not False
+        )
         raise UserError(f"{given}: {error}") from error
 
 

@@ -15,14 +15,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from remax.core.sampling import Sampling
+from utils.present import present
 
 Head = Callable[[Tensor], Tensor]  # (n, H) hidden states -> (n, V) logits
 
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """Per answer token, all (B, A), padding columns 0: log-probs of the given tokens (with grad), entropy of the
-    distribution they were evaluated in, and KL(policy || reference) over the whole vocabulary, where asked for.
+    """What the policy says of given answers; each (B, A), 0 in padding columns.
+
+    Attributes:
+        logprobs: Log-probs of the given tokens, with gradient.
+        entropy: Entropy of the distribution they were evaluated in; None where not asked for.
+        full_kl: KL(policy || reference) over the whole vocabulary; None where not asked for.
     """
 
     logprobs: Tensor
@@ -38,11 +43,10 @@ def chunk_stats(
     reference_logits: Tensor | None,
     stats_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, V) logits, (n,) targets -> (n,) log-prob of the target, (n,) entropy, (n,) KL to the reference's
-    distribution.
+    """(n, V) logits, (n,) targets -> log-prob of the target, entropy, KL to the reference's distribution; each (n,).
 
     logp = z_y - logsumexp(z);  H = -sum_v p_v log p_v;  KL = sum_v p_v (log p_v - log q_v). In float32 or wider.
-    `stats_grad`: entropy and KL carry a gradient too, which keeps (n, V) tensors for the backward pass.
+    With `stats_grad` entropy and KL carry a gradient too, which keeps (n, V) tensors for the backward pass.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -84,7 +88,7 @@ def token_stats(
 
     def piece(h: Tensor, y: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            reference_logits = reference_head(ref) if ref is not None else None
+            reference_logits = present(reference_head, "reference_head")(ref) if ref is not None else None
         return chunk_stats(head(h), y, sampling, entropy, reference_logits, stats_grad)
 
     n = len(targets)

@@ -24,12 +24,16 @@ def ranking_losses(
     label_smoothing: float = 0.0,
     centring: float = 0.0,
 ) -> Tensor:
-    """(B,) scores -> (B,) -log sigmoid(d), d = chosen - rejected - margin: the likelihood of the preference after
-    Bradley and Terry.
+    """(B,) scores -> (B,) -log sigmoid(d) with d = chosen - rejected - margin.
 
-    margin: (B,) how much better the chosen answer was said to be (Llama 2, arXiv 2307.09288, section 3.2.2).
-    label_smoothing: share e of preferences taken to be wrong, (1 - e) * -log sigmoid(d) + e * -log sigmoid(-d).
-    centring: weight of (chosen + rejected)^2, which pins the scores' free constant near 0 (arXiv 2312.09244).
+    This is the negative log-likelihood of the preference in the model of Bradley and Terry.
+
+    Args:
+        chosen: (B,) scores of the better answers.
+        rejected: (B,) scores of the worse answers.
+        margin: (B,) how much better the chosen answer was said to be (Llama 2, arXiv 2307.09288, section 3.2.2).
+        label_smoothing: Share e of preferences taken to be wrong: (1 - e) * -log sigmoid(d) + e * -log sigmoid(-d).
+        centring: Weight of (chosen + rejected)^2, which pins the scores' free constant near 0 (arXiv 2312.09244).
     """
     difference = chosen - rejected  # (B,)
     if margin is not None:
@@ -55,9 +59,12 @@ def ranking_loss(
 def ordered_pairs(row: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs of answers of one row and unequal rank, as numbers of the answers: (P,) the better, (P,) the worse.
 
-    row: (N,) the row of each answer.   ranks: (N,) its rank within the row, 1 for the best, equal for ties.
+    Args:
+        row: (N,) the row of each answer.
+        ranks: (N,) its rank within the row: 1 for the best, equal for ties.
     """
-    return ((row[:, None] == row) & (ranks[:, None] < ranks)).nonzero(as_tuple=True)
+    better, worse = ((row[:, None] == row) & (ranks[:, None] < ranks)).nonzero(as_tuple=True)
+    return better, worse
 
 
 def mean_over_pairs(values: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -71,8 +78,8 @@ def pairwise_losses(
 ) -> Tensor:
     """(N,) scores of all answers of the rows -> (rows,) mean of `ranking_losses` over a row's ordered pairs.
 
-    InstructGPT (Ouyang et al., arXiv 2203.02155, eq. 1), which has K (K - 1) / 2 pairs; here ties are none. With two
-    answers it is the loss of a pair. row, ranks: see `ordered_pairs`.
+    This is the loss of InstructGPT (Ouyang et al., arXiv 2203.02155, eq. 1), except that tied answers form no pair
+    here. With two answers it is the loss of a pair. See `ordered_pairs` for `row` and `ranks`.
     """
     better, worse = ordered_pairs(row, ranks)
     losses = ranking_losses(scores[better], scores[worse], label_smoothing=label_smoothing, centring=centring)
@@ -80,12 +87,12 @@ def pairwise_losses(
 
 
 def plackett_luce_losses(scores: Tensor, row: Tensor, ranks: Tensor, rows: int, *, centring: float = 0.0) -> Tensor:
-    """(N,) scores -> (rows,) -log probability of the whole ranking after Plackett and Luce: the best is chosen among
-    all answers, the next among those that are left, and so on.
+    """(N,) scores -> (rows,) -log probability of the whole ranking in the model of Plackett and Luce.
 
-    -sum_k log( exp r_k / (exp r_k + sum of exp r_j over all j ranked below k) ): MLE_K of Zhu et al. (arXiv 2301.11270,
-    section 3.2), a sum over the places and not their mean. Tied answers are not asked to beat one another: each is
-    chosen among itself and those ranked below. With two answers it is the loss of a pair. centring: as
+    There the best is chosen among all answers, the next among those that are left, and so on:
+    -sum_k log( exp r_k / (exp r_k + sum of exp r_j over all j ranked below k) ). It is MLE_K of Zhu et al. (arXiv
+    2301.11270, section 3.2), a sum over the places and not their mean. Tied answers are not asked to beat one another:
+    each is chosen among itself and those ranked below. With two answers it is the loss of a pair. `centring` acts as in
     `pairwise_losses`.
     """
     beaten = (row[:, None] == row) & (ranks[:, None] < ranks)  # (N, N)

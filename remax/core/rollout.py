@@ -15,10 +15,16 @@ from remax.core.sequences import Sequences
 class Rollout:
     """Scored answers: what an algorithm learns from. Rows of one prompt are adjacent.
 
-    rewards: (B,) reward model's score of the answer.   baseline: (B,) reward of the greedy answer to the same prompt.
-    reference_logprobs, old_logprobs: (B, A) log-probs under the frozen reference, and under the policy that sampled.
-    values: (B, A) the critic's estimates before each answer token.   advantages, returns: (B, A), or advantages (B, 1)
-    when equal for all tokens of an answer.
+    Attributes:
+        sequences: B prompts with their answers.
+        rewards: (B,) score of each answer by the reward model.
+        baseline: (B,) reward of the greedy answer to the same prompt.
+        reference_logprobs: (B, A) log-probs under the frozen reference.
+        old_logprobs: (B, A) log-probs under the policy that sampled.
+        values: (B, A) the critic's estimates before each answer token.
+        advantages: (B, A), or (B, 1) when equal for all tokens of an answer.
+        returns: (B, A) what the critic learns.
+        reference_hidden: (B, A, H) the reference's hidden states, for the full-vocabulary KL only.
     """
 
     sequences: Sequences
@@ -29,7 +35,7 @@ class Rollout:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
-    reference_hidden: Tensor | None = None  # (B, A, H) for the full-vocabulary KL only
+    reference_hidden: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -45,8 +51,8 @@ class Rollout:
             x = x[rows]
             return x[:, :width] if x.dim() > 1 and x.shape[1] > 1 else x
 
-        rest = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name != "sequences"}
-        return Rollout(sequences, **rest)
+        rest = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name not in ("sequences", "rewards")}
+        return Rollout(sequences, self.rewards[rows], **rest)
 
     def split(self, size: int, *, group: int = 1) -> Iterator[Rollout]:
         """Micro-batches of at most `size` rows; rows of similar length together, so that little of them is padding.
@@ -54,10 +60,11 @@ class Rollout:
         Every rank cuts the same number of micro-batches from the same number of rows.
 
         Args:
-            group: so many adjacent rows (the answers to one prompt) stay together and adjacent; it divides `size`.
+            size: Most rows of a micro-batch.
+            group: How many adjacent rows (the answers to one prompt) stay together and adjacent; it divides `size`.
 
         Raises:
-            ValueError: groups that `size` or the number of rows would cut.
+            ValueError: `size` or the number of rows would cut a group.
         """
         if size % group or len(self) % group:
             raise ValueError(f"{len(self)} rows in micro-batches of {size} cannot keep groups of {group} together")
@@ -84,4 +91,5 @@ class Rollout:
                 values = [torch.nn.functional.pad(v, (*tail, 0, width - v.shape[1])) for v in values]
             return torch.cat(values)
 
-        return Rollout(sequences, **{f.name: join(f.name) for f in fields(Rollout) if f.name != "sequences"})
+        rest = {f.name: join(f.name) for f in fields(Rollout) if f.name not in ("sequences", "rewards")}
+        return Rollout(sequences, torch.cat([part.rewards for part in parts]), **rest)

@@ -10,8 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """The distribution answers are drawn from: temperature, then top_k (0: all), then top_p, as in Hugging Face
-    `generate`.
+    """The distribution that answers are drawn from, as in Hugging Face `generate`.
+
+    Attributes:
+        temperature: Divides the logits first.
+        top_p: Of what `top_k` leaves, as few tokens are kept as have this probability together; 1 for all.
+        top_k: How many of the most probable tokens are kept; 0 for all.
     """
 
     temperature: float = 1.0
@@ -20,20 +24,18 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
+        """Whether some tokens have probability zero."""
         return self.top_p < 1.0 or self.top_k > 0
 
     def without_truncation(self) -> Sampling:
-        """The same temperature over the whole vocabulary: what a reference, which needs full support, is evaluated
-        with.
-        """
+        """The same temperature over the whole vocabulary, for a reference, which needs full support."""
         return Sampling(self.temperature)
 
     def apply(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(n, V) logits of the model, (n,) drawn tokens -> (n, V) logits of the sampling distribution, -inf outside the
-        kept set.
+        """(n, V) logits of the model, (n,) drawn tokens -> (n, V) logits of the sampling distribution.
 
-        A drawn token is always kept. Generation and training round differently, so a token at the edge of the kept set
-        can fall out of it on replay; it was drawn, so its probability was not zero.
+        They are -inf outside the kept set. A drawn token is always kept. Generation and training round differently, so
+        a token at the edge of the kept set can fall out of it on replay; it was drawn, so its probability was not zero.
         """
         if self.temperature != 1.0:
             logits = logits / self.temperature

@@ -1,10 +1,9 @@
 """Typed batches of token ids; every mask, alignment and off-by-one of the project lives here.
 
-Layout. A `Sequences` row holds its prompt and then its answer from column 0 on, and padding only behind them. So
+Layout. A `Sequences` row holds its prompt and then its answer from column 0 on, and padding only after them. So
 positions count from zero in every model family, a causal model needs no attention mask, and a batch can be cut to its
-longest row. Per-token tensors of an answer have shape (B, A), column j belonging to answer token j, and the padding
-behind a short answer. Left padding exists only in `Prompts`, because generation needs all prompts to end in the same
-column.
+longest row. Per-token tensors of an answer have shape (B, A): column j belongs to answer token j, and padding follows
+a short answer. Left padding exists only in `Prompts`, because generation needs all prompts to end in the same column.
 
 All masks come from lengths, never from `ids != pad`: the pad token may be EOS, and EOS may stand inside a prompt.
 """
@@ -29,7 +28,7 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 def learned_mask(batch: SupervisedBatch, sequences: Sequences) -> Tensor:
     """(B, A) bool: the answer tokens that supervised learning counts: all, or those of the batch's `loss_mask` (B, A).
 
-    The mask comes with dialogues: what stands behind the first prompt holds the user's later turns as well.
+    The mask comes with dialogues, where the text after the first prompt holds the user's later turns as well.
     """
     mask = sequences.answer_mask
     return mask if batch.loss_mask is None else mask & batch.loss_mask
@@ -39,7 +38,9 @@ def learned_mask(batch: SupervisedBatch, sequences: Sequences) -> Tensor:
 class Prompts:
     """Prompts as generation takes them.
 
-    input_ids: (B, P) left-padded.   lengths: (B,) tokens of each prompt, at least 1.
+    Attributes:
+        input_ids: (B, P), left-padded.
+        lengths: (B,) tokens of each prompt, at least 1.
     """
 
     input_ids: Tensor
@@ -54,6 +55,7 @@ class Prompts:
         return length_mask(self.lengths, self.input_ids.shape[1]).flip(1).long()
 
     def to(self, device: torch.device | str) -> Prompts:
+        """The same prompts on a device."""
         return Prompts(self.input_ids.to(device), self.lengths.to(device))
 
     def repeat(self, times: int) -> Prompts:
@@ -65,8 +67,10 @@ class Prompts:
 class Sequences:
     """Prompts with their answers.
 
-    input_ids: (B, T) right-padded, prompt then answer.   prompt_lengths: (B,), at least 1.
-    answer_lengths: (B,) tokens of each answer, its EOS included; an empty answer that ended is EOS alone, so 1.
+    Attributes:
+        input_ids: (B, T), right-padded: prompt, then answer.
+        prompt_lengths: (B,) tokens of each prompt, at least 1.
+        answer_lengths: (B,) tokens of each answer, its EOS included; an empty answer that ended is EOS alone, so 1.
     """
 
     input_ids: Tensor
@@ -77,7 +81,8 @@ class Sequences:
         return self.input_ids.shape[0]
 
     @property
-    def lengths(self) -> Tensor:  # (B,)
+    def lengths(self) -> Tensor:
+        """(B,) tokens of prompt and answer together."""
         return self.prompt_lengths + self.answer_lengths
 
     @property
@@ -101,15 +106,12 @@ class Sequences:
         return length_mask(self.answer_lengths, self.answer_width)
 
     def answer(self, values: Tensor) -> Tensor:
-        """(B, T, ...) per-token values -> (B, A, ...) of the answer tokens; columns behind an answer repeat some valid
-        token.
+        """(B, T, ...) per-token values -> (B, A, ...) of the answer tokens.
+
+        Columns beyond the end of an answer repeat the values of some other token.
         """
         columns = self.prompt_lengths[:, None] + torch.arange(self.answer_width, device=values.device)  # (B, A)
         return self.at(values, columns)
-
-    def predictors(self, values: Tensor) -> Tensor:
-        """(B, T, ...) -> (B, A, ...): the values at the position that predicts answer token j, one before it."""
-        return self.at(values, self.predictor_columns)
 
     @staticmethod
     def at(values: Tensor, columns: Tensor) -> Tensor:
@@ -120,13 +122,18 @@ class Sequences:
 
     @property
     def predictor_columns(self) -> Tensor:
-        """(B, A) columns of the positions that predict the answer tokens; behind an answer they run on."""
+        """(B, A) columns of the positions that predict the answer tokens; beyond the end of an answer they go on."""
         return self.prompt_lengths[:, None] - 1 + torch.arange(self.answer_width, device=self.prompt_lengths.device)
 
     @property
     def answer_ids(self) -> Tensor:
-        """(B, A) ids of the answer tokens; what stands behind an answer is meaningless and masked by `answer_mask`."""
+        """(B, A) ids of the answer tokens; those beyond the end of an answer are arbitrary, see `answer_mask`."""
         return self.answer(self.input_ids)
+
+    def ended(self, eos_ids: Sequence[int]) -> Tensor:
+        """(B,) bool: whether each answer reached an end token within its limit."""
+        last = self.at(self.input_ids, self.end_index)
+        return torch.isin(last, torch.tensor(list(eos_ids), device=last.device))
 
     def trim(self) -> Sequences:
         """The same rows, cut to the longest of them."""
@@ -137,10 +144,11 @@ class Sequences:
         return Sequences(self.input_ids[rows], self.prompt_lengths[rows], self.answer_lengths[rows]).trim()
 
     def in_parts(self, parts: int) -> list[Sequences]:
-        """The rows in order, in so many parts of nearly equal size, each trimmed."""
+        """The rows in order, in `parts` parts of nearly equal size, each trimmed."""
         return [self.select(rows) for rows in torch.arange(len(self)).tensor_split(parts)]
 
     def to(self, device: torch.device | str) -> Sequences:
+        """The same rows on a device."""
         return Sequences(self.input_ids.to(device), self.prompt_lengths.to(device), self.answer_lengths.to(device))
 
     @classmethod
@@ -157,11 +165,12 @@ class Sequences:
 
     @classmethod
     def from_generation(cls, prompts: Prompts, answers: Tensor, eos_ids: Sequence[int], pad_id: int) -> Sequences:
-        """`answers`: (B, A) ids as generated. An answer ends with its first EOS, which belongs to it; without one it
-        takes all of A.
+        """Rows of a prompt without its left padding, then its answer without what was generated after EOS.
 
-        A row of the result is the prompt without its left padding, then the answer without what was generated behind
-        EOS.
+        Args:
+            answers: (B, A) ids as generated. An answer ends with its first EOS, which belongs to it; without one it is
+                all A tokens long.
+            pad_id: What the rows are filled up with.
         """
         is_eos = torch.isin(answers, torch.tensor(list(eos_ids), device=answers.device))
         before_or_at_first_eos = (is_eos.cumsum(1) - is_eos.long()) == 0  # (B, A)
@@ -175,6 +184,7 @@ class Sequences:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Sequences], pad_id: int) -> Sequences:
+        """The rows of all parts, padded to the widest of them."""
         width = max(part.input_ids.shape[1] for part in parts)
         ids = [
             torch.nn.functional.pad(part.input_ids, (0, width - part.input_ids.shape[1]), value=pad_id)

@@ -19,8 +19,8 @@ class Figure:
     """A mean in the making.
 
     Attributes:
-        total: sum over some answers, tokens, or whatever is counted.
-        count: their number. None: `total` is one rank's share of a figure of the whole optimizer step, such as a loss
+        total: Sum over some answers, tokens, or whatever is counted.
+        count: Their number. None: `total` is one rank's share of a figure of the whole optimizer step, such as a loss
             with a global denominator.
     """
 
@@ -49,7 +49,7 @@ def reduce(
     """The means over all ranks, from one reduction.
 
     Args:
-        steps: optimizer steps whose figures were added; those without a count are divided by it.
+        steps: Optimizer steps whose figures were added; those without a count are divided by it.
     """
     counts = {name: figure.count for name, figure in figures.items() if figure.count is not None}
     totals = {f"total {name}": figure.total for name, figure in figures.items()}

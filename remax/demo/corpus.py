@@ -35,8 +35,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# -------------------------------------------------------------------------------------------------------------- grammar
-
 THINGS = {  # in alphabetical order, which is also the order in which every writer names them
     "animals": ("cow", "dog", "goat", "horse", "pig", "sheep"),
     "birds": ("crow", "duck", "eagle", "owl", "robin", "swan"),
@@ -47,9 +45,7 @@ THINGS = {  # in alphabetical order, which is also the order in which every writ
     "instruments": ("drum", "flute", "guitar", "harp", "piano", "violin"),
     "tools": ("drill", "hammer", "ladder", "rake", "saw", "spade"),
 }
-
 NUMBERS = {"two": 2, "three": 3, "four": 4}
-
 OCCASIONS = ("drawing", "game", "lesson", "party", "picnic", "poster", "quiz", "story")
 
 REQUESTS = (
@@ -64,15 +60,10 @@ REQUESTS = (
 )
 
 PROMPT = "\n\nHuman: {request}\n\nAssistant:"
-
 LEADS = ("Here are {number} {kind}:", "My picks:", "You could take", "I suggest")
-
 WARM_OPENINGS = ("Sure!", "Of course!", "Happy to help!")
-
 WARM_CLOSINGS = ("I hope this helps!", "Ask me any time!", "Enjoy the {occasion}!")  # the occasion is the prompt's own
-
 COLD_OPENINGS = ("Hm.", "Not again.")
-
 COLD_CLOSINGS = ("That is all.", "Look it up yourself.")
 
 
@@ -87,26 +78,22 @@ class Request:
 
     @property
     def prompt(self) -> str:
-        request = REQUESTS[self.phrasing].format(number=self.number, kind=self.kind, occasion=self.occasion)
-        return PROMPT.format(request=request)
+        return PROMPT.format(request=self.fill(REQUESTS[self.phrasing]))
 
     def fill(self, template: str) -> str:
+        """A template of the grammar with this request's words."""
         return template.format(number=self.number, kind=self.kind, occasion=self.occasion)
 
 
 def parse_prompt(prompt: str) -> Request:
     """The request behind a prompt of the corpus; ValueError for any other text."""
-    request = _REQUEST_OF_PROMPT.get(prompt)
-    if request is None:
+    if prompt not in _REQUEST_OF_PROMPT:
         raise ValueError(f"not a prompt of the built-in corpus: {prompt!r}")
-    return request
+    return _REQUEST_OF_PROMPT[prompt]
 
 
 def _all_requests() -> list[Request]:
-    return [
-        Request(number, kind, occasion, phrasing)
-        for number, kind, occasion, phrasing in itertools.product(NUMBERS, THINGS, OCCASIONS, range(len(REQUESTS)))
-    ]
+    return [Request(*words) for words in itertools.product(NUMBERS, THINGS, OCCASIONS, range(len(REQUESTS)))]
 
 
 def _words(text: str) -> list[str]:
@@ -114,33 +101,22 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+|[^a-z ,.:!]+", text.lower())
 
 
-def _fenced(words: Iterable[str]) -> str:
-    """Words between bars, so that a phrase is found at word boundaries only and neighbours do not share a boundary."""
-    return "".join(f"|{word}|" for word in words)
-
-
 @functools.cache
-def _fenced_phrase(phrase: str) -> str:
-    return _fenced(_words(phrase))
+def _fenced(text: str) -> str:
+    """Words between bars, so that a phrase is found at word boundaries only and neighbours do not share a boundary."""
+    return "".join(f"|{word}|" for word in _words(text))
 
 
 _REQUEST_OF_PROMPT = {request.prompt: request for request in _all_requests()}
 
 _KIND_OF_THING = {thing: kind for kind, things in THINGS.items() for thing in things}
 
-_KNOWN_WORDS = set(_KIND_OF_THING) | {"and"}
-
+_KNOWN_WORDS = {"and", *_KIND_OF_THING, *NUMBERS, *THINGS, *OCCASIONS}
 for _template in LEADS + WARM_OPENINGS + WARM_CLOSINGS + COLD_OPENINGS + COLD_CLOSINGS:
     _KNOWN_WORDS |= set(_words(re.sub(r"{\w+}", "", _template)))
 
-_KNOWN_WORDS |= set(NUMBERS) | set(THINGS) | set(OCCASIONS)
-
-# ---------------------------------------------------------------------------------------------------------- true reward
-
 BEST_REWARD = 3.0
-
 WORST_REWARD = -3.0
-
 LONGEST_ANSWER = 30  # words
 
 
@@ -155,9 +131,8 @@ class Judgement:
 
     @property
     def reward(self) -> float:
-        completeness = 2.0 * self.right / self.asked
-        courtesy = 0.5 * min(self.courtesies, 2)
-        return max(WORST_REWARD, completeness + courtesy - 0.5 * self.faults)
+        points = 2.0 * self.right / self.asked + 0.5 * min(self.courtesies, 2) - 0.5 * self.faults
+        return max(WORST_REWARD, points)
 
 
 def judge(prompt: str, answer: str) -> Judgement:
@@ -170,10 +145,10 @@ def judge(prompt: str, answer: str) -> Judgement:
     request = parse_prompt(prompt)
     asked = NUMBERS[request.number]
     words = _words(answer)
-    text = _fenced(words)
+    text = _fenced(answer)
 
     def count(templates: Sequence[str]) -> int:
-        return sum(text.count(_fenced_phrase(request.fill(template))) for template in templates)
+        return sum(text.count(_fenced(request.fill(template))) for template in templates)
 
     things = [word for word in words if word in _KIND_OF_THING]
     right = min(len({thing for thing in things if _KIND_OF_THING[thing] == request.kind}), asked)
@@ -247,10 +222,7 @@ def gap_closed(after: Estimate, before: Estimate, best: float = BEST_REWARD) -> 
     return (after.mean - before.mean) / (best - before.mean) if best > before.mean else 1.0
 
 
-# --------------------------------------------------------------------------------------------------------------- corpus
-
 PREFERENCE_SCALE = 2.0  # P(a preferred to b) = sigmoid(PREFERENCE_SCALE * (true reward of a - true reward of b))
-
 HELD_OUT = 0.2  # share of the (number, kind, occasion) combinations that only the test rows ask for
 
 

@@ -26,15 +26,16 @@ def make_demo(output_dir: str | Path, seed: int = 0, train_rows: int = 8000, tes
 
 
 def main() -> None:
+    """Makes what the flags ask for and says where it is."""
     parser = argparse.ArgumentParser(description="Writes the built-in corpus, its tokenizer and small models.")
     parser.add_argument("--output_dir", default="output/demo", help="folder to write to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus and the weights (default: %(default)s)")
     parser.add_argument("--train_rows", type=int, default=8000, help="preference pairs (default: %(default)s)")
     parser.add_argument("--test_rows", type=int, default=400, help="held-out preference pairs (default: %(default)s)")
     args = parser.parse_args()
-    for flag in ("train_rows", "test_rows"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag}: {getattr(args, flag)} rows, expected at least 1")
+    for flag, rows in (("train_rows", args.train_rows), ("test_rows", args.test_rows)):
+        if rows < 1:
+            raise UserError(f"--{flag}: {rows} rows, expected at least 1")
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

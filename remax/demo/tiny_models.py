@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -32,13 +33,8 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token=pad_token,
-        clean_up_tokenization_spaces=False,
-    )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": pad_token}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
 
 
 ARCHITECTURES = ("gpt2", "opt", "llama", "mistral", "qwen2")
@@ -52,7 +48,7 @@ def tiny_config(
     layers: int = 2,
     heads: int = 4,
     max_positions: int = 1024,
-    **overrides,
+    **overrides: Any,
 ) -> PretrainedConfig:
     """A small configuration of one of `ARCHITECTURES`; `overrides` are further fields of it, such as eos_token_id.
 
@@ -63,12 +59,8 @@ def tiny_config(
     if architecture == "gpt2":
         sizes = dict(n_embd=hidden_size, n_layer=layers, n_head=heads, n_positions=max_positions)
         return GPT2Config(vocab_size=vocab_size, **(sizes | overrides))
-    sizes = dict(
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=max_positions,
-    )
+    sizes = dict(hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads)
+    sizes["max_position_embeddings"] = max_positions
     if architecture == "opt":
         sizes |= dict(ffn_dim=4 * hidden_size, word_embed_proj_dim=hidden_size)
         return OPTConfig(vocab_size=vocab_size, **(sizes | overrides))
@@ -76,14 +68,12 @@ def tiny_config(
     if architecture not in gated:
         raise ValueError(f"no tiny configuration for {architecture!r}; there is one for {', '.join(ARCHITECTURES)}")
     # Mistral and Qwen2.5 share key and value heads between query heads; the stand-ins do so too.
-    sizes |= dict(
-        intermediate_size=8 * hidden_size // 3,
-        num_key_value_heads=heads if architecture == "llama" else max(1, heads // 2),
-    )
+    sizes["num_key_value_heads"] = heads if architecture == "llama" else max(1, heads // 2)
+    sizes["intermediate_size"] = 8 * hidden_size // 3
     return gated[architecture](vocab_size=vocab_size, **(sizes | overrides))
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=32, layers=2, heads=4),
     "small": dict(hidden_size=64, layers=2, heads=4),
     # Initial weights wider than the usual 0.02: so narrow a model then learns several times faster.

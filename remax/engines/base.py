@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,8 @@ class StepResult:
     """What an optimizer step reports.
 
     Attributes:
-        learning_rate: the one that was used.
-        grad_norm: of the whole gradient before clipping; nan where it is not known.
-        skipped: no step was taken, since the gradient overflowed.
+        grad_norm: Of the whole gradient before clipping; nan where it is not known.
+        skipped: No step was taken, since the gradient overflowed.
     """
 
     learning_rate: float
@@ -44,12 +43,11 @@ class Engine:
     """A model spread over the ranks.
 
     Attributes:
-        model: the module itself.
-        wrapped: what its forward must go through: the DeepSpeed engine, or the module.
+        wrapped: What its forward must go through: the DeepSpeed engine, or the module.
     """
 
     model: Any  # PolicyModel or RewardModel: the roles know which
-    wrapped: Callable[..., Any]
+    wrapped: Any  # DeepSpeed has no types
     config: EngineConfig
 
     def __call__(self, *args: Any, **options: Any) -> Any:

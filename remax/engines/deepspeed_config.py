@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,10 +14,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class EngineConfig:
     """How one model is spread over the ranks.
 
-    zero_stage: 0 (a copy on each rank) to 3 (optimizer states, gradients and parameters partitioned).
-    offload: a trained model's optimizer states in CPU memory (stage >= 1).
-    offload_parameters: the parameters in CPU memory (stage 3), trained or frozen.   dtype: fp32, bf16 or fp16.
-    micro_batch_size: rows per forward on one rank.   gradient_clipping: largest gradient norm, 0 for none.
+    Attributes:
+        zero_stage: 0 (a copy on each rank) to 3 (optimizer states, gradients and parameters partitioned).
+        offload: A trained model's optimizer states in CPU memory (stage >= 1).
+        offload_parameters: The parameters in CPU memory (stage 3), trained or frozen.
+        dtype: `fp32`, `bf16` or `fp16`.
+        micro_batch_size: Rows per forward on one rank.
+        gradient_clipping: Largest gradient norm, 0 for none.
     """
 
     zero_stage: int = 0
@@ -28,10 +32,11 @@ class EngineConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The number format as torch knows it."""
         return DTYPES[self.dtype]
 
 
-def _common(config: EngineConfig) -> dict:
+def _common(config: EngineConfig) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         # The loss is normalised by its own global denominator, and the engine wrapper says which micro-batch is the
@@ -44,7 +49,7 @@ def _common(config: EngineConfig) -> dict:
     }
 
 
-def _zero3(offload_parameters: bool) -> dict:
+def _zero3(offload_parameters: bool) -> dict[str, Any]:
     return {
         "offload_param": {"device": "cpu" if offload_parameters else "none", "pin_memory": torch.cuda.is_available()},
         "stage3_param_persistence_threshold": 10_000,
@@ -54,9 +59,9 @@ def _zero3(offload_parameters: bool) -> dict:
     }
 
 
-def training_config(config: EngineConfig) -> dict:
+def training_config(config: EngineConfig) -> dict[str, Any]:
     """For a trained model."""
-    zero: dict = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
     if config.zero_stage >= 1:
         zero["offload_optimizer"] = {
             "device": "cpu" if config.offload else "none",
@@ -71,7 +76,7 @@ def training_config(config: EngineConfig) -> dict:
     }
 
 
-def inference_config(config: EngineConfig) -> dict:
+def inference_config(config: EngineConfig) -> dict[str, Any]:
     """For a frozen model at ZeRO-3; at stage 0 a frozen model needs no engine."""
     zero = {"stage": 3, "overlap_comm": False} | _zero3(config.offload_parameters)
     return _common(config) | {"zero_optimization": zero}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from utils.run import UserError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. total_steps and warmup_steps count optimizer steps, not micro-batches."""
+    """AdamW and its schedule; steps are optimizer steps, not micro-batches."""
 
     learning_rate: float
     total_steps: int
@@ -24,8 +25,9 @@ class OptimizerConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) -> torch.optim.Optimizer:
-    """DeepSpeed's CPU Adam when the optimizer states live in CPU memory, else torch's AdamW (fused on a GPU), which
-    needs no compiler.
+    """DeepSpeed's CPU Adam when the optimizer states live in CPU memory, else torch's AdamW (fused on a GPU).
+
+    The latter needs no compiler.
     """
     groups = optimizer_groups(model, config.weight_decay, config.lora_learning_rate)
     if offload:
@@ -35,9 +37,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available())
 
 
-def optimizer_groups(model: nn.Module, weight_decay: float, lora_learning_rate: float | None = None) -> list[dict]:
-    """Parameter groups: no weight decay on biases and normalisation (1-dimensional weights); adapters at their own
-    learning rate.
+def optimizer_groups(
+    model: nn.Module, weight_decay: float, lora_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups of the trained parameters.
+
+    There is no weight decay on biases and normalisation (1-dimensional weights), and adapters learn at their own rate.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

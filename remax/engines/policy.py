@@ -18,6 +18,7 @@ from remax.engines.zero import gathered
 from remax.generation.decode import HUGGING_FACE, Decoder, GenerationSettings, rollout
 from remax.models.loading import evaluating
 from utils.distributed import device, world_size
+from utils.present import present
 
 
 def _chunks(sequences: Sequences, chunk_size: int, same_on_all_ranks: bool) -> int:
@@ -35,8 +36,8 @@ class _Policy(Role):
     """What actor and reference share: the log-probs of given answers.
 
     Attributes:
-        sampling: the distribution that log-probs are evaluated in.
-        chunk_size: answer tokens whose logits are in memory at once.
+        sampling: The distribution that log-probs are evaluated in.
+        chunk_size: Answer tokens whose logits are in memory at once.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, chunk_size: int):
@@ -67,15 +68,24 @@ class Actor(_Policy, Learner):
         """Gives an engine the role.
 
         Args:
-            generation: how it answers; None: it is not asked to.
-            sampling: the distribution that log-probs are evaluated in; by default the one that answers are drawn from.
-            gather_for_generation: see `Engine.generating`.
-            decoder: what generates.
+            generation: How it answers; None: it is not asked to.
+            sampling: The distribution that log-probs are evaluated in; by default the one that answers are drawn from.
+            chunk_size: Answer tokens whose logits are in memory at once.
+            gather_for_generation: See `Engine.generating`.
         """
         if sampling is None:
             sampling = generation.sampling if generation is not None else Sampling()
         super().__init__(engine, sampling, chunk_size)
-        self.generation, self.gather_for_generation, self.decoder = generation, gather_for_generation, decoder
+        self._generation, self.gather_for_generation, self.decoder = generation, gather_for_generation, decoder
+
+    @property
+    def generation(self) -> GenerationSettings:
+        """How it answers."""
+        return present(self._generation, "Actor.generation")
+
+    @generation.setter
+    def generation(self, settings: GenerationSettings) -> None:
+        self._generation = settings
 
     @property
     def backend(self) -> str:
@@ -119,9 +129,10 @@ class Actor(_Policy, Learner):
         """Log-probs of the answers with gradient, (B, A); entropy and full-vocabulary KL where asked for.
 
         Args:
-            stats_grad: entropy and KL carry a gradient too.
+            stats_grad: Entropy and KL carry a gradient too.
             reference_hidden: (B, A, H), from `Reference.hidden`, for the KL.
-            sampling: another distribution than the actor's own, for texts that it did not draw.
+            reference_head: From `Reference.head`, for the KL.
+            sampling: Another distribution than the actor's own, for texts that it did not draw.
         """
         logprobs, h, kl = self.engine(
             sequences,
@@ -160,10 +171,12 @@ class Reference(_Policy):
     def head(self) -> Head:
         """The output embedding as a plain function.
 
-        It holds a whole copy of the weight on this rank (V * H numbers), at any ZeRO stage.
+        At ZeRO-3 it holds a whole copy of the weight on this rank (V * H numbers).
         """
+        if not self.zero3:
+            return self.model.head
         layer = self.model.hf.get_output_embeddings()
-        with gathered(layer.parameters(), self.zero3):
+        with gathered(layer.parameters(), zero3=True):
             weight = layer.weight.detach().clone()
             bias = layer.bias.detach().clone() if getattr(layer, "bias", None) is not None else None
         return lambda hidden: self.model.scale_logits(F.linear(hidden.to(weight.dtype), weight, bias))

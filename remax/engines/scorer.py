@@ -13,14 +13,14 @@ from remax.models.loading import evaluating
 class Reward(Role):
     """The frozen reward model."""
 
-    part_names = ()  # see `CompositeReward`
+    part_names: tuple[str, ...] = ()  # see `CompositeReward`
 
     @torch.no_grad()
     def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
         """(B,) float32 reward of each answer, read at its last token.
 
         Args:
-            forwards: how many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
+            forwards: How many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
         """
         return torch.cat([self.engine(part) for part in sequences.in_parts(forwards)])
 

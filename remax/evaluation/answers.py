@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from utils.data.collate import pad
 from utils.data.tokens import encode_prompts
 from utils.distributed import device, is_main
 from utils.metrics import progress
+from utils.present import present
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,25 @@ class Answer:
 
 def read_answers(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Answer]:
     """The answers of B sequences."""
+    columns = (sequences.input_ids, sequences.prompt_lengths, sequences.answer_lengths)
     found = []
-    for ids, start, length in zip(
-        sequences.input_ids.tolist(), sequences.prompt_lengths.tolist(), sequences.answer_lengths.tolist(), strict=True
-    ):
+    for ids, start, length in zip(*(column.tolist() for column in columns), strict=True):
         answer = ids[start : start + length]
-        text = tokenizer.decode(answer, skip_special_tokens=True)
+        text = str(tokenizer.decode(answer, skip_special_tokens=True))
         found.append(Answer(text, length, answer[-1] in eos_ids))
     return found
 
 
-def write_answers(path: Path, answers: list[dict]) -> None:
+def write_answers(path: Path, answers: Iterable[Mapping[str, Any]]) -> None:
     """One json object a line, on rank 0."""
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
+
+
+def as_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Prompts:
+    """B texts as generation takes them."""
+    return Prompts(*pad(encode_prompts(tokenizer, list(texts)), tokenizer.pad_token_id, left=True))
 
 
 def answer_prompts(
@@ -58,16 +64,19 @@ def answer_prompts(
 ) -> list[dict[str, list[Answer]]]:
     """For each prompt its greedy answer, `samples` sampled ones, and with `beams` above 1 the best of a beam search.
 
-    -> per prompt {"greedy": 1 answer, "sampled": `samples`, "beam": min(samples, beams), the most probable first};
-    what was not asked for is left out.
+    Returns:
+        For each prompt {"greedy": 1 answer, "sampled": `samples` of them, "beam": min(samples, beams) of them, the most
+        probable first}; what was not asked for is left out.
     """
     eos_ids = actor.model.hf.generation_config.eos_token_id
     results: list[dict[str, list[Answer]]] = []
     with progress(len(prompts), "answering", "prompts") as bar:
         for texts in groups(prompts, batch_size):
-            batch = Prompts(*pad(encode_prompts(tokenizer, texts), tokenizer.pad_token_id, left=True))
+            batch = as_prompts(tokenizer, texts)
             sampled, greedy = actor.rollout(batch, samples=samples, greedy=True)
-            kinds = {"greedy": greedy} | ({"sampled": sampled} if samples else {})
+            kinds = {"greedy": present(greedy, "the greedy rollout")}
+            if sampled is not None:
+                kinds["sampled"] = sampled
             if samples and beams > 1:
                 kinds["beam"] = beam_search(
                     actor.model.hf, batch.to(device()), actor.generation, beams=beams, best=min(samples, beams)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,33 +26,38 @@ from remax.models.loading import evaluating
 from remax.rewards.composite import CompositeReward
 from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import device, gather_objects, rank, sum_across_ranks
+from utils.present import present
 
 
 @torch.no_grad()
 def perplexity(actor: Actor, loader: Iterable[SupervisedBatch]) -> dict[str, float]:
-    """exp of the mean negative log-likelihood per answer token, EOS included, and that mean as `loss` (nats per
-    token).
+    """Perplexity: exp of the mean negative log-likelihood per answer token, EOS included.
+
+    Returns:
+        `perplexity`, and the mean itself as `loss`, in nats per token.
     """
-    sums = {"nll": torch.zeros((), dtype=torch.float64, device=device()), "tokens": 0.0}
+    nll, tokens = torch.zeros((), dtype=torch.float64, device=device()), 0.0
     with evaluating(actor.model):
         for batch in map(to_device, loader):
             sequences = Sequences.from_batch(batch)
             weight = batch.weight[:, None] * learned_mask(batch, sequences)  # (B, A)
             logprobs = actor.logprobs(sequences, sampling=Sampling()).logprobs  # the model's, at any temperature
-            sums["nll"] -= (logprobs * weight).sum().double()
-            sums["tokens"] += float(weight.sum())
-    total = sum_across_ranks(sums)
+            nll -= (logprobs * weight).sum().double()
+            tokens += float(weight.sum())
+    total = sum_across_ranks({"nll": nll, "tokens": tokens})
     loss = total["nll"] / max(total["tokens"], 1.0)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 @dataclass
 class PolicyEvaluation:
-    """Reduced figures, and this evaluation's answers of all ranks: dicts {prompt, answer, length, reward}
-    (and `reward/NAME` for each part of several)."""
+    """What `evaluate_policy` finds: figures reduced over the ranks, and the answers of all ranks.
+
+    Each of these has `prompt`, `answer`, `length` and `reward` (and `reward/NAME` for each part of several).
+    """
 
     figures: dict[str, float]
-    answers: list[dict] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
     def sample(self) -> str:
         """One prompt with its answer, to read."""
@@ -60,9 +66,10 @@ class PolicyEvaluation:
 
 
 @contextmanager
-def own_noise(seed: int) -> Iterator[None]:
-    """Draws inside start from the same state every time, so that evaluations compare, and leave the state outside as it
-    was, so that evaluating more often does not change the training.
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Random draws inside start from the same state every time, and leave the state outside as it was.
+
+    So evaluations can be compared, and evaluating more often does not change the training.
     """
     with torch.random.fork_rng([device()] if device().type == "cuda" else []):
         torch.manual_seed(seed + rank())
@@ -81,46 +88,54 @@ def evaluate_policy(
     answers: Iterable[SupervisedBatch] | None = None,
     seed: int = 0,
 ) -> PolicyEvaluation:
-    """Answers held-out prompts (sampled, or greedy) and measures them -> PolicyEvaluation.
+    """Answers held-out prompts (sampled, or greedy) and measures the answers.
 
-    reward: mean score and its standard error over prompts.   reward/NAME: mean score of each part, where there are
-    several.   length: answer tokens.   ended: share of answers that reach EOS.
-    kl: sum of log pi - log pi_ref over an answer (nats per answer);  kl_per_token: the same over all answer tokens.
-    entropy: nats per token.   reference_perplexity: exp of the reference's mean negative log-likelihood of the answers.
-    perplexity: the policy's, of the data's own answers, where `answers` gives some: what it forgets.
+    Args:
+        answers: Prompts with the data's own answers.
+        seed: Of the sampled answers.
+
+    Returns:
+        The answers, and these figures:
+
+        - `reward`, `reward_standard_error`: mean score and its standard error over prompts;
+        - `reward/NAME`: mean score of each part, where there are several;
+        - `length`: answer tokens;
+        - `ended`: share of answers that reach EOS;
+        - `kl`: sum of log pi - log pi_ref over an answer, in nats per answer;
+        - `kl_per_token`: the same over all answer tokens;
+        - `entropy`: nats per token;
+        - `reference_perplexity`: exp of the reference's mean negative log-likelihood of the answers;
+        - `perplexity`: the policy's, of the data's own answers, where `answers` gives some: what it forgets.
     """
     names = [f"reward/{name}" for name in reward.part_names]
     names += ("prompts", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
     sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
-    eos_ids = torch.tensor(actor.model.hf.generation_config.eos_token_id, device=device())
-    readable: list[dict] = []
-    with evaluating(actor.model), own_noise(seed):
+    eos_ids = actor.model.hf.generation_config.eos_token_id
+    readable: list[dict[str, Any]] = []
+    with evaluating(actor.model), isolated_rng(seed):
         for batch in map(to_device, loader):
-            sampled, best = actor.rollout(
-                Prompts(batch.input_ids, batch.lengths), samples=0 if greedy else 1, greedy=greedy
-            )
-            sequences = best if greedy else sampled
+            prompts = Prompts(batch.input_ids, batch.lengths)
+            sampled, best = actor.rollout(prompts, samples=0 if greedy else 1, greedy=greedy)
+            sequences = present(best if greedy else sampled, "the rollout")
             score, parts = reward.score_parts(sequences)  # (B,), and each part's by name
             output = actor.logprobs(sequences, entropy=True)
             reference_logprobs = reference.logprobs(sequences)
             weight = batch.weight  # (B,)
             token_weight = weight[:, None] * sequences.answer_mask  # (B, A)
-            last = sequences.input_ids.gather(1, sequences.end_index[:, None]).squeeze(1)
             additions = {
                 "prompts": weight,
                 "tokens": token_weight,
-                "reward": weight * score,
                 "reward_squares": weight * score**2,
-                "ended": weight * torch.isin(last, eos_ids),
+                "ended": weight * sequences.ended(eos_ids),
                 "kl": token_weight * (output.logprobs - reference_logprobs),
-                "entropy": token_weight * output.entropy,
+                "entropy": token_weight * present(output.entropy, "PolicyOutput.entropy"),
                 "reference_nll": -token_weight * reference_logprobs,
             }
-            additions |= {f"reward/{name}": weight * scores for name, scores in parts.items()}
+            scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
+            additions = {name: weight * values for name, values in scores.items()} | additions
             for name, value in additions.items():
                 sums[name] += value.double().sum()
-            scores = {"reward": score} | {f"reward/{name}": part for name, part in parts.items()}
-            found = read_answers(sequences, tokenizer, eos_ids.reshape(-1).tolist())
+            found = read_answers(sequences, tokenizer, eos_ids)
             for i in weight.nonzero().flatten().tolist():
                 rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}
                 answer = {"answer": found[i].text, "length": found[i].tokens}

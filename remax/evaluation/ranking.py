@@ -7,17 +7,15 @@ rows are cut; rows that only fill up a batch carry weight 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remax.core.batches import to_device
 from remax.core.losses import ordered_pairs
 from remax.core.sequences import Sequences
-from remax.engines.policy import Actor
-from remax.engines.scorer import Reward, TrainedReward
 from remax.models.loading import evaluating
 from utils.data.batches import PairBatch, RankedBatch
 from utils.distributed import sum_across_ranks
@@ -25,31 +23,33 @@ from utils.distributed import sum_across_ranks
 SIDES = {"longer_chosen": 1, "shorter_chosen": -1, "equal_length": 0}  # sign of chosen length - rejected length
 
 
+class Scorer(Protocol):
+    """What gives answers scores: `Reward`, `TrainedReward`, `ImplicitReward`."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def score(self, sequences: Sequences) -> Tensor: ...
+
+
 @torch.no_grad()
 def ranking_accuracy(
-    role: Actor | Reward | TrainedReward,
-    loader: Iterable[PairBatch | RankedBatch],
-    scores: Callable[[Any, PairBatch], tuple[Tensor, Tensor]] | None = None,
+    scorer: Scorer, loader: Iterable[PairBatch] | Iterable[RankedBatch] | Iterable[PairBatch | RankedBatch]
 ) -> dict[str, float]:
     """`pair_figures`, mean and spread of all scores, and for batches of several ranked answers `ranked_figures`.
 
     A ranking counts as all its pairs of answers of unequal rank.
-
-    Args:
-        scores: (role, batch of pairs) -> (B,) of the chosen and of the rejected answers; by default the role's.
     """
     sums: dict[str, float] = {}
-    with evaluating(role.model):
+    with evaluating(scorer.model):
         for batch in map(to_device, loader):
             if isinstance(batch, RankedBatch):
-                scored = role.score(Sequences.from_batch(batch))
+                scored = scorer.score(Sequences.from_batch(batch))
                 additions = ranked_sums(scored, batch.row, batch.ranks, batch.lengths, batch.weight)
             else:
-                chosen, rejected = (scores or pair_scores)(role, batch)  # (B,)
-                weight = batch.weight
-                lengths = (batch.chosen_lengths, batch.rejected_lengths)
-                additions = pair_sums(chosen, rejected, *lengths, weight)
-                additions |= score_sums(torch.cat([chosen, rejected]), weight.repeat(2))
+                scores, lengths = pair_scores(scorer, batch), (batch.chosen_lengths, batch.rejected_lengths)
+                additions = pair_sums(*scores, *lengths, batch.weight)
+                additions |= score_sums(torch.cat(scores), batch.weight.repeat(2))
             for name, value in additions.items():
                 sums[name] = sums.get(name, 0.0) + value
     total = sum_across_ranks(sums)
@@ -86,10 +86,14 @@ def wins(difference: Tensor) -> Tensor:
 def pair_figures(sums: dict[str, float]) -> dict[str, float]:
     """Figures of all pairs together, from their `pair_sums`.
 
-    accuracy: share of pairs whose chosen answer scores higher, a tie counting half.   margin: mean difference.
-    longer_wins: what "the longer answer is the better one" would reach on the same pairs: an accuracy near it may be
-    length alone.   accuracy_longer_chosen, accuracy_shorter_chosen, accuracy_equal_length: of the pairs whose chosen
-    answer is the longer one, the shorter one, or as long; left out where there is none. pairs_...: how many these are.
+    Returns:
+        - `accuracy`: share of pairs whose chosen answer scores higher, a tie counting half;
+        - `chosen_score`, `rejected_score`, `margin`: mean scores, and their difference;
+        - `longer_wins`: what "the longer answer is the better one" would reach on the same pairs: an accuracy near it
+          may be length alone;
+        - `accuracy_longer_chosen`, `accuracy_shorter_chosen`, `accuracy_equal_length`: of the pairs whose chosen answer
+          is the longer one, the shorter one, or as long; left out where there is none;
+        - `pairs_...`: how many these are.
     """
     n = max(sums["pairs"], 1.0)
     figures = {name: sums[name] / n for name in ("accuracy", "longer_wins", "chosen_score", "rejected_score")}
@@ -129,15 +133,17 @@ def ranked_sums(scores: Tensor, row: Tensor, ranks: Tensor, lengths: Tensor, wei
 def ranked_figures(sums: dict[str, float]) -> dict[str, float]:
     """The best-of-K figures from `ranked_sums`; none from sums of pairs.
 
-    best_of_k_accuracy: share of prompts whose best answer has the highest score; among n answers of the same highest
-    score each counts 1 / n.   best_of_k_chance: what blind choice reaches: the share of each prompt's answers that are
-    its best.
+    Returns:
+        - `best_of_k_accuracy`: share of prompts whose best answer has the highest score; among n answers of the same
+          highest score each counts 1 / n;
+        - `best_of_k_chance`: what blind choice reaches: the share of each prompt's answers that are its best.
     """
     if "rankings" not in sums:
         return {}
     return {name: sums[name] / max(sums["rankings"], 1.0) for name in ("best_of_k_accuracy", "best_of_k_chance")}
 
 
-def pair_scores(scorer: Reward | TrainedReward, batch: PairBatch) -> tuple[Tensor, Tensor]:
+def pair_scores(scorer: Scorer, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """(B,) scores of the chosen and of the rejected answers, from one forward over 2B rows."""
-    return scorer.score(Sequences.from_pairs(batch)).chunk(2)
+    chosen, rejected = scorer.score(Sequences.from_pairs(batch)).chunk(2)
+    return chosen, rejected

@@ -1,10 +1,8 @@
-"""Models at work, without training: answers to prompts and scores of texts, in one process or on several ranks.
-
-What is measured on whole data sets is in `evaluation`; it takes the actor of this file as well as one that learns.
-"""
+"""Scores of texts by a reward model, without training, in one process or on several ranks."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +44,17 @@ def encode_texts(
     return encoded
 
 
+def as_sequences(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]) -> Sequences:
+    """B prompts with their answers and end tokens, whole and on this process's device: what every role takes."""
+    return _padded(encode_texts(tokenizer, prompts, answers, sys.maxsize), tokenizer.pad_token_id)
+
+
+def _padded(texts: Sequence[EncodedText], pad_id: int) -> Sequences:
+    ids, lengths = pad([text.ids for text in texts], pad_id)  # (B, T), (B,)
+    prompt_lengths = torch.tensor([text.prompt_length for text in texts])
+    return Sequences(ids, prompt_lengths, lengths - prompt_lengths).to(device())
+
+
 def score_texts(reward: Reward, texts: Sequence[EncodedText], *, batch_size: int, pad_id: int) -> Tensor:
     """(n,) float32 scores in the order of `texts`, on every rank; the ranks share the work.
 
@@ -56,9 +65,7 @@ def score_texts(reward: Reward, texts: Sequence[EncodedText], *, batch_size: int
     scores: list[float] = []
     with progress(len(mine), "scoring", "texts") as bar:
         for rows in groups(mine, batch_size):
-            ids, lengths = pad([texts[i].ids for i in rows], pad_id)  # (B, T), (B,)
-            prompt_lengths = torch.tensor([texts[i].prompt_length for i in rows])
-            scores += reward.score(Sequences(ids, prompt_lengths, lengths - prompt_lengths).to(device())).tolist()
+            scores += reward.score(_padded([texts[i] for i in rows], pad_id)).tolist()
             bar.update(len(rows))
     result = torch.empty(len(texts))
     for share, part in enumerate(gather_objects(scores)):

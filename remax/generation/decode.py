@@ -11,7 +11,7 @@ would apply top_k=50.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,14 @@ from remax.core.sequences import Prompts, Sequences
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """max_new_tokens: longest answer, in tokens.   max_greedy_tokens: longest greedy answer, 0 for the same (ReMax-fast
-    caps it).
-    two_pass: two decodes instead of one (faster for large batches of small models).
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        pad_id: What generation fills the rows up with that have ended.
+        sampling: The distribution that sampled answers are drawn from.
+        max_greedy_tokens: Longest greedy answer, 0 for the same (ReMax-fast caps it).
+        two_pass: Two decodes instead of one (faster for large batches of small models).
     """
 
     max_new_tokens: int
@@ -36,18 +41,21 @@ class GenerationSettings:
 
     @property
     def greedy_cap(self) -> int:
+        """Longest greedy answer, in tokens."""
         return min(self.max_greedy_tokens or self.max_new_tokens, self.max_new_tokens)
 
 
 class GreedyRows(LogitsProcessor):
-    """Leaves only the argmax in the rows from `first` on, and ends them (EOS) after `cap` tokens so that they cost
-    nothing further.
+    """Leaves only the argmax in the rows from `first` on.
+
+    They are ended (EOS) after `cap` tokens, so that they cost nothing further.
     """
 
     def __init__(self, first: int, prompt_width: int, cap: int, eos_id: int):
         self.first, self.last_column, self.eos_id = first, prompt_width + cap, eos_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, T) tokens so far, (rows, V) logits -> (rows, V) logits."""
         greedy = scores[self.first :]
         best = torch.full_like(greedy[:, 0], self.eos_id, dtype=torch.long)
         if input_ids.shape[1] < self.last_column:
@@ -56,13 +64,23 @@ class GreedyRows(LogitsProcessor):
         return torch.cat([scores[: self.first], only_best])
 
 
+class LostLogits(LogitsProcessor):
+    """Lets a policy whose logits are not numbers answer at random instead of ending the process.
+
+    Its log-probs are no numbers either, which the training sees and reports with a cause and a remedy.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.nan_to_num(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a decode gives.
 
     Attributes:
-        tokens: (rows, A) ids; what stands behind a row's first end token is filler.
-        scores: of each of the A steps the (rows, V) logits that its tokens were drawn from; empty where not asked for.
+        tokens: (rows, A) ids; what follows a row's first end token is filler.
+        scores: Of each of the A steps the (rows, V) logits that its tokens were drawn from; empty where not asked for.
     """
 
     tokens: Tensor
@@ -87,12 +105,19 @@ class Decoder(Protocol):
         """Decodes every row until all have ended.
 
         Args:
-            model: in eval mode; `model.generation_config.eos_token_id` lists the end tokens.
-            prompts: the rows. Those before `first_greedy` are sampled by `settings.sampling`, the others are greedy
-                and take at most `settings.greedy_cap` tokens.
-            synced_gpus: the ranks decode in step (ZeRO-3 without gathered parameters).
-            keep_scores: return the logits too.
+            model: In eval mode; `model.generation_config.eos_token_id` lists the end tokens.
+            first_greedy: The rows before it are sampled by `settings.sampling`, the others are greedy and take at most
+                `settings.greedy_cap` tokens.
+            synced_gpus: The ranks decode in step (ZeRO-3 without gathered parameters).
         """
+        ...
+
+
+def _generate(model: PreTrainedModel, prompts: Prompts, config: GenerationConfig, **options: Any) -> Any:
+    """Hugging Face's `generate`, whose declared types leave out its own models."""
+    return cast(Any, model).generate(
+        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, generation_config=config, **options
+    )
 
 
 class HuggingFaceDecoder:
@@ -126,17 +151,11 @@ class HuggingFaceDecoder:
             return_dict_in_generate=True,
             output_scores=keep_scores,
         )
-        processors = LogitsProcessorList()
+        processors = LogitsProcessorList([LostLogits()])
         width = prompts.input_ids.shape[1]
         if 0 < first_greedy < len(prompts):
             processors.append(GreedyRows(first_greedy, width, settings.greedy_cap, eos_ids[0]))
-        out = model.generate(
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
-            generation_config=config,
-            logits_processor=processors,
-            synced_gpus=synced_gpus,
-        )
+        out = _generate(model, prompts, config, logits_processor=processors, synced_gpus=synced_gpus)
         return Decoded(out.sequences[:, width:], list(out.scores) if keep_scores else [])
 
 
@@ -155,7 +174,7 @@ def rollout(
 ) -> tuple[Sequences | None, Sequences | None]:
     """Answers every prompt `samples` times by sampling (adjacent rows) and once greedily.
 
-    The model must be in eval mode. `synced_gpus`: see `Decoder`.
+    The model must be in eval mode. See `Decoder` for `synced_gpus`.
 
     Returns:
         B * samples sampled answers, and B greedy ones; None for what was not asked for.
@@ -215,6 +234,5 @@ def beam_search(
         eos_token_id=eos_ids,
         pad_token_id=settings.pad_id,
     )
-    out = model.generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, generation_config=config)
-    answers = out[:, prompts.input_ids.shape[1] :]  # (B * best, A)
+    answers = _generate(model, prompts, config)[:, prompts.input_ids.shape[1] :]  # (B * best, A)
     return Sequences.from_generation(prompts.repeat(best), answers, eos_ids, settings.pad_id)

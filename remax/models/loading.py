@@ -10,10 +10,13 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -34,7 +37,10 @@ def quiet_libraries() -> None:
 
 
 def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) -> PreTrainedConfig:
-    """The model's configuration; a UserError naming `flag` when there is none."""
+    """The model's configuration; a UserError naming `flag` when there is none.
+
+    With `disable_dropout` every dropout rate is 0, by whatever name the family has for it.
+    """
     if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
         raise UserError(f"{flag}: the folder {name_or_path} holds no config.json; expected a Hugging Face model folder")
     try:
@@ -46,8 +52,9 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
             "that can be reached"
         ) from error
     config.use_cache = True
-    if disable_dropout:
-        zero_dropout(config)
+    for name, value in list(config.to_dict().items()) if disable_dropout else ():
+        if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
+            setattr(config, name, 0.0)
     return config
 
 
@@ -58,19 +65,17 @@ def check_length(config: PreTrainedConfig, tokens: int, flags: str, model_flag: 
         raise UserError(f"{flags}: {tokens} tokens, but the model of {model_flag} has {positions} positions; lower it")
 
 
-def zero_dropout(config: PreTrainedConfig) -> None:
-    """Every dropout rate of the configuration to 0. Families name them differently: OPT `dropout`, GPT-2 `resid_pdrop`,
-    ...
-    """
-    for name, value in list(config.to_dict().items()):
-        if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
-            setattr(config, name, 0.0)
-
-
-def from_pretrained(auto_class: type, name_or_path: str, flag: str, **kwargs) -> tuple[PreTrainedModel, dict]:
+def from_pretrained(
+    auto_class: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    name_or_path: str,
+    flag: str,
+    **options: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`auto_class.from_pretrained`, with its loading report; loading trouble becomes one line naming the flag."""
+    options = {name: value for name, value in options.items() if value is not None}
     try:
-        return auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        loaded: Any = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+        return loaded
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: cannot load {name_or_path!r}: {str(error).strip().splitlines()[0]}") from error
 
@@ -89,6 +94,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def embedded_tokens(hf: PreTrainedModel) -> int:
+    """Rows of the input embedding: token ids must be smaller."""
+    return cast(nn.Embedding, hf.get_input_embeddings()).num_embeddings
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from utils.run import UserError
 
 
 def add_lora(hf: PreTrainedModel, dim: int, module_name: str, only_lora: bool, flag: str) -> None:
-    """peft LoRA adapters of rank `dim`, scale 1, on every linear layer whose name contains `module_name`.
+    """Adds LoRA adapters of rank `dim`, scale 1, to every linear layer whose name contains `module_name`.
 
     With `only_lora` everything else is frozen; otherwise the whole model trains together with its adapters, as in
     DeepSpeed-Chat.
-    Raises UserError when no layer has that name: adapters that train nothing must not pass for training.
+
+    Raises:
+        UserError: No layer has that name; adapters that train nothing must not pass for training.
     """
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
@@ -33,8 +35,9 @@ def add_lora(hf: PreTrainedModel, dim: int, module_name: str, only_lora: bool, f
 
 
 def merge_adapters(state: dict[str, Tensor], hf: PreTrainedModel) -> dict[str, Tensor]:
-    """LoRA folded into the weights, W + scale * B A, with the names of the model without adapters. The input is left as
-    it is.
+    """Folds LoRA into the weights, W + scale * B A, under the names of the model without adapters.
+
+    The given state dict is left as it is.
     """
     merged: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -43,7 +46,7 @@ def merge_adapters(state: dict[str, Tensor], hf: PreTrainedModel) -> dict[str, T
         merged[name.replace(".base_layer.", ".")] = tensor
         if name.endswith(".base_layer.weight"):
             stem = name[: -len(".base_layer.weight")]
-            layer = hf.get_submodule(stem)
+            layer: Any = hf.get_submodule(stem)  # peft's, of one of its classes
             for adapter in layer.active_adapters:
                 a, b = state[f"{stem}.lora_A.{adapter}.weight"], state[f"{stem}.lora_B.{adapter}.weight"]
                 delta = layer.scaling[adapter] * (b.float() @ a.float())  # (out, in)

@@ -29,7 +29,6 @@ from remax.core.sequences import Sequences
 from utils.run import UserError
 
 IN_PIECES = "sdpa_in_pieces"  # transformers makes no mask for an attention that it has no mask function for
-
 LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -53,8 +52,14 @@ def attend_in_pieces(
 ) -> tuple[Tensor, None]:
     """Causal attention within each of the pieces that the only row consists of: an attention of transformers.
 
-    query: (1, heads, N, D).   key, value: (1, key heads, N, D).   piece_lengths: add up to N.
-    sliding_window: a token sees so many, itself included.   -> (1, N, heads, D).
+    Args:
+        query: (1, heads, N, D); key and value are (1, key heads, N, D).
+        attention_mask: None; transformers makes no mask for this attention.
+        piece_lengths: Tokens of each piece; they add up to N.
+        sliding_window: How many tokens a token sees, itself included.
+
+    Returns:
+        (1, N, heads, D), and no attention weights.
     """
     parts, longest = [], max(piece_lengths)
     for q, k, v in zip(*(x.split(piece_lengths, dim=2) for x in (query, key, value)), strict=True):
@@ -80,7 +85,7 @@ def prepare_packing(hf: PreTrainedModel) -> None:
     """Gives the model an attention that keeps pieces apart.
 
     Raises:
-        UserError: it can have none, as far as its type tells; `engines.check_packing` proves it on its numbers.
+        UserError: It can have none, as far as its type tells; `remax.checks.packing` proves it on its numbers.
     """
     config, forward = hf.config, inspect.signature(hf.base_model.forward).parameters
     refusal = f"--packing: cannot be used with models of the type {config.model_type!r}"
@@ -111,15 +116,12 @@ def unpacked(model: Reader) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Packed:
-    """The rows of a batch joined to one, without padding.
+    """The rows of a batch joined to one, without padding."""
 
-    input_ids, position_ids: (1, N).   start: (B,) column of each piece's first token.   lengths: (B,), N in all.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    start: Tensor
-    lengths: Tensor
+    input_ids: Tensor  # (1, N)
+    position_ids: Tensor  # (1, N), from zero in each piece
+    start: Tensor  # (B,) column of each piece's first token
+    lengths: Tensor  # (B,) tokens of each piece, N in all
 
     @classmethod
     def join(cls, sequences: Sequences) -> Packed:
@@ -128,8 +130,10 @@ class Packed:
         return cls(sequences.input_ids[mask][None], positions[mask][None], lengths.cumsum(0) - lengths, lengths)
 
     def at(self, values: Tensor, columns: Tensor) -> Tensor:
-        """(1, N, ...) values of the tokens -> those at the pieces' columns: (B, ...) for columns (B,), (B, A, ...) for
-        columns (B, A). Behind a piece's end stands its last token's.
+        """(1, N, ...) values of the tokens -> those at some columns of the pieces.
+
+        They are (B, ...) for columns (B,) and (B, A, ...) for columns (B, A). Beyond the end of a piece, the values of
+        its last token are repeated.
         """
         tail = (slice(None), *[None] * (columns.dim() - 1))
         return values[0, self.start[tail] + torch.minimum(columns, self.lengths[tail] - 1)]
@@ -141,7 +145,7 @@ def last_hidden(hf: PreTrainedModel, sequences: Sequences, columns: Tensor, pack
         states = hf.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
         return sequences.at(states, columns)
     packed = Packed.join(sequences)
-    pieces = {"position_ids": packed.position_ids}
+    pieces: dict[str, Any] = {"position_ids": packed.position_ids}
     if hf.config._attn_implementation == IN_PIECES:
         pieces["piece_lengths"] = tuple(packed.lengths.tolist())
     states = hf.base_model(input_ids=packed.input_ids, use_cache=False, **pieces).last_hidden_state  # (1, N, H)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.core.logprobs import Head, token_stats
 from remax.core.sampling import Sampling
 from remax.core.sequences import Sequences
-from remax.models.loading import from_pretrained, load_config, prepare_training
+from remax.models.loading import embedded_tokens, from_pretrained, load_config, prepare_training
 from remax.models.packing import last_hidden, prepare_packing
 from utils.run import UserError
 
@@ -22,12 +17,12 @@ from utils.run import UserError
 def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos: int | None) -> GenerationConfig:
     """The folder's own generation config, kept for the export; `hf` itself gets a neutral one.
 
-    A model's generation_config.json may set top_k, temperature or a repetition penalty. Those would change the
-    distribution answers are drawn from behind our back, so rollouts start from a neutral configuration that knows the
-    special tokens only.
+    A model's generation_config.json may set top_k, temperature or a repetition penalty. Those would silently change the
+    distribution that answers are drawn from, so rollouts start from a neutral configuration that knows the special
+    tokens only.
     """
     own = hf.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer_eos
+    eos = own.eos_token_id
     eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
     if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
         eos_ids.append(tokenizer_eos)
@@ -60,7 +55,7 @@ class PolicyModel(nn.Module):
         return self.scale_logits(self.hf.get_output_embeddings()(hidden))
 
     def scale_logits(self, logits: Tensor) -> Tensor:
-        """What some families put behind their output embedding."""
+        """What some families do to the logits after their output embedding."""
         config = self.hf.config
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
@@ -85,9 +80,11 @@ class PolicyModel(nn.Module):
         reference_head: Head | None = None,
         hidden_only: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
-        """-> log-probs, entropy, KL to the reference over the whole vocabulary; each (B, A), 0 behind an answer's end.
+        """What `token_stats` gives of every answer token, for the rows of the sequences.
 
-        `hidden_only`: the (B, A, H) hidden states instead.
+        Returns:
+            Log-probs, entropy, KL to the reference over the whole vocabulary; each (B, A), 0 beyond an answer's end.
+            With `hidden_only` the (B, A, H) hidden states instead.
         """
         if hidden_only:
             return self.hidden(sequences)
@@ -103,7 +100,10 @@ class PolicyModel(nn.Module):
             reference_hidden=None if reference_hidden is None else reference_hidden[mask],
             reference_head=reference_head,
         )
-        return tuple(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in stats)
+        logprobs, h, kl = (
+            torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in stats
+        )
+        return logprobs, h, kl
 
 
 def load_policy(
@@ -117,17 +117,14 @@ def load_policy(
     attn_implementation: str | None = None,
     packing: bool = False,
 ) -> PolicyModel:
-    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds.
-
-    packing: see `remax.packing`.
-    """
+    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds."""
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, config=config, dtype=dtype, **extra)
-    if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
+    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, **options)
+    if len(tokenizer) > embedded_tokens(hf):
         raise UserError(
             f"{flag}: the tokenizer of {name_or_path} has {len(tokenizer)} tokens, the model only embeds "
-            f"{hf.get_input_embeddings().num_embeddings}; resize the model's embeddings, or use its own tokenizer"
+            f"{embedded_tokens(hf)}; resize the model's embeddings, or use its own tokenizer"
         )
     own = read_generation_config(name_or_path, hf, tokenizer.eos_token_id)
     prepare_training(hf, gradient_checkpointing)

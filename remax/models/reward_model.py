@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import math
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.core.sequences import Sequences
-from remax.models.loading import from_pretrained, load_config, prepare_training
+from remax.models.loading import embedded_tokens, from_pretrained, load_config, prepare_training
 from remax.models.packing import last_hidden, prepare_packing
 from utils.run import UserError
 from utils.tokenizer import distinct_pad
@@ -38,14 +34,19 @@ class RewardModel(nn.Module):
         self.hf, self.packing = hf, packing
         if packing:
             prepare_packing(hf)
-        hf.score.forward = MethodType(_score_in_float32, hf.score)
+        self.head.forward = MethodType(_score_in_float32, self.head)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.hf.get_submodule("score")
 
     def forward(self, sequences: Sequences, every_token: bool = False) -> Tensor:
-        """(B,) float32 score at each row's last token; with `every_token` (B, A) values at the positions before each
-        answer token.
+        """(B,) float32 score at each row's last token.
+
+        With `every_token`: (B, A) values at the positions before each answer token.
         """
         columns = sequences.predictor_columns if every_token else sequences.end_index
-        scores = self.hf.score(last_hidden(self.hf, sequences, columns, self.packing)).squeeze(-1)
+        scores = self.head(last_hidden(self.hf, sequences, columns, self.packing)).squeeze(-1)
         return scores * sequences.answer_mask if every_token else scores
 
 
@@ -56,13 +57,14 @@ def _score_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def prepare_pad_token(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Gives the tokenizer a pad token of its own where pad is EOS; True when a token was added (the model then needs
-    one more row).
+    """Gives the tokenizer a pad token of its own where pad is EOS.
+
+    Returns:
+        Whether a token was added, so that the model needs one more row.
     """
     if distinct_pad(tokenizer):
         return False
-    vocabulary = tokenizer.get_vocab()
-    if PAD_TOKEN in vocabulary:
+    if PAD_TOKEN in tokenizer.get_vocab():
         tokenizer.pad_token = PAD_TOKEN
         return False
     return tokenizer.add_special_tokens({"pad_token": PAD_TOKEN}) > 0
@@ -91,32 +93,31 @@ def load_reward_model(
     attn_implementation: str | None = None,
     packing: bool = False,
 ) -> RewardModel:
-    """A sequence classifier with one label. `new_head`: the head may be missing (a language model as backbone) and
-    starts fresh.
+    """A sequence classifier with one label.
 
-    Raises UserError when the architecture has no `score` head, when a finished reward model lacks its head's weights,
-    or when it has more labels than one.   packing: see `remax.packing`.
+    With `new_head` the head may be missing (a language model as backbone) and starts fresh.
+
+    Raises:
+        UserError: The architecture has no `score` head, a finished reward model lacks its head's weights, or it has
+            more labels than one.
     """
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     if new_head:
         config.num_labels = 1
     else:
         check_reward_config(config, name_or_path, flag)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    hf, report = from_pretrained(
-        AutoModelForSequenceClassification, name_or_path, flag, config=config, dtype=dtype, **extra
-    )
+    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    hf, report = from_pretrained(AutoModelForSequenceClassification, name_or_path, flag, **options)
     if not hasattr(hf, "score"):
         raise UserError(
             f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral "
             "or Qwen"
         )
-    missing = [key for key in report["missing_keys"] if key.startswith("score.")]
-    if missing and not new_head:
+    if not new_head and any(key.startswith("score.") for key in report["missing_keys"]):
         raise UserError(
             f"{flag}: {name_or_path} has no weights for its score head; expected a reward model, as step 2 saves it"
         )
-    if len(tokenizer) > hf.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > embedded_tokens(hf):
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     hf.config.pad_token_id = tokenizer.pad_token_id  # an added one has no row to be loaded into before the resizing
     prepare_training(hf, gradient_checkpointing)
@@ -124,9 +125,7 @@ def load_reward_model(
 
 
 def store_score_statistics(model: RewardModel, figures: dict[str, float]) -> None:
-    """Keeps mean and spread of the held-out scores in the model's config, so that a score can be read as large or
-    small.
-    """
+    """Keeps mean and spread of the held-out scores in the model's config: what is a large score, what a small one."""
     model.hf.config.score_mean, model.hf.config.score_std = figures["score_mean"], figures["score_std"]
 
 
@@ -134,10 +133,11 @@ def score_statistics(config: PreTrainedConfig, name_or_path: str, flag: str) -> 
     """Mean and standard deviation that `store_score_statistics` kept.
 
     Raises:
-        UserError: the config has none, or a deviation that cannot be divided by.
+        UserError: The config has none, or a deviation that cannot be divided by.
     """
-    mean, std = (getattr(config, name, None) for name in ("score_mean", "score_std"))
-    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in (mean, std)) or std <= 0:
+    kept: list[Any] = [getattr(config, name, None) for name in ("score_mean", "score_std")]
+    mean, std = kept
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in kept) or std <= 0:
         raise UserError(
             f"--normalize_reward: the config.json of {flag} {name_or_path} has score_mean {mean} and score_std {std}; "
             "expected numbers, the second above 0, as step 2 writes them"

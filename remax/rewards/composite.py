@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,38 +30,36 @@ class FunctionReward:
 
     It reads what the policy read and wrote, decoded without special tokens. So a prompt that was cut to
     --max_prompt_seq_len has lost its beginning, and the answer has neither end token nor padding: one that ended at
-    once is "".
-
-    timeout: seconds, see `RewardFunction`.
+    once is "". See `RewardFunction` for `timeout`.
     """
 
     def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float = 0.0):
         self.function, self.tokenizer, self.timeout = function, tokenizer, timeout
 
-    def score(self, sequences: Sequences) -> Tensor:
-        """(B,) float32.
+    def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+        """(B,) float32; the function gets all rows at once, whatever `forwards`, as a remote one is best asked.
 
         Raises:
-            UserError: the function failed; names the sample.
+            UserError: The function failed; names the sample.
         """
         return torch.tensor(self.score_texts(*self.texts(sequences)), dtype=torch.float32, device=device())
 
     def texts(self, sequences: Sequences) -> tuple[list[str], list[str]]:
         """B prompts and B answers."""
-        starts, ends = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
-        rows = [row[:end] for row, end in zip(sequences.input_ids.tolist(), ends, strict=True)]
-        prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
-        answers = [row[start:] for row, start in zip(rows, starts, strict=True)]
-        return self._decode(prompts), self._decode(answers)
-
-    def _decode(self, rows: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        columns = (sequences.input_ids, sequences.prompt_lengths, sequences.lengths)
+        rows = list(zip(*(column.tolist() for column in columns), strict=True))
+        prompts, answers = [row[:start] for row, start, _ in rows], [row[start:end] for row, start, end in rows]
+        decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(prompts), decode(answers)
 
     def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """As `score`, of B texts. Every rank calls it; where one fails all raise its error, so that none waits for it
-        in vain. The random state is put back: a function that seeds would have every step draw the same answers.
+        """As `score`, of B texts.
+
+        Every rank calls it; where one fails all raise its error, so that none waits for it in vain. The random state is
+        put back: a function that seeds would have every step draw the same answers.
         """
-        values, failure = [], None
+        values: list[float] = []
+        failure = None
         try:
             with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
                 values = self.function(prompts, answers, self.timeout)
@@ -82,28 +81,31 @@ def _begin(text: str) -> str:
 
 @dataclass
 class Part:
-    """weight * (score - mean) / std.
-
-    name: for logs.   tokenizer: a reward model's own; None for a function.
-    """
+    """One summand of the reward: weight * (score - mean) / std; its name is for logs."""
 
     name: str
     scorer: Reward | FunctionReward
-    weight: float = 1.0
+    weight: float = 1.0  # below 0 for a penalty
     mean: float = 0.0
     std: float = 1.0
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None  # a reward model's own
+
+    @property
+    def model(self) -> Reward:
+        """The scorer of a part that is a reward model."""
+        if isinstance(self.scorer, FunctionReward):
+            raise TypeError(f"{self.name} is a function and no reward model")
+        return self.scorer
 
 
 class CompositeReward:
-    """Several parts in one; stands wherever a single `Reward` does."""
+    """Several parts in one; it can be used wherever a single `Reward` can."""
 
     def __init__(self, parts: Iterable[Part]):
         self.parts = list(parts)
 
     @property
     def models(self) -> list[Part]:
-        """The parts that are reward models."""
         return [part for part in self.parts if not isinstance(part.scorer, FunctionReward)]
 
     @property
@@ -112,30 +114,26 @@ class CompositeReward:
         return tuple(part.name for part in self.parts) if len(self.parts) > 1 else ()
 
     def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
-        """(B,) float32 reward of each answer."""
+        """(B,) float32."""
         return self.score_parts(sequences, forwards)[0]
 
     def score_parts(self, sequences: Sequences, forwards: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) rewards, and where there are several parts the (B,) score of each as it gave it, by name.
 
-        forwards: see `Reward.score`. A function gets all rows at once, as a remote one is best asked.
+        See `Reward.score` for `forwards`.
         """
-        scores = {
-            part.name: part.scorer.score(sequences)
-            if isinstance(part.scorer, FunctionReward)
-            else part.scorer.score(sequences, forwards)
-            for part in self.parts
-        }
-        rewards = sum(part.weight * (scores[part.name] - part.mean) / part.std for part in self.parts)
-        return rewards, {name: scores[name] for name in self.part_names}
+        scores = {part.name: part.scorer.score(sequences, forwards) for part in self.parts}
+        terms = (part.weight * (scores[part.name] - part.mean) / part.std for part in self.parts)
+        return sum(terms, start=torch.zeros(())), {name: scores[name] for name in self.part_names}
 
 
 def try_functions(rewards: Iterable[FunctionReward], prompts: Sequence[str]) -> None:
-    """Asks every function about real prompts and two made-up answers, an empty one and a short one, so that a faulty
-    one is found before models are loaded.
+    """Asks every function about real prompts and two made-up answers, an empty one and a short one.
+
+    So a faulty function is found before models are loaded.
 
     Raises:
-        UserError: see `FunctionReward.score`.
+        UserError: See `FunctionReward.score`.
     """
     texts = [(prompt, answer) for prompt in prompts for answer in ("", " I do not know.")]
     for reward in rewards:

@@ -1,5 +1,7 @@
-"""Rewards that are plain Python functions of texts: finding one by its name, calling it in the manner that its
-parameters ask for, and saying which sample it failed on.
+"""Rewards that are plain Python functions of texts.
+
+A function is found by its name and called in the manner that its parameters ask for, and errors say which sample it
+failed on.
 
     def short(prompt, answer):               # one sample at a time -> a number
     def short(prompts, answers):             # lists -> as many numbers: a list, an array, a tensor
@@ -31,9 +33,7 @@ from typing import Any
 from utils.run import UserError
 
 LARGEST = 3.4e38  # of float32, in which rewards are kept
-
 GRACE = 1.0  # seconds after which an async function that blocks its loop is interrupted from outside
-
 MANNERS = "(prompt, answer) for one sample, or (prompts, answers) for lists of them, passed by name"
 
 
@@ -51,21 +51,21 @@ class TimeOut(BaseException):
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function with what its signature says of it.
+    """A function with what its signature says of it."""
 
-    entry: `module:function` as it was given, for errors.   batched: takes lists.   asynchronous: is awaited.
-    """
-
-    entry: str
+    entry: str  # `module:function` as it was given, for errors
     function: Callable[..., Any]
-    batched: bool
+    batched: bool  # takes lists
     asynchronous: bool
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str], timeout: float = 0.0) -> list[float]:
-        """One finite number for each of B samples. timeout: seconds for a sample, or for a batched call; 0: none.
+        """One finite number for each of B samples.
+
+        Args:
+            timeout: Seconds for a sample, or for a batched call; 0: none.
 
         Raises:
-            SampleError: the function raised, took too long, or gave something else than finite numbers.
+            SampleError: The function raised, took too long, or gave something else than finite numbers.
         """
         prompts, answers, count = list(prompts), list(answers), len(prompts)  # lists of its own, that it may change
         with _staying_here():
@@ -92,10 +92,9 @@ class RewardFunction:
     async def _awaited(self, prompts: list[str], answers: list[str], timeout: float) -> Any:
         if self.batched:
             return await _in_time(self.function(prompts=prompts, answers=answers), None, timeout)
-        samples = enumerate(zip(prompts, answers, strict=True))
         tasks = [
             asyncio.ensure_future(_in_time(self.function(prompt=prompt, answer=answer), i, timeout))
-            for i, (prompt, answer) in samples
+            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
         try:
             return await asyncio.gather(*tasks)
@@ -152,10 +151,12 @@ def _staying_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float, told: float | None = None) -> Iterator[None]:
-    """Raises TimeOut inside after so many seconds; 0: never. told: the limit that the error names.
+    """Raises TimeOut inside after this many seconds; 0: never.
 
-    By the interval timer's signal, since only that interrupts a regular expression that runs away, and since the
+    It uses the interval timer's signal, since only that interrupts a regular expression that runs away, and since the
     function stays in the main thread. It needs Unix; code that never comes back from a C library is not interrupted.
+
+    The error names `told`, where that is another limit.
     """
     if not seconds:
         yield
@@ -208,8 +209,9 @@ def _shown(value: Any) -> str:
 
 
 def _in_words(error: BaseException) -> str:
-    """`ZeroDivisionError: division by zero (rules.py, line 4: return 1 / len(answer))`: the innermost line of the
-    function's own file.
+    """The error with the innermost line of the function's own file.
+
+    Such as `ZeroDivisionError: division by zero (rules.py, line 4: return 1 / len(answer))`.
     """
     ours = (__file__, str(Path(asyncio.__file__).parent), "<frozen importlib")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
@@ -221,23 +223,20 @@ def _in_words(error: BaseException) -> str:
     return type(error).__name__ + (f": {message[0]}" if message else "") + where
 
 
-# ------------------------------------------------------------------------------------------------------------- finding
-
-
 @functools.cache
 def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
-    """`module:function` or `path/to/file.py:function`; a module is one that Python finds, or else a file below the
-    working folder. Each is imported once.
+    """The function of an entry `module:function` or `path/to/file.py:function`.
+
+    A module is one that Python finds, or else a file below the working folder. Each is imported once.
 
     Raises:
-        UserError: no such module, one that cannot be imported, no such function, or one with other parameters.
+        UserError: There is no such module or function, the module cannot be imported, or the function has other
+            parameters.
     """
     source, _, name = entry.rpartition(":")
     is_file = source.endswith(".py")
     if not name.isidentifier() or not (is_file or all(part.isidentifier() for part in source.split("."))):
-        raise UserError(
-            f"{flag} {entry}: expected module:function or file.py:function, with :weight behind it if wanted"
-        )
+        raise UserError(f"{flag} {entry}: expected module:function or file.py:function, followed by :weight if wanted")
     module = _import(source, is_file, f"{flag} {entry}")
     if not hasattr(module, name):
         own = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
@@ -246,24 +245,34 @@ def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
     function = getattr(module, name)
     if not callable(function):
         raise UserError(f"{flag} {entry}: {name} is a {type(function).__name__}; expected a function")
+    return reward_function(function, entry, flag)
+
+
+def reward_function(function: Callable[..., Any], entry: str = "", flag: str = "--reward_fn") -> RewardFunction:
+    """A function that is at hand, called in the manner that its parameters ask for.
+
+    Args:
+        entry: its name in errors; by default its own.
+
+    Raises:
+        UserError: it has other parameters.
+    """
+    entry = entry or getattr(function, "__name__", repr(function))
     asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
     return RewardFunction(entry, function, _batched(function, f"{flag} {entry}"), asynchronous)
 
 
 def _import(source: str, is_file: bool, given: str) -> ModuleType:
-    if is_file:
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise UserError(f"{given}: no such file {path} (looked from {Path.cwd()})")
-    else:
-        path = Path(*source.split(".")).with_suffix(".py")  # below the working folder, which a launcher leaves out
-        if _is_importable(source) or not path.is_file():
-            path = None
+    # A module may lie below the working folder, which a launcher leaves out.
+    path = Path(source).expanduser() if is_file else Path(*source.split(".")).with_suffix(".py")
+    if is_file and not path.is_file():
+        raise UserError(f"{given}: no such file {path} (looked from {Path.cwd()})")
+    by_name = not is_file and (_is_importable(source) or not path.is_file())
     try:
         with _staying_here():
-            return importlib.import_module(source) if path is None else _import_file(path.resolve())
+            return importlib.import_module(source) if by_name else _import_file(path.resolve())
     except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) and path is None else None
+        missing = error.name if isinstance(error, ModuleNotFoundError) and by_name else None
         if missing and f"{source}.".startswith(f"{missing}."):
             raise UserError(
                 f"{given}: no module {source}; install it, put its folder on PYTHONPATH, or give the path of a file "
@@ -284,6 +293,7 @@ def _import_file(path: Path) -> ModuleType:
     name = f"reward_file:{path}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # as for every file that ends with .py
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses and pickle look there
         try:

@@ -16,29 +16,21 @@ from utils.data.names import split_weight
 
 @dataclass(frozen=True)
 class Source:
-    """One part of the reward.
+    """One part of the reward."""
 
-    name: folder or hub name of a model, `module:function` of a function.   weight: below 0 for a penalty.
-    label: short, distinct among all parts, for logs.
-    """
-
-    name: str
-    weight: float
-    label: str
+    name: str  # folder or hub name of a model, `module:function` of a function
+    weight: float  # below 0 for a penalty
+    label: str  # a short name for logs, distinct among all parts
 
 
-def reward_sources(
-    models: Sequence[str],
-    functions: Sequence[str],
-    flags: tuple[str, str] = ("--reward_model_name_or_path", "--reward_fn"),
-) -> tuple[list[Source], list[Source]]:
+def reward_sources(models: Sequence[str], functions: Sequence[str]) -> tuple[list[Source], list[Source]]:
     """Models and functions from their entries, each `name` or `name:weight` (default 1).
 
     Raises:
-        UserError: a weight that is 0 or no number.
+        UserError: A weight is 0 or no number.
     """
-    split = [split_weight(entry, flags[0], negative=True) for entry in models]
-    split += [split_weight(entry, flags[1], negative=True) for entry in functions]
+    split = [split_weight(entry, "--reward_model_name_or_path", negative=True) for entry in models]
+    split += [split_weight(entry, "--reward_fn", negative=True) for entry in functions]
     parts = [re.split(r"[/\\]", str(Path(name).expanduser().absolute()))[1:] for name, _ in split[: len(models)]]
     parts += [re.split(r"[/\\.:]", name.replace(".py:", ":")) for name, _ in split[len(models) :]]
     labels = distinct([_plain(part[-1]) for part in parts], [_plain("-".join(part[-2:])) for part in parts])
@@ -52,9 +44,8 @@ def reward_sources(
 def distinct(short: Sequence[str], longer: Sequence[str]) -> list[str]:
     """The short names, where several are equal the longer ones, and where those are equal too with a number."""
     seen = Counter(short)
-    names = [name if seen[name] == 1 else other for name, other in zip(short, longer, strict=True)]
     taken: list[str] = []
-    for name in names:
+    for name in (name if seen[name] == 1 else other for name, other in zip(short, longer, strict=True)):
         number, free = 1, name
         while free in taken:
             number += 1

@@ -27,16 +27,10 @@ Tokenizer = PreTrainedTokenizerBase
 def data_config(
     args: Step1Arguments | Step2Arguments | Step3Arguments, record_in: str | Path | None = None
 ) -> DataConfig:
-    """What the flags say about the data.
-
-    Args:
-        args: the flags of a stage.
-        record_in: folder for data.json.
-    """
-    first, second = isinstance(args, Step1Arguments), isinstance(args, Step2Arguments)
+    """What the flags say about the data; `record_in` is the folder for data.json."""
     return DataConfig(
         data_path=args.data_path,
-        sft_only_data_path=args.sft_only_data_path if first else (),
+        sft_only_data_path=args.sft_only_data_path if isinstance(args, Step1Arguments) else (),
         columns=args.columns,
         data_split=args.data_split,
         data_seed=args.data_seed,
@@ -44,9 +38,9 @@ def data_config(
         cache_dir=args.data_output_path,
         num_proc=args.preprocessing_num_workers,
         overlong=args.overlong,
-        train_on=args.train_on if first else "last",
-        need_margin=second and args.use_margin,
-        best_and_worst=second and args.loss != "ranking",
+        train_on=args.train_on if isinstance(args, Step1Arguments) else "last",
+        need_margin=isinstance(args, Step2Arguments) and args.use_margin,
+        best_and_worst=isinstance(args, Step2Arguments) and args.loss != "ranking",
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer,
         record_in=record_in,
@@ -68,14 +62,7 @@ def finetune_loaders(args: Step1Arguments | Step2Arguments, tokenizer: Tokenizer
 
 
 def _open_data(
-    config: DataConfig,
-    stage: int,
-    tokenizer: Tokenizer,
-    *,
-    batches: int,
-    max_len: int,
-    train_batch_size: int,
-    eval_batch_size: int,
+    config: DataConfig, stage: int, tokenizer: Tokenizer, *, batches: int, **sizes: int
 ) -> tuple[list[StreamedSet], DataLoader, DataLoader]:
     """The data sets that are streamed, if any, and the loaders of training and evaluation.
 
@@ -83,42 +70,26 @@ def _open_data(
     """
     streams = open_streams(config, stage, tokenizer) if config.streaming else []
     build = partial(build_streaming_loaders, streams, batches=batches) if streams else build_loaders
-    loaders = build(
-        config,
-        stage=stage,
-        tokenizer=tokenizer,
-        max_len=max_len,
-        train_batch_size=train_batch_size,
-        eval_batch_size=eval_batch_size,
-        rank=rank(),
-        world_size=world_size(),
-    )
-    return streams, *loaders
+    ranks = {"rank": rank(), "world_size": world_size()}
+    return streams, *build(config, stage=stage, tokenizer=tokenizer, **sizes, **ranks)
 
 
 @dataclass(frozen=True)
 class PromptData:
-    """What step 3 reads.
+    """What step 3 reads."""
 
-    Attributes:
-        train: prompts.
-        evaluation: held-out prompts.
-        answers: those with their chosen answers, where the data has some.
-        plain_text: endless batches for the language-modelling mix, where they are asked for.
-        held_out: the rows of the evaluation as text, with --streaming.
-    """
-
-    train: DataLoader
-    evaluation: First
-    answers: First | None
-    plain_text: Iterator[SupervisedBatch] | None
-    held_out: Dataset | None = None
+    train: DataLoader  # prompts
+    evaluation: First  # held-out prompts
+    answers: First | None  # those with their chosen answers, where the data has some
+    plain_text: Iterator[SupervisedBatch] | None  # endless batches for the language-modelling mix
+    held_out: Dataset | None = None  # the rows of the evaluation as text, with --streaming
 
 
 def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> PromptData:
     """The data of step 3; what was read is recorded in `output`."""
     longest = args.max_prompt_seq_len + args.max_answer_seq_len
-    config = data_config(args, output)
+    eval_batch_size = args.per_device_eval_batch_size
+    config, ranks = data_config(args, output), {"rank": rank(), "world_size": world_size()}
     streams, train, evaluation = _open_data(
         config,
         2,
@@ -126,17 +97,11 @@ def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> Promp
         batches=args.max_steps * args.rollout_batches,
         max_len=args.max_prompt_seq_len,
         train_batch_size=args.per_device_generation_batch_size,
-        eval_batch_size=args.per_device_eval_batch_size,
+        eval_batch_size=eval_batch_size,
     )
     held_out = [stream.held_out for stream in streams]
     answers = build_answers_loader(
-        config,
-        tokenizer,
-        max_len=longest,
-        batch_size=args.per_device_eval_batch_size,
-        rank=rank(),
-        world_size=world_size(),
-        held_out=held_out or None,
+        config, tokenizer, max_len=longest, batch_size=eval_batch_size, held_out=held_out or None, **ranks
     )
     plain_text = None
     if args.unsupervised_dataset_name:
@@ -148,14 +113,7 @@ def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> Promp
             batch_size=args.per_device_training_batch_size,
             seed=args.seed,
             cache_dir=args.data_output_path,
-            rank=rank(),
-            world_size=world_size(),
+            **ranks,
         )
-    limit = args.max_eval_batches
-    return PromptData(
-        train,
-        First(evaluation, limit),
-        First(answers, limit) if answers else None,
-        plain_text,
-        concatenate_datasets(held_out) if held_out else None,
-    )
+    limit, rows = args.max_eval_batches, concatenate_datasets(held_out) if held_out else None
+    return PromptData(train, First(evaluation, limit), First(answers, limit) if answers else None, plain_text, rows)

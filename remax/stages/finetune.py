@@ -49,7 +49,7 @@ def run_finetuning(args: Step1Arguments | Step2Arguments) -> None:
 def build_task(
     args: Step1Arguments | Step2Arguments, tokenizer: Tokenizer, held_out: First, steps: int
 ) -> Supervised | Ranking | DirectPreference:
-    """What the flags say is learned, with its models loaded. steps: of the optimizer."""
+    """What the flags say is learned, with its models loaded; `steps` are the optimizer's."""
     trained, optimizer = finetune_model(args), finetune_optimizer(args, steps)
     if isinstance(args, Step1Arguments):
         return Supervised(trained_policy(trained, optimizer, tokenizer, args.max_seq_len), held_out)

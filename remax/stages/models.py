@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -43,41 +43,19 @@ Tokenizer = PreTrainedTokenizerBase
 def load_policy_model(spec: ModelSpec, tokenizer: Tokenizer) -> PolicyModel:
     """A causal language model, partitioned as its engine wants it, with its adapters."""
     with loading(spec.engine):
-        model = load_policy(
-            spec.name,
-            spec.flag,
-            dtype=spec.engine.torch_dtype,
-            tokenizer=tokenizer,
-            disable_dropout=spec.disable_dropout,
-            gradient_checkpointing=spec.gradient_checkpointing,
-            attn_implementation=spec.attn_implementation,
-            packing=spec.packing,
-        )
-    _add_adapters(model, spec)
+        model = load_policy(spec.name, spec.flag, tokenizer=tokenizer, **spec.options)
+    if spec.lora is not None:
+        add_lora(model.hf, *astuple(spec.lora))
     return model
 
 
 def load_scorer(spec: ModelSpec, tokenizer: Tokenizer, *, new_head: bool = False) -> RewardModel:
-    """A reward model, in the same way. `new_head`: see `load_reward_model`."""
+    """A reward model, in the same way. See `load_reward_model` for `new_head`."""
     with loading(spec.engine):
-        model = load_reward_model(
-            spec.name,
-            spec.flag,
-            dtype=spec.engine.torch_dtype,
-            tokenizer=tokenizer,
-            new_head=new_head,
-            disable_dropout=spec.disable_dropout,
-            gradient_checkpointing=spec.gradient_checkpointing,
-            attn_implementation=spec.attn_implementation,
-            packing=spec.packing,
-        )
-    _add_adapters(model, spec)
-    return model
-
-
-def _add_adapters(model: PolicyModel | RewardModel, spec: ModelSpec) -> None:
+        model = load_reward_model(spec.name, spec.flag, tokenizer=tokenizer, new_head=new_head, **spec.options)
     if spec.lora is not None:
-        add_lora(model.hf, spec.lora.dim, spec.lora.module_name, spec.lora.only, spec.lora.flag)
+        add_lora(model.hf, *astuple(spec.lora))
+    return model
 
 
 def trained_policy(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokenizer, max_len: int) -> Actor:
@@ -96,18 +74,9 @@ def trained_reward(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Token
     return TrainedReward(engine)
 
 
-# ------------------------------------------------------------------------------------------------------------- step 3
-
-
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of step 3.
-
-    Attributes:
-        actor: also the reference's.
-        rewards: of each reward model, in the order of their flag.
-        critic: PPO's.
-    """
+    """The tokenizers of step 3: the actor's and reference's, each reward model's in the order of their flag, PPO's."""
 
     actor: Tokenizer
     rewards: list[Tokenizer]
@@ -116,7 +85,7 @@ class Tokenizers:
 
 @dataclass(frozen=True)
 class Models:
-    """The roles of step 3. critic: PPO's."""
+    """The roles of step 3; the critic is PPO's."""
 
     actor: Actor
     reference: Reference
@@ -171,26 +140,17 @@ def _check_scorer(args: Step3Arguments, name: str, flag: str, tokenizer: Tokeniz
     return own
 
 
-def reward_functions(args: Step3Arguments | DoctorArguments, tokenizer: Tokenizer) -> list[Part]:
-    """The parts of the reward that are Python functions. tokenizer: the actor's."""
+def reward_functions(args: Step3Arguments | DoctorArguments, tokenizer: Tokenizer) -> list[FunctionReward]:
+    """The functions of --reward_fn; the tokenizer is the actor's."""
     _, functions = reward_sources(args.reward_model_name_or_path, args.reward_fn)
-    return [
-        Part(source.label, FunctionReward(load_function(source.name), tokenizer, args.reward_fn_timeout), source.weight)
-        for source in functions
-    ]
+    return [FunctionReward(load_function(source.name), tokenizer, args.reward_fn_timeout) for source in functions]
 
 
 def build_reward(
     args: Step3Arguments | DoctorArguments, engine: EngineConfig, tokenizer: Tokenizer, own: Sequence[Tokenizer]
 ) -> CompositeReward:
-    """All parts of the reward.
-
-    Args:
-        engine: of each reward model.
-        tokenizer: the actor's.
-        own: the reward models' tokenizers.
-    """
-    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    """All parts of the reward; `tokenizer` is the actor's, `own` are those of the reward models."""
+    models, functions = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     flag, parts = "--reward_model_name_or_path", []
     for source, of_model in zip(models, own, strict=True):
         mean, std = 0.0, 1.0
@@ -198,11 +158,13 @@ def build_reward(
             mean, std = score_statistics(load_config(source.name, flag), source.name, flag)
         model = load_scorer(ModelSpec(source.name, flag, engine, args.attn_implementation), of_model)
         parts.append(Part(source.label, Reward(FrozenEngine(model, engine)), source.weight, mean, std, of_model))
-    return CompositeReward([*parts, *reward_functions(args, tokenizer)])
+    for source, function in zip(functions, reward_functions(args, tokenizer), strict=True):
+        parts.append(Part(source.label, function, source.weight))
+    return CompositeReward(parts)
 
 
 def build_models(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Models:
-    """Actor, reference, reward, and for PPO a critic; each is loaded by its own ZeRO stage. steps: of the optimizer."""
+    """Actor, reference, reward, and for PPO a critic, each by its own ZeRO stage; `steps` are the optimizer's."""
     tokenizer, spec = tokenizers.actor, actor_model(args)
     distribution, chunk_size = evaluated_distribution(args), args.logprob_chunk_size
     actor = Actor(

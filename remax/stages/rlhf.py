@@ -16,7 +16,7 @@ from remax.core.sequences import Prompts
 from remax.evaluation.answers import write_answers
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
 from remax.models.loading import quiet_libraries
-from remax.rewards.composite import FunctionReward, try_functions
+from remax.rewards.composite import try_functions
 from remax.stages.data import PromptData, data_config, load_data
 from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, reward_functions
 from remax.stages.settings import trainer_settings
@@ -108,9 +108,7 @@ def run_rlhf(args: Step3Arguments) -> None:
 
 def try_reward_functions(args: Step3Arguments, tokenizer: Tokenizer, held_out: Iterable[PromptBatch]) -> None:
     """Asks the functions of --reward_fn about two held-out prompts, before any weights are read."""
-    scorers = [part.scorer for part in reward_functions(args, tokenizer)]
-    functions = [scorer for scorer in scorers if isinstance(scorer, FunctionReward)]
-    if functions:
+    if functions := reward_functions(args, tokenizer):
         try_functions(functions, next(iter(held_out)).prompts[:2])
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from remax.cli.flags import FinetuneArguments, Step2Arguments, Step3Arguments
+from remax.cli.flags import FinetuneArguments, SamplingFlags, Step2Arguments, Step3Arguments
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
 from remax.generation.decode import GenerationSettings
 from remax.training.loop import Cadence
 from remax.training.trainer import TrainerSettings
+from utils.present import present
 
 Arguments = FinetuneArguments | Step3Arguments
 
@@ -27,12 +29,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model to load: where it is, how it is spread over the ranks, and what is done to it.
-
-    Attributes:
-        name: folder or hub name.
-        flag: the flag that errors name.
-    """
+    """A model to load: where it is, the flag that errors name, how it is spread over the ranks, what is done to it."""
 
     name: str
     flag: str
@@ -43,38 +40,42 @@ class ModelSpec:
     packing: bool = False
     lora: LoraSpec | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `load_policy` and `load_reward_model` have in common."""
+        names = ("disable_dropout", "gradient_checkpointing", "attn_implementation", "packing")
+        return {"dtype": self.engine.torch_dtype} | {name: getattr(self, name) for name in names}
 
-def _optimizer(args: Arguments, steps: int, **rates: float) -> OptimizerConfig:
+
+def _trained_engine(args: Arguments, zero_stage: int, dtype: str, micro_batch_size: int) -> EngineConfig:
+    offload, parameters = args.offload, args.offload_parameters
+    return EngineConfig(zero_stage, offload, parameters, dtype, micro_batch_size, args.gradient_clipping)
+
+
+def _optimizer(
+    args: Arguments, steps: int, rate: float, weight_decay: float, lora_rate: float | None = None
+) -> OptimizerConfig:
     return OptimizerConfig(
-        total_steps=steps,
+        rate,
+        steps,
         warmup_steps=args.num_warmup_steps,
         schedule=args.lr_scheduler_type,
+        weight_decay=weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
-        **rates,
+        lora_learning_rate=lora_rate,
     )
 
 
-# ------------------------------------------------------------------------------------------------------ steps 1 and 2
-
-
-def finetune_engine(args: FinetuneArguments) -> EngineConfig:
-    return EngineConfig(
-        zero_stage=args.zero_stage,
-        offload=args.offload,
-        offload_parameters=args.offload_parameters,
-        dtype=args.dtype,
-        micro_batch_size=args.per_device_train_batch_size,
-        gradient_clipping=args.gradient_clipping,
-    )
+def _cadence(args: Arguments, batches_per_step: int, max_steps: int) -> Cadence:
+    return Cadence(args.num_train_epochs, batches_per_step, max_steps, args.eval_steps)
 
 
 def finetune_model(args: FinetuneArguments) -> ModelSpec:
-    """The model that steps 1 and 2 train."""
     lora = LoraSpec(args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
     return ModelSpec(
         args.model_name_or_path,
         "--model_name_or_path",
-        finetune_engine(args),
+        _trained_engine(args, args.zero_stage, args.dtype, args.per_device_train_batch_size),
         args.attn_implementation,
         disable_dropout=args.disable_dropout,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -86,56 +87,18 @@ def finetune_model(args: FinetuneArguments) -> ModelSpec:
 def finetune_reference(args: Step2Arguments) -> ModelSpec:
     """The frozen start that step 2 compares with (--loss dpo)."""
     name, flag = args.model_name_or_path, "--model_name_or_path"
-    return ModelSpec(name, flag, reference_engine(args), args.attn_implementation, packing=args.packing)
+    return ModelSpec(name, flag, _reference_engine(args, args.dtype), args.attn_implementation, packing=args.packing)
 
 
 def finetune_optimizer(args: FinetuneArguments, steps: int) -> OptimizerConfig:
-    return _optimizer(
-        args,
-        steps,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        lora_learning_rate=args.lora_learning_rate,
-    )
+    return _optimizer(args, steps, args.learning_rate, args.weight_decay, args.lora_learning_rate)
 
 
 def finetune_cadence(args: FinetuneArguments) -> Cadence:
-    return Cadence(
-        epochs=args.num_train_epochs,
-        batches_per_step=args.gradient_accumulation_steps,
-        max_steps=args.max_steps,
-        evaluate_every=args.eval_steps,
-    )
+    return _cadence(args, args.gradient_accumulation_steps, args.max_steps)
 
 
-# ------------------------------------------------------------------------------------------------------------- step 3
-
-
-def actor_engine(args: Step3Arguments) -> EngineConfig:
-    return EngineConfig(
-        zero_stage=args.actor_zero_stage,
-        offload=args.offload,
-        offload_parameters=args.offload_parameters,
-        dtype=args.actor_dtype,
-        micro_batch_size=args.per_device_training_batch_size,
-        gradient_clipping=args.gradient_clipping,
-    )
-
-
-def critic_engine(args: Step3Arguments) -> EngineConfig:
-    """The actor's, apart from what the critic has flags for. Only where the algorithm has one."""
-    assert args.critic_zero_stage is not None and args.critic_dtype is not None
-    return replace(
-        actor_engine(args),
-        zero_stage=args.critic_zero_stage,
-        offload=args.offload_critic,
-        offload_parameters=False,
-        dtype=args.critic_dtype,
-    )
-
-
-def reference_engine(args: Step2Arguments | Step3Arguments) -> EngineConfig:
-    dtype = args.actor_dtype if isinstance(args, Step3Arguments) else args.dtype
+def _reference_engine(args: Step2Arguments | Step3Arguments, dtype: str) -> EngineConfig:
     return EngineConfig(args.reference_zero_stage, offload_parameters=args.offload_reference_model, dtype=dtype)
 
 
@@ -144,13 +107,12 @@ def reward_engine(args: Step3Arguments) -> EngineConfig:
 
 
 def actor_model(args: Step3Arguments) -> ModelSpec:
-    """The policy that learns."""
     flag = "--actor_lora_module_name"
     lora = LoraSpec(args.actor_lora_dim, args.actor_lora_module_name, args.only_optimize_lora, flag)
     return ModelSpec(
         args.actor_model_name_or_path,
         "--actor_model_name_or_path",
-        actor_engine(args),
+        _trained_engine(args, args.actor_zero_stage, args.actor_dtype, args.per_device_training_batch_size),
         args.attn_implementation,
         disable_dropout=args.disable_actor_dropout,
         gradient_checkpointing=args.actor_gradient_checkpointing,
@@ -159,18 +121,19 @@ def actor_model(args: Step3Arguments) -> ModelSpec:
 
 
 def reference_model(args: Step3Arguments) -> ModelSpec:
-    """The policy's frozen start."""
     name, flag = args.actor_model_name_or_path, "--actor_model_name_or_path"
-    return ModelSpec(name, flag, reference_engine(args), args.attn_implementation)
+    return ModelSpec(name, flag, _reference_engine(args, args.actor_dtype), args.attn_implementation)
 
 
 def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
-    """Where the critic starts: its own model, or else the first reward model."""
+    """Where the critic starts: its own model, or else the first reward model. Only where the algorithm has a critic."""
     own = args.critic_model_name_or_path
+    stage, dtype = present(args.critic_zero_stage, "--critic_zero_stage"), present(args.critic_dtype, "--critic_dtype")
+    engine = _trained_engine(args, stage, dtype, args.per_device_training_batch_size)
     return ModelSpec(
         own or first_reward_model,
         "--critic_model_name_or_path" if own else "--reward_model_name_or_path",
-        critic_engine(args),
+        replace(engine, offload=args.offload_critic, offload_parameters=False),
         args.attn_implementation,
         disable_dropout=args.disable_reward_dropout,
         gradient_checkpointing=args.critic_gradient_checkpointing,
@@ -178,20 +141,14 @@ def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
 
 
 def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
-    return _optimizer(
-        args,
-        steps,
-        learning_rate=args.actor_learning_rate,
-        weight_decay=args.actor_weight_decay,
-        lora_learning_rate=args.actor_lora_learning_rate,
-    )
+    return _optimizer(args, steps, args.actor_learning_rate, args.actor_weight_decay, args.actor_lora_learning_rate)
 
 
 def critic_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
-    return _optimizer(args, steps, learning_rate=args.critic_learning_rate, weight_decay=args.critic_weight_decay)
+    return _optimizer(args, steps, args.critic_learning_rate, args.critic_weight_decay)
 
 
-def sampling(args: Step3Arguments) -> Sampling:
+def sampling(args: SamplingFlags) -> Sampling:
     """The distribution that answers are drawn from."""
     return Sampling(args.temperature, args.top_p, args.top_k)
 
@@ -202,23 +159,13 @@ def evaluated_distribution(args: Step3Arguments) -> Sampling:
 
 
 def generation(args: Step3Arguments, pad_id: int) -> GenerationSettings:
-    return GenerationSettings(
-        max_new_tokens=args.max_answer_seq_len,
-        pad_id=pad_id,
-        sampling=sampling(args),
-        max_greedy_tokens=args.max_greedy_seq_len,
-        two_pass=args.two_pass_rollout,
-    )
+    longest, longest_greedy = args.max_answer_seq_len, args.max_greedy_seq_len
+    return GenerationSettings(longest, pad_id, sampling(args), longest_greedy, args.two_pass_rollout)
 
 
 def trainer_settings(args: Step3Arguments) -> TrainerSettings:
     return TrainerSettings(
-        Cadence(
-            epochs=args.num_train_epochs,
-            batches_per_step=args.rollout_batches,
-            max_steps=args.stop_step,
-            evaluate_every=args.eval_steps,
-        ),
+        _cadence(args, args.rollout_batches, args.stop_step),
         micro_batch_size=args.per_device_training_batch_size,
         mini_batches=args.ppo_mini_batches,
         target_kl=args.target_kl,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
 from utils.distributed import sum_across_ranks
+from utils.present import present
 
 COMPARED = ("entropy", "length", "ended", "distinct_trigrams")  # with the run's start
 
@@ -42,7 +43,15 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Alarm:
-    """kind: for counting.   figure: what was seen.   cause, remedy: what it usually is, and what usually helps."""
+    """Something that goes wrong.
+
+    Attributes:
+        kind: For counting.
+        figure: What was seen.
+        cause: What it usually is.
+        remedy: What usually helps.
+        fatal: Whether going on is pointless.
+    """
 
     kind: str
     figure: str
@@ -51,6 +60,7 @@ class Alarm:
     fatal: bool = False
 
     def message(self, step: int) -> str:
+        """One line for people."""
         return f"step {step}: {self.figure}. Likely cause: {self.cause}. Remedy: {self.remedy}"
 
 
@@ -58,9 +68,10 @@ class Alarm:
 
 
 def distinct_ngrams(sequences: Sequences, n: int = 3) -> tuple[Tensor, Tensor]:
-    """-> (number of different n-grams within each answer, number of n-grams), both summed over the B answers.
+    """Counts n-grams, n <= 3, for vocabularies below 2^20. An answer that repeats itself has few different ones.
 
-    An answer that repeats itself has few different ones. n <= 3, vocabularies below 2^20.
+    Returns:
+        The number of different n-grams within each answer and the number of n-grams, both summed over the B answers.
     """
     ids, mask = sequences.answer_ids, sequences.answer_mask  # (B, A)
     if ids.shape[1] < n:
@@ -78,18 +89,19 @@ def rollout_figures(
     rollout: Rollout,
     reward: float,
     length: float,
-    sum_across_ranks: Callable[[dict[str, float | Tensor]], dict[str, float]] = sum_across_ranks,
+    sum_across_ranks: Callable[[Mapping[str, float | Tensor]], dict[str, float]] = sum_across_ranks,
 ) -> dict[str, float]:
     """Figures over the answers of all ranks, from one reduction; `reward` and `length` are the means over all ranks.
 
-    distinct_trigrams: different trigrams of an answer over its trigrams, 1 where nothing is repeated.
-    reward_length_correlation: Pearson's, 0 where either does not vary.
-    zero_advantages: share of answers whose advantages are all 0: they leave the policy as it is.
+    Returns:
+        - `distinct_trigrams`: different trigrams of an answer over its trigrams, 1 where nothing is repeated;
+        - `reward_length_correlation`: Pearson's, 0 where either does not vary;
+        - `zero_advantages`: share of answers whose advantages are all 0: they leave the policy as it is.
     """
     distinct, trigrams = distinct_ngrams(rollout.sequences)
     r = rollout.rewards.double() - reward  # (B,)
     n = rollout.sequences.answer_lengths.double() - length  # (B,)
-    advantages = rollout.advantages  # (B, A) or (B, 1)
+    advantages = present(rollout.advantages, "Rollout.advantages")  # (B, A) or (B, 1)
     if advantages.shape[1] > 1:
         advantages = advantages.masked_fill(~rollout.sequences.answer_mask, 0.0)
     total = sum_across_ranks(

@@ -1,5 +1,6 @@
-"""Steps 1 and 2 on the training loop: gradients of several micro-batches, one step, its figures. What is learned is a
-`Task`.
+"""Steps 1 and 2 on the training loop: gradients of several micro-batches, one step, its figures.
+
+What is learned is a `Task`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from remax.core.batches import to_device
 from remax.core.sums import Figure, Figures, add, reduce
-from remax.training.loop import Cadence, TrainState, train
+from remax.training.loop import Cadence, Evaluation, TrainState, train
 from remax.training.tasks import Task
 from utils.distributed import sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
@@ -84,7 +85,7 @@ class Finetuning:
         self.task.learner.train(False)
         return Measured(self.task.evaluate())
 
-    def evaluated(self, state: TrainState, evaluation: Measured, best: bool) -> None:
+    def evaluated(self, state: TrainState, evaluation: Evaluation, best: bool) -> None:
         """Nothing is done: steps 1 and 2 keep the last model."""
 
 
@@ -92,14 +93,18 @@ def finetune(task: Task, loader: DataLoader, cadence: Cadence, metrics: MetricsL
     """Trains and returns the evaluation before and after: {"before": {...}, "after": {...}}.
 
     Args:
-        loader: batches of this rank; its sampler has `set_epoch`.
+        loader: Batches of this rank; its sampler has `set_epoch`.
     """
     state = train(Finetuning(task), loader, cadence, metrics)
     return {"before": state.before, "after": state.after}
 
 
 def stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
-    """Raises TrainingStopped. The figures are reduced, so every rank does so together."""
+    """Ends a training whose loss is lost.
+
+    Raises:
+        TrainingStopped: The loss is not finite. The figures are reduced, so every rank raises it together.
+    """
     if not math.isfinite(figures["loss"]):
         raise TrainingStopped(
             f"step {step}: loss is {figures['loss']} (gradient norm {figures['grad_norm']}, learning rate "

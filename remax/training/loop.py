@@ -1,5 +1,6 @@
-"""The one training loop of all stages: epochs, evaluation, logging, stopping. What is learned is up to the
-learner.
+"""The one training loop of all stages: epochs, evaluation, logging, stopping.
+
+What is learned is up to the learner.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch.utils.data import DataLoader
 
 from remax.core.batches import groups
+from utils.data.loaders import ResumableSampler
 from utils.distributed import print0
 from utils.metrics import MetricsLogger, progress
 from utils.run import TrainingStopped, UserError
@@ -24,10 +26,10 @@ class Cadence:
     """When things happen, in optimizer steps (of step 3: rollouts that are learned from).
 
     Attributes:
-        epochs: passes over the data.
-        batches_per_step: micro-batches that are accumulated, or prompt batches that are collected, before a step.
-        max_steps: where to stop; 0: at the end of the epochs.
-        evaluate_every: steps between evaluations; 0: once an epoch.
+        epochs: Passes over the data.
+        batches_per_step: Micro-batches that are accumulated, or prompt batches that are collected, before a step.
+        max_steps: Where to stop; 0: at the end of the epochs.
+        evaluate_every: Steps between evaluations; 0: once an epoch.
     """
 
     epochs: int = 1
@@ -36,11 +38,11 @@ class Cadence:
     evaluate_every: int = 0
 
     def steps_per_epoch(self, batches: int) -> int:
-        """Steps of an epoch of so many batches; its last one may have fewer of them."""
+        """Steps of an epoch with this many batches; the last step may have fewer of them than the others."""
         return math.ceil(batches / self.batches_per_step)
 
     def total_steps(self, batches: int) -> int:
-        """Steps of a whole training with so many batches per epoch."""
+        """Steps of a whole training with this many batches per epoch."""
         total = self.epochs * self.steps_per_epoch(batches)
         return min(total, self.max_steps) if self.max_steps else total
 
@@ -50,13 +52,8 @@ class TrainState:
     """Where a training stands; equal on every rank.
 
     Attributes:
-        step: steps done.
-        epoch: passes over the data that are complete.
-        evaluated: the step of the last evaluation.
-        before: figures of the first evaluation.
-        after: figures of the last one.
-        best: figures of the best one, among those after the first step; empty before.
-        best_step: its step.
+        epoch: Passes over the data that are complete.
+        best: Figures of the best one, among those after the first step; empty before.
     """
 
     step: int = 0
@@ -88,36 +85,49 @@ class Evaluation(Protocol):
     """What an evaluation gives: figures, equal on every rank, and whatever else its reader knows of."""
 
     @property
-    def figures(self) -> dict[str, float]: ...
+    def figures(self) -> dict[str, float]:
+        """By name."""
+        ...
 
 
 class Learner(Protocol):
     """What the loop drives."""
 
-    label: str  # of the progress bar
-    headline: str  # the figure of `evaluate` that people look at, and that the best model is chosen by
+    @property
+    def label(self) -> str:
+        """Name of the progress bar."""
+        ...
+
+    @property
+    def headline(self) -> str:
+        """The figure of `evaluate` that people look at, and that the best model is chosen by."""
+        ...
 
     def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
         """One step on its batches; figures, equal on every rank."""
+        ...
 
     def check(self, step: int, figures: dict[str, float]) -> None:
         """After the figures were logged: raises TrainingStopped, on every rank, where going on is pointless."""
+        ...
 
     def evaluate(self) -> Evaluation:
         """Measures on held-out rows, with the model in eval mode."""
+        ...
 
     def evaluated(self, state: TrainState, evaluation: Any, best: bool) -> str | None:
         """After an evaluation was logged; why to stop now, or None. The same on every rank."""
+        ...
 
 
 def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger) -> TrainState:
     """The whole training, with an evaluation before it, at every cadence, and at its end.
 
     Args:
-        loader: batches of this rank; its sampler has `set_epoch`.
+        loader: Batches of this rank; its sampler has `set_epoch`.
 
     Raises:
-        TrainingStopped: see `Learner.check`, or a faulty row of streamed data; on every rank at the same step.
+        TrainingStopped: See `Learner.check`; or a row of streamed data is faulty; on every rank at the same step.
     """
     epoch_steps, total = cadence.steps_per_epoch(len(loader)), cadence.total_steps(len(loader))
     state, started = TrainState(), time.perf_counter()
@@ -162,10 +172,10 @@ def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) ->
     """The batches of one step after the other, epoch by epoch; counts the epochs in `state`.
 
     Raises:
-        TrainingStopped: a faulty row of streamed data, on every rank at the same step, as each reads all rows.
+        TrainingStopped: A row of streamed data is faulty; on every rank at the same step, as each reads all rows.
     """
     for epoch in range(cadence.epochs):
-        loader.sampler.set_epoch(epoch)
+        cast(ResumableSampler, loader.sampler).set_epoch(epoch)
         try:
             yield from groups(loader, cadence.batches_per_step)
         except UserError as error:

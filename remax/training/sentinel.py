@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -24,8 +25,8 @@ from utils.distributed import is_main, sum_across_ranks
 from utils.run import TrainingStopped
 
 
-def tell(message: str) -> None:
-    """One line on rank 0 that does not tear a progress bar."""
+def warn(message: str) -> None:
+    """Prints one line on rank 0 without tearing a progress bar."""
     if is_main():
         tqdm.write(message)
 
@@ -34,16 +35,18 @@ def tell(message: str) -> None:
 class Sentinel:
     """One of the trainer's watchers.
 
-    vocabulary: number of words, whose logarithm is the largest entropy.   tell: takes each warning, on every rank.
-    fatal: why training must stop, None as long as it need not.
-
     The KL is counted from the first step's: there the policy is the reference, and what is left is truncation (top_p).
+
+    Attributes:
+        vocabulary: Number of words, whose logarithm is the largest entropy.
+        warn: Takes each warning, on every rank.
+        fatal: Why training must stop, None as long as it need not.
     """
 
     vocabulary: int
     thresholds: Thresholds = field(default_factory=Thresholds)
-    tell: Callable[[str], None] = tell
-    sum_across_ranks: Callable[[dict[str, float | Tensor]], dict[str, float]] = field(
+    warn: Callable[[str], None] = warn
+    sum_across_ranks: Callable[[Mapping[str, float | Tensor]], dict[str, float]] = field(
         default=sum_across_ranks, repr=False
     )
     fatal: str | None = field(default=None, init=False)
@@ -57,7 +60,11 @@ class Sentinel:
         self.gradient_known = False  # some engines cannot tell their gradient's norm
 
     def __call__(self, step: int, rollout: Rollout, figures: dict[str, float]) -> dict[str, float]:
-        """-> further figures: those of `rollout_figures`, and `alarms`, the number of warnings that hold."""
+        """Judges a step.
+
+        Returns:
+            Further figures: those of `rollout_figures`, and `alarms`, the number of warnings that hold.
+        """
         extra = rollout_figures(rollout, figures["reward"], figures["length"], self.sum_across_ranks)
         alarms = self.judge({**figures, **extra})
         for alarm in alarms:
@@ -98,18 +105,23 @@ class Sentinel:
         self.nonfinite = self.nonfinite + 1 if bad else 0
 
     def raise_alarm(self, step: int, alarm: Alarm) -> None:
+        """Keeps a fatal alarm for `stop_if_fatal`, and gives a warning that was not given lately."""
         if alarm.fatal:
             self.fatal = self.fatal or alarm.message(step)
         elif alarm.kind not in self.told or step - self.told[alarm.kind] >= self.thresholds.repeat_after:
             self.told[alarm.kind] = step
-            self.tell(f"warning, {alarm.message(step)}")
+            self.warn(f"warning, {alarm.message(step)}")
 
     def stop_if_fatal(self) -> None:
-        """Raises TrainingStopped on every rank, or on none."""
+        """Ends a training that is lost.
+
+        Raises:
+            TrainingStopped: There was a fatal alarm; on every rank.
+        """
         if self.fatal is not None:
             raise TrainingStopped(self.fatal)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge as this one would have: numbers, strings, lists and dicts only."""
         return {
             "recent": {name: list(values) for name, values in self.recent.items()},
@@ -120,7 +132,8 @@ class Sentinel:
             "gradient_known": self.gradient_known,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
         self.recent = {name: deque(values, self.thresholds.window) for name, values in state["recent"].items()}
         self.start = {name: list(values) for name, values in state["start"].items()}
         self.told, self.first_kl = dict(state["told"]), state["first_kl"]

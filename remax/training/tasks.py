@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from remax.core.losses import (
     answer_logprob,
@@ -29,20 +29,31 @@ from utils.data.batches import PairBatch, RankedBatch, SupervisedBatch
 class Task(Protocol):
     """What a fine-tuning stage learns."""
 
-    learner: Actor | TrainedReward
-    headline: str  # the metric of `evaluate` that people look at
+    @property
+    def learner(self) -> Actor | TrainedReward:
+        """The role that learns."""
+        ...
+
+    @property
+    def headline(self) -> str:
+        """The figure of `evaluate` that people look at."""
+        ...
 
     def sequences(self, batch: Any) -> Sequences:
         """The rows that the model reads: both answers of a pair."""
+        ...
 
     def count(self, batch: Any) -> int:
         """What the loss is a mean of, in this batch: answer tokens, pairs, or prompts with their answers."""
+        ...
 
     def loss(self, batch: Any, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's summed loss over `denominator`, and sums of other figures over what `count` counts."""
+        ...
 
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out rows, equal on every rank."""
+        ...
 
 
 @dataclass
@@ -54,42 +65,53 @@ class Supervised:
     headline: str = "perplexity"
 
     def sequences(self, batch: SupervisedBatch) -> Sequences:
+        """Prompts with their answers."""
         return Sequences.from_batch(batch)
 
     def count(self, batch: SupervisedBatch) -> int:
+        """Answer tokens that are learned."""
         return int(learned_mask(batch, self.sequences(batch)).sum())
 
     def loss(self, batch: SupervisedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `supervised_loss`."""
         sequences = self.sequences(batch)
         output = self.learner.logprobs(sequences)
         return supervised_loss(output.logprobs, learned_mask(batch, sequences), denominator), {}
 
     def evaluate(self) -> dict[str, float]:
+        """See `perplexity`."""
         return perplexity(self.learner, self.eval_loader)
 
 
 @dataclass
 class Ranking:
-    """Step 2: the chosen answer's score above the rejected one's (Bradley-Terry); of several ranked answers each one's
-    above those of the answers ranked below it.
+    """Step 2: the chosen answer's score above the rejected one's (Bradley-Terry).
+
+    Of several ranked answers, each one's score above those of the answers ranked below it.
+
+    Attributes:
+        use_margin: Whether the data's `margin` column enters the loss.
+        ranked_loss: The loss of batches with several ranked answers.
     """
 
     learner: TrainedReward
     eval_loader: Iterable[PairBatch | RankedBatch]
-    use_margin: bool = False  # the data's `margin` column
+    use_margin: bool = False
     label_smoothing: float = 0.0
     centring: float = 0.0
-    ranked_loss: Literal["pairs", "plackett-luce"] = "pairs"  # of batches with several ranked answers
+    ranked_loss: Literal["pairs", "plackett-luce"] = "pairs"
     headline: str = "accuracy"
 
     def sequences(self, batch: PairBatch | RankedBatch) -> Sequences:
-        ranked = isinstance(batch, RankedBatch)
-        return Sequences.from_batch(batch) if ranked else Sequences.from_pairs(batch)
+        """All answers, each with its prompt."""
+        return Sequences.from_batch(batch) if isinstance(batch, RankedBatch) else Sequences.from_pairs(batch)
 
     def count(self, batch: PairBatch | RankedBatch) -> int:
+        """Pairs, or rankings."""
         return len(batch)
 
     def loss(self, batch: PairBatch | RankedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `ranking_loss` and `loss_of_rankings`."""
         if isinstance(batch, RankedBatch):
             return self.loss_of_rankings(batch, denominator)
         chosen, rejected = pair_scores(self.learner, batch)
@@ -114,15 +136,37 @@ class Ranking:
         return losses.sum() / denominator, means
 
     def evaluate(self) -> dict[str, float]:
+        """See `ranking_accuracy`."""
         return ranking_accuracy(self.learner, self.eval_loader)
+
+
+@dataclass(frozen=True)
+class ImplicitReward:
+    """The reward that a policy implies: beta * (log pi(y|x) - log pi_ref(y|x))."""
+
+    policy: Actor
+    reference: Reference
+    beta: float
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy's."""
+        return self.policy.model
+
+    def logprobs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """(B,) log-probs of whole answers under the policy, with gradient, and under the reference."""
+        policy = answer_logprob(self.policy.logprobs(sequences).logprobs, sequences.answer_mask)
+        return policy, answer_logprob(self.reference.logprobs(sequences), sequences.answer_mask)
+
+    def score(self, sequences: Sequences) -> Tensor:
+        """(B,) rewards of the answers."""
+        policy, reference = self.logprobs(sequences)
+        return self.beta * (policy - reference)
 
 
 @dataclass
 class DirectPreference:
-    """DPO, or R-DPO with `alpha`: a policy straight from the pairs, without a reward model.
-
-    An answer's implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)).
-    """
+    """DPO, or R-DPO with `alpha`: a policy straight from the pairs, without a reward model."""
 
     learner: Actor
     reference: Reference
@@ -131,37 +175,40 @@ class DirectPreference:
     alpha: float = 0.0
     headline: str = "accuracy"
 
+    @property
+    def implicit_reward(self) -> ImplicitReward:
+        """What ranks the answers in the loss and in the evaluation."""
+        return ImplicitReward(self.learner, self.reference, self.beta)
+
     def sequences(self, batch: PairBatch) -> Sequences:
+        """Both answers of each pair."""
         return Sequences.from_pairs(batch)
 
     def count(self, batch: PairBatch) -> int:
+        """Pairs."""
         return len(batch)
 
     def loss(self, batch: PairBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-        policy, reference, lengths = self.answers(batch)
+        """See `dpo_losses`."""
+        both = self.sequences(batch)
+        policy, reference = self.implicit_reward.logprobs(both)  # (2B,)
+        policy_chosen, policy_rejected = policy.chunk(2)
+        reference_chosen, reference_rejected = reference.chunk(2)
+        chosen_lengths, rejected_lengths = both.answer_lengths.chunk(2)
         losses = dpo_losses(
-            *policy,
-            *reference,
+            policy_chosen,
+            policy_rejected,
+            reference_chosen,
+            reference_rejected,
             beta=self.beta,
             alpha=self.alpha,
-            chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1],
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
         )
-        chosen, rejected = (self.beta * (p.detach() - r) for p, r in zip(policy, reference, strict=True))
+        chosen, rejected = (self.beta * (policy.detach() - reference)).chunk(2)
         figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
         return losses.sum() / denominator, figures
 
     def evaluate(self) -> dict[str, float]:
-        return ranking_accuracy(self.learner, self.eval_loader, self.implicit_rewards)
-
-    def implicit_rewards(self, learner: Actor, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """(B,) of the chosen and of the rejected answers."""
-        policy, reference, _ = self.answers(batch)
-        return tuple(self.beta * (p - r) for p, r in zip(policy, reference, strict=True))
-
-    def answers(self, batch: PairBatch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(chosen, rejected) log-probs of whole answers under the policy, under the reference, and their lengths."""
-        both = self.sequences(batch)
-        policy = answer_logprob(self.learner.logprobs(both).logprobs, both.answer_mask)  # (2B,)
-        reference = answer_logprob(self.reference.logprobs(both), both.answer_mask)
-        return policy.chunk(2), reference.chunk(2), both.answer_lengths.chunk(2)
+        """See `ranking_accuracy`."""
+        return ranking_accuracy(self.implicit_reward, self.eval_loader)

@@ -30,6 +30,8 @@ from remax.training.sentinel import Sentinel
 from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
+from utils.present import present
+from utils.run import TrainingStopped
 
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
@@ -39,12 +41,12 @@ class TrainerSettings:
     """How the trainer cuts its work, and what it prefers.
 
     Attributes:
-        cadence: epochs, steps and evaluations; its batches are collected before an update.
-        micro_batch_size: rows per training forward on one rank.
-        mini_batches: optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
-        target_kl: evaluation KL, nats per token, at which training stops; 0 for never.
-        best_by: the evaluation figure whose highest value makes the best model, `reward` or `objective`.
-        unsupervised_coefficient: weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
+        cadence: Epochs, steps and evaluations; its batches are collected before an update.
+        micro_batch_size: Rows per training forward on one rank.
+        mini_batches: Optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
+        target_kl: Evaluation KL, nats per token, at which training stops; 0 for never.
+        best_by: The evaluation figure whose highest value makes the best model, `reward` or `objective`.
+        unsupervised_coefficient: Weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
     """
 
     cadence: Cadence = Cadence()
@@ -68,6 +70,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Measures what happens inside."""
         begin = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -80,12 +83,12 @@ class Trainer:
     """Everything that learns, scores and measures, put together.
 
     Attributes:
-        measure: evaluates the policy, reduced over ranks.
-        critic: PPO's.
-        unsupervised: endless batches of plain text for the language-modelling mix, or None.
-        average: a moving average of the actor's weights, or None.
+        measure: Evaluates the policy, reduced over ranks.
+        pad_id: What rows of token ids are filled up with.
+        unsupervised: Endless batches of plain text for the language-modelling mix, or None.
+        average: A moving average of the actor's weights, or None.
         on_evaluation: (step, evaluation, best), called on every rank.
-        sentinel: warns of a training that goes wrong, or ends it.
+        sentinel: Warns of a training that goes wrong, or ends it.
         watchers: (step, rollout, figures) -> further figures to log, equal on every rank.
     """
 
@@ -143,7 +146,8 @@ class Trainer:
         batch = to_device(batch)
         prompts = Prompts(batch.input_ids, batch.lengths)
         samples, greedy = self.algorithm.samples_per_prompt, self.algorithm.greedy
-        return self.actor.rollout(prompts, samples=samples, greedy=greedy)
+        sampled, best = self.actor.rollout(prompts, samples=samples, greedy=greedy)
+        return present(sampled, "the sampled rollout"), best
 
     def forwards(self, sampled: Sequences) -> int:
         """Micro-batches in which answers are scored: as many on every rank, since ZeRO-3 needs all in each forward."""
@@ -231,13 +235,12 @@ class Trainer:
 
     def summarise(self, rollout: Rollout, figures: Figures, timer: Timer, result: StepResult) -> dict[str, float]:
         """The figures of a step over all ranks; an adaptive KL coefficient moves by them."""
-        rows, last = len(rollout), rollout.sequences.input_ids.gather(1, rollout.sequences.end_index[:, None])
-        eos_ids = torch.tensor(self.actor.model.hf.generation_config.eos_token_id, device=last.device)
+        rows, ended = len(rollout), rollout.sequences.ended(self.actor.model.hf.generation_config.eos_token_id)
         local = figures | {
             "reward": Figure(rollout.rewards.sum(), rows),
             "reward_square": Figure(rollout.rewards.square().sum(), rows),
             "length": Figure(rollout.sequences.answer_lengths.sum(), rows),
-            "ended": Figure(torch.isin(last, eos_ids).sum(), rows),
+            "ended": Figure(ended.sum(), rows),
         }
         if rollout.baseline is not None:
             local["baseline"] = Figure(rollout.baseline.sum(), len(rollout.baseline))
@@ -263,7 +266,7 @@ class Trainer:
         """The whole training.
 
         Raises:
-            TrainingStopped: on every rank at the same step, when the sentinel sees no point in going on.
+            TrainingStopped: On every rank at the same step, when the sentinel sees no point in going on.
         """
         cadence = self.settings.cadence
         print0(f"{cadence.total_steps(len(loader))} steps; answers come from {self.actor.backend}")
@@ -282,7 +285,8 @@ class Trainer:
     def learn(self, step: int, batches: list[PromptBatch]) -> dict[str, float]:
         """A step, and what those who watch make of it."""
         rollout, figures = self.step(batches)
-        for watch in [*self.watchers, *([self.sentinel] if self.sentinel else [])]:
+        watchers: list[Watcher] = [*self.watchers, *([self.sentinel] if self.sentinel else [])]
+        for watch in watchers:
             figures |= watch(step, rollout, figures)
         return figures
 
@@ -299,7 +303,17 @@ class Trainer:
         return evaluation
 
     def evaluated(self, state: TrainState, evaluation: PolicyEvaluation, best: bool) -> str | None:
-        """Hands the evaluation on; a reason to stop where the policy is too far from its reference."""
+        """Hands the evaluation on; a reason to stop where the policy is too far from its reference.
+
+        Raises:
+            TrainingStopped: The policy's log-probs are no numbers: it has lost its weights.
+        """
+        if not math.isfinite(evaluation.figures["kl_per_token"]):
+            raise TrainingStopped(
+                f"step {state.step}: evaluation KL is {evaluation.figures['kl_per_token']}. Likely cause: the weights "
+                "are lost, by a learning rate that is too high. Remedy: start again from the last good model with a "
+                "tenth of --actor_learning_rate; bf16 instead of fp16"
+            )
         self.on_evaluation(state.step, evaluation, best)
         kl = evaluation.figures["kl_per_token"]
         if state.step and self.settings.target_kl and kl >= self.settings.target_kl:

@@ -1,5 +1,6 @@
-"""How noisy the gradient is: sizes of advantages under different baselines on the same answers, and the gradient's own
-variance.
+"""How noisy the gradient is.
+
+Measured are the sizes of advantages under different baselines on the same answers, and the gradient's own variance.
 
 The gradient of one answer is A * sum_t grad log pi(y_t). A constant added to A leaves its expectation alone and adds
 noise, so what counts is the mean SQUARE of A, not its spread around its own mean: by the latter no baseline and the
@@ -8,7 +9,7 @@ mean reward would look alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +29,10 @@ def advantage_variances(
     greedy: Tensor | None = None,
     samples_per_prompt: int = 1,
     moving_average: float | None = None,
-    sum_across_ranks: Callable[[dict[str, float | Tensor]], Totals] = on_one_rank,
+    sum_across_ranks: Callable[[Mapping[str, float | Tensor]], Totals] = on_one_rank,
     tolerance: float = 1e-6,
 ) -> Totals:
-    """(B,) rewards, answers to one prompt adjacent, and the same answers' other baselines -> means over the answers of
-    all ranks.
+    """(B,) rewards, answers to one prompt adjacent -> means over the answers of all ranks, one for each baseline.
 
     variance/none            r^2
     variance/mean            (r - mean of all answers)^2
@@ -41,7 +41,8 @@ def advantage_variances(
     variance/moving_average  (r - moving_average)^2              with `moving_average`
     no_signal/greedy         share of prompts whose answers all score as the greedy one, within `tolerance`
     no_signal/group          share of prompts whose answers all score alike: nothing is learned from them
-    Variances in squared units of reward.
+
+    Variances are in squared units of reward.
     """
     advantages = baseline_advantages(rewards, greedy, samples_per_prompt, moving_average, sum_across_ranks)
     silent = {}
@@ -61,7 +62,7 @@ def baseline_advantages(
     greedy: Tensor | None = None,
     samples_per_prompt: int = 1,
     moving_average: float | None = None,
-    sum_across_ranks: Callable[[dict[str, float | Tensor]], Totals] = on_one_rank,
+    sum_across_ranks: Callable[[Mapping[str, float | Tensor]], Totals] = on_one_rank,
 ) -> dict[str, Tensor]:
     """The baselines of `advantage_variances`, by name -> (B,) float64 rewards minus each of them."""
     rewards = rewards.double()
@@ -98,8 +99,12 @@ def project(gradients: Iterable[Tensor | None], count: int, seed: int) -> Tensor
 
 @dataclass(frozen=True)
 class GradientVariance:
-    """variance: trace of the covariance of one estimate.   standard_error: its own.   signal: squared norm of the mean
-    gradient (an unbiased estimate, so it may come out negative where noise rules)."""
+    """How noisy the estimates of one gradient are.
+
+    Attributes:
+        variance: Trace of the covariance of one estimate.
+        signal: Squared norm of the mean gradient (an unbiased estimate, so it may come out negative where noise rules).
+    """
 
     variance: float
     standard_error: float
@@ -145,15 +150,22 @@ def answer_projections(actor: Actor, sequences: Sequences, gamma: float, count: 
 class VarianceMeter:
     """One of the trainer's watchers (--log_variance): the same answers, under every baseline that they allow.
 
-    Each step `advantage_variances`, at no cost. Every `gradient_steps` steps (0: never) also, with S the gradient of an
-    answer's log-prob and k answers to each prompt,
+    It gives `advantage_variances` at each step, at no cost. Every `gradient_steps` steps (0: never) it also gives, with
+    S the gradient of an answer's log-prob and k answers to each prompt,
 
         gradient_variance/<baseline>   E|g - E g|^2 of one prompt's share g = 1/k sum_i (r_i - b_i) S_i
         gradient_signal                |E g|^2, by the baseline of least variance (may come out below 0: noise)
 
     for `prompts` prompts of each rank, at the cost of a forward and a backward pass each. The gradient of S is taken
     once and scaled for every baseline. Reward part only, without clip and KL, at the weights right after the update.
-    decay: of the moving average of earlier steps' mean rewards.
+
+    Attributes:
+        samples_per_prompt: k.
+        gradient_steps: Steps between measurements of the gradient, 0 for none.
+        prompts: Prompts of each rank that the gradient is measured on.
+        projections: Random directions that gradients are projected on.
+        decay: Of the moving average of earlier steps' mean rewards.
+        moving_average: None before the first step.
     """
 
     actor: Actor
@@ -166,6 +178,7 @@ class VarianceMeter:
     moving_average: float | None = field(default=None, init=False)
 
     def __call__(self, step: int, rollout: Rollout, figures: dict[str, float]) -> dict[str, float]:
+        """The figures of a step."""
         greedy, k = rollout.baseline, self.samples_per_prompt
         result = advantage_variances(rollout.rewards, greedy, k, self.moving_average, sum_across_ranks)
         if self.gradient_steps and step % self.gradient_steps == 0:
@@ -196,7 +209,9 @@ class VarianceMeter:
         return result | {"gradient_signal": min(measured.values(), key=lambda x: x.variance).signal}
 
     def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as this one would have."""
         return {"moving_average": self.moving_average}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
         self.moving_average = state["moving_average"]

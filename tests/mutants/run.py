@@ -34,7 +34,20 @@ from faults import FAULTS, Fault, Test  # noqa: E402
 
 ENOUGH = 0.95  # share of the faults that must be killed
 LIMIT = 300.0  # seconds for a test
-COPIED = ("remax", "utils", "tests", "benchmarks", "step*", "docs", "*.md", "*.toml", "setup.py", "Makefile", ".ci")
+COPIED = (
+    "remax",
+    "utils",
+    "tests",
+    "benchmarks",
+    "examples",
+    "step*",
+    "docs",
+    "*.md",
+    "*.toml",
+    "setup.py",
+    "Makefile",
+    ".ci",
+)
 PASSED, FAILED, LATE = "passed", "failed", "time limit"
 
 

@@ -5,23 +5,20 @@ All cases of this number of ranks run one after the other in the same process; r
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import json
 import os
-import runpy
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from cases import CASES, STAGES, command  # noqa: E402
+from mains import run_program  # noqa: E402
 
 TIMES = ("time", "seconds", "tokens_per_second")
 
@@ -64,17 +61,12 @@ def outcome(output: Path) -> dict:
 def main() -> None:
     folder, only = Path(sys.argv[1]), sys.argv[2:]
     ranks, outcomes = int(os.environ["WORLD_SIZE"]), {}
-    dist.destroy_process_group = lambda *args: None  # a stage leaves its group at its end; here the next one needs it
     for name, (stage, flags) in CASES[ranks].items():
         if only and name not in only:
             continue
         output = folder / f"{ranks}" / name.replace(",", "").replace(" ", "_")
         program = HERE.parents[1] / STAGES[stage] / "main.py"
-        sys.argv = [str(program), *command(stage, flags, folder, output)]
-        main = runpy.run_path(str(program), run_name="stage")["main"]
-        with contextlib.redirect_stdout(sys.stderr):
-            main()
-        gc.collect()
+        run_program(program, command(stage, flags, folder, output), folder)
         if os.environ["RANK"] == "0":
             outcomes[name] = outcome(output)
             (folder / f"outcomes{ranks}.json").write_text(json.dumps(outcomes))

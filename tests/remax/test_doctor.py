@@ -11,6 +11,9 @@ import pytest
 from remax import doctor
 from remax.checks import examination, findings, generation, models, rewards
 from remax.checks.findings import FAILURE
+from remax.cli.evaluation import DoctorArguments
+from remax.cli.flags import Step3Arguments
+from remax.stages import doctor as program
 from utils.run import UserError
 
 
@@ -70,8 +73,6 @@ def test_a_wrong_flag_is_refused(monkeypatch, make_policy, make_scorer):
 
 
 def test_remedies_name_flags_that_exist():
-    from remax.cli.flags import Step3Arguments
-
-    known = set(Step3Arguments.__dataclass_fields__) | set(doctor.DoctorArguments.__dataclass_fields__)
-    rooms = (doctor, examination, findings, generation, models, rewards)
+    known = set(Step3Arguments.__dataclass_fields__) | set(DoctorArguments.__dataclass_fields__)
+    rooms = (doctor, program, examination, findings, generation, models, rewards)
     assert set(re.findall(r"--(\w+)", "".join(map(inspect.getsource, rooms)))) <= known

@@ -7,27 +7,39 @@ from utils.hub import hub_is_reachable
 
 
 class Session:
-    """A hub that answers, or does not."""
+    """A hub that gives these answers, one a request."""
 
-    def __init__(self, answers: bool):
-        self.answers = answers
-        self.requests = 0
+    def __init__(self, *answers: bool):
+        self.answers = list(answers)
 
     def head(self, url: str, timeout: float) -> None:
-        self.requests += 1
-        if not self.answers:
+        if not self.answers.pop(0):
             raise ConnectionError("no network")
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_one_request_decides_for_the_process(monkeypatch, answers):
-    session = Session(answers)
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
     for module in (constants, datasets.config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    hub_is_reachable.cache_clear()
+    yield
+    hub_is_reachable.cache_clear()
+
+
+@pytest.mark.parametrize("answers", [[True], [False, True], [False, False]])
+def test_at_most_two_requests_decide_for_the_process(monkeypatch, capsys, answers):
+    session = Session(*answers)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
-    hub_is_reachable.cache_clear()
-    assert hub_is_reachable() is hub_is_reachable() is answers
-    assert session.requests == 1
-    # Without an answer the libraries look into their cache at once.
-    assert constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is not answers
-    hub_is_reachable.cache_clear()
+    reachable = answers[-1]
+    assert hub_is_reachable() is hub_is_reachable() is reachable
+    assert not session.answers
+    # Without an answer the libraries look into their cache at once, and the user is told so.
+    assert constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is not reachable
+    assert capsys.readouterr().err.count("does not answer (ConnectionError)") == (not reachable)
+
+
+def test_only_rank_0_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: Session(False, False))
+    assert not hub_is_reachable()
+    assert capsys.readouterr().err == ""

@@ -4,21 +4,19 @@ To add one, write a function and name it in that table.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from utils.data import shapes
 from utils.data.shapes import (
     Conversation,
     Example,
     Row,
     RowRefused,
     RowSkipped,
-    as_dialogue,
     ask,
-    conversation,
-    dialogues,
     margin,
     numbers,
     pair,
@@ -29,12 +27,12 @@ from utils.data.shapes import (
 
 def rm_static(row: Row) -> Example:
     """Finished prompts and two answers."""
-    return pair(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"), margin(row))
+    return pair(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"), margin=margin(row))
 
 
-def synthetic_instruct(row: Row) -> Example:
-    """Bare questions and two answers."""
-    return ask(row["prompt"], row["chosen"], row["rejected"])
+def bare(row: Row, *, columns: Sequence[str]) -> Example:
+    """Bare questions and one or two answers."""
+    return ask(*(row[column] for column in columns))
 
 
 def rlhf_reward_datasets(row: Row) -> Example:
@@ -47,11 +45,9 @@ def rlhf_reward_datasets(row: Row) -> Example:
 def webgpt(row: Row) -> Example:
     """Two scored answers with marks of the passages they cite."""
     scores = numbers({"scores": [row["score_0"], row["score_1"]]}, "scores", 2)
-    scored = zip(scores, (row["answer_0"], row["answer_1"]), strict=True)
     # Without the passages they cite, marks such as " [1, 2]" mean nothing.
-    (worse, rejected), (better, chosen) = sorted(
-        ((score, re.sub(r" ?\[[^\]]*\]", "", answer)) for score, answer in scored), key=lambda pair: pair[0]
-    )
+    answers = [re.sub(r" ?\[[^\]]*\]", "", answer) for answer in (row["answer_0"], row["answer_1"])]
+    (worse, rejected), (better, chosen) = sorted(zip(scores, answers, strict=True), key=lambda scored: scored[0])
     return ask(row["question"]["full_text"], chosen, rejected if better > worse else None, better - worse)
 
 
@@ -66,11 +62,6 @@ def sharegpt_vicuna(row: Row) -> Example:
     if not row["prompt"] or not row["label"]:
         raise RowSkipped("no question or no answer")
     return pair(row["prompt"].replace("USER", "Human").replace("ASSISTANT", "Assistant"), row["label"])
-
-
-def zhihu(row: Row) -> Example:
-    """Questions and one answer."""
-    return ask(row["INSTRUCTION"], row["RESPONSE"])
 
 
 def miracl(row: Row) -> Example:
@@ -90,11 +81,6 @@ def mkqa(row: Row, *, language: str) -> Example:
     return ask(row["queries"][language], answers[0]["text"] if answers else None)
 
 
-def qg_jaquad(row: Row) -> Example:
-    """Questions and the sentence that answers them."""
-    return ask(row["question"], row["sentence"])
-
-
 def qag_jaquad(row: Row) -> Example:
     """Several questions, of which the first is taken, and the paragraph that answers them."""
     return ask(next(iter(row["questions"] or []), None), row["paragraph"])
@@ -103,7 +89,7 @@ def qag_jaquad(row: Row) -> Example:
 def ultrafeedback(row: Row) -> Conversation:
     """Two whole dialogues with a score each."""
     better, worse = numbers({"scores": [row["score_chosen"], row["score_rejected"]]}, "scores", 2)
-    return replace(conversation(row, ["chosen", "rejected"]), margin=better - worse)
+    return replace(shapes.conversation(row, ["chosen", "rejected"]), margin=better - worse)
 
 
 def nectar(row: Row) -> Example:
@@ -118,34 +104,34 @@ def ultrafeedback_completions(row: Row) -> Example:
     found = row["completions"] or []
     scores = numbers({"scores": [completion["overall_score"] for completion in found]}, "scores", len(found))
     answers = [completion["response"] or "" for completion in found]
-    return ranked(as_dialogue(text(row, "instruction")), answers, [-score for score in scores])
+    return ranked(shapes.as_dialogue(text(row, "instruction")), answers, [-score for score in scores])
 
 
 ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {
     "Dahoas/rm-static": rm_static,
     "Dahoas/full-hh-rlhf": rm_static,
-    "Dahoas/synthetic-instruct-gptj-pairwise": synthetic_instruct,
+    "Dahoas/synthetic-instruct-gptj-pairwise": partial(bare, columns=("prompt", "chosen", "rejected")),
     "yitingxie/rlhf-reward-datasets": rlhf_reward_datasets,
     "openai/webgpt_comparisons": webgpt,
     "stanfordnlp/SHP": shp,
     "pvduy/sharegpt_alpaca_oa_vicuna_format": sharegpt_vicuna,
     "local/jsonfile": rm_static,
-    "wangrui6/Zhihu-KOL": zhihu,
+    "wangrui6/Zhihu-KOL": partial(bare, columns=("INSTRUCTION", "RESPONSE")),
     "Cohere/miracl-zh-queries-22-12": miracl,
     "Cohere/miracl-ja-queries-22-12": miracl,
     "Hello-SimpleAI/HC3-Chinese": hc3,
     "mkqa-Chinese": partial(mkqa, language="zh_cn"),
     "mkqa-Japanese": partial(mkqa, language="ja"),
-    "lmqg/qg_jaquad": qg_jaquad,
+    "lmqg/qg_jaquad": partial(bare, columns=("question", "sentence")),
     "lmqg/qag_jaquad": qag_jaquad,
-    "Anthropic/hh-rlhf": dialogues,
+    "Anthropic/hh-rlhf": shapes.dialogues,
     "HuggingFaceH4/ultrafeedback_binarized": ultrafeedback,
     "berkeley-nest/Nectar": nectar,
     "openbmb/UltraFeedback": ultrafeedback_completions,
 }
 
 
-def fits(adapter: Callable[[Row], Example], row: Row) -> bool:
+def fits(adapter: Callable[[Row], Example | Conversation], row: Row) -> bool:
     """Whether a row of a folder with a known data set's name also has that data set's columns and values."""
     try:
         adapter(row)

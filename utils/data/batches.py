@@ -21,7 +21,6 @@ class Batch:
         return len(self.weight)
 
     def to(self: SomeBatch, device: torch.device | str) -> SomeBatch:
-        """The batch on another device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 

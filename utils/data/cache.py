@@ -11,20 +11,15 @@ from utils.run import UserError
 
 def content_key(*texts: str | None) -> int:
     """A number that only equal texts share."""
-    digest = hashlib.blake2b(digest_size=8)
-    for value in texts:
-        digest.update(b"-" if value is None else b"+" + value.encode("utf-8", "surrogatepass"))
-        digest.update(b"\0")
-    return int.from_bytes(digest.digest(), "little", signed=True)
+    parts = [b"-" if text is None else b"+" + text.encode("utf-8", "surrogatepass") for text in texts]
+    digest = hashlib.blake2b(b"".join(part + b"\0" for part in parts), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def fingerprint_of(*parts: object) -> str:
     """A short name for content: equal in every process and on every rank."""
-    digest = hashlib.blake2b(digest_size=12)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else repr(part).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
+    encoded = [part if isinstance(part, bytes) else repr(part).encode() for part in parts]
+    return hashlib.blake2b(b"".join(part + b"\0" for part in encoded), digest_size=12).hexdigest()
 
 
 def cache_folder(cache_dir: str | None) -> Path:

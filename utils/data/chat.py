@@ -23,10 +23,6 @@ class TemplateRefuses(Exception):
     """The chat template cannot write these messages; the message of the exception says why."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Plain
-
-
 def write_plain(messages: Messages) -> tuple[str, Spans]:
     """Messages as a Human/Assistant prompt, and where its earlier answers stand; a system message comes first, bare."""
     text, spans = "", []
@@ -45,10 +41,6 @@ def earlier_answers(prompt: str) -> Spans:
     return tuple(found.span(1) for found in EARLIER.finditer(prompt))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Chat templates
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
     """The chat template of a tokenizer."""
@@ -60,7 +52,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
         except (TemplateError, TypeError) as error:  # the template's own refusal, or something that it misses
             raise TemplateRefuses(" ".join(str(error).split()) or type(error).__name__) from error
 
@@ -73,9 +65,9 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return text, ()
-        marked = [
-            {**message, "content": MARK.format(i)} if i in turns else message for i, message in enumerate(messages)
-        ]
+        marked = list(messages)
+        for i in turns:
+            marked[i] = {**messages[i], "content": MARK.format(i)}
         pieces = re.split("|".join(MARK.format(i) for i in turns), self.render(marked, ask=True))
         if len(pieces) != len(turns) + 1:
             return text, None
@@ -119,5 +111,4 @@ class ChatTemplate:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase | None) -> ChatTemplate | None:
-    """The tokenizer's chat template, where it has one."""
     return ChatTemplate(tokenizer) if tokenizer is not None and tokenizer.chat_template else None

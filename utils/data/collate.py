@@ -3,13 +3,15 @@
 Prompts alone are padded on the left, since generation continues after them; everything else on the right.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from utils.data.batches import PairBatch, PromptBatch, RankedBatch, SupervisedBatch
 from utils.data.shapes import Row
 
 
-def pad(rows: list[list[int]], pad_id: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids (B, T), lengths (B,)), T the longest row; padded on the right or on the left."""
     lengths = torch.tensor([len(row) for row in rows])  # (B,)
     ids = torch.full((len(rows), int(lengths.max())), pad_id)  # (B, T)

@@ -5,46 +5,32 @@ dialogue of several turns step 1 learns the last answer or all of them: a `loss_
 the tokens after the first prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from utils.data import tokens
 from utils.data.cache import cache_file, fingerprint_of
 from utils.data.config import Overlong, TrainOn
-from utils.data.report import SHOWN_ROWS, as_record, as_words, report_cut, report_dropped, report_left_out, tally
+from utils.data.report import SHOWN_ROWS, as_record, as_words, cut_record, report_dropped, report_encoding, tally
 from utils.data.shapes import Row, dense, unranked, usable_answers, usable_texts
-from utils.data.tokens import (
-    beginning,
-    encode_answers,
-    encode_prompts,
-    join,
-    keep_end,
-    plain_ids,
-    tokenizer_fingerprint,
-    with_beginning,
-)
 from utils.run import UserError
 
-IDS = List(Value("int32"))
+INT, BOOL = Value("int32"), Value("bool")
+IDS = List(INT)
 FEATURES = {
-    "supervised": Features({"input_ids": IDS, "prompt_length": Value("int32"), "loss_mask": List(Value("bool"))}),
-    "ranking": Features(
-        {"chosen_ids": IDS, "rejected_ids": IDS, "prompt_length": Value("int32"), "margin": Value("float32")}
-    ),
-    "ranked": Features(
-        {"answers_ids": List(IDS), "ranks": IDS, "prompt_length": Value("int32"), "left_out": Value("int32")}
-    ),
+    "supervised": Features({"input_ids": IDS, "prompt_length": INT, "loss_mask": List(BOOL)}),
+    "ranking": Features({"chosen_ids": IDS, "rejected_ids": IDS, "prompt_length": INT, "margin": Value("float32")}),
+    "ranked": Features({"answers_ids": List(IDS), "ranks": IDS, "prompt_length": INT, "left_out": INT}),
     "prompts": Features({"input_ids": IDS, "prompt": Value("string")}),
 }
 ENCODING_VERSION = 1  # of the tokens: to be raised with every change, see tests/utils/data/test_golden.py
 OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has them
 # What became of a row, and how long its prompt was before the cut: read from the cache at every start.
-FATE = Features(
-    {"dropped": Value("string"), "cut": Value("bool"), "prompt_cut": Value("bool"), "full_length": Value("int32")}
-)
+FATE = Features({"dropped": Value("string"), "cut": BOOL, "prompt_cut": BOOL, "full_length": INT})
 PAIRS_NEEDED = "step 2 learns from pairs: expected the columns chosen and rejected, or answers in an order"
 NEEDS = {
     "supervised": ("chosen", "step 1 learns from answers: expected a column chosen or completion"),
@@ -55,10 +41,6 @@ NEEDS = {
 TOO_LONG = "whose prompt alone fills --max_seq_len"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches of rows, for Dataset.map
-
-
 @dataclass(frozen=True)
 class Encoder:
     """How one stage makes token ids of text rows.
@@ -66,10 +48,10 @@ class Encoder:
     Attributes:
         kind: "supervised" {input_ids, prompt_length, loss_mask}, "ranking" {chosen_ids, rejected_ids, prompt_length,
             margin}, "ranked" {answers_ids, ranks, prompt_length}, or "prompts" {input_ids, prompt}.
-        max_len: in tokens; of prompt and answer together, or of the prompt for "prompts".
-        overlong: what becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
+        max_len: In tokens; of prompt and answer together, or of the prompt for "prompts".
+        overlong: What becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
             "drop" for the others.
-        train_on: the "last" answer of a dialogue or "all"; for "supervised".
+        train_on: The "last" answer of a dialogue or "all"; for "supervised".
     """
 
     kind: str
@@ -80,7 +62,6 @@ class Encoder:
 
     @property
     def drops_overlong(self) -> bool:
-        """Whether rows with too long a prompt are left out."""
         return self.kind != "prompts" if self.overlong is None else self.overlong == "drop"
 
     @property
@@ -91,21 +72,20 @@ class Encoder:
 
     def encode(self, batch: dict[str, list]) -> dict[str, list]:
         """Columns of text -> columns of FEATURES[kind] and FATE."""
-        return to_columns(ENCODERS[self.kind](batch, self))
+        return to_columns(list(ENCODERS[self.kind](batch, self)))
 
 
-def supervised_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
+def supervised_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt and chosen -> input_ids, prompt_length, loss_mask and their fate.
 
     The loss_mask covers the tokens after the prompt; it is None where all of them are learned.
     """
-    rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
     prompts, answers = batch["prompt"], batch["chosen"]
-    first = beginning(tokenizer)
-    plain = plain_ids(tokenizer, [prompt or "" for prompt in prompts])
-    heads = with_beginning(first, plain)
-    tails = encode_answers(tokenizer, [prompt or "" for prompt in prompts], plain, [answer or "" for answer in answers])
+    texts, first = [prompt or "" for prompt in prompts], tokens.beginning(tokenizer)
+    plain = tokens.plain_ids(tokenizer, texts)
+    heads = tokens.with_beginning(first, plain)
+    tails = tokens.encode_answers(tokenizer, texts, plain, [answer or "" for answer in answers])
     places = batch.get("earlier") or [[]] * len(prompts)
     for prompt, answer, head, tail, earlier in zip(prompts, answers, heads, tails, places, strict=True):
         mask, dropped = None, unusable(prompt, [answer])
@@ -114,24 +94,22 @@ def supervised_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
         elif not dropped and encoder.train_on == "all" and earlier:
             start, mask = split_turns(tokenizer, prompt, earlier, head)
             head, tail, mask = head[:start], head[start:] + tail, mask[start:] + [True] * len(tail)
-        elif not dropped and prompt is None:  # plain text: its first token is the prompt
-            head, tail = split_text(tokenizer, answer, first)
+        elif not dropped and prompt is None:  # plain text: its first token, or what precedes every text, is the prompt
+            (joint,) = tokens.encode_prompts(tokenizer, [answer])
+            head, tail = joint[: max(len(first), 1)], joint[max(len(first), 1) :]
         full_length = len(head)
-        dropped = dropped or no_token(head) or too_long(head, encoder)
+        dropped = dropped or unfit(head, encoder)
         head = make_room(head, [tail], max_len, first)
-        ids = join(head, tail, max_len, tokenizer.eos_token_id)
+        ids = tokens.join(head, tail, max_len, tokenizer.eos_token_id)
         if mask is not None:
             mask = (mask + [True])[: len(ids) - len(head)]  # True: the end token, where one was added
             dropped = dropped or (None if any(mask) else "without a token to learn")
-        rows.append(
-            {
-                "input_ids": [] if dropped else ids,
-                "prompt_length": len(head),
-                "loss_mask": None if dropped else mask,
-                **fate(dropped, len(head) + len(tail) >= max_len, len(head), full_length),
-            }
-        )
-    return rows
+        yield {
+            "input_ids": [] if dropped else ids,
+            "prompt_length": len(head),
+            "loss_mask": None if dropped else mask,
+            **fate(dropped, len(head) + len(tail) >= max_len, len(head), full_length),
+        }
 
 
 def split_turns(
@@ -142,16 +120,14 @@ def split_turns(
     The tokens stay those of the whole prompt; one that crosses an answer's boundary belongs to the answer.
 
     Args:
-        tokenizer: made the tokens.
-        prompt: as text.
         earlier: (start, end) of the earlier answers, in characters of the prompt; at least one.
-        head: the prompt's ids, with the tokenizer's beginning.
+        head: The prompt's ids, with the tokenizer's beginning.
 
     Returns:
         The number of tokens before the first answer, and for each token of `head` whether it belongs to an answer.
     """
-    (plain,) = plain_ids(tokenizer, [prompt])
-    boundaries = plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
+    (plain,) = tokens.plain_ids(tokenizer, [prompt])
+    boundaries = tokens.plain_ids(tokenizer, [prompt[:at] for span in earlier for at in span])
     offset = len(head) - len(plain)  # the tokenizer's beginning
     mask = [False] * len(head)
     starts = []
@@ -168,31 +144,23 @@ def shared_length(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def split_text(tokenizer: PreTrainedTokenizerBase, text: str, first: list[int]) -> tuple[list[int], list[int]]:
-    """A text's first token, or what the tokenizer puts before it, and the rest."""
-    (ids,) = encode_prompts(tokenizer, [text])
-    start = max(len(first), 1)
-    return ids[:start], ids[start:]
-
-
 def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list[int]) -> list[int]:
     """Cuts a prompt that fills `max_len` alone: it keeps its end, and leaves the answers up to half of the room."""
     if len(head) < max_len:
         return head
     longest = max(len(tail) for tail in tails) + 1
-    return keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
+    return tokens.keep_end(head, max(max_len - longest, (max_len + 1) // 2, 1), first)
 
 
-def ranking_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
+def ranking_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length, margin and their fate."""
-    rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
-    first = beginning(tokenizer)
+    first = tokens.beginning(tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
-    plain = plain_ids(tokenizer, prompts)
-    heads = with_beginning(first, plain)
+    plain = tokens.plain_ids(tokenizer, prompts)
+    heads = tokens.with_beginning(first, plain)
     tails = [
-        encode_answers(tokenizer, prompts, plain, [answer or "" for answer in batch[name]])
+        tokens.encode_answers(tokenizer, prompts, plain, [answer or "" for answer in batch[name]])
         for name in ("chosen", "rejected")
     ]
     margins, several, ranks = (batch.get(name) or [None] * len(prompts) for name in ("margin", "answers", "ranks"))
@@ -201,79 +169,69 @@ def ranking_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
     ):
         full_length = len(head)
         dropped = unusable(prompt, []) or (None if several[i] is None else unranked(several[i], ranks[i]))
-        dropped = dropped or unusable(prompt, [chosen, rejected]) or no_token(head) or too_long(head, encoder)
+        dropped = dropped or unusable(prompt, [chosen, rejected]) or unfit(head, encoder)
         head = make_room(head, ends, max_len, first)
-        ids = [join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
+        ids = [tokens.join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
         if not dropped and chosen.strip() == rejected.strip():
             dropped = "with equal answers"
         if not dropped and ids[0] == ids[1]:
             dropped = "whose answers are equal after the cut"
-        rows.append(
-            {
-                "chosen_ids": [] if dropped else ids[0],
-                "rejected_ids": [] if dropped else ids[1],
-                "prompt_length": len(head),
-                "margin": margin,
-                **fate(dropped, len(head) + max(map(len, ends)) >= max_len, len(head), full_length),
-            }
-        )
-    return rows
+        yield {
+            "chosen_ids": [] if dropped else ids[0],
+            "rejected_ids": [] if dropped else ids[1],
+            "prompt_length": len(head),
+            "margin": margin,
+            **fate(dropped, len(head) + max(map(len, ends)) >= max_len, len(head), full_length),
+        }
 
 
-def ranked_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
+def ranked_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt, answers and ranks -> answers_ids, ranks, prompt_length, left_out and their fate.
 
     A row without `answers` is a pair: chosen before rejected. left_out counts the answers of a used row that are not
     among its `usable_answers`, as texts or after the cut.
     """
-    rows = []
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
-    first, eos = beginning(tokenizer), tokenizer.eos_token_id
+    first, eos = tokens.beginning(tokenizer), tokenizer.eos_token_id
     prompts = [prompt or "" for prompt in batch["prompt"]]
-    plain = plain_ids(tokenizer, prompts)
+    plain = tokens.plain_ids(tokenizer, prompts)
     pairs = zip(batch["chosen"], batch["rejected"], strict=True)
-    answers = [pair if found is None else found for found, pair in zip(batch["answers"], pairs, strict=True)]
+    answers: list[Sequence[str | None]] = [
+        pair if found is None else found for found, pair in zip(batch["answers"], pairs, strict=True)
+    ]
     owner = [i for i, found in enumerate(answers) for _ in found]
     texts = [answer or "" for found in answers for answer in found]
-    encoded = iter(encode_answers(tokenizer, [prompts[i] for i in owner], [plain[i] for i in owner], texts))
+    encoded = iter(tokens.encode_answers(tokenizer, [prompts[i] for i in owner], [plain[i] for i in owner], texts))
     tails = [[next(encoded) for _ in found] for found in answers]
-    for i, head in enumerate(with_beginning(first, plain)):
+    for i, head in enumerate(tokens.with_beginning(first, plain)):
         full_length, is_pair = len(head), batch["answers"][i] is None
         ranks = [1, 2] if is_pair else batch["ranks"][i]
         kept = usable_texts(answers[i], ranks)
-        dropped = unusable(prompts[i], answers[i] if is_pair else []) or no_token(head) or too_long(head, encoder)
+        dropped = unusable(prompts[i], answers[i] if is_pair else []) or unfit(head, encoder)
         if not dropped and (reason := unranked(answers[i], ranks)):
             dropped = "with equal answers" if is_pair else reason
         head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
-        ids = [tuple(join(head, tail, max_len, eos)) for tail in tails[i]]
+        ids = [tuple(tokens.join(head, tail, max_len, eos)) for tail in tails[i]]
         used = [kept[k] for k in usable_answers([ids[k] for k in kept], [ranks[k] for k in kept])]
         if not dropped and len({ranks[k] for k in used}) < 2:
             dropped = "whose answers are equal after the cut"
-        rows.append(
-            {
-                "answers_ids": [] if dropped else [ids[k] for k in used],
-                "ranks": [] if dropped else dense([ranks[k] for k in used]),
-                "prompt_length": len(head),
-                "left_out": 0 if dropped else len(ranks) - len(used),
-                **fate(dropped, any(len(head) + len(tails[i][k]) >= max_len for k in used), len(head), full_length),
-            }
-        )
-    return rows
+        yield {
+            "answers_ids": [] if dropped else [ids[k] for k in used],
+            "ranks": [] if dropped else dense([ranks[k] for k in used]),
+            "prompt_length": len(head),
+            "left_out": 0 if dropped else len(ranks) - len(used),
+            **fate(dropped, any(len(head) + len(tails[i][k]) >= max_len for k in used), len(head), full_length),
+        }
 
 
-def prompts_batch(batch: dict[str, list], encoder: Encoder) -> list[Row]:
+def prompts_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt -> input_ids, the text, and their fate."""
-    tokenizer, max_len = encoder.tokenizer, encoder.max_len
-    first = beginning(tokenizer)
-    rows = []
+    first = tokens.beginning(encoder.tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
-    for prompt, ids in zip(prompts, encode_prompts(tokenizer, prompts), strict=True):
-        dropped = unusable(prompt, []) or no_token(ids)
-        if not dropped and encoder.drops_overlong and len(ids) > max_len:
-            dropped = "whose prompt is longer than --max_prompt_seq_len"
-        kept = keep_end(ids, max_len, first)
-        rows.append({"input_ids": kept, "prompt": prompt, **fate(dropped, False, len(kept), len(ids))})
-    return rows
+    for prompt, ids in zip(prompts, tokens.encode_prompts(encoder.tokenizer, prompts), strict=True):
+        dropped = unusable(prompt, []) or unfit(ids, encoder)
+        kept = tokens.keep_end(ids, encoder.max_len, first)
+        yield {"input_ids": kept, "prompt": prompt, **fate(dropped, False, len(kept), len(ids))}
 
 
 def fate(dropped: str | None, cut: bool, length: int, full_length: int) -> Row:
@@ -281,27 +239,28 @@ def fate(dropped: str | None, cut: bool, length: int, full_length: int) -> Row:
     return {"dropped": dropped, "cut": cut, "prompt_cut": length < full_length, "full_length": full_length}
 
 
-def unusable(prompt: str | None, answers: list[str | None]) -> str | None:
+def unusable(prompt: str | None, answers: Sequence[str | None]) -> str | None:
     """Why the texts of a row cannot be used, or None; without a prompt (None) the answer is a plain text."""
     if prompt is not None and not prompt.strip():
         return "with an empty prompt"
     if any(answer is None for answer in answers):
         return "without an answer"
-    empty = any(not answer.strip() for answer in answers)
+    empty = any(answer is not None and not answer.strip() for answer in answers)
     return ("with an empty text" if prompt is None else "with an empty answer") if empty else None
 
 
-def no_token(prompt_ids: list[int]) -> str | None:
-    """Why a prompt is unusable that consists of characters which the tokenizer ignores; None for others."""
-    return None if prompt_ids else "whose prompt has no token"
+def unfit(prompt_ids: list[int], encoder: Encoder) -> str | None:
+    """Why a prompt of these tokens cannot be used, or None."""
+    if not prompt_ids:  # the tokenizer ignores all its characters
+        return "whose prompt has no token"
+    if not encoder.drops_overlong:
+        return None
+    if encoder.kind == "prompts":
+        return "whose prompt is longer than --max_prompt_seq_len" if len(prompt_ids) > encoder.max_len else None
+    return TOO_LONG if len(prompt_ids) >= encoder.max_len else None  # no room for an answer
 
 
-def too_long(prompt_ids: list[int], encoder: Encoder) -> str | None:
-    """Why a prompt is unusable that leaves no room for an answer, where such rows are dropped; None for others."""
-    return TOO_LONG if encoder.drops_overlong and len(prompt_ids) >= encoder.max_len else None
-
-
-ENCODERS: dict[str, Callable[[dict[str, list], Encoder], list[Row]]] = {
+ENCODERS: dict[str, Callable[[dict[str, list], Encoder], Iterator[Row]]] = {
     "supervised": supervised_batch,
     "ranking": ranking_batch,
     "ranked": ranked_batch,
@@ -310,12 +269,7 @@ ENCODERS: dict[str, Callable[[dict[str, list], Encoder], list[Row]]] = {
 
 
 def to_columns(rows: list[Row]) -> dict[str, list]:
-    """Rows -> columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets
 
 
 @dataclass(frozen=True)
@@ -340,23 +294,21 @@ def encode_rows(
     """Text rows -> the token ids of one stage; through the cache, with what was dropped and cut reported in one line.
 
     Args:
-        rows: columns prompt, chosen, rejected; for "ranked" also answers and ranks.
-        encoder: says the columns of the result, of which those in OPTIONAL are left out where no row has them.
-        cache_dir: where the Arrow files go; None: the datasets library's own folder.
-        names: what messages call the rows and the flags.
-        num_proc: processes that encode; None: this one.
-        record: gets an entry: how many rows were dropped and cut.
-        in_memory: write nothing to the cache.
+        rows: Columns prompt, chosen, rejected; for "ranked" also answers and ranks.
+        encoder: Says the columns of the result, of which those in OPTIONAL are left out where no row has them.
+        cache_dir: Where the Arrow files go; None: the datasets library's own folder.
+        record: Gets an entry: how many rows were dropped and cut.
+        in_memory: Write nothing to the cache.
 
     Returns:
         The usable rows, with the columns of FEATURES.
 
     Raises:
-        UserError: the rows lack what this stage needs, or no row is left.
+        UserError: The rows lack what this stage needs, or no row is left.
     """
     kind, max_len = encoder.kind, encoder.max_len
     check_serves(rows, kind, names)
-    made_by = (ENCODING_VERSION, tokenizer_fingerprint(encoder.tokenizer))
+    made_by = (ENCODING_VERSION, tokens.tokenizer_fingerprint(encoder.tokenizer))
     fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(encoder.options.items()))
     encoded = rows.map(
         encoder.encode,
@@ -371,10 +323,8 @@ def encode_rows(
     )
     table = encoded.with_format("arrow")
     kept = np.asarray(table["dropped"][:].is_null())
-    was_cut, prompt_was_cut = (np.asarray(table[name][:]) for name in ("cut", "prompt_cut"))
-    cut, prompt_cut = was_cut & kept, prompt_was_cut & kept
     longest = int(np.asarray(table["full_length"][:]).max())
-    if kind == "prompts" and prompt_was_cut.all() and names.data.startswith("train"):
+    if kind == "prompts" and np.asarray(table["prompt_cut"][:]).all() and names.data.startswith("train"):
         raise UserError(
             f"{names.length_flag} {max_len}: every prompt of {names.data_flag} is longer (up to {longest} tokens); "
             "raise it, or shorten the prompts"
@@ -390,15 +340,14 @@ def encode_rows(
     dropped = {reason.replace("--max_seq_len", names.length_flag): found for reason, found in dropped.items()}
     what = f"{names.data_flag} ({names.data})"
     report_dropped(what, dropped, len(encoded))
-    cuts = (first_rows(mask, rows) for mask in (prompt_cut, cut))
-    report_cut(f"{names.length_flag} {max_len}", what, *cuts, longest, len(rows))
-    left_out = np.asarray(table["left_out"][:]) if kind == "ranked" else np.zeros(len(encoded), dtype=int)
-    report_left_out(what, int(left_out.sum()), first_rows(left_out, rows))
+    lost = ("cut", "prompt_cut", *(["left_out"] if kind == "ranked" else []))
+    cut = {name: first_rows(np.asarray(table[name][:]) * kept, rows) for name in lost}
+    left_out = int(np.asarray(table["left_out"][:]).sum()) if kind == "ranked" else 0
+    report_encoding(what, f"{names.length_flag} {max_len}", cut, left_out, longest, len(rows))
     if record is not None:
         used = {"data": names.data_flag, "part": names.data, "kind": kind, "max_len": max_len, **encoder.options}
         counts = {"rows": len(encoded), "kept": int(kept.sum()), "dropped": as_record(dropped)}
-        counts |= {"answers_left_out": int(left_out.sum())} if kind == "ranked" else {}
-        record.append({**used, **counts, "cut_prompts": int(prompt_cut.sum()), "cut_answers": int(cut.sum())})
+        record.append({**used, **counts, **cut_record(kind, cut, left_out)})
     unused = [name for name in OPTIONAL if name in encoded.column_names and table[name][:].null_count == len(encoded)]
     unused += ["left_out"] if kind == "ranked" else []
     encoded = encoded.remove_columns([*FATE, *unused])
@@ -422,8 +371,7 @@ def check_serves(rows: Dataset, kind: str, names: Names) -> None:
     column, need = NEEDS[kind]
     if column == "rejected" and has_rankings(rows):
         column = "answers"  # where all of them are tied, there is no worst one
-    if len(rows) and rows.with_format("arrow")[column][:].null_count == len(rows):
-        what = "a prompt" if column == "prompt" else f"an answer `{column}`"
-        raise UserError(f"{names.data_flag}: no row has {what}; {need}")
-    if kind in ("ranking", "ranked") and len(rows) and rows.with_format("arrow")["prompt"][:].null_count == len(rows):
-        raise UserError(f"{names.data_flag}: no row has a prompt; {need}")
+    for needed in (column, "prompt") if column in ("rejected", "answers") else (column,):
+        if len(rows) and rows.with_format("arrow")[needed][:].null_count == len(rows):
+            what = "a prompt" if needed == "prompt" else f"an answer `{needed}`"
+            raise UserError(f"{names.data_flag}: no row has {what}; {need}")

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +68,17 @@ def build_loaders(
     ranked answers, the batches of stage 1 are those of `collate_ranked`, unless `config.best_and_worst` is set.
 
     Args:
-        config: the data and how it is prepared.
         stage: 0 supervised, 1 ranking, 2 prompts.
-        tokenizer: of the model that is trained.
-        max_len: tokens; of prompt and answer together (stages 0 and 1) or of the prompt (stage 2).
-        train_batch_size: rows per rank.
-        eval_batch_size: rows per rank.
-        rank: of this process.
-        world_size: number of processes.
+        max_len: Tokens; of prompt and answer together (stages 0 and 1) or of the prompt (stage 2).
+        train_batch_size: Rows per rank; so is eval_batch_size.
 
     Returns:
-        train_loader: call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` is its
+        train_loader: Call `train_loader.sampler.set_epoch(epoch)` before each epoch; `sampler.state_dict()` is its
             position.
-        eval_loader: the same number of batches on every rank, in a fixed order; filler rows have weight 0.
+        eval_loader: The same number of batches on every rank, in a fixed order; filler rows have weight 0.
 
     Raises:
-        UserError: see `load_data_set` and `encode_rows`; or fewer training rows than one step takes.
+        UserError: See `load_data_set` and `encode_rows`; or fewer training rows than one step takes.
     """
     with local_rank_zero_first():
         kind, train, evaluation, record = encode_data_sets(config, stage, tokenizer, max_len)
@@ -93,10 +88,9 @@ def build_loaders(
     check_fills_a_batch(len(train), stage, train_batch_size, world_size)
     collate = partial(COLLATORS[kind], pad_id=tokenizer.pad_token_id)
     order = EpochSampler(len(train), train_batch_size, rank=rank, world_size=world_size, seed=config.seed)
-    return (
-        make_loader(train, order, train_batch_size, collate),
-        make_loader(evaluation, EvalSampler(len(evaluation), rank, world_size), eval_batch_size, collate),
-    )
+    in_turn = eval_order(len(evaluation), rank, world_size)
+    evaluate = make_loader(evaluation, in_turn, eval_batch_size, collate)
+    return make_loader(train, order, train_batch_size, collate), evaluate
 
 
 def build_answers_loader(
@@ -114,26 +108,19 @@ def build_answers_loader(
     The arguments and batches are like those of `build_loaders` for stage 0. `held_out` are the rows to evaluate of each
     data set, where they have been read already.
     """
-    cache_dir, num_proc, encoded = config.cache_dir, config.num_proc, []
-    form, encoder = form_of(config, tokenizer), Encoder("supervised", tokenizer, max_len)
+    prepared: dict[str, Any] = {"cache_dir": config.cache_dir, "num_proc": config.num_proc}
+    form, encoder, encoded = form_of(config, tokenizer), Encoder("supervised", tokenizer, max_len), []
     with local_rank_zero_first():
         for k, name in enumerate(config.data_path):
-            if held_out:
-                rows = held_out[k]
-            else:
-                _, rows = load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, announce=False, form=form)
-            if rows.with_format("arrow")["chosen"][:].null_count == len(rows):
-                continue
-            names = Names("eval", f"--data_path {name}", "--max_prompt_seq_len + --max_answer_seq_len")
-            in_memory = held_out is not None
-            encoded.append(
-                encode_rows(rows, encoder, cache_dir=cache_dir, names=names, num_proc=num_proc, in_memory=in_memory)
-            )
+            rows = held_out[k] if held_out else load_data_set(name, announce=False, form=form, **prepared)[1]
+            if rows.with_format("arrow")["chosen"][:].null_count < len(rows):
+                names = Names("eval", f"--data_path {name}", "--max_prompt_seq_len + --max_answer_seq_len")
+                encoded.append(encode_rows(rows, encoder, names=names, in_memory=held_out is not None, **prepared))
     if not encoded:
         return None
     rows = datasets.concatenate_datasets(encoded)
     collate = partial(collate_supervised, pad_id=tokenizer.pad_token_id)
-    return make_loader(rows, EvalSampler(len(rows), rank, world_size), batch_size, collate)
+    return make_loader(rows, eval_order(len(rows), rank, world_size), batch_size, collate)
 
 
 def encode_data_sets(
@@ -145,12 +132,10 @@ def encode_data_sets(
         The kind of the rows, those to train on, those to evaluate, and what data.json says about them.
     """
     sources, weights = data_sources(config, stage)
-    cache_dir, num_proc, form = config.cache_dir, config.num_proc, form_of(config, tokenizer)
     record: list[dict] = []
-    loaded = [
-        load_data_set(name, cache_dir=cache_dir, num_proc=num_proc, flag=flag, form=form, record=record)
-        for flag, name in sources
-    ]
+    prepared: dict[str, Any] = {"cache_dir": config.cache_dir, "num_proc": config.num_proc, "record": record}
+    form = form_of(config, tokenizer)
+    loaded = [load_data_set(name, flag=flag, form=form, **prepared) for flag, name in sources]
     kind = kind_of(config, stage, (rows for splits in loaded for rows in splits))
     encoder = Encoder(kind, tokenizer, max_len, config.overlong, config.train_on)
     encoded: dict[str, list[Dataset]] = {"train": [], "eval": []}
@@ -160,11 +145,10 @@ def encode_data_sets(
             train = train.select(stage_indices(prompts, config.data_split, stage, config.data_seed, name))
         for split, rows in (("train", train), ("eval", evaluation)):
             names = Names(split, f"{flag} {name}", LENGTH_FLAGS[stage])
-            encoded[split].append(
-                encode_rows(rows, encoder, cache_dir=cache_dir, names=names, num_proc=num_proc, record=record)
-            )
-    if len(sources) > 1 and None not in weights:
-        rows_of = blend([len(rows) for rows in encoded["train"]], weights, config.data_seed)
+            encoded[split].append(encode_rows(rows, encoder, names=names, **prepared))
+    given = [weight for weight in weights if weight is not None]
+    if len(sources) > 1 and len(given) == len(weights):
+        rows_of = blend([len(rows) for rows in encoded["train"]], given, config.data_seed)
         for k, ((flag, name), indices) in enumerate(zip(sources, rows_of, strict=True)):
             total = len(encoded["train"][k])
             print0(f"{flag} {name}: {len(indices)} of {total} rows in the blend")
@@ -207,7 +191,7 @@ def data_sources(config: DataConfig, stage: int) -> tuple[list[tuple[str, str]],
     """The flag and name of each data set of a stage, and the weights: all of them have one, or none.
 
     Raises:
-        UserError: some have a weight and some have none.
+        UserError: Some have a weight and some have none.
     """
     sources = [("--data_path", name) for name in config.data_path]
     if stage == 0:
@@ -245,15 +229,25 @@ def local_rank_zero_first() -> Iterator[None]:
     An error on the first rank lets the others continue, into the same error.
 
     Raises:
-        UserError: a rank has waited for as long as the process group allows.
+        UserError: A rank has waited for as long as the process group allows.
     """
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    done = threading.Event()
+
+    def remind() -> None:  # a process group may end a rank that waits too long
+        for k in count(1):
+            if done.wait(REMIND_AFTER):
+                return
+            print(waiting(k * REMIND_AFTER), flush=True)
+
     if not first:
-        with reminding():
-            try:
-                barrier()
-            except RuntimeError as error:
-                raise UserError(f"{waiting(None)} ({' '.join(str(error).split())[:200]})") from error
+        threading.Thread(target=remind, daemon=True).start()
+        try:
+            barrier()
+        except RuntimeError as error:
+            raise UserError(f"{waiting(None)} ({' '.join(str(error).split())[:200]})") from error
+        finally:
+            done.set()
     try:
         yield
     finally:
@@ -271,28 +265,6 @@ def waiting(seconds: float | None) -> str:
     )
 
 
-@contextmanager
-def reminding() -> Iterator[None]:
-    """Prints every few minutes what this rank waits for: a process group may end one that waits too long."""
-    done = threading.Event()
-
-    def remind() -> None:
-        waited = 0.0
-        while not done.wait(REMIND_AFTER):
-            waited += REMIND_AFTER
-            print(waiting(waited), flush=True)
-
-    threading.Thread(target=remind, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Order
-
-
 class ResumableSampler(Sampler, ABC):
     """The training rows of one rank, in an order that depends on the epoch.
 
@@ -303,9 +275,7 @@ class ResumableSampler(Sampler, ABC):
 
     def __init__(self, *, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-        self.drawn = 0
-        self.resume_at = 0
+        self.epoch = self.drawn = self.resume_at = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch's order; a new epoch starts at its first row."""
@@ -342,7 +312,6 @@ class EpochSampler(ResumableSampler):
         self.rows_per_rank = n_rows // (batch_size * world_size) * batch_size
 
     def rows(self) -> Iterator[int]:
-        """This rank's indices of the whole epoch."""
         generator = torch.Generator().manual_seed((self.seed % 2**40 << 20) + self.epoch)
         order = torch.randperm(self.n_rows, generator=generator).tolist()
         return iter(order[self.rank :: self.world_size][: self.rows_per_rank])
@@ -351,21 +320,12 @@ class EpochSampler(ResumableSampler):
         return self.rows_per_rank
 
 
-class EvalSampler(Sampler[int]):
-    """The indices of all rows in order, which the ranks take in turn.
+def eval_order(n_rows: int, rank: int = 0, world_size: int = 1) -> range:
+    """One rank's indices of all rows in order, which the ranks take in turn.
 
-    Indices beyond the last row stand for fillers, so that all ranks have equally many.
+    Indices beyond the last row are fillers, so that all ranks have equally many.
     """
-
-    def __init__(self, n_rows: int, rank: int = 0, world_size: int = 1) -> None:
-        self.rows_per_rank = -(-n_rows // world_size)
-        self.rank, self.world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, self.rows_per_rank * self.world_size, self.world_size))
-
-    def __len__(self) -> int:
-        return self.rows_per_rank
+    return range(rank, -(-n_rows // world_size) * world_size, world_size)
 
 
 class WeightedRows(torch.utils.data.Dataset):
@@ -374,23 +334,13 @@ class WeightedRows(torch.utils.data.Dataset):
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         n = len(self.rows)
         batch = self.rows[[i % n for i in indices]]
-        return [
-            {**{name: values[k] for name, values in batch.items()}, "weight": float(i < n)}
-            for k, i in enumerate(indices)
-        ]
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self.__getitems__([i])[0]
+        return [{name: batch[name][k] for name in batch} | {"weight": float(i < n)} for k, i in enumerate(indices)]
 
 
-def make_loader(rows: Dataset, sampler: Sampler[int], batch_size: int, collate: Callable[..., Any]) -> DataLoader:
+def make_loader(rows: Dataset, sampler: Iterable, batch_size: int, collate: Callable[..., Any]) -> DataLoader:
     """A loader in this process, with its own generator, since a DataLoader would draw a seed from the global one."""
-    return DataLoader(
-        WeightedRows(rows), batch_size=batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator()
-    )
+    weighted = WeightedRows(rows)
+    return DataLoader(weighted, batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator())

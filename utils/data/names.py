@@ -29,7 +29,7 @@ def split_weight(entry: str, flag: str, *, negative: bool = False) -> tuple[str,
     """`name:0.5` -> ("name", 0.5), `name` -> ("name", None). What exists on the disk is a name as it stands.
 
     Raises:
-        UserError: the weight is no number, is 0 or infinite, or is below 0 where `negative` does not allow that.
+        UserError: The weight is no number, is 0 or infinite, or is below 0 where `negative` does not allow that.
     """
     if exists(entry) or not (found := WEIGHT.fullmatch(entry)):
         return entry, None
@@ -39,7 +39,7 @@ def split_weight(entry: str, flag: str, *, negative: bool = False) -> tuple[str,
         weight = 0.0
     if weight == 0 or not math.isfinite(weight) or (weight < 0 and not negative):
         expected = "other than 0, such as 0.5 or -1" if negative else "above 0, such as 0.3"
-        raise UserError(f"{flag} {entry}: the weight behind the colon must be a number {expected}")
+        raise UserError(f"{flag} {entry}: the weight after the colon must be a number {expected}")
     return found["name"], weight
 
 
@@ -49,7 +49,7 @@ def parse_name(entry: str, flag: str = "--data_path") -> DataName:
     What exists on the disk under the whole text is a plain name, whatever signs it holds.
 
     Raises:
-        UserError: no name, or a weight that is not above 0.
+        UserError: No name, or a weight that is not above 0.
     """
     rest, weight = split_weight(entry, flag)
     if exists(rest) or "#" not in rest:
@@ -57,7 +57,7 @@ def parse_name(entry: str, flag: str = "--data_path") -> DataName:
     else:
         name, _, selection = rest.rpartition("#")
         if not selection:
-            raise UserError(f"{flag} {entry}: expected a split, or configuration/split, behind the #")
+            raise UserError(f"{flag} {entry}: expected a split, or configuration/split, after the #")
     if not name:
         raise UserError(f"{flag} {entry!r}: expected the name of a file, a folder or a hub data set")
     configuration, _, split = selection.rpartition("/")
@@ -65,7 +65,6 @@ def parse_name(entry: str, flag: str = "--data_path") -> DataName:
 
 
 def exists(name: str) -> bool:
-    """Whether there is such a file or folder."""
     try:
         return Path(name).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a zero byte, or the home folder of nobody

@@ -23,6 +23,7 @@ from utils.data.shapes import PLAIN, Conversation, Example, Form, Row, RowRefuse
 from utils.data.sources import SHAPES, Shard, check_numbers, converted_on_reading, read_splits, row_name, undecodable
 from utils.data.splits import prompt_key, prompt_keys
 from utils.distributed import print0
+from utils.present import present
 from utils.run import UserError
 
 HOLD_OUT = 0.05
@@ -55,16 +56,13 @@ def load_data_set(
     where possible whole prompts, so that no held-out prompt is trained on with another answer.
 
     Args:
-        name: a file, a folder or a hub name, see `utils.data.names.parse_name`.
-        cache_dir: where the Arrow files go; None: the datasets library's own folder.
-        num_proc: processes that convert rows; None: this one.
-        flag: the flag that errors name.
-        announce: print what was found and dropped; False where the same data set was announced before.
-        form: the names of the columns, and the chat template that writes lists of messages.
-        record: gets an entry for each split: how many rows were read and dropped.
+        name: A file, a folder or a hub name, see `utils.data.names.parse_name`.
+        cache_dir: Where the Arrow files go; None: the datasets library's own folder.
+        announce: Print what was found and dropped; False where the same data set was announced before.
+        record: Gets an entry for each split: how many rows were read and dropped.
 
     Raises:
-        UserError: nothing there, an unreadable file, columns of no known shape, a wrong value, a split without rows.
+        UserError: Nothing there, an unreadable file, columns of no known shape, a wrong value, a split without rows.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -75,7 +73,7 @@ def load_data_set(
         shards_of = {split: [rename(s, form.columns, flag) for s in shards] for split, shards in shards_of.items()}
         conversion = choose_conversion(name, shards_of["train"][0], flag, form)
         for split, shards in shards_of.items():
-            labelled = [replace(s, label=f"{s.file.name} " if len(shards) > 1 else "") for s in shards]
+            labelled = [replace(s, label=f"{s.file.name} " if s.file and len(shards) > 1 else "") for s in shards]
             joined = datasets.concatenate_datasets([normalise(s, conversion, cache_dir, num_proc) for s in labelled])
             splits[split], counts = drop_skipped(joined, name, split, flag, announce)
             if record is not None:
@@ -90,7 +88,7 @@ def load_data_set(
 
 def rename(shard: Shard, columns: Mapping[str, str], flag: str) -> Shard:
     """The shard with the user's columns under the names that shapes are made of."""
-    rows = shard.rows
+    rows = shard.table
     for ours, theirs in columns.items():
         if theirs not in rows.column_names:
             found = ", ".join(rows.column_names)
@@ -113,30 +111,30 @@ class Conversion:
 def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Conversion:
     """The conversion of a data set, found from its first file."""
     lists = ("prompt", "chosen", "rejected", "completion", "messages")
-    of_messages = any(isinstance(shard.rows.features.get(column), List) for column in lists)
-    answers = shard.rows.features.get("answers")
+    of_messages = any(isinstance(shard.table.features.get(column), List) for column in lists)
+    answers = shard.table.features.get("answers")
     of_messages |= isinstance(answers, List) and isinstance(answers.feature, List)
     if not of_messages:
         form = replace(form, template=None)
     how = f", written by the {'chat template' if form.template else 'Human/Assistant convention'}"
     known = None if form.columns else known_name(parse_name(name, flag).name)
-    if known and (parse_name(name, flag).name == known or fits(ADAPTERS[known], shard.rows[0])):
+    if known and (parse_name(name, flag).name == known or fits(ADAPTERS[known], shard.table[0])):
         return Conversion(known + (how if of_messages else ""), ADAPTERS[known], form, flag)
-    shape, convert = find_shape(shard.rows.column_names)
+    shape, convert = find_shape(shard.table.column_names)
     if convert is None:
-        found = ", ".join(shard.rows.column_names)
+        found = ", ".join(shard.table.column_names)
         raise UserError(
             f"{flag}: {shard.place} has the columns {found}; expected {SHAPES}: rename the columns, or name them with "
             "--prompt_column, --chosen_column and --rejected_column"
         )
-    if of_messages:
-        shape += " of messages" if shape != "messages" else ""
+    if of_messages and shape != "messages":
+        shape += " of messages"
     if shape.startswith("prompt"):
-        bare = prompts_are_bare(shard.rows)
+        bare = prompts_are_bare(shard.table)
         convert = partial(convert, bare=bare)
         shape += ", bare prompts written as Human/Assistant dialogue" if bare else ""
     shape += how if of_messages else ""
-    if "answers" in shard.rows.column_names and "chosen/rejected" in shape:
+    if "answers" in shard.table.column_names and "chosen/rejected" in shape:
         shape += "; the column answers is not read (to learn from it, leave out chosen and rejected)"
     return Conversion(shape, convert, form, flag)
 
@@ -158,14 +156,14 @@ def normalise(shard: Shard, conversion: Conversion, cache_dir: str | None, num_p
     """The shard's rows with the columns of NORMALISED; cached."""
     template = conversion.form.template
     made_by = (READING_VERSION, conversion.shape, template.state() if template else None)
-    fingerprint = fingerprint_of(shard.rows._fingerprint, *made_by, shard.label)
-    return shard.rows.map(
+    fingerprint = fingerprint_of(shard.table._fingerprint, *made_by, shard.label)
+    return shard.table.map(
         partial(normalise_batch, conversion=conversion, shard=replace(shard, rows=None)),
         batched=True,
         with_indices=True,
-        remove_columns=shard.rows.column_names,
+        remove_columns=shard.table.column_names,
         features=NORMALISED,
-        num_proc=num_proc if num_proc and len(shard.rows) > 10_000 else None,
+        num_proc=num_proc if num_proc and len(shard.table) > 10_000 else None,
         new_fingerprint=fingerprint,
         cache_file_name=cache_file(cache_dir, "rows", fingerprint),
         desc="Reading rows",
@@ -179,78 +177,55 @@ def normalise_batch(
     if conversion.shape.startswith("prompt/answers"):
         check_numbers(shard, batch, conversion.flag)
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    names = [row_name(shard.file, i) for i in indices]
-
-    def on_reading(k: int, column: str) -> str | None:
-        return converted_on_reading(shard.file, indices[k], column)
-
-    columns = normalise_rows(rows, names, conversion, shard, on_reading)
-    return {name: columns[name] for name in NORMALISED}
+    texts = normalise_rows(rows, [row_name(shard.file, i) for i in indices], conversion, shard, indices)
+    return {name: [row[name] for row in texts] for name in NORMALISED}
 
 
 def normalise_rows(
-    rows: Iterable[Row],
-    names: Sequence[str],
-    conversion: Conversion,
-    shard: Shard,
-    other_cause: Callable[[int, str], str | None] = lambda k, column: None,
-) -> dict[str, list]:
-    """Columns of NORMALISED, and `asked`: a number that rows of the same prompt share, whatever the chat template.
+    rows: Iterable[Row], names: Sequence[str], conversion: Conversion, shard: Shard, stored_at: Sequence[int] = ()
+) -> list[Row]:
+    """Rows of any shape with the columns of NORMALISED and `asked`.
+
+    `asked` is a number that rows of the same prompt share, whatever the chat template.
 
     Args:
-        rows: of any shape.
-        names: what messages call each row.
-        conversion: makes texts of a row.
-        shard: where the rows are from, for messages.
-        other_cause: (number of a refused row, column) -> where the fault really is, if elsewhere.
+        names: What messages call each row.
+        stored_at: The rows' indices in the shard, where its reader may have changed values.
     """
     flag = conversion.flag
-    columns: dict[str, list] = {name: [] for name in (*NORMALISED, "asked")}
+    found: list[Row] = []
     for k, row in enumerate(rows):
         reason = None
         try:
             converted = conversion.convert(row)
-            example, asked = finish(converted, conversion.form.template), asked_key(converted)
+            example = finish(converted, conversion.form.template)
+            # Before any template, since the models of the stages may have different ones.
+            prompt = write_plain(converted.messages)[0] if isinstance(converted, Conversation) else converted.prompt
+            asked = prompt_key(prompt, converted.chosen)
         except RowSkipped as skipped:
             example, asked, reason = Example("", None, None), 0, str(skipped)
         except RowRefused as refused:
             column, problem = refused.args
-            where = other_cause(k, column) or f"{names[k]}, column {column!r}: {problem}"
+            where = converted_on_reading(shard.file, stored_at[k], column) if stored_at else None
+            where = where or f"{names[k]}, column {column!r}: {problem}"
             raise UserError(f"{flag}: {shard.place}, {where}") from None
         except KeyError as missing:
-            found = ", ".join(row)
-            raise UserError(f"{flag}: {shard.place} has no column {missing}; it has {found}") from None
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-            IndexError,
-        ) as error:  # of an adapter, which relies on its data set
-            kind = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"{flag}: {shard.place}, {names[k]} is not like the rows of this data set ({kind})"
-            ) from error
-        for name in TEXT:
-            columns[name].append(getattr(example, name))
-        columns["earlier"].append(None if example.earlier is None else [list(span) for span in example.earlier])
-        columns["key"].append(row_key(example))
-        columns["asked"].append(asked)
-        columns["skipped"].append(reason)
-    columns["origin"] = [shard.label + name for name in names]
-    return columns
-
-
-def asked_key(row: Example | Conversation) -> int:
-    """The `prompt_key` of the prompt before any template, since the models of the stages may have different ones."""
-    prompt = write_plain(row.messages)[0] if isinstance(row, Conversation) else row.prompt
-    return prompt_key(prompt, row.chosen)
+            raise UserError(f"{flag}: {shard.place} has no column {missing}; it has {', '.join(row)}") from None
+        except (TypeError, ValueError, AttributeError, IndexError) as error:  # an adapter relies on its data set
+            what = f"is not like the rows of this data set ({type(error).__name__}: {error})"
+            raise UserError(f"{flag}: {shard.place}, {names[k]} {what}") from error
+        earlier = None if example.earlier is None else [list(span) for span in example.earlier]
+        about = {"earlier": earlier, "origin": shard.label + names[k], "key": row_key(example)}
+        texts = {name: getattr(example, name) for name in TEXT}
+        found.append({**texts, **about, "skipped": reason, "asked": asked})
+    return found
 
 
 def row_key(example: Example) -> int:
     """A number that rows of equal texts share, with all their ranked answers; the order of ties does not matter."""
     if example.answers is None:
         return content_key(example.prompt, example.chosen, example.rejected)
-    ranking = sorted(zip(example.ranks, example.answers, strict=True))
+    ranking = sorted(zip(present(example.ranks, "the ranks of several answers"), example.answers, strict=True))
     return content_key(example.prompt, *(text for rank, answer in ranking for text in (str(rank), answer)))
 
 
@@ -264,9 +239,7 @@ def drop_skipped(rows: Dataset, name: str, split: str, flag: str, announce: bool
     reasons = table["skipped"][:].to_pylist()
     keys = np.asarray(table["key"][:])
     _, first = np.unique(keys, return_index=True)
-    repeated = np.ones(len(rows), dtype=bool)
-    repeated[first] = False
-    for i in np.flatnonzero(repeated):
+    for i in np.setdiff1d(np.arange(len(rows)), first):
         reasons[i] = reasons[i] or REPEATS
     kept = np.flatnonzero([reason is None for reason in reasons])
     dropped = tally(reasons, rows)
@@ -275,10 +248,8 @@ def drop_skipped(rows: Dataset, name: str, split: str, flag: str, announce: bool
     if not len(kept):
         raise UserError(f"{flag}: the {split} split of {name} has no usable row: {as_words(dropped)}")
     counts = {"fingerprint": fingerprint_of(keys[kept].tobytes()), "rows": len(rows), "kept": len(kept)}
-    counts["dropped"] = as_record(dropped)
-    if len(kept) < len(rows):
-        rows = rows.select(kept)
-    return rows.remove_columns(["key", "skipped"]), counts
+    used = rows if len(kept) == len(rows) else rows.select(kept)
+    return used.remove_columns(["key", "skipped"]), {**counts, "dropped": as_record(dropped)}
 
 
 def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
@@ -298,6 +269,4 @@ def hold_out(rows: Dataset, name: str, flag: str) -> tuple[Dataset, Dataset]:
             held += prompts[k]
     if not held:  # every prompt has more than 5 % of the rows
         held = order.permutation(n)[:target].tolist()
-    mask = np.zeros(n, dtype=bool)
-    mask[held] = True
-    return rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask))
+    return rows.select(np.setdiff1d(np.arange(n), held)), rows.select(np.sort(held))

@@ -8,7 +8,7 @@ import codecs
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, IterableDataset
 
+from utils.data import sources
 from utils.data.shapes import Row
-from utils.data.sources import (
-    READ_ERRORS,
-    SHAPES,
-    Shard,
-    csv_header,
-    file_format,
-    first_line,
-    is_json_list,
-    json_rows,
-    not_json,
-    open_file,
-)
-from utils.run import UserError
+from utils.data.sources import BadJSON, Shard
+from utils.run import UserError, first_line
 
 AT_ONCE = 1000  # rows that a library decodes together
 BLOCK = 2**20  # bytes of a JSON list
@@ -41,25 +31,25 @@ def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
     """(name, row) of each row; "line 7" of a JSON-lines file, "row 7" elsewhere.
 
     Raises:
-        UserError: there are no rows, or the content does not fit the file's suffix; the message names the faulty row.
+        UserError: There are no rows, or the content does not fit the file's suffix; the message names the faulty row.
     """
     empty = True
     try:
-        for name, row in READERS[file_format(shard.file)](shard.file) if shard.file else numbered(iterate(shard.rows)):
+        read = READERS[sources.file_format(shard.file)](shard.file) if shard.file else numbered(iterate(shard.table))
+        for name, row in read:
             if not isinstance(row, dict):
-                raise UserError(
-                    f"{flag}: {shard.place}, {name}: found {type(row).__name__}, expected an object of columns"
-                )
+                found = type(row).__name__
+                raise UserError(f"{flag}: {shard.place}, {name}: found {found}, expected an object of columns")
             empty = False
             yield name, row
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        if hasattr(error, "place"):
-            raise UserError(f"{flag}: {shard.place}, {not_json(error)}") from error
+    except BadJSON as error:
+        raise UserError(f"{flag}: {shard.place}, {error}") from error
+    except UnicodeDecodeError as error:
         raise UserError(f"{flag}: {shard.place} holds text that is not UTF-8 ({error.reason})") from error
-    except (*READ_ERRORS, zlib.error) as error:
+    except (*sources.READ_ERRORS, zlib.error) as error:
         raise UserError(f"{flag}: {shard.place} cannot be read: {first_line(error)}") from error
     if empty:
-        raise UserError(f"{flag}: {shard.place} has no rows; expected {SHAPES}")
+        raise UserError(f"{flag}: {shard.place} has no rows; expected {sources.SHAPES}")
 
 
 def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
@@ -70,31 +60,22 @@ def numbered(rows: Iterator[Any]) -> Iterator[tuple[str, Any]]:
 def iterate(rows: Dataset | IterableDataset) -> Iterator[Row]:
     """The rows of a data set on the disk, several at a time, or of an iterable one."""
     if not isinstance(rows, Dataset):
-        yield from rows
-        return
-    for start in range(0, len(rows), AT_ONCE):
-        batch = rows[start : start + AT_ONCE]
-        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
+        return iter(rows)
+    batches = rows.iter(AT_ONCE)
+    return (dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values(), strict=True))
 
 
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a list, or of a file with one object a line."""
-    with open_file(path) as file:
-        if not is_json_list(file):
-            yield from json_rows(path)
-            return
-        yield from numbered(json_items(file))
+    with sources.open_file(path) as file:
+        yield from numbered(json_items(file)) if sources.is_json_list(file) else sources.json_rows(path)
 
 
 def json_items(file: Any) -> Iterator[Any]:
     """The items of a JSON list, decoded one by one.
 
     Raises:
-        json.JSONDecodeError, UnicodeDecodeError: with the attribute `place`.
+        BadJSON: An item cannot be decoded or parsed.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     parser, text, at, count = json.JSONDecoder(), "", 0, 0
@@ -111,13 +92,11 @@ def json_items(file: Any) -> Iterator[Any]:
             text, at = text[at:], 0
             block = file.read(BLOCK) if len(text) < LONGEST_ROW else b""
             if not block:
-                error.place = f"row {count + 1}"
-                raise
+                raise BadJSON(f"row {count + 1}: not valid JSON ({error.msg}, column {error.colno})") from None
             try:
                 text += decode(block)
             except UnicodeDecodeError as undecodable:
-                undecodable.place = f"row {count + 1} or a later one"
-                raise
+                raise BadJSON(f"row {count + 1} or a later one: not UTF-8 ({undecodable.reason})") from None
             continue
         count += 1
         yield item
@@ -126,7 +105,7 @@ def json_items(file: Any) -> Iterator[Any]:
 
 def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of texts, since csv has no types: "4" is an answer, and so is "NA"."""
-    csv_header(path)  # refuses rows that pandas would shift
+    sources.csv_header(path)  # refuses rows that pandas would shift
     tables = pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=AT_ONCE, encoding="utf-8-sig")
     with tables:
         yield from numbered(row for table in tables for row in table.to_dict("records"))
@@ -142,7 +121,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 def read_arrow(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of Arrow's file format, or of its stream format, which the datasets library writes."""
-    with open_file(path) as file:
+    with sources.open_file(path) as file:
         if file.peek(6)[:6] == b"ARROW1":
             table = pyarrow.ipc.open_file(file)
             batches = (table.get_batch(i) for i in range(table.num_record_batches))
@@ -152,4 +131,5 @@ def read_arrow(path: Path) -> Iterator[tuple[str, Row]]:
         yield from numbered(row for rows in slices for row in rows.to_pylist())
 
 
+READERS: dict[str | None, Callable[[Path], Iterator[tuple[str, Any]]]]
 READERS = {"json": read_json, "csv": read_csv, "parquet": read_parquet, "arrow": read_arrow}

@@ -24,7 +24,6 @@ def tally(reasons: Iterable[str | None], rows: Dataset) -> Dropped:
 
 
 def count_dropped(dropped: Dropped, reason: str, name: str) -> None:
-    """Adds one row."""
     count, names = dropped.get(reason, (0, []))
     dropped[reason] = (count + 1, [*names, name][:SHOWN_ROWS])
 
@@ -50,30 +49,30 @@ def report_dropped(what: str, dropped: Dropped, total: int) -> None:
         print0(f"{what}: {sum(count for count, _ in dropped.values())} of {total} rows dropped: {as_words(dropped)}")
 
 
-def report_cut(
-    limit: str, what: str, prompts: tuple[int, list[str]], answers: tuple[int, list[str]], longest: int, total: int
+def report_encoding(
+    what: str, limit: str, cut: Dropped, answers_left_out: int, longest_prompt: int, total: int
 ) -> None:
-    """A line for the rows whose prompts were cut, and one for those whose answers were; none where none was.
+    """Lines for the used rows that lost something, of `total` rows: a cut prompt or answer, or some of their answers.
 
-    `prompts` and `answers` are how many were cut, and the names of the first rows; `limit` is the flag and its value,
-    `longest` the tokens of the longest prompt, and `total` the number of rows, cut or not.
+    `cut` counts such rows under the encoder's names "prompt_cut", "cut" and "left_out"; `limit` is the flag of the
+    length and its value.
     """
-    for (count, names), how in (
-        (prompts, f"longer prompts, up to {longest} tokens, keep their end"),
-        (answers, "longer answers are cut, and without an end token"),
+    for fate, how in (
+        ("prompt_cut", f"longer prompts, up to {longest_prompt} tokens, keep their end"),
+        ("cut", "longer answers are cut, and without an end token"),
     ):
+        count, names = cut.get(fate, (0, []))
         if count:
             print0(f"{limit}: {count} of {total} rows of {what} are too long: {how}{listing(count, names)}")
-
-
-def report_left_out(what: str, answers: int, rows: tuple[int, list[str]]) -> None:
-    """One line for the answers that rows with several lack; none where no row lacks one.
-
-    `rows` are how many rows lack some of their answers, and the names of the first.
-    """
-    count, names = rows
+    count, names = cut.get("left_out", (0, []))
     if count:
-        print0(
-            f"{what}: {answers} answers of {count} rows left out: empty, or equal to another answer of the "
-            f"row{listing(count, names)}"
-        )
+        why = f"empty, or equal to another answer of the row{listing(count, names)}"
+        print0(f"{what}: {answers_left_out} answers of {count} rows left out: {why}")
+
+
+def cut_record(kind: str, cut: Dropped, answers_left_out: int) -> dict[str, int]:
+    """Of the same rows, for data.json."""
+    counts = {
+        f"cut_{what}": cut.get(fate, (0, []))[0] for what, fate in (("prompts", "prompt_cut"), ("answers", "cut"))
+    }
+    return counts | ({"answers_left_out": answers_left_out} if kind == "ranked" else {})

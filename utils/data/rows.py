@@ -11,7 +11,7 @@ from datasets import Value
 
 from utils.data.preferences import TEXT, choose_conversion, normalise
 from utils.data.shapes import PLAIN, Example, Form
-from utils.data.sources import Shard, file_format, json_rows, read_splits, undecodable
+from utils.data.sources import BadJSON, Shard, file_format, json_rows, read_splits, undecodable
 from utils.run import UserError
 
 
@@ -23,41 +23,36 @@ class TextRow:
     example: Example
     skipped: str | None = None
 
+    @property
+    def prompt(self) -> str:
+        """Empty for plain text."""
+        return self.example.prompt or ""
+
 
 def read_rows(name: str, *, cache_dir: str | None, flag: str = "--data_path", form: Form = PLAIN) -> list[TextRow]:
     """All rows of a file; of a folder or hub data set those of its test split, else those of its training split.
 
-    Args:
-        name: anything that `utils.data.preferences.load_data_set` reads.
-        cache_dir: where the Arrow files go; None: the datasets library's own folder.
-        flag: the flag that errors name.
-        form: the chat template that writes lists of messages.
-
     Raises:
-        UserError: nothing there, an unreadable file, columns of no known shape, a wrong value.
+        UserError: See `utils.data.preferences.load_data_set`, which explains the arguments as well.
     """
     splits = read_splits(name, cache_dir, flag)
     rows: list[TextRow] = []
     try:
-        shards = [without_labels(shard) for shard in splits.get("test", splits["train"])]
+        shards = splits.get("test", splits["train"])
+        for k, shard in enumerate(shards):  # unlike training, evaluation keeps unwanted answers
+            if shard.table.features.get("label") == Value("bool"):
+                shards[k] = replace(shard, rows=shard.table.remove_columns("label"))
         conversion = choose_conversion(name, shards[0], flag, form)
         for shard in shards:
             texts = normalise(shard, conversion, cache_dir, None)
             for original, text in zip(original_rows(shard), texts, strict=True):
-                skipped = text["skipped"]
                 if text["prompt"] is None:
-                    text["prompt"], skipped = "", "plain text without a prompt"
-                rows.append(TextRow(original, Example(**{column: text[column] for column in TEXT}), skipped))
-    except UnicodeDecodeError as error:
+                    text |= {"prompt": "", "skipped": "plain text without a prompt"}
+                example = Example(**{column: text[column] for column in TEXT})
+                rows.append(TextRow(original, example, text["skipped"]))
+    except (UnicodeDecodeError, BadJSON) as error:
         raise UserError(f"{flag}: {undecodable(splits, name)}") from error
     return rows
-
-
-def without_labels(shard: Shard) -> Shard:
-    """The shard without a column `label` of true and false: unlike training, evaluation keeps unwanted answers."""
-    if shard.rows.features.get("label") != Value("bool"):
-        return shard
-    return replace(shard, rows=shard.rows.remove_columns("label"))
 
 
 def original_rows(shard: Shard) -> list[dict[str, Any]]:
@@ -68,6 +63,6 @@ def original_rows(shard: Shard) -> list[dict[str, Any]]:
     """
     if shard.file is not None and file_format(shard.file) == "json":
         rows = [row for _, row in json_rows(shard.file)]
-        if len(rows) == len(shard.rows):
+        if len(rows) == len(shard.table):
             return rows
-    return list(shard.rows)
+    return list(shard.table)

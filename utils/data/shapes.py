@@ -9,11 +9,12 @@ template.
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
 from utils.data.chat import ASSISTANT, ChatTemplate, Spans, TemplateRefuses, earlier_answers, write_plain
+from utils.present import present
 
 Row = dict[str, Any]
 
@@ -38,6 +39,7 @@ class Conversation:
     messages: list[dict[str, str]]
     chosen: str | None = None
     rejected: str | None = None
+    _: KW_ONLY
     margin: float | None = None
     answers: Sequence[str] | None = None
     ranks: Sequence[float] | None = None
@@ -63,10 +65,6 @@ class RowRefused(Exception):
     """The row's content is wrong; the arguments are the column, and what was found and expected."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
-
-
 def as_dialogue(question: str) -> str:
     """A bare question as a prompt."""
     return f"\n\nHuman: {question}{ASSISTANT}"
@@ -78,12 +76,11 @@ def as_answer(prompt: str, answer: str) -> str:
     return " " + answer if needs_space else answer
 
 
-def pair(prompt: str, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:
+def pair(
+    prompt: str, chosen: str | None = None, rejected: str | None = None, *, margin: float | None = None
+) -> Example:
     """An Example of a finished prompt and the two answers."""
-    if chosen is not None:
-        chosen = as_answer(prompt, chosen)
-    if rejected is not None:
-        rejected = as_answer(prompt, rejected)
+    chosen, rejected = (answer if answer is None else as_answer(prompt, answer) for answer in (chosen, rejected))
     return Example(prompt, chosen, rejected, margin, earlier_answers(prompt))
 
 
@@ -99,12 +96,10 @@ def best_and_worst(prompt: str, answers: Sequence[str], ranks: Sequence[float], 
     the last; where all are tied, there is no worst.
     """
     ranks = dense(ranks)
-    kept = usable_texts(answers, ranks)
-    best = min(kept, key=lambda i: ranks[i], default=None)
-    worst = max(reversed(kept), key=lambda i: ranks[i], default=None)
-    chosen = None if best is None else answers[best]
-    rejected = None if worst is None or ranks[worst] == ranks[best] else answers[worst]
-    return Example(prompt, chosen, rejected, None, earlier, tuple(answers), tuple(ranks))
+    kept = sorted(usable_texts(answers, ranks), key=lambda i: ranks[i])
+    chosen = answers[kept[0]] if kept else None
+    rejected = answers[kept[-1]] if kept and ranks[kept[-1]] > ranks[kept[0]] else None
+    return Example(prompt, chosen, rejected, earlier=earlier, answers=tuple(answers), ranks=tuple(ranks))
 
 
 def dense(ranks: Sequence[float]) -> list[int]:
@@ -142,11 +137,10 @@ def ask(question: str | None, chosen: str | None, rejected: str | None = None, m
     """An Example of a bare question and its answers; rows of public sets without one are skipped."""
     if not question or not chosen:
         raise RowSkipped("no question or no answer")
-    return pair(as_dialogue(question), chosen, rejected, margin)
+    return pair(as_dialogue(question), chosen, rejected, margin=margin)
 
 
 def text(row: Row, column: str) -> str:
-    """The string in `column`."""
     value = row[column]
     if not isinstance(value, str):
         found = "missing or null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
@@ -193,21 +187,16 @@ def finish(converted: Example | Conversation, template: ChatTemplate | None = No
     messages = converted.messages
     try:
         prompt, earlier = write_plain(messages) if template is None else template.prompt(messages)
-
-        def write(answer: str | None) -> str | None:
-            if answer is None or template is None:
-                return answer and as_answer(prompt, answer)
-            return template.answer(messages, prompt, answer)
+        write = partial(as_answer, prompt) if template is None else partial(template.answer, messages, prompt)
 
         if converted.answers is not None:
-            return best_and_worst(prompt, [write(answer) for answer in converted.answers], converted.ranks, earlier)
-        return Example(prompt, write(converted.chosen), write(converted.rejected), converted.margin, earlier)
+            ranks = present(converted.ranks, "the ranks of several answers")
+            return best_and_worst(prompt, [write(answer) for answer in converted.answers], ranks, earlier)
+        both = (converted.chosen, converted.rejected)
+        chosen, rejected = (answer if answer is None else write(answer) for answer in both)
+        return Example(prompt, chosen, rejected, converted.margin, earlier)
     except TemplateRefuses as error:
         raise RowSkipped(f"that the chat template refuses ({str(error)[:100]})") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Shapes: functions of a row
 
 
 def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example | Conversation:
@@ -224,7 +213,7 @@ def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example |
         return conversation(row, columns)
     prompt = text(row, "prompt")
     answers = [text(row, column) for column in columns]
-    return pair(as_dialogue(prompt) if bare else prompt, *(answers or [None]), margin=margin(row))
+    return pair(as_dialogue(prompt) if bare else prompt, *answers, margin=margin(row))
 
 
 def conversation(row: Row, columns: list[str]) -> Conversation:
@@ -241,21 +230,19 @@ def exchange(row: Row, columns: list[str]) -> tuple[list[dict[str, str]], list[s
     if row.get("tools"):
         raise RowRefused("tools", "tools are not supported; leave such rows out, or remove the column")
     asked: list[dict[str, str]] = []
-    if row.get("prompt") is not None:
-        is_list = isinstance(row["prompt"], list)
-        asked = turns(row, "prompt") if is_list else [{"role": "user", "content": text(row, "prompt")}]
+    if isinstance(row.get("prompt"), list):
+        asked = turns(row, "prompt")
+    elif row.get("prompt") is not None:
+        asked = [{"role": "user", "content": text(row, "prompt")}]
     answers: list[str] = []
     before: list[list[dict[str, str]]] = []
     for column in columns:
-        if not isinstance(row[column], list):
-            answers.append(text(row, column))
-            before.append([])
-            continue
-        messages = turns(row, column)
-        if messages[-1]["role"] != "assistant":
+        is_list = isinstance(row[column], list)
+        *before_it, last = turns(row, column) if is_list else [{"role": "assistant", "content": text(row, column)}]
+        if last["role"] != "assistant":
             raise RowRefused(column, "the last message must be the assistant's")
-        answers.append(messages[-1]["content"])
-        before.append(messages[:-1])
+        answers.append(last["content"])
+        before.append(before_it)
     if any(other != before[0] for other in before[1:]):
         raise RowSkipped(f"the {'two ' if len(before) == 2 else ''}dialogues differ before their last turn")
     earlier = before[0] if before else []
@@ -290,7 +277,6 @@ def several_answers(row: Row, *, order: str | None, bare: bool) -> Example | Con
 
 
 def listed(row: Row, column: str) -> list[Any]:
-    """The list in `column`."""
     if not isinstance(row[column], list):
         found = "missing or null" if row[column] is None else f"{type(row[column]).__name__} {str(row[column])[:40]!r}"
         raise RowRefused(column, f"found {found}, expected a list")
@@ -322,7 +308,7 @@ def dialogues(row: Row) -> Example | Conversation:
         raise RowSkipped('the two dialogues share no prompt up to an "Assistant:"')
     if "\n\nHuman:" in chosen[end:] or "\n\nHuman:" in rejected[end:]:
         raise RowSkipped("the two dialogues differ before their last turn")
-    return pair(chosen[:end], chosen[end:], rejected[end:], margin(row))
+    return pair(chosen[:end], chosen[end:], rejected[end:], margin=margin(row))
 
 
 def last_answer(row: Row) -> Conversation:

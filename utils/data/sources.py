@@ -21,7 +21,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 
 from utils.data.names import DataName, parse_name
 from utils.hub import hub_is_reachable
-from utils.run import UserError
+from utils.present import present
+from utils.run import UserError, first_line
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TRAIN_SPLITS = ("train", "train_prefs", "train_sft")
@@ -49,37 +50,46 @@ class Shard:
     file: Path | None = None  # None where the rows are of no single file
     label: str = ""  # precedes the names of its rows, where its split has several files
 
+    @property
+    def table(self) -> Dataset:
+        """The rows, where they have been read."""
+        return present(self.rows, f"the table of {self.place}")
+
+
+class BadJSON(ValueError):
+    """A value cannot be decoded or parsed; the message is place and problem."""
+
 
 def read_splits(entry: str, cache_dir: str | None, flag: str, streaming: bool = False) -> dict[str, list[Shard]]:
     """{"train": shards} and, where the data set has its own, {"test": shards}.
 
     Args:
-        entry: see `utils.data.names.parse_name`; a weight is ignored.
-        cache_dir: where the Arrow files go; None: the datasets library's own folder.
-        flag: the flag that errors name.
-        streaming: find the files, but read and write nothing; `utils.data.raw` reads the rows.
+        entry: See `utils.data.names.parse_name`; a weight is ignored.
+        cache_dir: Where the Arrow files go; None: the datasets library's own folder.
+        flag: Named by the errors of this and all other functions here.
+        streaming: Find the files, but read and write nothing; `utils.data.raw` reads the rows.
     """
     chosen = parse_name(entry, flag)
     name = chosen.name
     path = Path(name).expanduser()
     if name == "local/jsonfile" and not path.exists():
-        return read_folder(jsonfile_folder(flag), chosen, cache_dir, flag, streaming)
-    if path.is_dir():
-        if chosen.configuration:
-            path = path / chosen.configuration
-            if not path.is_dir():
-                raise UserError(f"{flag} {entry}: no such folder: {path}")
+        files = find_files(jsonfile_folder(flag), chosen, flag)
+    elif path.is_dir():
+        path /= chosen.configuration or ""
+        if not path.is_dir():
+            raise UserError(f"{flag} {entry}: no such folder: {path}")
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return read_saved(path, chosen, flag)
-        return read_folder(path, chosen, cache_dir, flag, streaming)
-    if path.is_file():
+        files = find_files(path, chosen, flag)
+    elif path.is_file():
         if chosen.configuration or chosen.split:
             raise UserError(f"{flag} {entry}: a file has no configurations or splits; leave out what follows the #")
-        return {"train": [read_file(path, cache_dir, flag, streaming)]}
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or file_format(path)
-    if looks_local:
+        files = {"train": [path]}
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or file_format(path):
         raise UserError(f"{flag}: no such file or folder: {name}")
-    return read_hub(chosen, cache_dir, flag, streaming)
+    else:
+        return read_hub(chosen, cache_dir, flag, streaming)
+    return {split: [read_file(file, cache_dir, flag, streaming) for file in found] for split, found in files.items()}
 
 
 def jsonfile_folder(flag: str) -> Path:
@@ -118,28 +128,21 @@ def read_saved(path: Path, chosen: DataName, flag: str) -> dict[str, list[Shard]
     return {split: [not_empty(Shard(rows, f"{path} ({split})"), flag)] for split, rows in splits.items()}
 
 
-def read_folder(
-    path: Path, chosen: DataName, cache_dir: str | None, flag: str, streaming: bool = False
-) -> dict[str, list[Shard]]:
-    """A folder with files named after their split: directly in it, in `data/`, or deeper, as in a hub snapshot."""
+def find_files(path: Path, chosen: DataName, flag: str) -> dict[str, list[Path]]:
+    """A folder's files named after their split: directly in it, in `data/`, or deeper, as in a hub snapshot."""
     for files in (sorted(path.iterdir()), sorted((path / "data").glob("*")), sorted(path.rglob("*"))):
         usable = [file for file in files if file.is_file() and file_format(file) and not file.name.startswith(".")]
         found: dict[str, list[Path]] = {}
         for file in usable:
             parent = "" if file.parent in (path, path / "data") else file.parent.name
-            split = split_of(file.name, chosen.split) or split_of(parent, chosen.split)
-            if split:
+            if split := split_of(file.name, chosen.split) or split_of(parent, chosen.split):
                 found.setdefault(split, []).append(file)
-        if found:
-            break
-        if len(usable) == 1 and chosen.name != "local/jsonfile":  # a single file without a split's name
+        if not found and len(usable) == 1 and chosen.name != "local/jsonfile":  # a file without a split's name
             found = {"train": usable}
-            break
-    if not found:
-        kinds = ", ".join(FORMATS)
-        raise UserError(f"{flag}: {path} holds no data files; expected train and test files ({kinds}, also .gz)")
-    splits = pick_splits(found, chosen, str(path), flag)
-    return {split: [read_file(file, cache_dir, flag, streaming) for file in files] for split, files in splits.items()}
+        if found:
+            return pick_splits(found, chosen, str(path), flag)
+    kinds = ", ".join(FORMATS)
+    raise UserError(f"{flag}: {path} holds no data files; expected train and test files ({kinds}, also .gz)")
 
 
 def split_of(name: str, chosen: str | None = None) -> str | None:
@@ -151,9 +154,9 @@ def split_of(name: str, chosen: str | None = None) -> str | None:
     for suffix in [*FORMATS, ".gz"]:
         stem = stem.replace(suffix, "")
     stem = re.sub(r"-\d+-of-\d+.*$", "", stem)
-    if stem in TRAIN_SPLITS + EVAL_SPLITS or (chosen and stem == chosen.lower()):
-        return chosen if chosen and stem == chosen.lower() else stem
-    if re.match(r"(train|test)_(sft|gen|prefs)$", stem):
+    if chosen and stem == chosen.lower():
+        return chosen
+    if stem in TRAIN_SPLITS + EVAL_SPLITS or re.match(r"(train|test)_(sft|gen|prefs)$", stem):
         return stem
     words = re.split(r"[^a-z]+", stem)
     return next((split for split in TRAIN_SPLITS + EVAL_SPLITS if split in words), None)
@@ -161,17 +164,14 @@ def split_of(name: str, chosen: str | None = None) -> str | None:
 
 def file_format(path: Path) -> str | None:
     """The datasets library's reader for this file, by its suffix; None for other files."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return FORMATS.get(suffixes[-1]) if suffixes else None
+    return FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
 def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = False) -> Shard:
     """The rows of one file; with streaming the file alone.
 
     Raises:
-        UserError: an unknown suffix, an empty file, or content that is not what the suffix says.
+        UserError: An unknown suffix, an empty file, or content that is not what the suffix says.
     """
     reader = file_format(path)
     if reader is None:
@@ -218,7 +218,7 @@ def quiet_library() -> Iterator[None]:
 
 def not_empty(shard: Shard, flag: str) -> Shard:
     """The shard, when it has rows."""
-    if len(shard.rows) == 0:
+    if len(shard.table) == 0:
         raise UserError(f"{flag}: {shard.place} has no rows; expected {SHAPES}")
     return shard
 
@@ -238,7 +238,7 @@ def csv_header(path: Path) -> list[str]:
     """The column names in the first line.
 
     Raises:
-        ValueError: the first row has more fields: pandas would take the surplus for an index, and give each column the
+        ValueError: The first row has more fields: pandas would take the surplus for an index, and give each column the
             values of its neighbour.
     """
     first = pandas.read_csv(path, dtype=str, nrows=1, encoding="utf-8-sig")
@@ -277,16 +277,9 @@ def first_bad_row(path: Path) -> str | None:
                 before, where = kinds.setdefault(column, (kind, place)) if value is not None else (kind, place)
                 if kind != before:
                     return f"{place}, column {column!r}: found {kind} {str(value)[:40]!r}, but {before} in {where}"
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return not_json(error)
+    except BadJSON as error:
+        return str(error)
     return None
-
-
-def not_json(error: json.JSONDecodeError | UnicodeDecodeError) -> str:
-    """Place and problem of what `json_rows` could not read."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"{error.place}: not UTF-8 ({error.reason})"
-    return f"{error.place}: not valid JSON ({error.msg}, column {error.colno})"
 
 
 def converted_on_reading(file: Path | None, index: int, column: str) -> str | None:
@@ -309,7 +302,7 @@ def text_among_numbers(file: Path, column: str, modified: int) -> str | None:
             for value in values if isinstance(values, list) else ():
                 if isinstance(value, str):
                     return f"{place}, column {column!r}: found str {value[:40]!r}, expected a number"
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except BadJSON:
         pass  # a layout that only the datasets library understands
     return None
 
@@ -335,28 +328,26 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, row) for each row of a JSON list or of a file with one object a line.
 
     Raises:
-        json.JSONDecodeError, UnicodeDecodeError: with the attribute `place`.
+        BadJSON: A row cannot be decoded or parsed.
     """
     with open_file(path) as file:
         if is_json_list(file):
             yield from ((f"row {i}", row) for i, row in enumerate(decode_json(file.read(), None), 1))
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", decode_json(line, f"line {number}")
+        else:
+            lines = ((f"line {i}", line) for i, line in enumerate(file, 1) if line.strip())
+            yield from ((place, decode_json(line, place)) for place, line in lines)
 
 
 def decode_json(content: bytes, place: str | None) -> Any:
-    """Decodes a value; an error carries its `place`: the given one, or the line that the parser names."""
+    """Decodes a value; an error tells its `place`: the given one, or the line that the parser names."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        error.place = place or f"line {error.lineno}"
-        raise
+        place = place or f"line {error.lineno}"
+        raise BadJSON(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from None
     except UnicodeDecodeError as error:
         line_number = content[: error.start].count(b"\n") + 1
-        error.place = place or f"line {line_number}"
-        raise
+        raise BadJSON(f"{place or f'line {line_number}'}: not UTF-8 ({error.reason})") from None
 
 
 def is_json_list(file: Any) -> bool:
@@ -383,8 +374,8 @@ def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool
     """A data set of the Hugging Face hub, or its copy in the cache when the hub is out of reach."""
     name = chosen.name
     repository, usual = HUB_REPOSITORIES.get(name, (name, None))
-    configuration = chosen.configuration or usual
-    load = partial(datasets.load_dataset, repository, configuration, cache_dir=cache_dir, streaming=streaming)
+    part = chosen.configuration or usual
+    load = partial(datasets.load_dataset, repository, part, cache_dir=cache_dir, streaming=streaming)
     online = hub_is_reachable()
     try:
         try:
@@ -403,9 +394,3 @@ def read_hub(chosen: DataName, cache_dir: str | None, flag: str, streaming: bool
     splits = pick_splits(dict(loaded), chosen, name, flag)
     shards = {split: Shard(rows, f"{name} ({split})") for split, rows in splits.items()}
     return {split: [shard if streaming else not_empty(shard, flag)] for split, shard in shards.items()}
-
-
-def first_line(error: BaseException) -> str:
-    """The error's message, first line only."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,6 @@ from utils.run import UserError
 
 
 def prompt_keys(rows: Dataset) -> Iterator[int]:
-    """The `prompt_key` of each row."""
     for start in range(0, len(rows), 1000):
         batch = rows[start : start + 1000]
         for prompt, chosen in zip(batch["prompt"], batch["chosen"], strict=True):
@@ -53,10 +52,7 @@ def stage_indices(
 
     Args:
         prompts: `prompt_keys` of the rows.
-        data_split: three numbers, the shares of steps 1, 2 and 3.
-        stage: 0, 1 or 2.
-        seed: of the random order.
-        name: of the data, for messages.
+        name: Of the data, for messages.
 
     Returns:
         Row numbers in ascending order.
@@ -68,16 +64,13 @@ def stage_indices(
     bounds = np.rint(np.cumsum([0.0, *shares]) / sum(shares) * n_rows).astype(int)
     # RandomState: its stream is the same in every numpy version.
     order = np.random.RandomState(seed).permutation(n_rows)
-    targets = np.diff(bounds)
-    sizes = Counter(prompts)
-    if len(sizes) == n_rows:
-        rows = order[bounds[stage] : bounds[stage + 1]]
-    elif len(sizes) < (targets > 0).sum():
+    targets, sizes = np.diff(bounds), Counter(prompts)
+    rows = order[bounds[stage] : bounds[stage + 1]]
+    if len(sizes) < min(n_rows, (targets > 0).sum()):
         print0(f"--data_split: {name} has {len(sizes)} different prompts: their rows are divided among the stages")
-        rows = order[bounds[stage] : bounds[stage + 1]]
-    else:
-        rows = divide_prompts([prompts[i] for i in order], sizes, targets.tolist())
-        rows = order[np.asarray(rows) == stage]
+    elif len(sizes) < n_rows:
+        stages = divide_prompts([prompts[i] for i in order], sizes, targets.tolist())
+        rows = order[np.asarray(stages) == stage]
     if not len(rows):
         raise UserError(
             f"--data_split {data_split}: no row is left for step {stage + 1} out of {n_rows}; give it a larger share, "
@@ -90,39 +83,33 @@ def divide_prompts(prompts: list[int], sizes: Counter[int], targets: list[int]) 
     """Divides whole prompts among the stages.
 
     Args:
-        prompts: of the rows, in the order that decides between equals.
-        sizes: rows of each prompt; at least as many prompts as there are targets above 0.
-        targets: how many rows each stage should get; their sum is the number of rows.
+        prompts: Of the rows, in the order that decides between equals.
+        sizes: Rows of each prompt; at least as many prompts as there are targets above 0.
+        targets: How many rows each stage should get; their sum is the number of rows.
 
     Returns:
         The stage of each row.
     """
     stages = range(len(targets))
     lacking, empty = list(targets), {stage for stage in stages if targets[stage]}
-    several: dict[int, int] = {}
-    singles: list[int] = []
-    left = len(sizes)
-    for prompt, size in sorted(((p, sizes[p]) for p in dict.fromkeys(prompts)), key=lambda item: -item[1]):
+    stage_of: dict[int, int] = {}
+    for prompt in sorted(dict.fromkeys(prompts), key=lambda prompt: -sizes[prompt]):
+        left = len(sizes) - len(stage_of)
         candidates = empty if left <= len(empty) else stages  # the last prompts go to stages that have none yet
-        stage = max(candidates, key=lambda stage: (lacking[stage], -stage))
-        lacking[stage] -= size
+        stage_of[prompt] = stage = max(candidates, key=lambda stage: (lacking[stage], -stage))
+        lacking[stage] -= sizes[prompt]
         empty.discard(stage)
-        left -= 1
-        if size > 1:
-            several[prompt] = stage
-        else:
-            singles.append(stage)
-    filling = iter(sorted(singles))  # as without repeated prompts: one stage after the other
-    return [several[prompt] if prompt in several else next(filling) for prompt in prompts]
+    # Prompts with one row fill the stages one after the other, as where no prompt repeats.
+    filling = iter(sorted(stage for prompt, stage in stage_of.items() if sizes[prompt] == 1))
+    return [stage_of[prompt] if sizes[prompt] > 1 else next(filling) for prompt in prompts]
 
 
 def blend(sizes: list[int], weights: list[float], seed: int = 1234) -> list[list[int]]:
     """Rows of several data sets in the proportions of `weights`: the largest such blend that holds no row twice.
 
     Args:
-        sizes: rows of each data set, at least one.
-        weights: above 0; only their proportions matter.
-        seed: of the choice of rows in a data set that is not taken whole.
+        sizes: Rows of each data set, at least one.
+        weights: Above 0; only their proportions matter.
 
     Returns:
         Row numbers of each data set in ascending order; at least one each.

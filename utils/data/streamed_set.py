@@ -14,27 +14,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features
 
-from utils.data.preferences import (
-    ABOUT,
-    HOLD_OUT,
-    HOLD_OUT_SEED,
-    REPEATS,
-    TEXT,
-    Conversion,
-    choose_conversion,
-    normalise_rows,
-    rename,
-)
+from utils.data import preferences
+from utils.data.preferences import ABOUT, TEXT, Conversion
 from utils.data.raw import raw_rows
 from utils.data.report import Dropped, count_dropped, report_dropped
 from utils.data.shapes import Form, Row
-from utils.data.sources import READ_ERRORS, Shard, check_numbers, first_bad_row, first_line, read_splits
+from utils.data.sources import READ_ERRORS, Shard, check_numbers, first_bad_row, read_splits
 from utils.distributed import print0
-from utils.run import UserError
+from utils.run import UserError, first_line
 
 TOGETHER = 1000  # rows that are converted or encoded at a time, and from which the shape is found
 HELD_OUT_ROWS = 1000  # of each data set, at most
-REMEMBERED = 500_000  # at least so many earlier rows are compared with a row
+REMEMBERED = 500_000  # earlier rows that a row is compared with, at least
 
 
 @dataclass
@@ -89,28 +80,21 @@ class StreamedSet:
         """The usable rows of a split in order, with the columns of `normalise_rows`; the others are counted."""
         repeats = Repeats(REMEMBERED)
         for shard in self.shards[split]:
+            label = f"{shard.file.name} " if shard.file and len(self.shards["train"]) > 1 else ""
+            labelled = replace(shard, rows=None, label=label)
             rows = raw_rows(shard, self.flag)
             while chunk := list(islice(rows, TOGETHER)):
                 names, raw = zip(*chunk, strict=True)
-                yield from self.usable(self.normalised(shard, names, raw), repeats, counts)
-
-    def normalised(self, shard: Shard, names: Sequence[str], raw: Sequence[Row]) -> dict[str, list]:
-        """Rows of a shard as the columns of `normalise_rows`."""
-        complete = ({**dict.fromkeys(self.columns), **renamed(row, self.conversion.form.columns)} for row in raw)
-        label = f"{shard.file.name} " if shard.file and len(self.shards["train"]) > 1 else ""
-        return normalise_rows(complete, names, self.conversion, replace(shard, rows=None, label=label))
-
-    def usable(self, columns: dict[str, list], repeats: Repeats, counts: Counts) -> Iterator[Row]:
-        """The rows without a reason to be dropped; all are counted."""
-        for values in zip(*columns.values(), strict=True):
-            row = dict(zip(columns, values, strict=True))
-            counts.read += 1
-            reason = row["skipped"] or (REPEATS if repeats.has(row["key"]) else None)
-            if reason:
-                count_dropped(counts.dropped, reason, row["origin"])
-                continue
-            counts.digest.update(row["key"].to_bytes(8, "little", signed=True))
-            yield row
+                named = (renamed(row, self.conversion.form.columns) for row in raw)
+                complete = ({**dict.fromkeys(self.columns), **row} for row in named)
+                for row in preferences.normalise_rows(complete, names, self.conversion, labelled):
+                    counts.read += 1
+                    reason = row["skipped"] or (preferences.REPEATS if repeats.has(row["key"]) else None)
+                    if reason:
+                        count_dropped(counts.dropped, reason, row["origin"])
+                    else:
+                        counts.digest.update(row["key"].to_bytes(8, "little", signed=True))
+                        yield row
 
     def training_texts(self, stage: int, shares: Sequence[float], seed: int, counts: Counts) -> Iterator[Row]:
         """The usable training rows of one stage."""
@@ -125,8 +109,6 @@ class StreamedSet:
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with the user's columns under the names that shapes are made of; see `preferences.rename`."""
-    if not columns:
-        return row
     ours = {theirs: name for name, theirs in columns.items()}
     return {ours.get(name, name): value for name, value in row.items() if name in ours or name not in columns}
 
@@ -140,7 +122,7 @@ def stage_of(prompt: int, shares: Sequence[float], seed: int) -> int:
 
 def is_held_out(prompt: int) -> bool:
     """Whether the rows of a prompt are only evaluated, in every stage; for data sets without a test split."""
-    return hashed(prompt, "held out", HOLD_OUT_SEED) < HOLD_OUT
+    return hashed(prompt, "held out", preferences.HOLD_OUT_SEED) < preferences.HOLD_OUT
 
 
 def hashed(prompt: int, *salt: object) -> float:
@@ -153,40 +135,31 @@ def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag
     """Finds the shape of a data set, and the rows to evaluate: the first of the test split, else of the held-out ones.
 
     Raises:
-        UserError: nothing there, unreadable first rows, columns of no known shape, or no row to evaluate.
+        UserError: Nothing there, unreadable first rows, columns of no known shape, or no row to evaluate.
     """
     shards = read_splits(entry, cache_dir, flag, streaming=True)
     first = shards["train"][0]
     _, raw = zip(*islice(raw_rows(first, flag), TOGETHER), strict=True)
     try:
-        sample = Dataset.from_list(with_all_columns(raw))
+        columns = dict.fromkeys(chain.from_iterable(raw))
+        sample = Dataset.from_list([{**columns, **row} for row in raw])
     except READ_ERRORS as error:
         check_numbers(first, raw[0], flag)
         problem = first_bad_row(first.file) if first.file else None
         raise UserError(f"{flag}: {first.place}, {problem or first_line(error)}") from error
-    shard = rename(replace(first, rows=sample), form.columns, flag)
-    conversion = choose_conversion(entry, shard, flag, form)
-    whole = flag != "--data_path"
-    stream = StreamedSet(entry, flag, weight, shards, shard.rows.column_names, conversion, whole)
+    shard = preferences.rename(replace(first, rows=sample), form.columns, flag)
+    conversion = preferences.choose_conversion(entry, shard, flag, form)
+    stream = StreamedSet(entry, flag, weight, shards, shard.table.column_names, conversion, flag != "--data_path")
     held_out = held_out_rows(stream)
     print0(f"{flag} {entry}: {conversion.shape}; streamed, {len(held_out)} rows to evaluate")
     return replace(stream, held_out=held_out)
 
 
-def with_all_columns(rows: Sequence[Row]) -> list[Row]:
-    """The rows, each with the columns of all."""
-    columns = dict.fromkeys(chain.from_iterable(rows))
-    return [{**columns, **row} for row in rows]
-
-
 def held_out_rows(stream: StreamedSet) -> Dataset:
     """The first rows that nothing is trained on; what was dropped among a test split's is reported."""
-    counts = Counts()
-    own = "test" in stream.shards
+    counts, own = Counts(), "test" in stream.shards
     rows = stream.texts("test" if own else "train", counts)
-    if not own:
-        rows = (row for row in rows if is_held_out(row["asked"]))
-    chosen = list(islice(rows, HELD_OUT_ROWS))
+    chosen = list(islice((row for row in rows if own or is_held_out(row["asked"])), HELD_OUT_ROWS))
     where = "its test split has no usable row" if own else f"none of its {counts.read} rows falls to it by chance"
     if not chosen:
         raise UserError(f"{stream.flag}: {stream.name} has no row for evaluation: {where}; give it a test split")

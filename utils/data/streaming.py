@@ -19,22 +19,11 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from utils.data import loaders
 from utils.data.config import DataConfig
-from utils.data.encoding import FEATURES, Encoder, Names, encode_rows
-from utils.data.loaders import (
-    COLLATORS,
-    LENGTH_FLAGS,
-    EvalSampler,
-    ResumableSampler,
-    check_fills_a_batch,
-    check_margins,
-    data_sources,
-    form_of,
-    kind_of,
-    make_loader,
-    write_record,
-)
-from utils.data.report import as_record, count_dropped, report_cut, report_dropped, report_left_out
+from utils.data.encoding import FEATURES, Encoder, Names, encode_rows, to_columns
+from utils.data.loaders import ResumableSampler
+from utils.data.report import as_record, count_dropped, cut_record, report_dropped, report_encoding
 from utils.data.shapes import Row
 from utils.data.splits import stage_shares
 from utils.data.streamed_set import TOGETHER, Counts, StreamedSet, as_data_set, open_stream
@@ -43,30 +32,46 @@ from utils.run import UserError
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How one stage makes its rows of texts."""
+class StreamedStage:
+    """The training rows of one stage, and the report of what has become of those that were read.
+
+    The report is printed when the first epoch or the training ends; data.json is kept up to date.
+    """
 
     config: DataConfig
     stage: int
     encoder: Encoder
+    streams: Sequence[StreamedSet]
+    evaluation: list[dict]  # what data.json says about the rows to evaluate
+    eval_rows: int
 
-    def encode(self, rows: Dataset, names: Names, record: list[dict] | None = None) -> Dataset:
-        """A few rows in memory; see `encode_rows`."""
-        return encode_rows(rows, self.encoder, cache_dir=None, names=names, record=record, in_memory=True)
+    def nothing_yet(self) -> list[Counts]:
+        """Counts of an epoch that begins."""
+        return [Counts() for _ in self.streams]
 
-    def rows(self, stream: StreamedSet, counts: Counts) -> Iterator[Row]:
+    def unshuffled(self, counts: Sequence[Counts]) -> Iterator[Row]:
+        """The blended rows of an epoch."""
+        rows = [self.encoded(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
+        return blended(rows, [stream.weight for stream in self.streams])
+
+    def open_epoch(self, epoch: int) -> Iterator[Row]:
+        """The rows of an epoch, the same on every rank; the first one is reported."""
+        rows = self.unshuffled(counts := self.nothing_yet())
+        return shuffled(
+            rows if epoch else self.watch(rows, counts), self.config.shuffle_buffer, self.config.seed, epoch
+        )
+
+    def encoded(self, stream: StreamedSet, counts: Counts) -> Iterator[Row]:
         """The encoded training rows of a data set, in the order of its texts."""
         shares = stage_shares(self.config.data_split)
         texts = stream.training_texts(self.stage, shares, self.config.data_seed, counts)
-        wanted = set(FEATURES[self.encoder.kind])  # the same for all data sets, whose rows share batches
+        wanted = set(FEATURES[self.encoder.kind]) - {"left_out"}  # the same for all data sets, whose rows share batches
         wanted -= {"loss_mask"} if self.encoder.train_on != "all" else set()
-        wanted -= {"margin", "left_out"} if not self.config.need_margin else {"left_out"}
+        wanted -= {"margin"} if not self.config.need_margin else set()
         while chunk := list(islice(texts, TOGETHER)):
-            batch = {name: [row[name] for row in chunk] for name in chunk[0]}
-            encoded = self.encoder.encode(batch)
-            usable = [k for k, text in enumerate(chunk) if self.counted(k, text, encoded, counts)]
-            for k in usable:
-                yield {name: compact(name, values[k]) for name, values in encoded.items() if name in wanted}
+            encoded = self.encoder.encode(to_columns(chunk))
+            for k in [k for k, text in enumerate(chunk) if self.counted(k, text, encoded, counts)]:
+                yield {name: compact(name, encoded[name][k]) for name in encoded if name in wanted}
 
     def counted(self, k: int, text: Row, encoded: dict[str, list], counts: Counts) -> bool:
         """Counts row k of an encoded chunk, which was this text, and says whether it is kept."""
@@ -75,14 +80,56 @@ class Recipe:
         if encoded["dropped"][k]:
             count_dropped(counts.unusable, encoded["dropped"][k], text["origin"])
             return False
-        for fate in ("cut", "prompt_cut"):
-            if encoded[fate][k]:
+        for fate in ("cut", "prompt_cut", "left_out"):
+            if fate in encoded and encoded[fate][k]:
                 count_dropped(counts.cut, fate, text["origin"])
-        if left_out := encoded.get("left_out", {k: 0})[k]:
-            counts.left_out += left_out
-            count_dropped(counts.cut, "left_out", text["origin"])
+        counts.left_out += encoded["left_out"][k] if "left_out" in encoded else 0
         counts.kept += 1
         return True
+
+    def watch(self, rows: Iterator[Row], counts: Sequence[Counts]) -> Iterator[Row]:
+        """The rows; data.json is written each time the number of rows read has doubled, and at the end."""
+        complete, due = False, 1
+        try:
+            for row in rows:
+                if (read := sum(c.read for c in counts)) >= due:
+                    self.write(counts, complete)
+                    due = 2 * read
+                yield row
+            complete = True
+        finally:
+            self.print(counts, complete)
+            self.write(counts, complete)
+
+    def print(self, counts: Sequence[Counts], complete: bool) -> None:
+        """What has become of the rows of each data set."""
+        for stream, c in zip(self.streams, counts, strict=True):
+            name, part = f"{stream.flag} {stream.name}", "train" if complete else "train, so far"
+            what, step = f"{name} ({part})", f"step {self.stage + 1}"
+            print0(f"{what}: {c.read} rows read, {c.kept} of them for {step}")
+            report_dropped(what, c.dropped, c.read)
+            report_dropped(f"{name} ({part}, {step})", c.unusable, c.encoded)
+            limit = f"{loaders.LENGTH_FLAGS[self.stage]} {self.encoder.max_len}"
+            report_encoding(what, limit, c.cut, c.left_out, c.longest, c.encoded)
+
+    def write(self, counts: Sequence[Counts], complete: bool) -> None:
+        data = [self.entry(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
+        record = {
+            **{"streaming": True, "shuffle_buffer": self.config.shuffle_buffer, "eval_rows": self.eval_rows},
+            **{"first_epoch_complete": complete, "data": data + self.evaluation},
+        }
+        loaders.write_record(self.config, self.stage, self.encoder.tokenizer, record)
+
+    def entry(self, stream: StreamedSet, c: Counts) -> dict[str, Any]:
+        """Of data.json, for one data set; fingerprint: of the usable rows that were read."""
+        used = {"kind": self.encoder.kind, "max_len": self.encoder.max_len, **self.encoder.options}
+        return {
+            **{"data": f"{stream.flag} {stream.name}", "split": "train", "shape": stream.conversion.shape, **used},
+            **{"fingerprint": c.digest.hexdigest(), "rows": c.read, "dropped": as_record(c.dropped)},
+            **{"held_out": c.held_out, "of_other_stages": c.other_stages, "of_this_stage": c.encoded},
+            **{"unusable": as_record(c.unusable), "kept": c.kept},
+            **cut_record(self.encoder.kind, c.cut, c.left_out),
+        }
 
 
 def compact(name: str, value: Any) -> Any:
@@ -100,8 +147,9 @@ def blended(streams: Sequence[Iterator[Row]], weights: Sequence[float | None]) -
     It ends with the data set that ends first, since the proportions cannot be kept after that. Without weights all data
     sets take equal turns as long as they have rows, and it ends with the last.
     """
-    weighted = None not in weights
-    shares = [weight / sum(weights) if weighted else 1 / len(weights) for weight in weights]
+    given = [weight for weight in weights if weight is not None]
+    weighted = len(given) == len(weights)
+    shares = [weight / sum(given) for weight in given] if weighted else [1 / len(weights)] * len(weights)
     taken = [0] * len(streams)
     unfinished = list(range(len(streams)))
     while unfinished:
@@ -142,7 +190,6 @@ class StreamSampler(ResumableSampler):
         self.open_epoch, self.batch_size, self.batches = open_epoch, batch_size, batches
 
     def rows(self) -> Iterator[Row]:
-        """This rank's rows of the whole epoch."""
         rows = self.open_epoch(self.epoch)
         global_batch = self.batch_size * self.world_size
         while len(step := list(islice(rows, global_batch))) == global_batch:
@@ -159,82 +206,16 @@ class RowsThemselves(torch.utils.data.Dataset):
         return [{**row, "weight": 1.0} for row in rows]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reports
-
-
-@dataclass(frozen=True)
-class StreamReport:
-    """Says what has become of the rows, when the first epoch or the training ends, and keeps data.json up to date."""
-
-    streams: Sequence[StreamedSet]
-    recipe: Recipe
-    evaluation: list[dict]  # what data.json says about the rows to evaluate
-    eval_rows: int
-
-    def watch(self, rows: Iterator[Row], counts: Sequence[Counts]) -> Iterator[Row]:
-        """The rows; data.json is written each time the number of rows read has doubled, and at the end."""
-        complete, due = False, 1
-        try:
-            for row in rows:
-                if sum(c.read for c in counts) >= due:
-                    self.write(counts, complete)
-                    due = 2 * sum(c.read for c in counts)
-                yield row
-            complete = True
-        finally:
-            self.print(counts, complete)
-            self.write(counts, complete)
-
-    def print(self, counts: Sequence[Counts], complete: bool) -> None:
-        """What has become of the rows of each data set."""
-        for stream, c in zip(self.streams, counts, strict=True):
-            name, part = f"{stream.flag} {stream.name}", "train" if complete else "train, so far"
-            print0(f"{name} ({part}): {c.read} rows read, {c.kept} of them for step {self.recipe.stage + 1}")
-            report_dropped(f"{name} ({part})", c.dropped, c.read)
-            report_dropped(f"{name} ({part}, step {self.recipe.stage + 1})", c.unusable, c.encoded)
-            limit = f"{LENGTH_FLAGS[self.recipe.stage]} {self.recipe.encoder.max_len}"
-            cuts = (c.cut.get(fate, (0, [])) for fate in ("prompt_cut", "cut"))
-            report_cut(limit, f"{name} ({part})", *cuts, c.longest, c.encoded)
-            report_left_out(f"{name} ({part})", c.left_out, c.cut.get("left_out", (0, [])))
-
-    def write(self, counts: Sequence[Counts], complete: bool) -> None:
-        """Writes data.json."""
-        recipe, config = self.recipe, self.recipe.config
-        data = [self.entry(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
-        record = {"streaming": True, "shuffle_buffer": config.shuffle_buffer, "eval_rows": self.eval_rows}
-        record |= {"first_epoch_complete": complete, "data": data + self.evaluation}
-        write_record(config, recipe.stage, recipe.encoder.tokenizer, record)
-
-    def entry(self, stream: StreamedSet, c: Counts) -> dict[str, Any]:
-        """Of data.json, for one data set; fingerprint: of the usable rows that were read."""
-        encoder = self.recipe.encoder
-        used = {"kind": encoder.kind, "max_len": encoder.max_len, **encoder.options}
-        cut = {name: c.cut.get(fate, (0, []))[0] for name, fate in (("prompts", "prompt_cut"), ("answers", "cut"))}
-        return {
-            **{"data": f"{stream.flag} {stream.name}", "split": "train", "shape": stream.conversion.shape, **used},
-            **{"fingerprint": c.digest.hexdigest(), "rows": c.read, "dropped": as_record(c.dropped)},
-            **{"held_out": c.held_out, "of_other_stages": c.other_stages, "of_this_stage": c.encoded},
-            **{"unusable": as_record(c.unusable), "kept": c.kept},
-            **{f"cut_{name}": count for name, count in cut.items()},
-            **({"answers_left_out": c.left_out} if encoder.kind == "ranked" else {}),
-        }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loaders
-
-
 def open_streams(config: DataConfig, stage: int, tokenizer: PreTrainedTokenizerBase) -> list[StreamedSet]:
     """The data sets of one stage.
 
     Raises:
-        UserError: see `data_sources` and `open_stream`.
+        UserError: See `data_sources` and `open_stream`.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    form = form_of(config, tokenizer)
-    sources, weights = data_sources(config, stage)
+    form = loaders.form_of(config, tokenizer)
+    sources, weights = loaders.data_sources(config, stage)
     return [
         open_stream(name, weight, cache_dir=config.cache_dir, flag=flag, form=form)
         for (flag, name), weight in zip(sources, weights, strict=True)
@@ -259,45 +240,32 @@ def build_streaming_loaders(
     The length of the train loader is `batches`, that of the whole training, since that of an epoch is unknown.
 
     Raises:
-        UserError: the first rows are of no use to this stage, or fewer rows than one step takes; a faulty row only when
+        UserError: The first rows are of no use to this stage, or fewer rows than one step takes; a faulty row only when
             it is reached.
     """
     first = [first_texts(stream, config, stage) for stream in streams]
-    kind = kind_of(config, stage, (*first, *(stream.held_out for stream in streams)))
-    recipe = Recipe(config, stage, Encoder(kind, tokenizer, max_len, config.overlong, config.train_on))
-    held_out, record, columns = [], [], set()
+    kind = loaders.kind_of(config, stage, (*first, *(stream.held_out for stream in streams)))
+    encoder = Encoder(kind, tokenizer, max_len, config.overlong, config.train_on)
+    encode = partial(encode_rows, encoder=encoder, cache_dir=None, in_memory=True)
+    held_out: list[Dataset] = []
+    record: list[dict[str, Any]] = []
+    columns: set[str] = set()
     for stream, rows in zip(streams, first, strict=True):
-        name = f"{stream.flag} {stream.name}"
-        names = Names(f"train, the first {len(rows)} rows", name, LENGTH_FLAGS[stage])
-        columns |= set(recipe.encode(rows, names).column_names)
-        held_out.append(recipe.encode(stream.held_out, Names("eval", name, LENGTH_FLAGS[stage]), record))
-    check_margins(config, kind, columns, "none of the first rows")
+        called = f"{stream.flag} {stream.name}", loaders.LENGTH_FLAGS[stage]
+        columns |= set(encode(rows, names=Names(f"train, the first {len(rows)} rows", *called)).column_names)
+        held_out.append(encode(stream.held_out, names=Names("eval", *called), record=record))
+    loaders.check_margins(config, kind, columns, "none of the first rows")
     evaluation = datasets.concatenate_datasets(held_out)
-
-    def epoch_rows(counts: Sequence[Counts]) -> Iterator[Row]:
-        rows = [recipe.rows(stream, c) for stream, c in zip(streams, counts, strict=True)]
-        return blended(rows, [stream.weight for stream in streams])
-
-    def nothing_yet() -> list[Counts]:
-        return [Counts() for _ in streams]
-
-    report = StreamReport(streams, recipe, record, len(evaluation))
-
-    def open_epoch(epoch: int) -> Iterator[Row]:
-        counts = nothing_yet()
-        rows = epoch_rows(counts)
-        return shuffled(rows if epoch else report.watch(rows, counts), config.shuffle_buffer, config.seed, epoch)
-
-    first_batch = islice(epoch_rows(nothing_yet()), train_batch_size * world_size)
-    check_fills_a_batch(sum(1 for _ in first_batch), stage, train_batch_size, world_size)
-    report.write(nothing_yet(), complete=False)
-    collate = partial(COLLATORS[kind], pad_id=tokenizer.pad_token_id)
-    order = StreamSampler(open_epoch, train_batch_size, batches, rank=rank, world_size=world_size)
-    train = DataLoader(
-        RowsThemselves(), train_batch_size, sampler=order, collate_fn=collate, generator=torch.Generator()
-    )
-    in_turn = EvalSampler(len(evaluation), rank, world_size)
-    return train, make_loader(evaluation, in_turn, eval_batch_size, collate)
+    of_stage = StreamedStage(config, stage, encoder, streams, record, len(evaluation))
+    first_batch = islice(of_stage.unshuffled(of_stage.nothing_yet()), train_batch_size * world_size)
+    loaders.check_fills_a_batch(sum(1 for _ in first_batch), stage, train_batch_size, world_size)
+    of_stage.write(of_stage.nothing_yet(), complete=False)
+    collate = partial(loaders.COLLATORS[kind], pad_id=tokenizer.pad_token_id)
+    order = StreamSampler(of_stage.open_epoch, train_batch_size, batches, rank=rank, world_size=world_size)
+    options: dict[str, Any] = {"collate_fn": collate, "generator": torch.Generator()}
+    train = DataLoader(RowsThemselves(), train_batch_size, sampler=order, **options)
+    in_turn = loaders.eval_order(len(evaluation), rank, world_size)
+    return train, loaders.make_loader(evaluation, in_turn, eval_batch_size, collate)
 
 
 def first_texts(stream: StreamedSet, config: DataConfig, stage: int) -> Dataset:

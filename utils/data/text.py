@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, count
+from typing import cast
 
 import datasets
 from datasets import Dataset
@@ -43,12 +44,12 @@ def plain_text_batches(
     The first token of a block is its context, and all others are learned; documents are joined by the EOS token.
 
     Raises:
-        UserError: no such data, no text column, or less text than one batch on every rank.
+        UserError: No such data, no text column, or less text than one batch on every rank.
     """
     with local_rank_zero_first():
         chosen = DataName(name, configuration)
         splits = read_hub(chosen, cache_dir, FLAG) if configuration else read_splits(name, cache_dir, FLAG)
-        blocks_of = [to_blocks(shard.rows, shard.place, tokenizer, block, cache_dir) for shard in splits["train"]]
+        blocks_of = [to_blocks(shard.table, shard.place, tokenizer, block, cache_dir) for shard in splits["train"]]
     rows = datasets.concatenate_datasets(blocks_of)
     if len(rows) < batch_size * world_size:
         raise UserError(
@@ -57,14 +58,13 @@ def plain_text_batches(
         )
     print0(f"{FLAG} {name}: {len(rows)} blocks of {block} tokens")
     order = EpochSampler(len(rows), batch_size, rank=rank, world_size=world_size, seed=seed)
-    loader = make_loader(rows, order, batch_size, partial(collate_supervised, pad_id=tokenizer.pad_token_id))
-    return endless(loader)
+    return endless(make_loader(rows, order, batch_size, partial(collate_supervised, pad_id=tokenizer.pad_token_id)))
 
 
 def endless(loader: DataLoader) -> Iterator[SupervisedBatch]:
     """The loader's batches, epoch after epoch."""
     for epoch in count():
-        loader.sampler.set_epoch(epoch)
+        cast(EpochSampler, loader.sampler).set_epoch(epoch)
         yield from loader
 
 
@@ -75,9 +75,8 @@ def to_blocks(
     column = next((c for c in COLUMNS if c in rows.column_names), None)
     if column is None:
         raise UserError(f"{FLAG}: {place} has the columns {', '.join(rows.column_names)}; expected `text`")
-    fingerprint = fingerprint_of(
-        rows._fingerprint, BLOCKS_VERSION, column, tokenizer_fingerprint(tokenizer), "text", block
-    )
+    made_by = (BLOCKS_VERSION, column, tokenizer_fingerprint(tokenizer), "text", block)
+    fingerprint = fingerprint_of(rows._fingerprint, *made_by)
     return rows.map(
         partial(blocks, column=column, tokenizer=tokenizer, block=block),
         batched=True,

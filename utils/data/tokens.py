@@ -43,13 +43,7 @@ def encode_answers(
     """Ids of the answers as they follow their prompts, without an end token.
 
     The joint text decides wherever it keeps the prompt's tokens: prompt ids + answer ids are then what the tokenizer
-    makes of prompt + answer.
-
-    Args:
-        tokenizer: the one that made `heads`.
-        prompts: as text.
-        heads: the prompts' `plain_ids`.
-        answers: as text, one for each prompt.
+    makes of prompt + answer. `heads` are the prompts' `plain_ids`.
     """
     joint = plain_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     return [
@@ -69,8 +63,10 @@ def answer_alone(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 def join(prompt_ids: list[int], answer_ids: list[int], max_len: int, eos: int | None) -> list[int]:
     """Joins prompt, answer and end token (None: without), and cuts them at `max_len`."""
-    ends = eos is None or (answer_ids and answer_ids[-1] == eos)
-    return (prompt_ids + answer_ids + ([] if ends else [eos]))[:max_len]
+    ids = prompt_ids + answer_ids
+    if eos is not None and answer_ids[-1:] != [eos]:
+        ids.append(eos)
+    return ids[:max_len]
 
 
 def keep_end(ids: list[int], max_len: int, first: list[int]) -> list[int]:
@@ -83,7 +79,6 @@ def keep_end(ids: list[int], max_len: int, first: list[int]) -> list[int]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Equal for tokenizers that encode alike, in every process."""
-    digest = hashlib.blake2b(digest_size=12)
     state: dict[str, Any] = {
         "kind": type(tokenizer).__name__,
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
@@ -91,11 +86,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "eos": tokenizer.eos_token_id,
         "probe": plain_ids(tokenizer, ["\n\nHuman: One, two;  THREE?\n\nAssistant: été 1234 x"])[0],
     }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         rules = json.loads(backend.to_str())
         parts = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")  # not: padding, truncation
         state["rules"] = {part: rules[part] for part in parts}
         state["merges"] = rules["model"].get("merges")
-    digest.update(json.dumps(state, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return hashlib.blake2b(json.dumps(state, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()

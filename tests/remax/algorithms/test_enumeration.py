@@ -205,7 +205,7 @@ def forward(model: TinyLM, sequences: Sequences, sampling: Sampling, reference: 
     """As in training: one padded batch, answer tokens only, in chunks."""
     mask = sequences.answer_mask
     logprob, entropy, kl = token_stats(
-        sequences.predictors(model.hidden(sequences.input_ids))[mask],
+        sequences.at(model.hidden(sequences.input_ids), sequences.predictor_columns)[mask],
         model.head,
         sequences.answer_ids[mask],
         chunks=4,
@@ -214,7 +214,7 @@ def forward(model: TinyLM, sequences: Sequences, sampling: Sampling, reference: 
         stats_grad=reference is not None,
         reference_hidden=None
         if reference is None
-        else sequences.predictors(reference.hidden(sequences.input_ids))[mask],
+        else sequences.at(reference.hidden(sequences.input_ids), sequences.predictor_columns)[mask],
         reference_head=None if reference is None else reference.head,
     )
     zeros = torch.zeros(mask.shape, dtype=torch.float64)
@@ -519,7 +519,7 @@ def test_grpo_without_std_is_the_gradient_shrunk_by_its_own_mean(k, vocabulary):
     w = world(*w_key)
     kl = KLPenalty(BETA, "k3", "loss", "one_step")
     algorithm = GRPO(
-        kl=kl, samples_per_prompt=k, scale_by_std=False, clip_reward_value=0.0, loss_aggregation="sequence"
+        kl=kl, samples_per_prompt=k, advantage_scaling="none", clip_reward_value=0.0, loss_aggregation="sequence"
     )
     objective = (k - 1) / k * (w.probability * w.rewards).sum() - BETA * (w.fixed * w.reverse_kl.sum(1)).sum()
     assert close(expected_estimate(algorithm, w_key, groups=all_groups(w, k)), w.gradient(objective))

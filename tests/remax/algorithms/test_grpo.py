@@ -26,7 +26,7 @@ def test_loss_by_hand():
     sequences = Sequences(torch.ones(2, 4, dtype=torch.long), torch.tensor([2, 2]), torch.tensor([2, 1]))
     logprobs = torch.tensor([[-0.5, -1.0], [-2.0, 0.0]], requires_grad=True)
     reference = torch.tensor([[-1.0, -1.2], [-1.9, 0.0]])
-    algorithm = GRPO(samples_per_prompt=2, scale_by_std=False)
+    algorithm = GRPO(samples_per_prompt=2, advantage_scaling="none")
     batch = algorithm.prepare(Rollout(sequences, torch.tensor([2.0, 1.0]), reference_logprobs=reference))
     loss, _ = algorithm.loss(batch, PolicyOutput(logprobs), algorithm.count(sequences))
     loss.backward()
@@ -44,7 +44,7 @@ def test_loss_by_hand():
 @pytest.mark.parametrize("clip_on, expected", [("reward", [0.5, -0.5]), ("difference", [1.0, -1.0])])
 def test_clip(clip_on, expected):
     sequences = Sequences(torch.ones(2, 2, dtype=torch.long), torch.tensor([1, 1]), torch.tensor([1, 1]))
-    algorithm = GRPO(samples_per_prompt=2, scale_by_std=False, clip_on=clip_on, clip_reward_value=1.0)
+    algorithm = GRPO(samples_per_prompt=2, advantage_scaling="none", clip_on=clip_on, clip_reward_value=1.0)
     prepared = algorithm.prepare(Rollout(sequences, torch.tensor([9.0, 0.0])))
     assert prepared.advantages[:, 0].tolist() == expected
 

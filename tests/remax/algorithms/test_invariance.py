@@ -20,7 +20,7 @@ SETTINGS = {
     "reinforce": {"baseline_decay": 0.9},
     "rloo": {"samples_per_prompt": 4},
     "grpo": {"samples_per_prompt": 2},
-    "ppo": {"whiten_advantages": True},
+    "ppo": {"advantage_scaling": "batch"},
 }
 KL = {"grpo": KLPenalty(0.1, "full", "loss", "full_step")}
 
@@ -42,7 +42,7 @@ class Policy(torch.nn.Module):
 
     def forward(self, sequences: Sequences) -> tuple[PolicyOutput, Tensor]:
         mask = sequences.answer_mask
-        hidden = sequences.predictors(self.hidden(sequences.input_ids))
+        hidden = sequences.at(self.hidden(sequences.input_ids), sequences.predictor_columns)
         stats = token_stats(
             hidden[mask],
             lambda h: h @ self.head_weight.T,

@@ -131,7 +131,7 @@ def test_kl_in_the_loss_stays_out_of_the_rewards():
 def test_whitening_is_over_all_answer_tokens_of_all_ranks():
     batch = rollout()
     plain = PPO(kl=KLPenalty(0.0)).prepare(batch).advantages[MASK]
-    white = PPO(kl=KLPenalty(0.0), whiten_advantages=True).prepare(batch).advantages
+    white = PPO(kl=KLPenalty(0.0), advantage_scaling="batch").prepare(batch).advantages
     assert white[MASK].mean().item() == pytest.approx(0, abs=1e-9)
     assert white[MASK].std(correction=0).item() == pytest.approx(1, abs=1e-6)
     assert white[~MASK].eq(0).all()
@@ -140,7 +140,7 @@ def test_whitening_is_over_all_answer_tokens_of_all_ranks():
     sums = {"x": other.sum(), "xx": other.square().sum(), "n": torch.tensor(3)}
     on_two = PPO(
         kl=KLPenalty(0.0),
-        whiten_advantages=True,
+        advantage_scaling="batch",
         sum_across_ranks=lambda mine: {name: float(value + sums[name]) for name, value in mine.items()},
     )
     both = torch.cat([plain, other])

@@ -211,3 +211,25 @@ def test_buffers_that_a_checkpoint_holds_are_exported(make_policy):
 def test_a_note_beside_the_export(tmp_path):
     write_note(tmp_path, "results.json", {"reward": 1.5})
     assert json.loads((tmp_path / "results.json").read_text()) == {"reward": 1.5}
+
+
+def test_chat_templates_beside_the_first_are_exported_again(make_policy, tmp_path):
+    # transformers keeps several in a folder of their own, which the second export finds in its place.
+    folder = str(make_policy("gpt2"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}{{ messages }}"}
+    model = load_policy(folder, "--model", dtype=torch.float32, tokenizer=tokenizer)
+    for _ in range(2):
+        export(model, tokenizer, tmp_path, zero3=False)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+
+
+def test_a_link_in_the_place_of_the_partial_export_is_not_followed(make_policy, tmp_path):
+    folder = str(make_policy("gpt2"))
+    tokenizer = load_tokenizer(folder)
+    model = load_policy(folder, "--model", dtype=torch.float32, tokenizer=tokenizer)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".partial").symlink_to(tmp_path / "elsewhere")
+    export(model, tokenizer, tmp_path / "run", zero3=False)
+    assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "run" / "model.safetensors").is_file()

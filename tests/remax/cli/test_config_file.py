@@ -89,6 +89,10 @@ def test_json_works_too_and_checks_of_several_flags_still_hold(tmp_path):
         ("- learning_rate", r"is a list; expected a mapping from flags to values"),
         ("learning_rate", r"is a str; expected a mapping"),
         ("", r"is empty; expected a mapping"),
+        ("seed: 1\nmax_steps: 3\nseed: 1", r"seed: is set 2 times; expected once"),
+        ("max_steps: 3\n'max_steps': null", r"max_steps: is set 2 times"),
+        ("stage: step1\narguments: {seed: 1, seed: 2}", r"seed: is set 2 times"),
+        ("max_steps: 3\nmax-steps: 4", r"max-steps: is the same flag as max_steps; expected once"),
         ("a: b: c", r"is no yaml \(mapping values are not allowed here"),
     ],
 )
@@ -97,6 +101,15 @@ def test_a_bad_file_is_one_line_naming_file_and_key(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         parse_step1(["--config", file])
     assert str(error.value).startswith(f"--config {file}: ") and "\n" not in str(error.value)
+
+
+def test_a_key_is_there_once_in_json_and_in_yaml_with_merges(tmp_path):
+    file = write(tmp_path, '{"seed": 1, "arguments": {"seed": 1, "max_steps": 3, "seed": 2}}', "flags.json")
+    with pytest.raises(UserError, match=r"^--config .*flags.json: seed: is set 2 times; expected once$"):
+        parse_step1(["--config", file])
+    file = write(tmp_path, "<<: {seed: 1, max_steps: 3}\nseed: 2\nmodel_name_or_path: me/model\n")
+    args = parse_step1(["--config", file])  # the file's own value comes before the merged one
+    assert (args.seed, args.max_steps) == (2, 3)
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -1,8 +1,8 @@
 """Every flag has a group, a help text and a reader: it is set to a value of its own, and that value must arrive in the
 one field that it is for, and nowhere else.
 
-A flag that becomes part of a typed setting is followed there (CASES). Where a flag is handed on otherwise, READ names
-the function and the expression that reads it.
+A flag that becomes part of a typed setting is followed there (CASES). Where a stage reads a flag otherwise, READ names
+the function and the expression, and the stages read nothing else.
 """
 
 from __future__ import annotations
@@ -12,29 +12,26 @@ import json
 import re
 import shlex
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
-from remax import settings
 from remax.algorithms import ALGORITHMS, readers
 from remax.cli.flags import WHY_RETIRED, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.cli.parser import flags_of
 from remax.cli.validate import make_algorithm, parse_step1, parse_step2, parse_step3
+from remax.stages import finetune, models, settings
+from remax.stages.data import data_config
 
-ROOT = Path(__file__).parents[2]
-ASSEMBLY = "remax/assembly.py"
+ROOT = Path(__file__).parents[3]
 STAGES = {
     1: (Step1Arguments, parse_step1, "--model_name_or_path me/model "),
     2: (Step2Arguments, parse_step2, "--model_name_or_path me/model "),
     3: (Step3Arguments, parse_step3, "--actor_model_name_or_path me/actor --reward_model_name_or_path me/reward "),
-}
-MAIN = {
-    1: "step1_supervised_finetuning/main.py",
-    2: "step2_reward_model_finetuning/main.py",
-    3: "step3_rlhf_finetuning/main.py",
 }
 
 
@@ -61,24 +58,24 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def handed_on(stage: int, args: Any) -> dict[str, Any]:
     """Everything typed that a program makes of its flags, and what the arguments themselves derive from them."""
-    made = {"columns": args.columns, "tensorboard_dir": args.tensorboard_dir}
+    made = {"data": data_config(args), "tensorboard_dir": args.tensorboard_dir}
     if stage < 3:
         made |= {
-            "engine": settings.finetune_engine(args),
+            "model": settings.finetune_model(args),
             "optimizer": settings.finetune_optimizer(args, 100),
-            "settings": settings.finetune_settings(args),
+            "cadence": settings.finetune_cadence(args),
             "console_every": args.console_every,
         }
         if stage == 2:
-            made["reference"] = settings.reference_engine(args)
+            made["reference"] = settings.finetune_reference(args)
         return flat(made)
     algorithm = make_algorithm(args)
     made |= {
         "algorithm": algorithm,
         "samples_per_prompt": algorithm.samples_per_prompt,
-        "actor": settings.actor_engine(args),
+        "actor": settings.actor_model(args),
         "actor_optimizer": settings.actor_optimizer(args, 100),
-        "reference": settings.reference_engine(args),
+        "reference": settings.reference_model(args),
         "reward": settings.reward_engine(args),
         "generation": settings.generation(args, 0),
         "evaluated": settings.evaluated_distribution(args),
@@ -86,7 +83,8 @@ def handed_on(stage: int, args: Any) -> dict[str, Any]:
         "answers": args.answers_per_rollout,
     }
     if algorithm.critic:
-        made |= {"critic": settings.critic_engine(args), "critic_optimizer": settings.critic_optimizer(args, 100)}
+        critic = settings.critic_model(args, "me/first-reward")
+        made |= {"critic": critic, "critic_optimizer": settings.critic_optimizer(args, 100)}
     return flat(made)
 
 
@@ -94,15 +92,41 @@ def handed_on(stage: int, args: Any) -> dict[str, Any]:
 # (flags under test, flags that make them legal) -> the fields that then differ, with their values
 
 EVERYWHERE = {
-    ("--prompt_column p", ""): {"columns.prompt": "p"},
-    ("--chosen_column c", ""): {"columns.chosen": "c"},
-    ("--rejected_column r", ""): {"columns.rejected": "r"},
+    # data
+    ("--data_path me/a me/b:0.5", ""): {"data.data_path": ["me/a", "me/b:0.5"]},
+    ("--prompt_column p", ""): {"data.columns.prompt": "p"},
+    ("--chosen_column c", ""): {"data.columns.chosen": "c"},
+    ("--rejected_column r", ""): {"data.columns.rejected": "r"},
+    ("--data_split 1,2,3", ""): {"data.data_split": "1,2,3"},
+    ("--data_seed 21", ""): {"data.data_seed": 21},
+    ("--seed 22", ""): {"data.seed": 22},
+    ("--data_output_path d", ""): {"data.cache_dir": "d"},
+    ("--preprocessing_num_workers 3", ""): {"data.num_proc": 3},
+    ("--overlong drop", ""): {"data.overlong": "drop"},
+    ("--streaming", "--max_steps 7"): {"data.streaming": True},
+    ("--shuffle_buffer 99", "--max_steps 7 --streaming"): {"data.shuffle_buffer": 99},
+    # run
     ("--enable_tensorboard", "--output_dir o"): {"tensorboard_dir": "o/tensorboard"},
     ("--tensorboard_path t", "--enable_tensorboard"): {"tensorboard_dir": "t"},
-    ("--num_train_epochs 3", ""): {"settings.epochs": 3},
-    ("--max_steps 7", ""): {"settings.max_steps": 7},
-    ("--eval_steps 5", ""): {"settings.evaluate_every": 5},
 }
+
+
+def cadence(name: str) -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        ("--num_train_epochs 3", ""): {f"{name}.epochs": 3},
+        ("--max_steps 7", ""): {f"{name}.max_steps": 7},
+        ("--eval_steps 5", ""): {f"{name}.evaluate_every": 5},
+    }
+
+
+def lora(prefix: str, base: str) -> dict[tuple[str, str], dict[str, Any]]:
+    base = f"{base} --{prefix}lora_dim 4"
+    model = prefix.strip("_") or "model"
+    return {
+        (f"--{prefix}lora_dim 8", base): {f"{model}.lora.dim": 8},
+        (f"--{prefix}lora_module_name attn", base): {f"{model}.lora.module_name": "attn"},
+        ("--only_optimize_lora", base): {f"{model}.lora.only": True},
+    }
 
 
 def optimizers(*names: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -120,63 +144,97 @@ def optimizers(*names: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 FINETUNE = EVERYWHERE | {
+    **cadence("cadence"),
+    **lora("", ""),
+    ("--attn_implementation eager", ""): {"model.attn_implementation": "eager"},
+    ("--model_name_or_path me/other", ""): {"model.name": "me/other"},
+    ("--disable_dropout", ""): {"model.disable_dropout": True},
+    ("--gradient_checkpointing", ""): {"model.gradient_checkpointing": True},
+    ("--packing", ""): {"model.packing": True},
     **optimizers("optimizer"),
     ("--learning_rate 0.25", ""): {"optimizer.learning_rate": 0.25},
     ("--weight_decay 0.125", ""): {"optimizer.weight_decay": 0.125},
     ("--lora_learning_rate 0.5", ""): {"optimizer.lora_learning_rate": 0.5},
-    ("--zero_stage 2", ""): {"engine.zero_stage": 2},
-    ("--offload", "--zero_stage 1"): {"engine.offload": True},
-    ("--offload_parameters", "--zero_stage 3"): {"engine.offload_parameters": True},
-    ("--bf16", "--zero_stage 1"): {"engine.dtype": "bf16"},
-    ("--dtype bf16", "--zero_stage 1"): {"engine.dtype": "bf16"},
-    ("--per_device_train_batch_size 3", ""): {"engine.micro_batch_size": 3},
-    ("--gradient_clipping 0.75", ""): {"engine.gradient_clipping": 0.75},
-    ("--gradient_accumulation_steps 9", ""): {"settings.accumulation": 9},
+    ("--zero_stage 2", ""): {"model.engine.zero_stage": 2},
+    ("--offload", "--zero_stage 1"): {"model.engine.offload": True},
+    ("--offload_parameters", "--zero_stage 3"): {"model.engine.offload_parameters": True},
+    ("--bf16", "--zero_stage 1"): {"model.engine.dtype": "bf16"},
+    ("--dtype bf16", "--zero_stage 1"): {"model.engine.dtype": "bf16"},
+    ("--per_device_train_batch_size 3", ""): {"model.engine.micro_batch_size": 3},
+    ("--gradient_clipping 0.75", ""): {"model.engine.gradient_clipping": 0.75},
+    ("--gradient_accumulation_steps 9", ""): {"cadence.batches_per_step": 9},
     ("--logging_steps 4", ""): {"console_every": 4},
     ("--print_loss", ""): {"console_every": 1},
 }
-BF16 = {("--bf16", "--zero_stage 1"), ("--dtype bf16", "--zero_stage 1")}
+SUPERVISED = FINETUNE | {
+    ("--sft_only_data_path me/c me/d", ""): {"data.sft_only_data_path": ["me/c", "me/d"]},
+    ("--train_on all", ""): {"data.train_on": "all"},
+}
+OF_BOTH_MODELS = ("name", "attn_implementation", "packing", "engine.dtype")  # of a policy and its reference
 PREFERENCES = {
-    key: values | ({"reference.dtype": "bf16"} if key in BF16 else {}) for key, values in FINETUNE.items()
+    key: values | {f"reference.{x}": values[f"model.{x}"] for x in OF_BOTH_MODELS if f"model.{x}" in values}
+    for key, values in FINETUNE.items()
 } | {
-    ("--reference_zero_stage 3", "--loss dpo"): {"reference.zero_stage": 3},
-    ("--offload_reference_model", "--loss dpo --reference_zero_stage 3"): {"reference.offload_parameters": True},
+    ("--loss dpo", ""): {"data.best_and_worst": True},
+    ("--use_margin", ""): {"data.need_margin": True},
+    ("--reference_zero_stage 3", "--loss dpo"): {"reference.engine.zero_stage": 3},
+    ("--offload_reference_model", "--loss dpo --reference_zero_stage 3"): {"reference.engine.offload_parameters": True},
 }
 PPO, ZERO_3 = "--algo ppo", "--actor_zero_stage 3"
 BATCHES = "--per_device_training_batch_size 1"
 RLHF = EVERYWHERE | {
+    **cadence("settings.cadence"),
     **optimizers("actor_optimizer", "critic_optimizer"),
     ("--actor_learning_rate 0.25", PPO): {"actor_optimizer.learning_rate": 0.25},
     ("--critic_learning_rate 0.5", PPO): {"critic_optimizer.learning_rate": 0.5},
     ("--actor_weight_decay 0.125", PPO): {"actor_optimizer.weight_decay": 0.125},
     ("--critic_weight_decay 0.375", PPO): {"critic_optimizer.weight_decay": 0.375},
     ("--actor_lora_learning_rate 0.5", PPO): {"actor_optimizer.lora_learning_rate": 0.5},
-    ("--gradient_clipping 0.75", PPO): {"actor.gradient_clipping": 0.75, "critic.gradient_clipping": 0.75},
+    ("--gradient_clipping 0.75", PPO): {
+        "actor.engine.gradient_clipping": 0.75,
+        "critic.engine.gradient_clipping": 0.75,
+    },
     # models
-    ("--actor_zero_stage 2", PPO): {"actor.zero_stage": 2, "critic.zero_stage": 2},
-    ("--critic_zero_stage 2", PPO): {"critic.zero_stage": 2},
-    ("--reference_zero_stage 3", ""): {"reference.zero_stage": 3},
+    ("--actor_model_name_or_path me/other", PPO): {"actor.name": "me/other", "reference.name": "me/other"},
+    ("--critic_model_name_or_path me/own", PPO): {
+        "critic.name": "me/own",
+        "critic.flag": "--critic_model_name_or_path",
+    },
+    ("--attn_implementation eager", PPO): {
+        f"{model}.attn_implementation": "eager" for model in ("actor", "reference", "critic")
+    },
+    ("--disable_actor_dropout", PPO): {"actor.disable_dropout": True},
+    ("--disable_reward_dropout", PPO): {"critic.disable_dropout": True},
+    ("--actor_gradient_checkpointing", PPO): {"actor.gradient_checkpointing": True},
+    ("--critic_gradient_checkpointing", PPO): {"critic.gradient_checkpointing": True},
+    **lora("actor_", PPO),
+    ("--actor_zero_stage 2", PPO): {"actor.engine.zero_stage": 2, "critic.engine.zero_stage": 2},
+    ("--critic_zero_stage 2", PPO): {"critic.engine.zero_stage": 2},
+    ("--reference_zero_stage 3", ""): {"reference.engine.zero_stage": 3},
     ("--reward_zero_stage 3", ""): {"reward.zero_stage": 3},
-    ("--offload", f"{PPO} --actor_zero_stage 1"): {"actor.offload": True, "critic.offload": True},
-    ("--offload_critic", f"{PPO} --actor_zero_stage 1"): {"critic.offload": True},
-    ("--offload_parameters", f"{PPO} {ZERO_3}"): {"actor.offload_parameters": True},
-    ("--offload_reference_model", "--reference_zero_stage 3"): {"reference.offload_parameters": True},
+    ("--offload", f"{PPO} --actor_zero_stage 1"): {"actor.engine.offload": True, "critic.engine.offload": True},
+    ("--offload_critic", f"{PPO} --actor_zero_stage 1"): {"critic.engine.offload": True},
+    ("--offload_parameters", f"{PPO} {ZERO_3}"): {"actor.engine.offload_parameters": True},
+    ("--offload_reference_model", "--reference_zero_stage 3"): {"reference.engine.offload_parameters": True},
     ("--offload_reward_model", "--reward_zero_stage 3"): {"reward.offload_parameters": True},
     **{
-        (line, f"{PPO} {ZERO_3} --critic_dtype fp32"): {"actor.dtype": "bf16", "reference.dtype": "bf16"}
+        (line, f"{PPO} {ZERO_3} --critic_dtype fp32"): {"actor.engine.dtype": "bf16", "reference.engine.dtype": "bf16"}
         for line in ("--actor_dtype bf16", "--actor_bf16")
     },
     ("--reward_dtype bf16", ""): {"reward.dtype": "bf16"},
     ("--reward_bf16", ""): {"reward.dtype": "bf16"},
-    ("--critic_dtype bf16", f"{PPO} --critic_zero_stage 1"): {"critic.dtype": "bf16"},
+    ("--critic_dtype bf16", f"{PPO} --critic_zero_stage 1"): {"critic.engine.dtype": "bf16"},
     # rollout
     ("--per_device_generation_batch_size 32", ""): {"answers": 32},
-    ("--generation_batches 3", ""): {"answers": 48, "settings.rollouts_per_step": 3},
-    ("--gradient_accumulation_steps 3", "--generation_batches 2"): {"answers": 96, "settings.rollouts_per_step": 6},
+    ("--generation_batches 3", ""): {"answers": 48, "settings.cadence.batches_per_step": 3},
+    ("--gradient_accumulation_steps 3", "--generation_batches 2"): {
+        "answers": 96,
+        "settings.cadence.batches_per_step": 6,
+    },
     ("--per_device_training_batch_size 4", PPO): {
         "settings.micro_batch_size": 4,
-        "actor.micro_batch_size": 4,
-        "critic.micro_batch_size": 4,
+        "actor.engine.micro_batch_size": 4,
+        "critic.engine.micro_batch_size": 4,
     },
     ("--max_answer_seq_len 99", ""): {"generation.max_new_tokens": 99},
     ("--max_greedy_seq_len 98", ""): {"generation.max_greedy_tokens": 98},
@@ -196,6 +254,7 @@ RLHF = EVERYWHERE | {
     ("--clip_on reward", ""): {"algorithm.clip_on": "reward"},
     ("--loss_aggregation token", ""): {"algorithm.loss_aggregation": "token"},
     ("--entropy_coef 0.3", ""): {"algorithm.entropy_coef": 0.3},
+    ("--advantage_scaling none", "--algo grpo"): {"algorithm.advantage_scaling": "none"},
     ("--baseline_decay 0.9", "--algo reinforce"): {"algorithm.baseline_decay": 0.9},
     ("--ppo_epochs 4", PPO): {"algorithm.epochs": 4},
     ("--ppo_mini_batches 2", f"{PPO} {BATCHES}"): {"settings.mini_batches": 2},
@@ -214,10 +273,10 @@ RLHF = EVERYWHERE | {
     ("--target_kl 0.3", ""): {"settings.target_kl": 0.3},
     ("--best_by objective", ""): {"settings.best_by": "objective"},
     ("--unsup_coef 13", ""): {"settings.unsupervised_coefficient": 13.0},
-    ("--enable_test_mode", "--test_stop_step 6"): {"settings.max_steps": 6},
-    ("--test_stop_step 6", "--enable_test_mode"): {"settings.max_steps": 6},
+    ("--enable_test_mode", "--test_stop_step 6"): {"settings.cadence.max_steps": 6},
+    ("--test_stop_step 6", "--enable_test_mode"): {"settings.cadence.max_steps": 6},
 }
-CASES = {1: FINETUNE, 2: PREFERENCES, 3: RLHF}
+CASES = {1: SUPERVISED, 2: PREFERENCES, 3: RLHF}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +289,11 @@ def test_a_flag_arrives_in_its_field_and_in_no_other(stage, line, base, expected
     changed = {path: value for path, value in after.items() if before.get(path, missing) != value}
     assert changed == expected
     assert set(before) <= set(after)
+
+
+@pytest.mark.parametrize(("stage", "model"), [(1, "model"), (2, "model"), (3, "actor")])
+def test_without_a_dimension_there_are_no_adapters(stage, model):
+    assert handed_on(stage, parse(stage, ""))[f"{model}.lora"] is None
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -248,160 +312,236 @@ def test_the_algorithm_arrives():
 
 
 # ---------------------------------------------------------------------------------------- flags that are read elsewhere
-# flag -> (file:function, expression), once or several times
+# file:function -> the expressions that read flags there; FOLLOWED functions make what CASES looks at
 
-OPEN_DATA = f"{ASSEMBLY}:_open_data"
-READ_EVERYWHERE = {
-    "output_dir": [("{main}:main", "args.output_dir")],
-    "seed": [("{main}:main", "set_seed(args.seed)"), (OPEN_DATA, "'seed': args.seed")],
-    "local_rank": [("{main}:main", "init_distributed(args.local_rank)")],
-    "data_path": [(OPEN_DATA, "'data_path': args.data_path")],
-    "data_split": [(OPEN_DATA, "'data_split': args.data_split")],
-    "data_seed": [(OPEN_DATA, "'data_seed': args.data_seed")],
-    "data_output_path": [(OPEN_DATA, "'data_output_path': args.data_output_path")],
-    "overlong": [(OPEN_DATA, "'overlong': args.overlong")],
-    "streaming": [(OPEN_DATA, "if not args.streaming")],
-    "shuffle_buffer": [(OPEN_DATA, "'shuffle_buffer': args.shuffle_buffer")],
-    "preprocessing_num_workers": [(OPEN_DATA, "num_proc=args.preprocessing_num_workers")],
-    "per_device_eval_batch_size": [(OPEN_DATA, "'eval_batch_size': args.per_device_eval_batch_size")],
-    "attn_implementation": [(f"{ASSEMBLY}:_load_from", "attention = args.attn_implementation")],
-}
-LOADERS, TASK = f"{ASSEMBLY}:finetune_loaders", f"{ASSEMBLY}:build_preference_task"
-ADAPTERS = "add_lora(model.hf, args.lora_dim, args.lora_module_name, args.only_optimize_lora, '--lora_module_name')"
-READ_IN_FINETUNING = READ_EVERYWHERE | {
-    "model_name_or_path": [
-        ("{main}:main", "load_config(args.model_name_or_path, '--model_name_or_path')"),
-        (f"{ASSEMBLY}:_load", "(args.model_name_or_path, '--model_name_or_path')"),
-    ],
-    "chat_template": [("{main}:main", "chat_template=args.chat_template")],
-    "max_seq_len": [(LOADERS, "max_len=args.max_seq_len")],
-    "max_eval_batches": [(LOADERS, "First(evaluation, args.max_eval_batches)")],
-    "packing": [(f"{ASSEMBLY}:_load", "packing=args.packing")],
-    "gradient_checkpointing": [
-        (f"{ASSEMBLY}:_training_options", "'gradient_checkpointing': args.gradient_checkpointing")
-    ],
-    "disable_dropout": [(f"{ASSEMBLY}:_training_options", "'disable_dropout': args.disable_dropout")],
-    **dict.fromkeys(("lora_dim", "lora_module_name", "only_optimize_lora"), [(f"{ASSEMBLY}:_add_adapters", ADAPTERS)]),
-}
+DATA, MODELS, FINETUNING, LEARNING = (f"remax/stages/{name}.py" for name in ("data", "models", "finetune", "rlhf"))
+FOLLOWED = {f"{DATA}:data_config"}
+LONGEST = "args.max_prompt_seq_len + args.max_answer_seq_len"
+REWARDS = "reward_sources(args.reward_model_name_or_path, args.reward_fn)"
 READ = {
-    1: READ_IN_FINETUNING
-    | {
-        "sft_only_data_path": [(LOADERS, "'sft_only_data_path': args.sft_only_data_path")],
-        "train_on": [(LOADERS, "'train_on': args.train_on")],
-    },
-    2: READ_IN_FINETUNING
-    | {
-        "loss": [
-            (TASK, "args.loss == 'ranking'"),
-            (TASK, "args.length_alpha if args.loss == 'r-dpo' else 0.0"),
-            (LOADERS, "'best_and_worst': args.loss != 'ranking'"),
-        ],
-        "use_margin": [(TASK, "use_margin=args.use_margin"), (LOADERS, "'need_margin': args.use_margin")],
-        "label_smoothing": [(TASK, "label_smoothing=args.label_smoothing")],
-        "center_rewards_coefficient": [(TASK, "centring=args.center_rewards_coefficient")],
-        "ranked_loss": [(TASK, "ranked_loss=args.ranked_loss")],
-        "length_alpha": [(TASK, "args.length_alpha if args.loss == 'r-dpo' else 0.0")],
-        "dpo_beta": [(TASK, "args.dpo_beta")],
-    },
-    3: READ_EVERYWHERE
-    | {
-        "actor_model_name_or_path": [
-            (f"{ASSEMBLY}:check_models", "args.actor_model_name_or_path"),
-            (f"{ASSEMBLY}:build_engines", "(args.actor_model_name_or_path, '--actor_model_name_or_path')"),
-        ],
-        "critic_model_name_or_path": [
-            (f"{ASSEMBLY}:check_models", "(args.critic_model_name_or_path, '--critic_model_name_or_path')"),
-            (f"{ASSEMBLY}:_critic", "args.critic_model_name_or_path"),
-        ],
-        "reward_model_name_or_path": [
-            (f"{ASSEMBLY}:build_reward", "reward_sources(args.reward_model_name_or_path, args.reward_fn)")
-        ],
-        "reward_fn": [
-            (f"{ASSEMBLY}:reward_functions", "reward_sources(args.reward_model_name_or_path, args.reward_fn)")
-        ],
-        "reward_fn_timeout": [
-            (
-                f"{ASSEMBLY}:reward_functions",
-                "FunctionReward(load_function(source.name), tokenizer, args.reward_fn_timeout)",
-            )
-        ],
-        "normalize_reward": [(f"{ASSEMBLY}:build_reward", "if args.normalize_reward")],
-        "chat_template": [(f"{ASSEMBLY}:check_models", "chat_template=args.chat_template")],
-        "algo": [("remax/arguments.py:make_algorithm", "ALGORITHMS[args.algo]")],
-        "max_prompt_seq_len": [
-            (f"{ASSEMBLY}:load_data", "max_len=args.max_prompt_seq_len"),
-            (f"{ASSEMBLY}:_check_length", "args.max_prompt_seq_len + args.max_answer_seq_len"),
-            (f"{ASSEMBLY}:examine_engines", "max_prompt_tokens=args.max_prompt_seq_len"),
-        ],
-        "max_eval_batches": [(f"{ASSEMBLY}:load_data", "limit = args.max_eval_batches")],
-        "zero3_generation": [(f"{ASSEMBLY}:build_engines", "gather_for_generation=args.zero3_generation == 'gather'")],
-        "logprob_chunk_size": [
-            (f"{ASSEMBLY}:build_engines", "(evaluated_distribution(args), args.logprob_chunk_size)")
-        ],
-        "disable_actor_dropout": [(f"{ASSEMBLY}:build_engines", "disable_dropout=args.disable_actor_dropout")],
-        "actor_gradient_checkpointing": [
-            (f"{ASSEMBLY}:build_engines", "gradient_checkpointing=args.actor_gradient_checkpointing")
-        ],
-        "disable_reward_dropout": [(f"{ASSEMBLY}:_critic", "'disable_dropout': args.disable_reward_dropout")],
-        "critic_gradient_checkpointing": [
-            (f"{ASSEMBLY}:_critic", "'gradient_checkpointing': args.critic_gradient_checkpointing")
-        ],
-        **dict.fromkeys(
-            ("actor_lora_dim", "actor_lora_module_name", "only_optimize_lora"),
-            [
-                (
-                    f"{ASSEMBLY}:build_engines",
-                    "add_lora(model.hf, args.actor_lora_dim, args.actor_lora_module_name, args.only_optimize_lora, "
-                    "flag)",
-                )
-            ],
-        ),
-        "unsupervised_dataset_name": [(f"{ASSEMBLY}:load_data", "if args.unsupervised_dataset_name")],
-        "unsupervised_dataset_config_name": [
-            (f"{ASSEMBLY}:load_data", "configuration=args.unsupervised_dataset_config_name")
-        ],
-        "logging_steps": [("{main}:main", "console_every=args.logging_steps")],
-        "save_answers": [("{main}:main", "if args.save_answers")],
-        "print_answers": [("{main}:main", "if args.print_answers")],
-        "log_variance": [("{main}:main", "if args.log_variance")],
-        "log_variance_gradient_steps": [("{main}:main", "steps_between = args.log_variance_gradient_steps")],
-        "skip_doctor": [("{main}:main", "if not args.skip_doctor")],
-        "enable_ema": [
-            ("{main}:main", "WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None")
-        ],
-        "save_at_final": [("{main}:save_final", "if args.save_at_final")],
-    },
+    f"{FINETUNING}:run_finetuning": [
+        "check_length(load_config(args.model_name_or_path, '--model_name_or_path'), args.max_seq_len, '--max_seq_len')",
+        "load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)",
+        "args.loss == 'ranking'",
+        "init_distributed(args.local_rank)",
+        "set_seed(args.seed)",
+        "start_run(args.output_dir, args, args.stage)",
+        "for notice in args.notices",
+        "train_loader, held_out = finetune_loaders(args, tokenizer)",
+        "cadence = finetune_cadence(args)",
+        "task = build_task(args, tokenizer, held_out, cadence.total_steps(len(train_loader)))",
+    ],
+    f"{FINETUNING}:build_task": [
+        "trained_policy(trained, optimizer, tokenizer, args.max_seq_len)",
+        "trained_reward(trained, optimizer, tokenizer, args.max_seq_len)",
+        "if args.loss == 'ranking'",
+        "use_margin=args.use_margin",
+        "label_smoothing=args.label_smoothing",
+        "centring=args.center_rewards_coefficient",
+        "ranked_loss=args.ranked_loss",
+        "alpha = args.length_alpha if args.loss == 'r-dpo' else 0.0",
+        "DirectPreference(policy, reference, held_out, args.dpo_beta, alpha)",
+    ],
+    f"{FINETUNING}:train_and_export": [
+        "output, learner = (Path(args.output_dir), task.learner)",
+        "tensorboard_dir=args.tensorboard_dir",
+        "console_every=args.console_every",
+    ],
+    f"{DATA}:finetune_loaders": [
+        "data_config(args, args.output_dir)",
+        "batches=args.max_steps * args.gradient_accumulation_steps",
+        "max_len=args.max_seq_len",
+        "train_batch_size=args.per_device_train_batch_size",
+        "eval_batch_size=args.per_device_eval_batch_size",
+        "First(evaluation, args.max_eval_batches)",
+    ],
+    f"{DATA}:load_data": [
+        f"longest = {LONGEST}",
+        "data_config(args, output)",
+        "batches=args.max_steps * args.rollout_batches",
+        "max_len=args.max_prompt_seq_len",
+        "train_batch_size=args.per_device_generation_batch_size",
+        "eval_batch_size = args.per_device_eval_batch_size",
+        "if args.unsupervised_dataset_name",
+        "plain_text_batches(args.unsupervised_dataset_name, configuration=args.unsupervised_dataset_config_name, "
+        "tokenizer=tokenizer, block=longest, batch_size=args.per_device_training_batch_size, seed=args.seed, "
+        "cache_dir=args.data_output_path, **ranks)",
+        "limit, rows = (args.max_eval_batches, concatenate_datasets(held_out) if held_out else None)",
+    ],
+    f"{MODELS}:check_models": [
+        REWARDS,
+        "load_tokenizer(args.actor_model_name_or_path, '--actor_model_name_or_path', chat_template=args.chat_template)",
+        "_check_length(args, args.actor_model_name_or_path, '--actor_model_name_or_path')",
+        "if ALGORITHMS[args.algo].critic",
+        "name, flag = (args.critic_model_name_or_path, '--critic_model_name_or_path')",
+    ],
+    f"{MODELS}:_check_length": [f"longest = {LONGEST}"],
+    f"{MODELS}:_check_scorer": [
+        "if args.normalize_reward and what == 'reward model'",
+        "args.actor_model_name_or_path",  # in a message
+        "args.notices.append",
+    ],
+    f"{MODELS}:reward_functions": [
+        REWARDS,
+        "FunctionReward(load_function(source.name), tokenizer, args.reward_fn_timeout)",
+    ],
+    f"{MODELS}:build_reward": [
+        REWARDS,
+        "if args.normalize_reward",
+        "ModelSpec(source.name, flag, engine, args.attn_implementation)",
+    ],
+    f"{MODELS}:build_models": [
+        "distribution, chunk_size = (evaluated_distribution(args), args.logprob_chunk_size)",
+        "gather_for_generation=args.zero3_generation == 'gather'",
+        REWARDS,
+    ],
+    f"{LEARNING}:run_rlhf": [
+        "init_distributed(args.local_rank)",
+        "set_seed(args.seed)",
+        "output = start_run(args.output_dir, args, args.stage)",
+        "for notice in args.notices",
+        "algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)",
+        "settings = trainer_settings(args)",
+        "if not args.skip_doctor",
+        "tensorboard_dir=args.tensorboard_dir",
+        "console_every=args.logging_steps",
+        "if args.save_answers",
+        "if args.print_answers",
+        "if args.log_variance",
+        "steps_between = args.log_variance_gradient_steps",
+        "average=WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None",
+        "args.best_by",  # in a message
+    ],
+    f"{LEARNING}:examine_models": [f"max_len={LONGEST}", "max_prompt_tokens=args.max_prompt_seq_len"],
+    f"{LEARNING}:save_final": ["if args.save_at_final"],
+    "remax/cli/validate.py:make_algorithm": ["ALGORITHMS[args.algo]"],
 }
+
+
+def functions(file: str) -> dict[str, ast.FunctionDef]:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def names_read(text: str) -> set[str]:
+    return set(re.findall(r"\bargs\.(\w+)", text))
+
+
+def read_in(stage: int) -> set[str]:
+    """The flags of a stage that its programs read by READ."""
+    foreign = (DATA + ":load_data", MODELS, LEARNING, "remax/cli") if stage < 3 else (FINETUNING, DATA + ":finetune_")
+    lines = [line for place, lines in READ.items() if not place.startswith(foreign) for line in lines]
+    return names_read(" ".join(lines)) & set(flags_of(STAGES[stage][0]))
 
 
 def expressions(place: str) -> set[str]:
-    """The text of every expression, keyword, assignment, condition and dictionary entry in `file:function`."""
+    """The text of every expression, keyword, assignment, condition and loop in `file:function`."""
     file, _, name = place.partition(":")
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    (function,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
-    nodes = list(ast.walk(function))
+    nodes = list(ast.walk(functions(file)[name]))
     found = {ast.unparse(node) for node in nodes if isinstance(node, ast.expr | ast.keyword | ast.Assign)}
     found |= {f"if {ast.unparse(node.test)}" for node in nodes if isinstance(node, ast.If)}
-    pairs = [
-        (k, v) for node in nodes if isinstance(node, ast.Dict) for k, v in zip(node.keys, node.values, strict=True)
-    ]
-    return found | {f"{ast.unparse(key)}: {ast.unparse(value)}" for key, value in pairs if key is not None}
+    return found | {
+        f"for {ast.unparse(node.target)} in {ast.unparse(node.iter)}" for node in nodes if isinstance(node, ast.For)
+    }
+
+
+@pytest.mark.parametrize(("place", "expression"), [(place, line) for place, lines in READ.items() for line in lines])
+def test_a_flag_is_read_where_the_table_says(place, expression):
+    assert re.search(r"\bargs\b", expression)
+    assert expression in expressions(place)
+
+
+@pytest.mark.parametrize("file", [DATA, MODELS, FINETUNING, LEARNING])
+def test_stages_read_what_the_table_says_and_nothing_else(file):
+    for name, function in functions(file).items():
+        place = f"{file}:{name}"
+        if place not in FOLLOWED:
+            assert names_read(ast.unparse(function)) == names_read(" ".join(READ.get(place, [])))
+
+
+# ------------------------------------------------------------------------------- the settings come to the right models
+
+
+def recorded(*parts: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Stands for a function or a class: keeps what it was called with."""
+    return parts, options
+
+
+def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *names: str) -> None:
+    for name in names:
+        monkeypatch.setattr(module, name, partial(recorded, name))
 
 
 @pytest.mark.parametrize(
-    ("flag", "place", "expression"),
-    sorted(
-        {
-            (flag, place.format(main=MAIN[stage]), expression)
-            for stage, read in READ.items()
-            for flag, readings in read.items()
-            for place, expression in readings
-        }
-    ),
+    "line", ["--zero3_generation synced --temperature 0.5", "--actor_dtype bf16 --actor_lora_dim 4"]
 )
-def test_a_flag_is_read_where_the_table_says(flag, place, expression):
-    assert re.search(rf"args\.{flag}\b", expression)
-    assert expression in expressions(place)
+def test_every_model_of_step_3_gets_its_own_settings(monkeypatch, line):
+    record(monkeypatch, models, "load_policy_model", "load_scorer", "TrainedEngine", "FrozenEngine")
+    record(monkeypatch, models, "Actor", "Reference", "Reward", "TrainedReward")
+    args = parse(3, f"--algo ppo --actor_zero_stage 3 --reference_zero_stage 1 --critic_dtype fp32 {line}")
+    tokenizer = SimpleNamespace(pad_token_id=7)
+    built = models.build_models(args, models.Tokenizers(tokenizer, ["of the reward"], "of the critic"), 50)
+
+    actor, reference = settings.actor_model(args), settings.reference_model(args)
+    critic, engine = settings.critic_model(args, "me/reward"), settings.reward_engine(args)
+    trained = recorded(
+        "TrainedEngine",
+        recorded("load_policy_model", actor, tokenizer),
+        actor.engine,
+        settings.actor_optimizer(args, 50),
+    )
+    frozen = recorded("FrozenEngine", recorded("load_policy_model", reference, tokenizer), reference.engine)
+    sampling = settings.evaluated_distribution(args)
+    assert built.actor == recorded(
+        "Actor",
+        trained,
+        generation=settings.generation(args, 7),
+        sampling=sampling,
+        chunk_size=args.logprob_chunk_size,
+        gather_for_generation="synced" not in line,
+    )
+    assert built.reference == recorded("Reference", frozen, sampling=sampling, chunk_size=args.logprob_chunk_size)
+    spec = settings.ModelSpec("me/reward", "--reward_model_name_or_path", engine, args.attn_implementation)
+    (part,) = built.reward.parts
+    model = recorded("load_scorer", spec, "of the reward")
+    assert part.scorer == recorded("Reward", recorded("FrozenEngine", model, engine))
+    learner = (recorded("load_scorer", critic, "of the critic"), critic.engine, settings.critic_optimizer(args, 50))
+    assert built.critic == recorded("TrainedReward", recorded("TrainedEngine", *learner))
+
+
+@pytest.mark.parametrize(
+    ("stage", "line", "task"),
+    [
+        (1, "--lora_dim 4", "Supervised"),
+        (2, "--label_smoothing 0.1 --center_rewards_coefficient 0.2", "Ranking"),
+        (2, "--ranked_loss plackett-luce", "Ranking"),
+        (2, "--use_margin", "Ranking"),
+        (2, "--loss dpo --dpo_beta 0.3 --reference_zero_stage 3", "DirectPreference"),
+        (2, "--loss r-dpo --length_alpha 0.4", "DirectPreference"),
+    ],
+)
+def test_every_task_gets_its_own_settings(monkeypatch, stage, line, task):
+    record(monkeypatch, finetune, "load_policy_model", "trained_policy", "trained_reward", "FrozenEngine", "Reference")
+    record(monkeypatch, finetune, "Supervised", "Ranking", "DirectPreference")
+    args = parse(stage, f"--max_seq_len 99 {line}")
+    learned = (settings.finetune_model(args), settings.finetune_optimizer(args, 50), "tokenizer", 99)
+    policy = recorded("trained_policy", *learned)
+    expected = recorded("Supervised", policy, "held out")
+    if task == "Ranking":
+        terms = {
+            "use_margin": args.use_margin,
+            "label_smoothing": args.label_smoothing,
+            "ranked_loss": args.ranked_loss,
+        }
+        terms["centring"] = args.center_rewards_coefficient
+        expected = recorded("Ranking", recorded("trained_reward", *learned), "held out", **terms)
+    elif task == "DirectPreference":
+        spec = settings.finetune_reference(args)
+        model = recorded("load_policy_model", spec, "tokenizer")
+        reference = recorded("Reference", recorded("FrozenEngine", model, spec.engine))
+        alpha = 0.4 if "r-dpo" in line else 0.0
+        expected = recorded("DirectPreference", policy, reference, "held out", args.dpo_beta, alpha)
+    assert finetune.build_task(args, "tokenizer", "held out", 50) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- every flag
@@ -412,10 +552,9 @@ def test_every_flag_has_a_group_a_help_text_and_a_reader(stage):
     arguments = STAGES[stage][0]
     flags = flags_of(arguments)
     followed = {line.split()[0].removeprefix("--") for line, _ in CASES[stage]}
-    assert followed.isdisjoint(READ[stage])
     config = {"config"}  # read_flags reads it; see test_config_file.py
     retired = {name for name in flags if name in WHY_RETIRED}
-    assert set(flags) == followed | set(READ[stage]) | retired | config
+    assert set(flags) == followed | read_in(stage) | retired | config
     for name, flag in flags.items():
         assert flag.help, name
         assert flag.group or name == "config", name
@@ -444,11 +583,13 @@ def test_flags_of_some_algorithms_name_what_algorithms_have():
         assert set(field.metadata.get("only", ())) <= set(losses)
 
 
-@pytest.mark.parametrize("name", ["gamma", "samples_per_prompt", "clip_on", "loss_aggregation"])
+@pytest.mark.parametrize("name", ["gamma", "samples_per_prompt", "clip_on", "loss_aggregation", "advantage_scaling"])
 def test_the_help_states_the_default_of_every_algorithm(name):
     # "...; default: 4 (rloo, grpo), 1 (others)": the value before a bracket is the default of those inside
     words = flags_of(Step3Arguments)[name].help.split("default")[-1]
     for algo, kind in ALGORITHMS.items():
+        if not hasattr(kind(), name):
+            continue
         stated = [part.rsplit("(", 1) for part in words.replace(":", "").split(")") if "(" in part]
         named = [value for value, names in stated if algo in names] or [v for v, names in stated if "others" in names]
         default = getattr(kind(), name)

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 import pytest
 
 from remax.cli.evaluation import DoctorArguments, PromptEvalArguments, RewardEvalArguments
-from remax.cli.flags import Count, Step1Arguments, Step2Arguments, Step3Arguments, flag
+from remax.cli.flags import Count, Flags, Step1Arguments, Step2Arguments, Step3Arguments, flag
 from remax.cli.parser import build_parser, flags_of, read_flags
 from utils.run import UserError
 
 
 @dataclass(kw_only=True)
-class Group:
-    _argument_group_name = "a group"
-
+class Group(Flags, group="a group"):
     number_of_rows: Count = flag(3, "rows")
     flag_of_two: bool = flag(False, "one or the other")
 

@@ -199,7 +199,7 @@ def test_column_names_are_those_that_were_given():
 def test_no_flag_has_two_owners():
     for arguments in (Step1Arguments, Step2Arguments, Step3Arguments):
         owners = Counter(name for cls in arguments.__mro__ for name in inspect.get_annotations(cls))
-        assert owners.pop("stage") == 1
+        assert owners.pop("stage") == owners.pop("_group") == 1
         assert set(owners) == {field.name for field in dataclasses.fields(arguments)}
         assert set(owners.values()) == {1}
 
@@ -238,7 +238,7 @@ REFUSED_EVERYWHERE = [
     ("--data_path no/such/train.jsonl:0.5", r"--data_path no/such/train.jsonl:0.5: no such file or folder"),
     ("--data_path ./missing#train_sft", r"--data_path ./missing#train_sft: no such file or folder"),
     ("--data_path", r"--data_path: is empty; expected hub names, folders or files"),
-    ("--data_path me/set:0", r"--data_path me/set:0: the weight behind the colon must be a number above 0"),
+    ("--data_path me/set:0", r"--data_path me/set:0: the weight after the colon must be a number above 0"),
     ("--overlong keep", r"--overlong: invalid choice"),
     ("--num_train_epochs 0", r"--num_train_epochs 0: must be at least 1"),
     ("--per_device_eval_batch_size -1", r"--per_device_eval_batch_size -1: must be at least 1"),
@@ -362,6 +362,11 @@ def test_required_flags_are_named():
         parse_step3(["--actor_model_name_or_path", "facebook/opt-125m"])
 
 
+MAIN = [
+    f"step{stage}/main.py" for stage in ("1_supervised_finetuning", "2_reward_model_finetuning", "3_rlhf_finetuning")
+]
+
+
 def test_reading_flags_imports_neither_torch_nor_transformers():
     modules = ("flags", "parser", "config_file", "validate", "evaluation", "model_names")
     code = f"import sys, {', '.join(f'remax.cli.{name}' for name in modules)}\n"
@@ -370,25 +375,39 @@ def test_reading_flags_imports_neither_torch_nor_transformers():
 
 
 @pytest.mark.parametrize(
-    ("stage", "line", "message"),
+    ("program", "line", "message"),
     [
-        (1, "--model_name_or_path me/model --learning_rate -1", "--learning_rate -1.0: must be above 0"),
-        (2, "--loss dpo", "the following arguments are required: --model_name_or_path (all flags: --help all)"),
-        (3, MODELS + "--kl_ct 1", "--kl_ct: unknown flag; did you mean --kl_ctl? (all flags: --help all)"),
-        (3, MODELS + "--data_split 1,2", "--data_split 1,2: expected three numbers, 0 or more, such as 2,4,4"),
+        (MAIN[0], "--model_name_or_path me/model --learning_rate -1", "--learning_rate -1.0: must be above 0"),
+        (MAIN[1], "--loss dpo", "the following arguments are required: --model_name_or_path (all flags: --help all)"),
+        (MAIN[2], MODELS + "--kl_ct 1", "--kl_ct: unknown flag; did you mean --kl_ctl? (all flags: --help all)"),
+        (MAIN[2], MODELS + "--data_split 1,2", "--data_split 1,2: expected three numbers, 0 or more, such as 2,4,4"),
         (
-            3,
+            MAIN[2],
             MODELS + "--zero3_generation synced",
             "--zero3_generation synced with --actor_zero_stage 0: is for ZeRO 3 only",
         ),
+        (
+            "step1_supervised_finetuning/prompt_eval.py",
+            "--model_name_or_path_baseline me/a --model_name_or_path_finetune me/b --top_p 1.5",
+            "--top_p 1.5: must be above 0 and at most 1",
+        ),
+        (
+            "step2_reward_model_finetuning/rw_eval.py",
+            "--model_name_or_path me/a --output scores.jsonl",
+            "--output: is for the scores of --data_path; give that too",
+        ),
+        (
+            "remax/doctor.py",
+            "--actor_model_name_or_path me/a",
+            "--reward_model_name_or_path or --reward_fn: one of them is required; it says what to learn",
+        ),
     ],
 )
-def test_a_bad_flag_exits_with_2_before_torch_is_imported(stage, line, message):
-    # The stage's program itself: what it imports at its top counts too.
-    (program,) = ROOT.glob(f"step{stage}_*/main.py")
+def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message):
+    # The program itself: what it imports at its top counts too.
     code = (
-        f"import runpy, sys; sys.argv = ['main.py', *{shlex.split(line)}]\n"
-        f"try: runpy.run_path({str(program)!r}, run_name='__main__')\n"
+        f"import runpy, sys; sys.argv = [{program!r}, *{shlex.split(line)}]\n"
+        f"try: runpy.run_path({program!r}, run_name='__main__')\n"
         "finally: print([name for name in ('torch', 'transformers', 'numpy', 'yaml') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -592,3 +611,14 @@ def test_cadence_and_tensorboard():
     args = step1("--logging_steps 5")
     assert (args.console_every, args.tensorboard_dir) == (5, None)
     assert step1("--enable_tensorboard --tensorboard_path tb").tensorboard_dir == "tb"
+
+
+def test_advantages_are_scaled_where_the_algorithm_can():
+    assert step3("--algo grpo").advantage_scaling == "group" and step3("--algo ppo").advantage_scaling == "none"
+    assert make_algorithm(step3("--algo grpo --advantage_scaling none")).advantage_scaling == "none"
+    assert make_algorithm(step3("--algo ppo --advantage_scaling batch")).advantage_scaling == "batch"
+    assert step3("--algo remax").advantage_scaling is None
+    with pytest.raises(UserError, match="--advantage_scaling batch with --algo remax: only --algo grpo, ppo reads it"):
+        step3("--algo remax --advantage_scaling batch")
+    with pytest.raises(UserError, match="grpo with advantage_scaling 'batch'; choose group or none"):
+        step3("--algo grpo --advantage_scaling batch")

@@ -40,7 +40,7 @@ def test_masks_and_gathers_against_a_loop(seed):
     rows = random_rows(seed)
     sequences = batch(rows, extra_columns=seed % 3)
     values = torch.randn(*sequences.input_ids.shape, 2, generator=torch.Generator().manual_seed(seed))
-    answers, predictors = sequences.answer(values), sequences.predictors(values)
+    answers, predictors = sequences.answer(values), sequences.at(values, sequences.predictor_columns)
     width = max(len(answer) for _, answer in rows)
     assert sequences.answer_width == width == answers.shape[1] == sequences.answer_mask.shape[1]
     for i, (prompt, answer) in enumerate(rows):

@@ -63,7 +63,7 @@ def test_the_references_head_gives_the_models_logits(family, engine, sequences_o
     hf.set_output_embeddings(biased)
     rows, reference = sequences_of(1, 3, 300), Reference(frozen)
     logits = reference.head()(reference.hidden(rows))  # (B, A, V)
-    expected = rows.predictors(hf(rows.input_ids).logits)
+    expected = rows.at(hf(rows.input_ids).logits, rows.predictor_columns)
     torch.testing.assert_close(logits[rows.answer_mask], expected[rows.answer_mask], rtol=1e-5, atol=1e-5)
     assert isinstance(frozen.model, PolicyModel) and biased.bias.abs().max() > 0.1
 

@@ -18,7 +18,7 @@ from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Reference
 from remax.engines.scorer import Reward
 from remax.evaluation.answers import write_answers
-from remax.evaluation.policy import PolicyEvaluation, evaluate_policy, own_noise, perplexity
+from remax.evaluation.policy import PolicyEvaluation, evaluate_policy, isolated_rng, perplexity
 from remax.evaluation.ranking import pair_scores
 from remax.generation.decode import GenerationSettings, rollout
 from remax.models.policy import load_policy
@@ -92,7 +92,7 @@ def test_draws_of_an_evaluation_are_its_own(monkeypatch):
     # The same every time, others on another rank; and whoever draws next draws what it would have drawn.
     def draws(rank: str) -> torch.Tensor:
         monkeypatch.setenv("RANK", rank)
-        with own_noise(3):
+        with isolated_rng(3):
             return torch.rand(4)
 
     torch.manual_seed(0)

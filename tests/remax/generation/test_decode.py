@@ -185,3 +185,13 @@ def test_pad_may_be_the_end_token(make_policy):
     ended = sampled.input_ids.gather(1, sampled.end_index[:, None]).squeeze(1) == tokenizer.eos_token_id
     assert ended.any()
     assert (((ids == tokenizer.eos_token_id) & mask).sum(1) == ended.long()).all()
+
+
+@torch.no_grad()
+def test_a_policy_without_numbers_answers_all_the_same(make_config_of):
+    # Its log-probs are no numbers, which the training reports; torch.multinomial would end the process.
+    model = make_config_of(WORDS)
+    model.lm_head.weight.fill_(float("nan"))
+    prompts = Prompts(torch.tensor([[3], [4]]), torch.tensor([1, 1]))
+    sampled, greedy = rollout(model, prompts, GenerationSettings(3, PAD))
+    assert len(sampled) == len(greedy) == 2 and sampled.answer_lengths.min() >= 1

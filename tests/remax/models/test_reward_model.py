@@ -117,7 +117,7 @@ def test_a_bf16_model_scores_in_float32_with_the_bias_of_its_head(make_scorer):
     scores, values = model(sequences), model(sequences, every_token=True)
     assert scores.dtype == values.dtype == torch.float32
     torch.testing.assert_close(scores.double(), sequences.at(by_hand, sequences.end_index), rtol=1e-6, atol=1e-5)
-    before = sequences.predictors(by_hand) * sequences.answer_mask
+    before = sequences.at(by_hand, sequences.predictor_columns) * sequences.answer_mask
     torch.testing.assert_close(values.double(), before, rtol=1e-6, atol=1e-5)
 
 

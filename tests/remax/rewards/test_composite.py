@@ -26,7 +26,7 @@ from remax.rewards.composite import CompositeReward, FunctionReward, Part, try_f
 from remax.rewards.functions import RewardFunction
 from remax.training.trainer import Trainer, TrainerSettings
 from utils.data.batches import PromptBatch
-from utils.data.encoding import encode_prompts
+from utils.data.tokens import encode_prompts
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 

@@ -18,7 +18,7 @@ def test_weights():
         ("rules:short", -0.01),
         ("rules.py:long", 1.0),
     ]
-    with pytest.raises(UserError, match="--reward_fn rules:short:0: the weight behind the colon"):
+    with pytest.raises(UserError, match="--reward_fn rules:short:0: the weight after the colon"):
         reward_sources([], ["rules:short:0"])
 
 

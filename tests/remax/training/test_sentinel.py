@@ -279,7 +279,7 @@ def watch(sentinel: Sentinel, steps: range, **figures: float) -> list[dict[str, 
 
 def test_a_warning_names_step_figure_cause_and_remedy_and_is_not_repeated_at_once():
     told: list[str] = []
-    sentinel = Sentinel(VOCABULARY, replace(Thresholds(), repeat_after=30), tell=told.append)
+    sentinel = Sentinel(VOCABULARY, replace(Thresholds(), repeat_after=30), warn=told.append)
     assert watch(sentinel, range(1, 11))[-1]["alarms"] == 0.0
     found = watch(sentinel, range(11, 60), entropy=0.01)
     assert found[-1]["alarms"] == 1.0 and "distinct_trigrams" in found[-1]
@@ -291,7 +291,7 @@ def test_a_warning_names_step_figure_cause_and_remedy_and_is_not_repeated_at_onc
 
 
 def test_fatal_stops_after_the_step_was_logged():
-    sentinel = Sentinel(VOCABULARY, tell=lambda message: None)
+    sentinel = Sentinel(VOCABULARY, warn=lambda message: None)
     watch(sentinel, range(1, 3))
     sentinel.stop_if_fatal()
     figures = watch(sentinel, range(3, 4), loss=math.nan)  # still returns what is to be logged
@@ -319,9 +319,9 @@ def test_every_message_gives_a_remedy_with_flags_that_exist():
 
 def test_a_resumed_sentinel_judges_as_the_one_that_stopped():
     whole, told_whole = Sentinel(VOCABULARY), []
-    whole.tell = told_whole.append
+    whole.warn = told_whole.append
     first, second, told = Sentinel(VOCABULARY), Sentinel(VOCABULARY), []
-    first.tell = second.tell = told.append
+    first.warn = second.warn = told.append
     watch(whole, range(1, 16), entropy=1.0)
     watch(first, range(1, 16), entropy=1.0)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))

@@ -8,7 +8,7 @@ import torch
 
 from utils.data.batches import RankedBatch
 from utils.data.config import DataConfig
-from utils.data.loaders import EpochSampler, EvalSampler, build_loaders, local_rank_zero_first
+from utils.data.loaders import EpochSampler, build_loaders, eval_order, local_rank_zero_first
 from utils.data.tokens import encode_prompts
 from utils.run import UserError
 
@@ -227,7 +227,7 @@ def test_samplers_share_the_rows_in_turn():
     # Global batch 4 of 11 rows: two steps, 8 rows; rank r takes r, r + 2, ...
     assert ranks == [order[0::2], order[1::2]] and len(order) == 8 == len(set(order))
     # 5 rows on 2 ranks: row 5 does not exist, it is a filler
-    assert [list(EvalSampler(5, rank, 2)) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
+    assert [list(eval_order(5, rank, 2)) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_a_state_saved_on_two_ranks_serves_one():

@@ -30,10 +30,10 @@ def test_what_is_on_the_disk_is_a_name_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("a:0", "--data_path a:0: the weight behind the colon must be a number above 0"),
-        ("a:-1", "--data_path a:-1: the weight behind the colon must be a number above 0"),
+        ("a:0", "--data_path a:0: the weight after the colon must be a number above 0"),
+        ("a:-1", "--data_path a:-1: the weight after the colon must be a number above 0"),
         ("a:1.2.3", "must be a number above 0"),
-        ("a#", "--data_path a#: expected a split, or configuration/split, behind the #"),
+        ("a#", "--data_path a#: expected a split, or configuration/split, after the #"),
         ("", "--data_path '': expected the name"),
         ("#train", "expected the name"),
     ],
@@ -48,5 +48,5 @@ def test_a_weight_may_be_negative_where_it_is_a_penalty():
     assert split_weight("rules.py:length:-1e-2", "--m", negative=True) == ("rules.py:length", -0.01)
     assert split_weight("rules:length", "--m", negative=True) == ("rules:length", None)
     for entry in ("me/reward:0", "me/reward:-0.0", "me/reward:1e999"):
-        with pytest.raises(UserError, match=f"--m {entry}: the weight behind the colon must be a number other than 0"):
+        with pytest.raises(UserError, match=f"--m {entry}: the weight after the colon must be a number other than 0"):
             split_weight(entry, "--m", negative=True)
