@@ -51,10 +51,12 @@ def test_old_log_probs_and_values_have_no_dropout(engine, sequences_of):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("zero_stage", [0, 3])  # the model's own head, and the copy of one that is spread over ranks
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
-def test_the_references_head_gives_the_models_logits(family, engine, sequences_of):
+def test_the_references_head_gives_the_models_logits(family, zero_stage, engine, sequences_of):
     # With a bias, as Phi's head has; Gemma's logits are capped, Granite's scaled.
     frozen = engine(family)
+    frozen.config = EngineConfig(zero_stage)
     hf = frozen.model.hf
     head = hf.get_output_embeddings()
     torch.manual_seed(0)
