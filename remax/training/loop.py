@@ -62,7 +62,6 @@ class TrainState:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
-    best_step: int = 0
 
     def record(self, figures: dict[str, float], best_by: str) -> bool:
         """Takes in an evaluation at the present step; whether it is the best so far by the figure `best_by`."""
@@ -72,7 +71,7 @@ class TrainState:
             return False
         best = figures[best_by] > self.best.get(best_by, -math.inf)
         if best:
-            self.best, self.best_step = figures, self.step
+            self.best = figures
         return best
 
     @property

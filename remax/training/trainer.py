@@ -66,7 +66,7 @@ class Timer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.tokens = 0
+        self.tokens: float | Tensor = 0.0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -128,7 +128,8 @@ class Trainer:
             with timer("scoring"):
                 reward, baseline, parts = self.score(sampled, greedy)  # r(x, y), r(x, ybar)
                 collected.append(replace(self.annotate(sampled, reward), baseline=baseline))
-            timer.tokens += sum(int(x.answer_lengths.sum()) for x in (sampled, greedy) if x is not None)
+            # Left on the device: reading it would wait for the GPU in the middle of a step.
+            timer.tokens = timer.tokens + sum(x.answer_lengths.sum() for x in (sampled, greedy) if x is not None)
             figures = add(figures, parts)
         rollout = Rollout.concatenate(collected, self.pad_id)
         rollout = self.algorithm.prepare(rollout)  # advantages: for ReMax r(x, y) - r(x, ybar)
