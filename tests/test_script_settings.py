@@ -329,16 +329,39 @@ def test_script_has_the_papers_settings(script, call):
     assert flags == {"data_path": "output/demo/data"} | TABLE[stage, name]
 
 
+def test_data_may_be_several_names(call, tmp_path):
+    names = ["me/a:0.5", f"{tmp_path}/b.jsonl:0.5"]
+    assert call(OPT, DATA=" ".join(names)).words[:4] == ["--data_path", *names, "--output_dir"]
+    whole = tmp_path / "one name"
+    whole.touch()
+    assert call(OPT, DATA=whole).words[:3] == ["--data_path", str(whole), "--output_dir"]
+
+
+@pytest.mark.parametrize("script", ["opt/run_opt_1.3b", "llama2/run_llama2_7b_hh"])
+def test_the_scripts_own_data_never_mix_in(call, script):
+    script = f"{STAGES[0]}/training_scripts/{script}.sh"
+    for flag in (["--sft_only_data_path", "me/mine"], ["--sft-only-data-path=me/mine"]):
+        assert "--data_path" not in call(script, *flag).words
+        assert call(script, *flag, DATA="me/pairs").words[:2] == ["--data_path", "me/pairs"]
+    assert "--data_path" in call(script).words
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=short)
 def test_script_takes_the_users_variables_and_flags(script, call, tmp_path):
     stage, _ = place(script)
+    (tmp_path / "my data").mkdir()
     mine = ["--output_dir", "else where", "--data_split", "1,1,1", "--reward_fn", "a.py:b", "c.py:d"]
     done = call(
-        short(script), *mine, MODEL="my model", REWARD_MODEL="my reward", DATA="my data", OUTPUT=tmp_path / "my output"
+        short(script),
+        *mine,
+        MODEL="my model",
+        REWARD_MODEL="my reward",
+        DATA=tmp_path / "my data",
+        OUTPUT=tmp_path / "my output",
     )
     assert done.words[-len(mine) :] == mine
     flags = effective(done.words[: -len(mine)])
-    assert flags["data_path"] == "my data" and flags["output_dir"] == str(tmp_path / "my output")
+    assert flags["data_path"] == str(tmp_path / "my data") and flags["output_dir"] == str(tmp_path / "my output")
     assert flags["actor_model_name_or_path" if stage == 3 else "model_name_or_path"] == "my model"
     assert flags.get("reward_model_name_or_path") == ("my reward" if stage == 3 else None)
     if stage == 3:  # an empty name: a reward function alone

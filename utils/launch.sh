@@ -3,7 +3,8 @@
 # console shows is also kept in $OUTPUT/training.log, and the launcher's exit status is the script's. `launch_sft`,
 # `launch_reward` and `launch_remax` add the settings that the scripts of a stage share. Flags given to any of them come
 # last and win. $RANKS is the number of ranks on this machine. Set by the script, unless the user has:
-#   MODEL, REWARD_MODEL, DATA, OUTPUT   models to start from, data, and the folder of the results
+#   MODEL, REWARD_MODEL, DATA, OUTPUT   models to start from, data (several names with spaces between them), and the
+#                                       folder of the results
 # Set by the user, if at all:
 #   NUM_GPUS     ranks on each machine (default: every GPU there is, or those of CUDA_VISIBLE_DEVICES; without any, 2
 #                ranks on the CPU)
@@ -57,6 +58,7 @@ elif ((RANKS)) && [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
 fi
 if ((RANKS)); then export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}; fi
 RANKS=${NUM_GPUS:-$RANKS}
+export USERS_DATA=${USERS_DATA-${DATA:-}} # before the script sets its own; kept by a script that starts another one
 
 launch() {
     local port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')}
@@ -67,9 +69,14 @@ launch() {
         launcher+=(--num_gpus "$NUM_GPUS")
     fi
     if [[ -n ${HOSTFILE:-} ]]; then launcher+=(--hostfile "$HOSTFILE"); fi
+    local data=("$DATA")
+    if [[ -n $USERS_DATA && ! -e $DATA ]]; then read -ra data <<<"$DATA"; fi
+    data=(--data_path "${data[@]}")
+    # The script's own data never mix with data that the user chose.
+    if [[ -z $USERS_DATA && " $*" == *" --sft"[_-]only[_-]data[_-]path* ]]; then data=(); fi
     mkdir -p "$OUTPUT"
     # tee outlives Ctrl-C, so that the last words of the ranks are kept as well.
-    "${launcher[@]}" "$STAGE/main.py" --data_path "$DATA" --output_dir "$OUTPUT" "$@" 2>&1 |
+    "${launcher[@]}" "$STAGE/main.py" "${data[@]}" --output_dir "$OUTPUT" "$@" 2>&1 |
         tee -a -i "$OUTPUT/training.log"
 }
 

@@ -17,6 +17,7 @@ Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "c
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 ZeroStage = Literal[0, 1, 2, 3]
+DEFAULT_DATA = "Dahoas/rm-static"
 Penalty = Literal[
     "none",
     "one_step",
@@ -104,10 +105,10 @@ class RewardSourceFlags(Flags, group="reward (models, functions, or both; at lea
 
 @dataclass(kw_only=True)
 class DataFlags(Flags, group="data"):
-    data_path: list[str] = usual(
-        ["Dahoas/rm-static"],
+    data_path: list[str] = usual(  # None until `validate.resolve_data`
+        None,
         "hub names, folders or files (jsonl, json, csv, parquet, arrow; .gz), several allowed; "
-        "name#configuration/split chooses, name:0.3 weighs",
+        "name#configuration/split chooses, name:0.3 weighs (default: Dahoas/rm-static)",
     )
     prompt_column: str | None = flag(None, "the data's column of prompts, where it is not called `prompt`")
     chosen_column: str | None = flag(None, "the data's column of good answers, where it is not called `chosen`")
@@ -165,7 +166,7 @@ class MemoryFlags(Flags, group="memory"):
 
 @dataclass(kw_only=True)
 class SupervisedDataFlags(DataFlags):
-    sft_only_data_path: list[str] = flag([], "more data, all of it for this stage")
+    sft_only_data_path: list[str] = flag([], "data for this stage alone, all of it; beside --data_path, or by itself")
     train_on: Literal["last", "all"] = flag("last", "dialogues of several turns: learn the last answer, or all of them")
 
 

@@ -14,7 +14,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remax.cli.flags import Dtype, FinetuneArguments, RewardSourceFlags, Step1Arguments, Step2Arguments, Step3Arguments
+from remax.cli.flags import (
+    DEFAULT_DATA,
+    Dtype,
+    FinetuneArguments,
+    RewardSourceFlags,
+    Step1Arguments,
+    Step2Arguments,
+    Step3Arguments,
+)
 from remax.cli.model_names import check_model, looks_local
 from remax.cli.parser import read_flags
 from remax.rewards.functions import load_function
@@ -62,23 +70,31 @@ def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     return args
 
 
+def resolve_data(args: StageArguments) -> None:
+    """The default data set, where the flags name no other: it never mixes with data that somebody chose."""
+    if args.data_path is None:
+        chosen = isinstance(args, Step1Arguments) and args.sft_only_data_path
+        args.data_path = [] if chosen else [DEFAULT_DATA]
+
+
 def check_data(args: StageArguments, stage: int) -> None:
     """The split, and the data files that are named as paths."""
+    resolve_data(args)
     try:
         shares = [float(share) for share in args.data_split.split(",")]
     except ValueError:
         shares = []
     if len(shares) != 3 or not all(0 <= share < math.inf for share in shares):
         raise UserError(f"--data_split {args.data_split}: expected three numbers, 0 or more, such as 2,4,4")
-    if shares[stage] == 0:
+    if shares[stage] == 0 and args.data_path:
         raise UserError(
             f"--data_split {args.data_split}: leaves nothing for step {stage + 1}; its share must be above 0"
         )
-    if not args.data_path:
-        raise UserError("--data_path: is empty; expected hub names, folders or files")
     named = [("data_path", path) for path in args.data_path]
     if isinstance(args, Step1Arguments):
         named += [("sft_only_data_path", path) for path in args.sft_only_data_path]
+    if not named:
+        raise UserError("--data_path: is empty; expected hub names, folders or files")
     for name, path in named:
         source = parse_name(path, f"--{name}").name
         if looks_local(source) and not exists(source):

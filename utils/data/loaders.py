@@ -30,7 +30,7 @@ from utils.data.encoding import ENCODING_VERSION, Encoder, Names, encode_rows, h
 from utils.data.names import parse_name
 from utils.data.preferences import READING_VERSION, load_data_set
 from utils.data.shapes import Form
-from utils.data.splits import blend, prompt_keys, stage_indices
+from utils.data.splits import blend, prompt_keys, stage_indices, stage_shares
 from utils.data.tokens import tokenizer_fingerprint
 from utils.distributed import barrier, print0
 from utils.distributed import rank as this_rank
@@ -83,6 +83,7 @@ def build_loaders(
     with local_rank_zero_first():
         kind, train, evaluation, record = encode_data_sets(config, stage, tokenizer, max_len)
     check_margins(config, kind, train.column_names, "no row of the data")
+    print0(f"step {stage + 1}: {len(train)} rows to train, {len(evaluation)} to evaluate")
     counts = {"train_rows": len(train), "eval_rows": len(evaluation)}
     write_record(config, stage, tokenizer, {**counts, "data": record})
     check_fills_a_batch(len(train), stage, train_batch_size, world_size)
@@ -142,7 +143,9 @@ def encode_data_sets(
     for (flag, name), (train, evaluation) in zip(sources, loaded, strict=True):
         if flag == "--data_path":
             prompts = list(prompt_keys(train))
-            train = train.select(stage_indices(prompts, config.data_split, stage, config.data_seed, name))
+            of_stage = train.select(stage_indices(prompts, config.data_split, stage, config.data_seed, name))
+            print0(f"{flag} {name}: {share_of_stage(of_stage, train, stage, config.data_split)}")
+            train = of_stage
         for split, rows in (("train", train), ("eval", evaluation)):
             names = Names(split, f"{flag} {name}", LENGTH_FLAGS[stage])
             encoded[split].append(encode_rows(rows, encoder, names=names, **prepared))
@@ -157,6 +160,20 @@ def encode_data_sets(
             encoded["train"][k] = encoded["train"][k].select(indices)
     train, evaluation = (datasets.concatenate_datasets(encoded[split]) for split in ("train", "eval"))
     return kind, train, evaluation, record
+
+
+def share_of_stage(of_stage: Dataset, train: Dataset, stage: int, data_split: str) -> str:
+    """How many of the training rows of a data set serve a stage; what to do where the others would serve none."""
+    share = f"{len(of_stage)} of {len(train)} training rows are for step {stage + 1} (--data_split {data_split})"
+    rest = [k + 1 for k, other in enumerate(stage_shares(data_split)) if other and k != stage]
+    pairs = has_rankings(train) or train.with_format("arrow")["rejected"][:].null_count < len(train)
+    if stage or not rest or pairs:
+        return share
+    idle = " and ".join(f"step {k}" for k in rest)
+    return (
+        f"{share}; the others are kept for {idle}: where the data is for step 1 alone, --sft_only_data_path in place "
+        "of --data_path takes all of them"
+    )
 
 
 def form_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Form:

@@ -82,7 +82,7 @@ def load_data_set(
         raise UserError(f"{flag}: {undecodable(shards_of, name)}") from error
     train, evaluation = (splits["train"], splits["test"]) if "test" in splits else hold_out(splits["train"], name, flag)
     if announce:
-        print0(f"{flag} {name}: {conversion.shape}; {len(train)} rows to train and {len(evaluation)} to evaluate")
+        print0(f"{flag} {name}: {conversion.shape}; {len(train)} training rows, {len(evaluation)} to evaluate")
     return train, evaluation
 
 

@@ -167,7 +167,7 @@ FINETUNE = EVERYWHERE | {
     ("--print_loss", ""): {"console_every": 1},
 }
 SUPERVISED = FINETUNE | {
-    ("--sft_only_data_path me/c me/d", ""): {"data.sft_only_data_path": ["me/c", "me/d"]},
+    ("--sft_only_data_path me/c me/d", "--data_path me/a"): {"data.sft_only_data_path": ["me/c", "me/d"]},
     ("--train_on all", ""): {"data.train_on": "all"},
 }
 OF_BOTH_MODELS = ("name", "attn_implementation", "packing", "engine.dtype")  # of a policy and its reference

@@ -190,6 +190,14 @@ def test_dashes_and_several_data_sets(tmp_path):
     assert args.data_path == ["Dahoas/rm-static", str(file)]
 
 
+def test_the_default_data_set_never_mixes_in():
+    assert step1().data_path == step2().data_path == step3().data_path == ["Dahoas/rm-static"]
+    alone = step1("--sft_only_data_path me/mine --data_split 0,5,5")  # the split is of --data_path
+    assert (alone.data_path, alone.sft_only_data_path) == ([], ["me/mine"])
+    both = step1("--sft_only_data_path me/mine --data_path me/pairs")
+    assert (both.data_path, both.sft_only_data_path) == (["me/pairs"], ["me/mine"])
+
+
 def test_column_names_are_those_that_were_given():
     assert step1().columns == {}
     assert step2("--prompt_column question --rejected_column bad").columns == {"prompt": "question", "rejected": "bad"}

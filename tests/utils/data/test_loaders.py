@@ -73,6 +73,34 @@ def test_supervised_batches(folder, tokenizer, encode_pair):
             assert row[:prompt_length] == encode_prompts(tokenizer, [example["prompt"]])[0]
 
 
+def test_the_rows_that_are_told_are_those_that_are_trained_on(folder, gpt2, capsys):
+    train, evaluation = build(folder, gpt2, 1, train_batch_size=1, eval_batch_size=1)
+    assert len(train) == 16 and len(evaluation) == 10  # 40 * 4/10
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("40 training rows, 10 to evaluate")
+    assert lines[1] == f"--data_path {folder}: 16 of 40 training rows are for step 2 (--data_split 2,4,4)"
+    assert lines[-1] == "step 2: 16 rows to train, 10 to evaluate"
+
+
+def test_rows_that_no_stage_would_use_are_told(tmp_path, gpt2, capsys):
+    path = tmp_path / "answers.jsonl"
+    answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in answers))
+
+    def told(**options) -> list[str]:
+        build(tmp_path, gpt2, 0, train_batch_size=1, **options)
+        return capsys.readouterr().out.splitlines()[1:]
+
+    unused = "the others are kept for step 2 and step 3: where the data is for step 1 alone, --sft_only"
+    shares, total = told(data_path=[str(path)])
+    assert shares.startswith(
+        f"--data_path {path}: 10 of 48 training rows are for step 1 (--data_split 2,4,4); {unused}"
+    )
+    assert total == "step 1: 10 rows to train, 2 to evaluate"
+    assert told(data_path=[], sft_only_data_path=[str(path)]) == ["step 1: 48 rows to train, 2 to evaluate"]
+    assert all(unused not in line for line in told(data_path=[str(path)], data_split="1,0,0"))
+
+
 def test_ranking_batches(folder, gpt2, encode_pair):
     train, evaluation = build(folder, gpt2, 1)
     assert len(train) == 4 and len(evaluation) == 3

@@ -295,7 +295,7 @@ def test_every_shape_becomes_the_same_text(tmp_path, shape, capsys):
     train, evaluation = load(path, tmp_path)
     assert sorted(train + evaluation, key=lambda row: row["margin"]) == PAIRS
     line = capsys.readouterr().out
-    assert line.startswith(f"--data_path {path}: ") and "19 rows to train and 1 to evaluate" in line
+    assert line.startswith(f"--data_path {path}: ") and "; 19 training rows, 1 to evaluate" in line
 
 
 def test_answers_only_and_prompts_only(tmp_path):
