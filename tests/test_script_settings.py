@@ -224,18 +224,22 @@ STEP_3 = {
     "num_train_epochs": 1,
     "num_warmup_steps": 0,
     "top_p": 0.9,
+    "top_k": 50,  # what transformers 4.31 added to the authors' temperature and top_p by itself
     "logprobs_of": "model",
     "loss_aggregation": "token",
+    "per_device_eval_batch_size": 32,  # theirs is that of the training, and so is its time: hours
     "print_answers": True,
 }
 RL_COLUMNS = ("max_prompt_seq_len", "max_answer_seq_len", "actor_learning_rate", "kl_ctl", "gamma", "clip_reward_value")
 RL_COLUMNS += ("temperature", "data_path")
 RL_CHECKPOINTING = {"actor_gradient_checkpointing": True}
 RL_OFFLOAD = {"offload": True, "offload_reference_model": True, "offload_reward_model": True}
+# Their loss is the mean over the tokens of a rank's micro-batch, then over the ranks. Of one row, this is:
+ONE_ROW = {"loss_aggregation": "sequence_mean"}
 
 
 def remax(rows: int, *values: object, **more: object) -> dict[str, Any]:
-    rows_of = {f"per_device_{name}_batch_size": rows for name in ("generation", "training", "eval")}
+    rows_of = {f"per_device_{name}_batch_size": rows for name in ("generation", "training")}
     return STEP_3 | rows_of | dict(zip(RL_COLUMNS, values, strict=True)) | more
 
 
@@ -280,8 +284,16 @@ TABLE = {
     (2, "mistral_7b"): finetuning(STEP_2, 8, 768, 1e-5, 2, ULTRA, **CHECKPOINTING, **OFFLOAD),
     (3, "gpt2"): remax(16, 64, 48, 1e-6, 0.05, 0.99, 5, 1, SHORT_TEXTS),
     (3, "opt_1.3b"): remax(4, 256, 256, 1e-6, 0.05, 0.99, 5, 1, RM_STATIC, **RL_CHECKPOINTING),
-    (3, "llama2_7b"): remax(1, 256, 256, 1e-6, 0.05, 0.99, 5, 1, RM_STATIC, **RL_CHECKPOINTING, **RL_OFFLOAD, **FINAL),
-    (3, "llama2_7b_hh"): remax(1, 256, 256, 1e-6, 0.1, 0.99, 5, 1, FULL_HH, **RL_CHECKPOINTING, **RL_OFFLOAD, **FINAL),
+    (3, "llama2_7b"): remax(
+        1, 256, 256, 1e-6, 0.05, 0.99, 5, 1, RM_STATIC, **RL_CHECKPOINTING, **RL_OFFLOAD, **FINAL, **ONE_ROW
+    ),
+    (3, "llama2_7b_hh"): remax(
+        1, 256, 256, 1e-6, 0.1, 0.99, 5, 1, FULL_HH, **RL_CHECKPOINTING, **RL_OFFLOAD, **FINAL, **ONE_ROW
+    ),
+    (3, "llama2_7b_large_batch"): remax(
+        32, 256, 256, 1e-6, 0.05, 0.99, 5, 1, RM_STATIC, **RL_CHECKPOINTING, **FINAL, **ONE_ROW
+    )
+    | {"per_device_training_batch_size": 8},
     (3, "mistral_7b"): remax(
         32, 384, 384, 5e-7, 0.1, 1, 1, 0.7, ULTRA, **RL_CHECKPOINTING, **RL_OFFLOAD, penalty="full_step"
     ),
@@ -319,9 +331,10 @@ def test_script_has_the_papers_settings(script, call):
     result = {1: "sft", 2: "reward", 3: "remax"}[stage]
     assert flags.pop("output_dir") == f"output/{name}/{result}"
     if stage == 3:
-        start = "mistralai/Mistral-7B-Instruct-v0.2" if name == "mistral_7b" else f"output/{name}/sft"
+        family = name.removesuffix("_large_batch")
+        start = "mistralai/Mistral-7B-Instruct-v0.2" if name == "mistral_7b" else f"output/{family}/sft"
         assert flags.pop("actor_model_name_or_path") == start
-        reward = "opt_350m" if name == "opt_1.3b" else name
+        reward = "opt_350m" if name == "opt_1.3b" else family
         assert flags.pop("reward_model_name_or_path") == f"output/{reward}/reward"
     else:
         start = f"output/demo/models/{('actor', 'reward')[stage - 1]}" if name == "demo" else MODELS[name]

@@ -94,5 +94,5 @@ launch_remax() {
         --actor_model_name_or_path "$MODEL" ${REWARD_MODEL:+--reward_model_name_or_path "$REWARD_MODEL"} \
         --actor_weight_decay 0.1 --num_train_epochs 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 2023 \
         --disable_actor_dropout --disable_reward_dropout --logprobs_of model --loss_aggregation token \
-        --print_answers --save_answers "$@"
+        --top_k 50 --per_device_eval_batch_size 32 --print_answers --save_answers "$@"
 }

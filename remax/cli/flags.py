@@ -140,7 +140,10 @@ class RunFlags(Flags, group="run"):
     max_steps: CountOrZero = usual(0, "stop after so many optimizer steps; 0: at the end of the epochs")
     logging_steps: Count = usual(10, "optimizer steps between console lines")
     eval_steps: CountOrZero = usual(0, "optimizer steps between evaluations; 0: once an epoch")
-    max_eval_batches: CountOrZero = flag(0, "batches (per device) an evaluation reads; 0: all")
+    max_eval_batches: CountOrZero | None = flag(
+        None,
+        "batches (per device) an evaluation reads; 0: all; default: all (steps 1, 2), 16 (step 3)",
+    )
     per_device_eval_batch_size: Count = usual(16, "rows per device in evaluation")
     enable_tensorboard: bool = flag(False, "write TensorBoard events too")
     tensorboard_path: str | None = flag(None, "folder for them; without it <output_dir>/tensorboard")

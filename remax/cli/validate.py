@@ -65,6 +65,8 @@ def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     check_algorithm(args)
     resolve_algorithm(args)
     check_batches(args)
+    if args.max_eval_batches is None:
+        args.max_eval_batches = 16
     import_functions(args)
     resolve_models(args)
     return args

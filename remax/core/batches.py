@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 class First(Generic[T]):
-    """The first `limit` batches of a loader, every time it is iterated; all of them when 0."""
+    """The first `limit` batches of a loader, every time it is iterated; all of them when 0 or None."""
 
-    def __init__(self, loader: Iterable[T], limit: int):
+    def __init__(self, loader: Iterable[T], limit: int | None):
         self.loader, self.limit = loader, limit
 
     def __iter__(self) -> Iterator[T]:

@@ -8,8 +8,8 @@ DATA=${DATA:-Dahoas/rm-static}
 OUTPUT=${OUTPUT:-$ROOT/output/llama2_7b/remax}
 
 launch_remax --actor_learning_rate 1e-6 --kl_ctl 0.05 --gamma 0.99 --clip_reward_value 5 \
-    --per_device_generation_batch_size 1 --per_device_training_batch_size 1 --per_device_eval_batch_size 1 \
-    --max_prompt_seq_len 256 --max_answer_seq_len 256 --temperature 1 --top_p 0.9 \
+    --per_device_generation_batch_size 1 --per_device_training_batch_size 1 \
+    --max_prompt_seq_len 256 --max_answer_seq_len 256 --temperature 1 --top_p 0.9 --loss_aggregation sequence_mean \
     --actor_zero_stage 2 --reference_zero_stage 3 --reward_zero_stage 3 \
     --offload --offload_reference_model --offload_reward_model --actor_gradient_checkpointing \
     --save_at_final "$@"

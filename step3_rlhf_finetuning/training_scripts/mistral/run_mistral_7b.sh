@@ -10,7 +10,7 @@ DATA=${DATA:-HuggingFaceH4/ultrafeedback_binarized}
 OUTPUT=${OUTPUT:-$ROOT/output/mistral_7b/remax}
 
 launch_remax --actor_learning_rate 5e-7 --kl_ctl 0.1 --gamma 1 --clip_reward_value 1 --penalty full_step \
-    --per_device_generation_batch_size 32 --per_device_training_batch_size 32 --per_device_eval_batch_size 32 \
+    --per_device_generation_batch_size 32 --per_device_training_batch_size 32 \
     --max_prompt_seq_len 384 --max_answer_seq_len 384 --temperature 0.7 --top_p 0.9 \
     --actor_zero_stage 2 --reference_zero_stage 3 --reward_zero_stage 3 \
     --offload --offload_reference_model --offload_reward_model --actor_gradient_checkpointing "$@"

@@ -8,6 +8,6 @@ DATA=${DATA:-Dahoas/rm-static}
 OUTPUT=${OUTPUT:-$ROOT/output/opt_1.3b/remax}
 
 launch_remax --actor_learning_rate 1e-6 --kl_ctl 0.05 --gamma 0.99 --clip_reward_value 5 \
-    --per_device_generation_batch_size 4 --per_device_training_batch_size 4 --per_device_eval_batch_size 4 \
+    --per_device_generation_batch_size 4 --per_device_training_batch_size 4 \
     --max_prompt_seq_len 256 --max_answer_seq_len 256 --temperature 1 --top_p 0.9 \
     --actor_zero_stage 2 --reference_zero_stage 3 --reward_zero_stage 3 --actor_gradient_checkpointing "$@"

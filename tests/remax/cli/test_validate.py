@@ -204,6 +204,12 @@ def test_column_names_are_those_that_were_given():
     assert step3("--data_path me/set#main/train:0.3").data_path == ["me/set#main/train:0.3"]
 
 
+def test_only_step_3_evaluates_on_a_part_unless_told():
+    # Answers are written there, for minutes; 0 still asks for all.
+    assert (step1().max_eval_batches, step2().max_eval_batches, step3().max_eval_batches) == (None, None, 16)
+    assert step3("--max_eval_batches 0").max_eval_batches == 0
+
+
 def test_no_flag_has_two_owners():
     for arguments in (Step1Arguments, Step2Arguments, Step3Arguments):
         owners = Counter(name for cls in arguments.__mro__ for name in inspect.get_annotations(cls))
