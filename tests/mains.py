@@ -46,7 +46,12 @@ def main() -> None:
     jobs = json.loads(jobs_file.read_text())
     for job in jobs:
         log = job["log"] if os.environ["RANK"] == "0" else None
-        job["status"] = run_program(job["program"], [*of_launcher, *job["flags"]], job["folder"], log)
+        try:
+            job["status"] = run_program(job["program"], [*of_launcher, *job["flags"]], job["folder"], log)
+        except Exception:  # its traceback is in the log
+            if os.environ["WORLD_SIZE"] != "1":
+                raise  # the other ranks may be waiting in a collective
+            job["status"] = 1
         if os.environ["RANK"] == "0":
             jobs_file.with_suffix(".done").write_text(json.dumps(jobs))
 

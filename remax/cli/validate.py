@@ -160,11 +160,17 @@ def resolve_dtype(flag_name: str, dtype: Dtype, bf16: bool = False) -> Dtype:
     return dtype
 
 
-def resolve_zero_of_bf16(args: FinetuneArguments | Step3Arguments, dtype_flag: str, stage_flag: str) -> None:
-    """Raises stage 0 to 1 for a bf16 model that is trained: at stage 0 DeepSpeed keeps no fp32 master weights."""
-    if getattr(args, dtype_flag) == "bf16" and getattr(args, stage_flag) == 0:
+def resolve_zero_of_16_bits(args: FinetuneArguments | Step3Arguments, dtype_flag: str, stage_flag: str) -> None:
+    """Raises stage 0 to 1 for a trained model of 16 bits.
+
+    At stage 0 DeepSpeed keeps no fp32 master weights for bf16, and for fp16 it divides the gradient by a loss scale
+    that the loss was never multiplied by.
+    """
+    dtype = getattr(args, dtype_flag)
+    if dtype != "fp32" and getattr(args, stage_flag) == 0:
         setattr(args, stage_flag, 1)
-        args.notices.append(f"--{stage_flag} 0: ZeRO 1 is used, since bf16 training without fp32 master weights drifts")
+        why = "training without fp32 master weights drifts" if dtype == "bf16" else "needs its loss scaled"
+        args.notices.append(f"--{stage_flag} 0: ZeRO 1 is used, since {dtype} {why}")
 
 
 def resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offload_flag: str) -> None:
@@ -192,7 +198,7 @@ def check_finetune(args: FinetuneArguments) -> None:
 
 def resolve_finetune(args: FinetuneArguments) -> None:
     args.dtype = resolve_dtype("dtype", args.dtype, args.bf16)
-    resolve_zero_of_bf16(args, "dtype", "zero_stage")
+    resolve_zero_of_16_bits(args, "dtype", "zero_stage")
 
 
 def check_preference_loss(args: Step2Arguments) -> None:
@@ -377,6 +383,6 @@ def resolve_models(args: Step3Arguments) -> None:
         args.critic_zero_stage = args.actor_zero_stage if args.critic_zero_stage is None else args.critic_zero_stage
         args.critic_dtype = resolve_dtype("critic_dtype", args.critic_dtype or args.actor_dtype)
         args.offload_critic = args.offload_critic or args.offload
-    resolve_zero_of_bf16(args, "actor_dtype", "actor_zero_stage")
+    resolve_zero_of_16_bits(args, "actor_dtype", "actor_zero_stage")
     if critic:
-        resolve_zero_of_bf16(args, "critic_dtype", "critic_zero_stage")
+        resolve_zero_of_16_bits(args, "critic_dtype", "critic_zero_stage")

@@ -87,6 +87,8 @@ class TrainedEngine(Engine):
     """
 
     def __init__(self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig):
+        if config.zero_stage == 0 and config.dtype != "fp32":
+            raise ValueError(f"EngineConfig(0, dtype={config.dtype!r}): training in 16 bits needs ZeRO 1, 2 or 3")
         import deepspeed
         from transformers import get_scheduler  # brings transformers' own trainer along: seconds
 

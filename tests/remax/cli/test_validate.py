@@ -517,6 +517,14 @@ def test_number_formats_on_a_cpu():
     assert step1("--bf16 --zero_stage 1").dtype == "bf16"
 
 
+def test_fp16_without_zero_gets_zero_1(gpu):
+    args = step1("--dtype fp16")
+    assert args.zero_stage == 1
+    assert args.notices == ["--zero_stage 0: ZeRO 1 is used, since fp16 needs its loss scaled"]
+    args = step3("--actor_dtype fp16 --algo ppo --reward_dtype fp16")
+    assert (args.actor_zero_stage, args.critic_zero_stage, args.reward_zero_stage) == (1, 1, 0)
+
+
 def test_bf16_without_zero_gets_zero_1():
     args = step1("--bf16")
     assert args.zero_stage == 1

@@ -1,0 +1,224 @@
+"""The stages on GPUs, as many as there are: every number format, ZeRO stage and place to offload to (`make gpu`).
+
+The runs are short and their models tiny. What they must show: they end, their figures are finite, those of fp32 are the
+CPU's, and those of 16 bits are near them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+
+from utils.distributed import free_port
+
+pytestmark = [pytest.mark.gpu, pytest.mark.ranks]
+
+STEP_1 = "--model_name_or_path {models}/llama --dtype"
+STEP_2 = "--model_name_or_path {models}/opt --dtype"
+LLAMA = "--actor_model_name_or_path {models}/llama --reward_model_name_or_path {models}/llama-reward"
+OFFLOADED = "--zero_stage 3 --offload --offload_parameters"
+FROZEN = " --reference_zero_stage 3 --reward_zero_stage 3"
+
+
+def rlhf(dtype: str, zero_stage: int, more: str = "--algo remax", frozen: str = FROZEN) -> tuple[int, str]:
+    spread = f" --actor_dtype {dtype} --reward_dtype {dtype} --actor_zero_stage {zero_stage}"
+    return 3, LLAMA + spread + (frozen if zero_stage == 3 else "") + f" {more}"
+
+
+# name -> (stage, flags); the name begins with the objective, whose fp32 figures the others are compared with
+RUNS: dict[str, tuple[int, str]] = {
+    **{f"supervised, fp32, ZeRO {stage}": (1, f"{STEP_1} fp32 --zero_stage {stage}") for stage in range(4)},
+    **{f"supervised, bf16, ZeRO {stage}": (1, f"{STEP_1} bf16 --zero_stage {stage}") for stage in range(4)},
+    **{f"supervised, fp16, ZeRO {stage}": (1, f"{STEP_1} fp16 --zero_stage {stage}") for stage in range(4)},
+    "supervised, bf16, ZeRO 2, packed": (1, f"{STEP_1} bf16 --zero_stage 2 --packing"),
+    "supervised, bf16, ZeRO 2, checkpointed": (1, f"{STEP_1} bf16 --zero_stage 2 --gradient_checkpointing"),
+    "supervised, bf16, ZeRO 3, synced": (1, f"{STEP_1} bf16 --zero_stage 3 --gradient_accumulation_steps 1"),
+    "ranking, fp32": (2, f"{STEP_2} fp32"),
+    "ranking, bf16, ZeRO 2": (2, f"{STEP_2} bf16 --zero_stage 2"),
+    "ranking, bf16, ZeRO 3": (2, f"{STEP_2} bf16 --zero_stage 3"),
+    "dpo, fp32": (2, "--model_name_or_path {models}/gpt2 --loss dpo --disable_dropout --dtype fp32"),
+    "dpo, bf16, ZeRO 3": (
+        2,
+        "--model_name_or_path {models}/gpt2 --loss dpo --disable_dropout --dtype bf16 --zero_stage 3"
+        " --reference_zero_stage 3",
+    ),
+    "remax, fp32": rlhf("fp32", 0),
+    "remax, fp32, ZeRO 3": rlhf("fp32", 3),
+    "remax, bf16, ZeRO 2": rlhf("bf16", 2),
+    "remax, bf16, ZeRO 3": rlhf("bf16", 3),
+    "remax, bf16, ZeRO 3, synced, checkpointed, LoRA": rlhf(
+        "bf16",
+        3,
+        "--algo remax --zero3_generation synced --actor_gradient_checkpointing --actor_lora_dim 2"
+        " --actor_lora_module_name _proj",
+    ),
+    "remax, fp16, ZeRO 2": rlhf("fp16", 2),
+    "remax, bf16, ZeRO 2, full KL, variance, EMA": rlhf(
+        "bf16", 2, "--algo remax --penalty full_kl_full_step --log_variance --enable_ema --skip_doctor false"
+    ),
+    "rloo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo rloo --samples_per_prompt 2"),
+    "grpo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo grpo --samples_per_prompt 2"),
+    "ppo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo ppo --ppo_epochs 2 --critic_zero_stage 2"),
+    "ppo, bf16, ZeRO 3": rlhf("bf16", 3, "--algo ppo --critic_zero_stage 3"),
+}
+OFFLOAD: dict[str, tuple[int, str]] = {
+    "supervised, fp32, ZeRO 2, offloaded": (1, f"{STEP_1} fp32 --zero_stage 2 --offload"),
+    "supervised, bf16, ZeRO 2, offloaded": (1, f"{STEP_1} bf16 --zero_stage 2 --offload"),
+    "supervised, bf16, ZeRO 3, offloaded": (1, f"{STEP_1} bf16 {OFFLOADED}"),
+    "remax, bf16, ZeRO 3, offloaded": rlhf(
+        "bf16", 3, "--algo remax --offload --offload_parameters --offload_reference_model --offload_reward_model"
+    ),
+}
+ATTENTION: dict[str, tuple[int, str]] = {
+    "supervised, bf16, ZeRO 2, flash attention": (
+        1,
+        f"{STEP_1} bf16 --zero_stage 2 --attn_implementation flash_attention_2",
+    ),
+    "supervised, bf16, ZeRO 2, flash attention, packed": (
+        1,
+        f"{STEP_1} bf16 --zero_stage 2 --attn_implementation flash_attention_2 --packing",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(root, tmp_path_factory):
+    """The folder of models and data that the pinned runs read, and that module."""
+    spec = importlib.util.spec_from_file_location("cases", root / "tests/references/cases.py")
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    folder = tmp_path_factory.mktemp("gpu")
+    cases.prepare(folder)
+    return folder, cases
+
+
+@pytest.fixture(scope="module")
+def launched(root, prepared, run_command):
+    """launched(runs, place) -> {name: (exit status, output folder, log)}: all of them in one launch."""
+    folder, cases = prepared
+
+    def launch(runs: dict[str, tuple[int, str]], place: str, ranks: int, **environment) -> dict:
+        jobs, outputs = [], {}
+        for name, (stage, flags) in runs.items():
+            output = folder / place / name.replace(",", "").replace(" ", "_")
+            output.parent.mkdir(exist_ok=True)
+            jobs.append(
+                {
+                    "program": str(root / cases.STAGES[stage] / "main.py"),
+                    "flags": cases.command(stage, flags, folder, output),
+                    "folder": str(folder),
+                    "log": f"{output}.log",
+                }
+            )
+            outputs[name] = output
+        file = folder / f"{place}.json"
+        file.write_text(json.dumps(jobs))
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", ranks]
+        launcher += ["--master_port", free_port(), root / "tests/mains.py", file]
+        done = run_command(launcher, folder, **environment)
+        finished = file.with_suffix(".done")
+        status = [job["status"] for job in json.loads(finished.read_text())] if finished.is_file() else []
+        status += [f"not run: {done.stdout[-3000:]}"] * (len(jobs) - len(status))
+        return {name: (status[i], output) for i, (name, output) in enumerate(outputs.items())}
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def on_gpus(launched):
+    """Every run that needs no further package."""
+    return launched(RUNS, "gpu", torch.cuda.device_count())
+
+
+@pytest.fixture(scope="module")
+def offloaded(launched):
+    """Those with states in CPU memory: the first compiles DeepSpeed's CPU optimizer."""
+    return launched(OFFLOAD, "offload", torch.cuda.device_count())
+
+
+@pytest.fixture(scope="module")
+def on_cpu(launched):
+    runs = {name: RUNS[name] for name in ("supervised, fp32, ZeRO 0", "ranking, fp32", "dpo, fp32")}
+    ranks = torch.cuda.device_count()  # the same rows to the same rank
+    return launched(runs, "cpu", ranks, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="2")
+
+
+def figures(outcome: tuple, name: str) -> dict[str, float]:
+    """The last value of every number that a run has logged; all of them must be finite."""
+    status, output = outcome
+    log = output.parent / f"{output.name}.log"
+    assert status == 0, f"{name}: {status}\n{log.read_text()[-3000:] if log.is_file() else ''}"
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    numbers = {k: v for record in records for k, v in record.items() if isinstance(v, float)}
+    assert all(map(math.isfinite, numbers.values())), {k: v for k, v in numbers.items() if not math.isfinite(v)}
+    assert any(output.rglob("*.safetensors"))
+    return numbers
+
+
+LIKE_FP32 = ("supervised", "ranking", "dpo")  # their figures do not depend on draws
+
+
+def compare(outcome: tuple, expected: tuple, name: str, tolerance: float) -> None:
+    """The loss of the last steps."""
+    found, reference = figures(outcome, name)["train/loss"], figures(expected, name)["train/loss"]
+    assert found == pytest.approx(reference, rel=tolerance), name
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs(name, on_gpus):
+    assert "train/loss" in figures(on_gpus[name], name)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.split(",")[0] in LIKE_FP32 and "16" in name])
+def test_16_bits_are_near_fp32(name, on_gpus):
+    kind = name.split(",")[0]
+    fp32 = {"supervised": "supervised, fp32, ZeRO 0"}.get(kind, f"{kind}, fp32")
+    compare(on_gpus[name], on_gpus[fp32], name, tolerance=3e-2)
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_zero_stages_agree(stage, on_gpus):
+    name = f"supervised, fp32, ZeRO {stage}"
+    compare(on_gpus[name], on_gpus["supervised, fp32, ZeRO 0"], name, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("name", ("supervised, fp32, ZeRO 0", "ranking, fp32", "dpo, fp32"))
+def test_the_gpu_computes_what_the_cpu_computes(name, on_gpus, on_cpu):
+    compare(on_gpus[name], on_cpu[name], name, tolerance=1e-3)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", OFFLOAD)
+def test_offloaded(name, offloaded, on_gpus):
+    assert "train/loss" in figures(offloaded[name], name)
+    if name.startswith("supervised"):
+        compare(offloaded[name], on_gpus["supervised, fp32, ZeRO 0"], name, tolerance=3e-2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="no flash_attn")
+def test_flash_attention(launched, on_gpus):
+    for name, outcome in launched(ATTENTION, "attention", torch.cuda.device_count()).items():
+        compare(outcome, on_gpus["supervised, fp32, ZeRO 0"], name, tolerance=3e-2)
+
+
+def test_nccl_reduces(launched, root, run_command, tmp_path):
+    ranks = torch.cuda.device_count()
+    program = tmp_path / "reduce.py"
+    program.write_text(
+        "from utils.distributed import barrier, device, init_distributed, rank, sum_across_ranks, world_size\n"
+        "import torch.distributed as dist\n"
+        "init_distributed()\n"
+        "barrier()\n"
+        "total = sum_across_ranks({'rank': rank() + 1.0})['rank']\n"
+        "assert total == world_size() * (world_size() + 1) / 2 and device().type == 'cuda'\n"
+        "print('backend', dist.get_backend())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port()]
+    done = run_command([*command, program], tmp_path, OMP_NUM_THREADS=os.environ["OMP_NUM_THREADS"])
+    assert done.returncode == 0 and "backend nccl" in done.stdout, done.stdout
