@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class PromptBatch(Batch):
     input_ids: Tensor  # (B, P) left-padded
     lengths: Tensor  # (B,) tokens
     prompts: list[str]  # B texts
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # of the data, those that are kept; each of B values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,13 @@
 Prompts alone are padded on the left, since generation continues after them; everything else on the right.
 """
 
+import json
 from collections.abc import Sequence
 
 import torch
 
 from utils.data.batches import PairBatch, PromptBatch, RankedBatch, SupervisedBatch
+from utils.data.preferences import KEPT
 from utils.data.shapes import Row
 
 
@@ -61,10 +63,20 @@ def collate_ranked(rows: list[Row], pad_id: int) -> RankedBatch:
 
 
 def collate_prompts(rows: list[Row], pad_id: int) -> PromptBatch:
-    """Rows {input_ids, prompt, weight}."""
+    """Rows {input_ids, prompt, weight}, and the columns that are kept, as JSON or None."""
     ids, lengths = pad([row["input_ids"] for row in rows], pad_id, left=True)
-    prompts = [row["prompt"] for row in rows]
-    return PromptBatch(input_ids=ids, lengths=lengths, prompts=prompts, weight=column(rows, "weight"))
+    columns = {
+        name.removeprefix(KEPT): [None if row[name] is None else json.loads(row[name]) for row in rows]
+        for name in rows[0]
+        if name.startswith(KEPT)
+    }
+    return PromptBatch(
+        input_ids=ids,
+        lengths=lengths,
+        prompts=[row["prompt"] for row in rows],
+        columns=columns,
+        weight=column(rows, "weight"),
+    )
 
 
 def column(rows: list[Row], name: str) -> torch.Tensor:

@@ -5,7 +5,7 @@ dialogue of several turns step 1 learns the last answer or all of them: a `loss_
 the tokens after the first prompt.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.data import tokens
 from utils.data.cache import cache_file, fingerprint_of
 from utils.data.config import Overlong, TrainOn
+from utils.data.preferences import KEPT
 from utils.data.report import SHOWN_ROWS, as_record, as_words, cut_record, report_dropped, report_encoding, tally
 from utils.data.shapes import Row, dense, unranked, usable_answers, usable_texts
 from utils.run import UserError
@@ -47,7 +48,8 @@ class Encoder:
 
     Attributes:
         kind: "supervised" {input_ids, prompt_length, loss_mask}, "ranking" {chosen_ids, rejected_ids, prompt_length,
-            margin}, "ranked" {answers_ids, ranks, prompt_length}, or "prompts" {input_ids, prompt}.
+            margin}, "ranked" {answers_ids, ranks, prompt_length}, or "prompts" {input_ids, prompt} and
+            the columns that are kept.
         max_len: In tokens; of prompt and answer together, or of the prompt for "prompts".
         overlong: What becomes of longer prompts: "cut", they keep their end, or "drop". None: "cut" for "prompts",
             "drop" for the others.
@@ -225,13 +227,19 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
 
 
 def prompts_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
-    """Rows with prompt -> input_ids, the text, and their fate."""
+    """Rows with prompt -> input_ids, the text, their fate, and the columns that are kept."""
     first = tokens.beginning(encoder.tokenizer)
-    prompts = [prompt or "" for prompt in batch["prompt"]]
-    for prompt, ids in zip(prompts, tokens.encode_prompts(encoder.tokenizer, prompts), strict=True):
+    prompts, columns = [prompt or "" for prompt in batch["prompt"]], kept_of(batch)
+    for i, (prompt, ids) in enumerate(zip(prompts, tokens.encode_prompts(encoder.tokenizer, prompts), strict=True)):
         dropped = unusable(prompt, []) or unfit(ids, encoder)
-        kept = tokens.keep_end(ids, encoder.max_len, first)
-        yield {"input_ids": kept, "prompt": prompt, **fate(dropped, False, len(kept), len(ids))}
+        end = tokens.keep_end(ids, encoder.max_len, first)
+        columns_of_row = {name: batch[name][i] for name in columns}
+        yield {"input_ids": end, "prompt": prompt, **fate(dropped, False, len(end), len(ids)), **columns_of_row}
+
+
+def kept_of(columns: Iterable[str]) -> list[str]:
+    """Those of the columns that are kept as they are."""
+    return [name for name in columns if name.startswith(KEPT)]
 
 
 def fate(dropped: str | None, cut: bool, length: int, full_length: int) -> Row:
@@ -308,13 +316,14 @@ def encode_rows(
     """
     kind, max_len = encoder.kind, encoder.max_len
     check_serves(rows, kind, names)
+    kept_columns = kept_of(rows.column_names) if kind == "prompts" else []
     made_by = (ENCODING_VERSION, tokens.tokenizer_fingerprint(encoder.tokenizer))
     fingerprint = fingerprint_of(rows._fingerprint, *made_by, kind, max_len, sorted(encoder.options.items()))
     encoded = rows.map(
         encoder.encode,
         batched=True,
         remove_columns=rows.column_names,
-        features=Features({**FEATURES[kind], **FATE}),
+        features=Features({**FEATURES[kind], **FATE, **dict.fromkeys(kept_columns, Value("string"))}),
         num_proc=num_proc if num_proc and len(rows) > 10_000 else None,
         new_fingerprint=fingerprint,
         keep_in_memory=in_memory,

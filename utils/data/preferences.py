@@ -3,11 +3,13 @@
 The shape is found from the columns (`shapes`); data sets known by name have a function of their own (`adapters`).
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -37,6 +39,7 @@ TEXT = Features(
 # earlier: places of earlier answers in the prompt; origin: what messages call the row.
 ABOUT = Features({"earlier": List(List(Value("int32"))), "origin": Value("string")})
 NORMALISED = Features({**TEXT, **ABOUT, "key": Value("int64"), "skipped": Value("string")})
+KEPT = "column "  # what precedes the names of columns that are kept as they are, each value as JSON
 READING_VERSION = 1  # of what these columns hold: to be raised with every change, see tests/utils/data/test_golden.py
 
 
@@ -51,6 +54,8 @@ def load_data_set(
     record: list[dict] | None = None,
 ) -> tuple[Dataset, Dataset]:
     """One data set as (train, eval), from a file, a folder or the hub, with the columns of TEXT and ABOUT.
+
+    The columns that `form` keeps come with them, see `KEPT`.
 
     eval is the data set's own test split. A data set without one gives up a seeded 5 % of its rows (at least one),
     where possible whole prompts, so that no held-out prompt is trained on with another answer.
@@ -72,6 +77,8 @@ def load_data_set(
     try:
         shards_of = {split: [rename(s, form.columns, flag) for s in shards] for split, shards in shards_of.items()}
         conversion = choose_conversion(name, shards_of["train"][0], flag, form)
+        columns = chain.from_iterable(shard.table.column_names for shards in shards_of.values() for shard in shards)
+        conversion = replace(conversion, kept=kept_columns(form, columns))
         for split, shards in shards_of.items():
             labelled = [replace(s, label=f"{s.file.name} " if s.file and len(shards) > 1 else "") for s in shards]
             joined = datasets.concatenate_datasets([normalise(s, conversion, cache_dir, num_proc) for s in labelled])
@@ -106,6 +113,16 @@ class Conversion:
     convert: Callable[[Row], Example | Conversation]
     form: Form  # without the template where no column holds lists of messages
     flag: str  # the flag that errors name
+    kept: Mapping[str, str] = field(default_factory=dict)  # see `kept_columns`
+
+
+def kept_columns(form: Form, columns: Iterable[str]) -> dict[str, str]:
+    """Of these columns those that are kept: the name under which their values are, and their name here.
+
+    They are kept under the names that the data has, also where a flag renames them.
+    """
+    own = {form.columns.get(name, name): name for name in columns}
+    return {KEPT + theirs: ours for theirs, ours in own.items() if {"*", theirs} & form.keep}
 
 
 def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Conversion:
@@ -153,16 +170,16 @@ def prompts_are_bare(rows: Dataset, first: int = 1000) -> bool:
 
 
 def normalise(shard: Shard, conversion: Conversion, cache_dir: str | None, num_proc: int | None) -> Dataset:
-    """The shard's rows with the columns of NORMALISED; cached."""
-    template = conversion.form.template
+    """The shard's rows with the columns of NORMALISED and those that are kept; cached."""
+    template, kept = conversion.form.template, conversion.kept
     made_by = (READING_VERSION, conversion.shape, template.state() if template else None)
-    fingerprint = fingerprint_of(shard.table._fingerprint, *made_by, shard.label)
+    fingerprint = fingerprint_of(shard.table._fingerprint, *made_by, shard.label, *([dict(kept)] if kept else []))
     return shard.table.map(
         partial(normalise_batch, conversion=conversion, shard=replace(shard, rows=None)),
         batched=True,
         with_indices=True,
         remove_columns=shard.table.column_names,
-        features=NORMALISED,
+        features=Features({**NORMALISED, **dict.fromkeys(kept, Value("string"))}),
         num_proc=num_proc if num_proc and len(shard.table) > 10_000 else None,
         new_fingerprint=fingerprint,
         cache_file_name=cache_file(cache_dir, "rows", fingerprint),
@@ -173,18 +190,18 @@ def normalise(shard: Shard, conversion: Conversion, cache_dir: str | None, num_p
 def normalise_batch(
     batch: dict[str, list], indices: list[int], *, conversion: Conversion, shard: Shard
 ) -> dict[str, list]:
-    """Rows of any shape, at these indices of their shard -> columns of NORMALISED."""
+    """Rows of any shape, at these indices of their shard -> columns of NORMALISED and those that are kept."""
     if conversion.shape.startswith("prompt/answers"):
         check_numbers(shard, batch, conversion.flag)
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     texts = normalise_rows(rows, [row_name(shard.file, i) for i in indices], conversion, shard, indices)
-    return {name: [row[name] for row in texts] for name in NORMALISED}
+    return {name: [row[name] for row in texts] for name in (*NORMALISED, *conversion.kept)}
 
 
 def normalise_rows(
     rows: Iterable[Row], names: Sequence[str], conversion: Conversion, shard: Shard, stored_at: Sequence[int] = ()
 ) -> list[Row]:
-    """Rows of any shape with the columns of NORMALISED and `asked`.
+    """Rows of any shape with the columns of NORMALISED, those that are kept, and `asked`.
 
     `asked` is a number that rows of the same prompt share, whatever the chat template.
 
@@ -215,18 +232,22 @@ def normalise_rows(
             what = f"is not like the rows of this data set ({type(error).__name__}: {error})"
             raise UserError(f"{flag}: {shard.place}, {names[k]} {what}") from error
         earlier = None if example.earlier is None else [list(span) for span in example.earlier]
-        about = {"earlier": earlier, "origin": shard.label + names[k], "key": row_key(example)}
+        kept = {name: json.dumps(row.get(ours), default=str) for name, ours in conversion.kept.items()}
+        about = {"earlier": earlier, "origin": shard.label + names[k], "key": row_key(example, kept.values())}
         texts = {name: getattr(example, name) for name in TEXT}
-        found.append({**texts, **about, "skipped": reason, "asked": asked})
+        found.append({**texts, **about, "skipped": reason, "asked": asked, **kept})
     return found
 
 
-def row_key(example: Example) -> int:
-    """A number that rows of equal texts share, with all their ranked answers; the order of ties does not matter."""
+def row_key(example: Example, kept: Iterable[str] = ()) -> int:
+    """A number that rows of equal texts share, with all their ranked answers; the order of ties does not matter.
+
+    Of rows with further columns that are kept, only those with equal values there share it.
+    """
     if example.answers is None:
-        return content_key(example.prompt, example.chosen, example.rejected)
+        return content_key(example.prompt, example.chosen, example.rejected, *kept)
     ranking = sorted(zip(present(example.ranks, "the ranks of several answers"), example.answers, strict=True))
-    return content_key(example.prompt, *(text for rank, answer in ranking for text in (str(rank), answer)))
+    return content_key(example.prompt, *(text for rank, answer in ranking for text in (str(rank), answer)), *kept)
 
 
 def drop_skipped(rows: Dataset, name: str, split: str, flag: str, announce: bool) -> tuple[Dataset, dict[str, Any]]:

@@ -52,6 +52,7 @@ class Form:
     # {"prompt": its name in the data, ...}, for data that calls prompt, chosen or rejected otherwise
     columns: Mapping[str, str] = field(default_factory=dict)
     template: ChatTemplate | None = None  # writes lists of messages; None: they become Human/Assistant dialogue
+    keep: frozenset[str] = frozenset()  # columns that are kept as they are, under their names in the data; "*": all
 
 
 PLAIN = Form()

@@ -12,10 +12,10 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
 
 from utils.data import preferences
-from utils.data.preferences import ABOUT, TEXT, Conversion
+from utils.data.preferences import ABOUT, KEPT, TEXT, Conversion
 from utils.data.raw import raw_rows
 from utils.data.report import Dropped, count_dropped, report_dropped
 from utils.data.shapes import Form, Row
@@ -149,6 +149,7 @@ def open_stream(entry: str, weight: float | None, *, cache_dir: str | None, flag
         raise UserError(f"{flag}: {first.place}, {problem or first_line(error)}") from error
     shard = preferences.rename(replace(first, rows=sample), form.columns, flag)
     conversion = preferences.choose_conversion(entry, shard, flag, form)
+    conversion = replace(conversion, kept=preferences.kept_columns(form, shard.table.column_names))
     stream = StreamedSet(entry, flag, weight, shards, shard.table.column_names, conversion, flag != "--data_path")
     held_out = held_out_rows(stream)
     print0(f"{flag} {entry}: {conversion.shape}; streamed, {len(held_out)} rows to evaluate")
@@ -169,6 +170,7 @@ def held_out_rows(stream: StreamedSet) -> Dataset:
 
 
 def as_data_set(rows: Sequence[Row]) -> Dataset:
-    """Rows in memory, with the columns of TEXT and ABOUT."""
-    features = Features({**TEXT, **ABOUT})
+    """Rows in memory, with the columns of TEXT and ABOUT and those that are kept."""
+    kept = [name for name in rows[0] if name.startswith(KEPT)]
+    features = Features({**TEXT, **ABOUT, **dict.fromkeys(kept, Value("string"))})
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)

@@ -54,6 +54,11 @@ class StreamedStage:
         rows = [self.encoded(stream, c) for stream, c in zip(self.streams, counts, strict=True)]
         return blended(rows, [stream.weight for stream in self.streams])
 
+    @property
+    def kept(self) -> dict[str, None]:
+        """The columns that are kept, of all data sets, whose rows share batches."""
+        return dict.fromkeys(name for stream in self.streams for name in stream.conversion.kept)
+
     def open_epoch(self, epoch: int) -> Iterator[Row]:
         """The rows of an epoch, the same on every rank; the first one is reported."""
         rows = self.unshuffled(counts := self.nothing_yet())
@@ -68,10 +73,12 @@ class StreamedStage:
         wanted = set(FEATURES[self.encoder.kind]) - {"left_out"}  # the same for all data sets, whose rows share batches
         wanted -= {"loss_mask"} if self.encoder.train_on != "all" else set()
         wanted -= {"margin"} if not self.config.need_margin else set()
+        kept = self.kept if self.encoder.kind == "prompts" else {}
+        wanted |= set(kept)
         while chunk := list(islice(texts, TOGETHER)):
             encoded = self.encoder.encode(to_columns(chunk))
             for k in [k for k, text in enumerate(chunk) if self.counted(k, text, encoded, counts)]:
-                yield {name: compact(name, encoded[name][k]) for name in encoded if name in wanted}
+                yield kept | {name: compact(name, encoded[name][k]) for name in encoded if name in wanted}
 
     def counted(self, k: int, text: Row, encoded: dict[str, list], counts: Counts) -> bool:
         """Counts row k of an encoded chunk, which was this text, and says whether it is kept."""

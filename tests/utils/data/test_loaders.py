@@ -1,6 +1,7 @@
 import json
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from utils.data.batches import RankedBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import EpochSampler, build_loaders, eval_order, local_rank_zero_first
+from utils.data.streaming import build_streaming_loaders, open_streams
 from utils.data.tokens import encode_prompts
 from utils.run import UserError
 
@@ -209,7 +211,7 @@ def test_prompt_batches_are_padded_on_the_left(folder, tokenizer):
     train, _ = build(folder, tokenizer, 2)
     assert len(train) == 4
     for batch in train:
-        assert present(batch) == {"input_ids", "lengths", "weight", "prompts"}
+        assert present(batch) == {"input_ids", "lengths", "weight", "prompts", "columns"} and batch.columns == {}
         assert batch.input_ids.shape == (4, batch.lengths.max())
         for row, n, prompt in zip(batch.input_ids.tolist(), batch.lengths.tolist(), batch.prompts, strict=True):
             assert row[len(row) - n :] == encode_prompts(tokenizer, [prompt])[0]
@@ -506,3 +508,61 @@ def test_a_data_set_without_pairs_does_not_serve_step_2(folder, gpt2):
         UserError, match=f"--data_path {path}: no row has an answer `rejected`; step 2 learns from pairs"
     ):
         build(folder, gpt2, 1, data_path=[str(path)])
+
+
+# ------------------------------------------------------------------------------------------------- columns of the rows
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Two data sets with a test split each, whose further columns differ: what each prompt's row holds, by prompt."""
+    rows: dict[str, dict] = {}
+    for name in ("sums", "essays"):
+        (tmp_path / name).mkdir()
+        for split, numbers in (("train", range(12)), ("test", range(12, 15))):
+            of_split = []
+            for i in numbers:
+                question = f"{name} {i}?"
+                of_split.append({"question": question, "label": "x"})
+                if name == "sums":
+                    of_split[-1] |= {"answer": f"#### {i}", "tests": [{"in": i, "out": None}], "day": "2024-01-05"}
+                rows[f"\n\nHuman: {question}\n\nAssistant:"] = of_split[-1]
+            lines = "".join(json.dumps(row) + "\n" for row in of_split)
+            (tmp_path / name / f"{split}.jsonl").write_text(lines)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("keep", "names"),
+    [
+        ((), set()),
+        (("answer", "nowhere", "question"), {"answer", "question"}),
+        (("*",), {"question", "label", "answer", "tests", "day"}),
+    ],
+)
+def test_columns_that_are_kept_stay_with_their_rows(questions, gpt2, tmp_path, keep, names):
+    options = {"columns": {"prompt": "question"}, "data_split": "0,0,1", "cache_dir": str(tmp_path), "keep": keep}
+    config = DataConfig(data_path=[str(tmp_path / name) for name in ("sums", "essays")], **options)
+    sizes = {"max_len": 64, "train_batch_size": 4, "eval_batch_size": 4}
+    streams = open_streams(replace(config, streaming=True), 2, gpt2)
+    streamed = build_streaming_loaders(streams, config, stage=2, tokenizer=gpt2, batches=6, **sizes)
+    seen = []
+    for loader in (*build_loaders(config, stage=2, tokenizer=gpt2, **sizes), *streamed):
+        for batch in loader:
+            assert set(batch.columns) == names
+            for k, prompt in enumerate(batch.prompts):
+                # None where the row's file has no such column
+                assert {n: v[k] for n, v in batch.columns.items()} == {n: questions[prompt].get(n) for n in names}
+            seen += batch.prompts
+    assert set(seen) == set(questions)
+
+
+def test_rows_that_differ_in_a_kept_column_do_not_repeat_one_another(gpt2, tmp_path):
+    lines = [{"prompt": f"{i % 4}?", "solution": i} for i in range(8)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    sizes = {"max_len": 64, "train_batch_size": 1, "eval_batch_size": 1}
+    for keep, count in (((), 4), (("solution",), 8)):
+        config = DataConfig(data_path=[str(tmp_path)], data_split="0,0,1", cache_dir=str(tmp_path), keep=keep)
+        train, held_out = build_loaders(config, stage=2, tokenizer=gpt2, **sizes)
+        assert len(train) == len(held_out) == count
