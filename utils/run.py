@@ -17,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from utils.environment import environment_fault
+
 USER_ERROR = 2
 STOPPED = 3  # exit status: there was no point in going on
 INTERRUPTED = 130
@@ -44,9 +46,11 @@ def run_main(main: Callable[[], None]) -> None:
     with its traceback.
     """
     try:
+        if fault := environment_fault():
+            raise UserError(fault)
         main()
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = 0 if environment_fault() else int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(3)
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)

@@ -16,13 +16,14 @@ from remax.cli.flags import (
     Dtype,
     Flags,
     NonNegative,
+    Rank,
     RewardSourceFlags,
     SamplingFlags,
     flag,
 )
 from remax.cli.model_names import check_model
 from remax.cli.parser import read_flags
-from remax.cli.validate import check_reward, import_functions, resolve_dtype
+from remax.cli.validate import check_folder, check_reward, import_functions, resolve_dtype
 from utils.run import UserError
 
 
@@ -46,7 +47,7 @@ class RewardEvalArguments(RetiredInRewardEval, ConfigFlag, group="model and data
     batch_size: Count = flag(32, "texts per device that are scored together")
     dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
-    local_rank: int = flag(-1, "set by the launcher")
+    local_rank: Rank = flag(-1, "set by the launcher")
     notices: list[str] = field(default_factory=list, init=False)  # one line for each retired flag that was given
 
 
@@ -57,7 +58,7 @@ class DecodingFlags(Flags, group="answers: greedy, sampled, and by beam search w
     num_beams: Count = flag(1, "answers that a beam search follows; 1: no beam search")
     num_beam_groups: Count = flag(1, "above 1 is refused: diverse beam search has left transformers")
     penalty_alpha: NonNegative = flag(0.0, "above 0 is refused: contrastive search has left transformers")
-    seed: int = flag(2023, "seed of the sampled answers, the same for both models")
+    seed: CountOrZero = flag(2023, "seed of the sampled answers, the same for both models")
 
 
 @dataclass(kw_only=True)
@@ -102,6 +103,7 @@ def parse_reward_eval(argv: Sequence[str] | None = None) -> RewardEvalArguments:
     if args.output and not args.data_path:
         raise UserError("--output: is for the scores of --data_path; give that too")
     check_output(args)
+    check_folder("data_output_path", args.data_output_path)
     args.dtype = resolve_dtype("dtype", args.dtype)
     return args
 
@@ -125,6 +127,7 @@ def parse_prompt_eval(argv: Sequence[str] | None = None) -> PromptEvalArguments:
     if args.prompts_file and not Path(args.prompts_file).is_file():
         raise UserError(f"--prompts_file {args.prompts_file}: no such file (looked from {Path.cwd()})")
     check_output(args)
+    check_folder("data_output_path", args.data_output_path)
     args.dtype = resolve_dtype("dtype", args.dtype)
     return args
 
@@ -135,6 +138,7 @@ def parse_doctor(argv: Sequence[str] | None = None) -> DoctorArguments:
     args = read_flags(DoctorArguments, argv, description, "python -m remax.doctor [flags]")
     check_model("actor_model_name_or_path", args.actor_model_name_or_path)
     check_reward(args)
+    check_folder("data_output_path", args.data_output_path)
     with stdout_to_stderr(args.json):
         import_functions(args)
     args.dtype = resolve_dtype("dtype", args.dtype)
@@ -153,6 +157,8 @@ def check_output(args: RewardEvalArguments | PromptEvalArguments) -> None:
     output = Path(args.output)
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; expected the name of a file")
+    if output.exists() and not output.is_file():  # such as /dev/stdout, which the finished file would replace
+        raise UserError(f"--output {output}: is no file; expected the name of one")
     if args.data_path and output.exists() and Path(args.data_path).exists() and output.samefile(args.data_path):
         raise UserError(f"--output {output}: is the file of --data_path; choose another name")
     try:

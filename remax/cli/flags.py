@@ -45,6 +45,10 @@ Positive = Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
 NonNegative = Annotated[float, Range("0 or more", lambda x: 0 <= x < math.inf)]
 Fraction = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
 BelowOne = Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
+# Divides logits, which are some hundreds, in float32.
+Temperature = Annotated[float, Range("above 0, and at least 1e-6", lambda x: 1e-6 <= x < math.inf)]
+Workers = Annotated[int, Range("at least 1, and at most 1024", lambda n: 1 <= n <= 1024)]
+Rank = Annotated[int, Range("0 or more, or -1 for none", lambda n: n >= -1)]
 
 
 def flag(default: Any = dataclasses.MISSING, help: str = "", *, basic: bool = False, only: str = "") -> Any:
@@ -84,7 +88,7 @@ class ConfigFlag(Flags):
 
 @dataclass(kw_only=True)
 class SamplingFlags(Flags, group="sampled answers"):
-    temperature: Positive = usual(1.0, "of the sampled answers")
+    temperature: Temperature = usual(1.0, "of the sampled answers")
     top_p: Fraction = usual(1.0, "sample from the most probable tokens with this total probability; 1: from all")
     top_k: CountOrZero = flag(0, "sample from the k most probable tokens; 0: from all")
 
@@ -122,20 +126,20 @@ class DataFlags(Flags, group="data"):
         None, "prompts longer than the limit: keep their end, or go; default: drop (steps 1, 2), cut (step 3)"
     )
     data_split: str = usual("2,4,4", "shares of the data for the three stages; no prompt serves two of them")
-    data_seed: int = flag(1234, "seed of that split; the same in all stages, or they share rows")
+    data_seed: CountOrZero = flag(1234, "seed of that split; the same in all stages, or they share rows")
     streaming: bool = flag(
         False, "read the data as it comes, again in every epoch, without a copy on the disk; needs --max_steps"
     )
     shuffle_buffer: Count = flag(10_000, "--streaming: rows among which the next one is drawn")
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
-    preprocessing_num_workers: Count | None = flag(None, "processes for reading and tokenizing; without it one")
+    preprocessing_num_workers: Workers | None = flag(None, "processes for reading and tokenizing; without it one")
 
 
 @dataclass(kw_only=True)
 class RunFlags(Flags, group="run"):
     output_dir: str = usual("output", "folder for the models, metrics.jsonl and run.json")
-    seed: int = usual(2023, "seed of everything but the data split; each rank adds its number")
-    local_rank: int = flag(-1, "set by the launcher")
+    seed: CountOrZero = usual(2023, "seed of everything but the data split; each rank adds its number")
+    local_rank: Rank = flag(-1, "set by the launcher")
     num_train_epochs: Count = usual(1, "passes over the training data")
     max_steps: CountOrZero = usual(0, "stop after so many optimizer steps; 0: at the end of the epochs")
     logging_steps: Count = usual(10, "optimizer steps between console lines")

@@ -27,8 +27,6 @@ def check_model(flag_name: str, name: str | None) -> None:
     if name is None:
         return
     path, looked = Path(name), f"(looked from {Path.cwd()})"
-    if name == "":
-        raise UserError(f"--{flag_name}: is empty; expected a folder or a hub name")
     if path.is_dir():
         if not (path / "config.json").is_file():
             inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json"))[:3])

@@ -19,6 +19,8 @@ from utils.run import UserError
 AnyArguments = TypeVar("AnyArguments")
 USAGE = "deepspeed main.py [flags]"
 ALL_FLAGS = "(all flags: --help all)"
+LARGEST = 2**31 - 1  # whole numbers: what C code takes as one
+SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, 3.4e38  # normal float32 numbers
 SHORT = 35  # a program with fewer flags shows all of them in its --help
 
 # Flags of older DeepSpeed-Chat scripts that have another name here.
@@ -90,14 +92,22 @@ class Kind:
             except (ValueError, argparse.ArgumentTypeError):
                 raise ValueError(f"is {item!r}; expected {self.words}") from None
             if fault := self.fault(converted[-1]):
-                raise ValueError(f"is {converted[-1]}; {fault}")
+                raise ValueError(f"is {converted[-1]!r}; {fault}")
         return converted if self.several else converted[0]
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a number out of its range."""
-        if value is None or self.allowed is None or self.allowed.holds(value):
-            return None
-        return f"must be {self.allowed.words}"
+        """What is wrong with a number out of its range, or with a text that says nothing; several: with one of them."""
+        if self.type is str and not value.strip():
+            return "expected some text"
+        if self.type is str and "\0" in value:
+            return "expected text without zero bytes"
+        if self.allowed is not None and not self.allowed.holds(value):
+            return f"must be {self.allowed.words}"
+        if self.type is int and abs(value) > LARGEST:
+            return f"must be at most {LARGEST}"
+        if self.type is float and value != 0 and not SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+            return f"must be between {SMALLEST_FLOAT:g} and {LARGEST_FLOAT:g}, as the number is a float32"
+        return None
 
 
 def _boolean(word: str) -> bool:
@@ -234,8 +244,10 @@ def read_flags(
         raise UserError(f"the following arguments are required: {', '.join(missing)} {ALL_FLAGS}")
     args = arguments(**given)
     for name, flag in flags.items():
-        if fault := flag.kind.fault(getattr(args, name)):
-            raise UserError(f"--{name} {getattr(args, name)}: {fault}")
+        values = getattr(args, name)
+        for value in values if flag.kind.several else [] if values is None else [values]:
+            if fault := flag.kind.fault(value):
+                raise UserError(f"--{name} {str(value).strip() or repr(value)}: {fault}")
     note_retired(args)
     return args
 

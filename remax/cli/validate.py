@@ -10,6 +10,7 @@ the algorithms, so most refusals take a fraction of a second. The flags themselv
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,13 +81,13 @@ def resolve_data(args: StageArguments) -> None:
 
 
 def check_data(args: StageArguments, stage: int) -> None:
-    """The split, and the data files that are named as paths."""
+    """The split, the data files that are named as paths, and the folders that are written."""
     resolve_data(args)
     try:
         shares = [float(share) for share in args.data_split.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares):
+    if len(shares) != 3 or not min(shares) >= 0 or not math.isfinite(sum(shares)):
         raise UserError(f"--data_split {args.data_split}: expected three numbers, 0 or more, such as 2,4,4")
     if shares[stage] == 0 and args.data_path:
         raise UserError(
@@ -101,7 +102,29 @@ def check_data(args: StageArguments, stage: int) -> None:
         source = parse_name(path, f"--{name}").name
         if looks_local(source) and not exists(source):
             raise UserError(f"--{name} {path}: no such file or folder (looked from {Path.cwd()})")
+    for folder in ("output_dir", "tensorboard_path", "data_output_path"):
+        check_folder(folder, getattr(args, folder))
     check_streaming(args)
+
+
+def check_folder(flag_name: str, folder: str | None) -> None:
+    """Refuses a folder that can neither be written nor be made, without making it."""
+    if folder is None:
+        return
+    path, reason = Path(folder), None
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # such as a name that is too long
+        reason = error.strerror
+    above = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not above.is_dir():
+        reason = reason or f"{above} is no folder"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        reason = reason or f"{above} may not be written"
+    if reason:
+        raise UserError(f"--{flag_name} {folder}: cannot be made or written ({reason}); choose another folder")
 
 
 def check_streaming(args: StageArguments) -> None:

@@ -44,6 +44,7 @@ def test_other_errors_pass_through():
 def test_other_ranks_let_rank_0_speak_first(capsys, monkeypatch):
     slept = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(run.time, "sleep", slept.append)
     with pytest.raises(SystemExit) as stop:
         run.run_main(raises(run.UserError("row 7 is empty")))

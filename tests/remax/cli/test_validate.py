@@ -360,7 +360,7 @@ def test_missing_models_are_refused_before_anything_loads(tmp_path, monkeypatch)
         ("output/stf", r"output/stf: no such folder"),  # `output` is a folder here, so this is no hub name
         ("output/sft", r"no config.json, .*; its subfolder has one: final"),
         ("model.bin", r"is a file"),
-        ("''", r"--model_name_or_path: is empty"),
+        ("''", r"--model_name_or_path '': expected some text"),
     ]:
         with pytest.raises(UserError, match=message):
             parse_step1(shlex.split(f"--model_name_or_path {name}"))
@@ -428,6 +428,18 @@ def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message
     assert done.returncode == 2
     assert done.stdout == "[]\n"
     assert done.stderr == f"error: {message}\n"
+
+
+def test_what_the_algorithm_refuses_costs_torch_alone():
+    line = f"{MODELS} --algo rloo --samples_per_prompt 1"
+    code = (
+        f"import sys\nfrom remax.cli.validate import parse_step3\nfrom utils.run import run_main\n"
+        f"try: run_main(lambda: parse_step3({line!r}.split()))\n"
+        "finally: print([name for name in ('transformers', 'deepspeed', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith("error: --samples_per_prompt 1 with --algo rloo")
 
 
 # ------------------------------------------------------------------------------------------- rewards
