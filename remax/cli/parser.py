@@ -244,8 +244,8 @@ def read_flags(
         raise UserError(f"the following arguments are required: {', '.join(missing)} {ALL_FLAGS}")
     args = arguments(**given)
     for name, flag in flags.items():
-        values = getattr(args, name)
-        for value in values if flag.kind.several else [] if values is None else [values]:
+        found = getattr(args, name)
+        for value in [] if found is None else found if flag.kind.several else [found]:
             if fault := flag.kind.fault(value):
                 raise UserError(f"--{name} {str(value).strip() or repr(value)}: {fault}")
     note_retired(args)
