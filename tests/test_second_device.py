@@ -1,0 +1,66 @@
+"""All of the training on a device that is not the CPU, without a GPU: see tests/second_device/sim.py.
+
+The recorded trainings of one rank run on it: supervised, ranking, DPO and every algorithm, with doctor, reward
+functions, packing, checkpointing, full KL, moving average, plain text, sentinel and variance meter. A tensor that was
+left on the CPU ends them, their figures are those of the CPU, and what makes the host wait for a GPU is counted.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import backend_registration
+
+API = ("_setup_privateuseone_for_python_backend", "_DummyBackendModule")  # of torch, experimental
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(not all(hasattr(backend_registration, name) for name in API), reason="this torch lacks the API"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, run_command):
+    """What tests/second_device/trainings.py writes."""
+    folder = tmp_path_factory.mktemp("second_device")
+    program = Path(__file__).parent / "second_device" / "trainings.py"
+    alone = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": folder / "cache"}
+    result = run_command([sys.executable, program, folder], **alone)
+    assert result.returncode == 0, result.stdout[-6000:]
+    return json.loads((folder / "outcomes.json").read_text())
+
+
+def test_recorded_trainings_are_the_same_there(found):
+    assert len(found["trainings"]) >= 13
+    differences = {name: training["differences"] for name, training in found["trainings"].items()}
+    assert differences == {name: [] for name in differences}
+
+
+def ours(waits: dict[str, int]) -> dict[str, int]:
+    """Without those of Hugging Face's `generate`, which asks after every token whether all answers have ended."""
+    return {place: times for place, times in waits.items() if " _generate:" not in place}
+
+
+def listed(step: dict[str, dict[str, int]]) -> str:
+    """The waits of a step, by place."""
+    lines = []
+    for kind, waits in step.items():
+        lines.append(f"{sum(waits.values())} {kind}, {sum(ours(waits).values())} of them outside of generation:")
+        lines += [f"  {times:3} {place}" for place, times in sorted(waits.items())]
+    return "\n".join(lines)
+
+
+def test_waits_of_a_remax_step(found, capsys):
+    # 4 prompts in one batch, learned from in 2 micro-batches. Another wait wants a reason.
+    for step in found["trainings"]["remax"]["steps"]:
+        assert sum(ours(step["reads"]).values()) <= 36, listed(step)
+        assert sum(ours(step["copies"]).values()) <= 19, listed(step)
+    with capsys.disabled():
+        print(f"\n{listed(step)}")
+
+
+def test_faults_are_found(found):
+    assert found["faults"]["mask"]["error"].startswith("remax/models/policy.py:")
+    right, wrong = found["trainings"]["remax"]["steps"][0]["reads"], found["faults"]["read"]["steps"][0]["reads"]
+    assert sum(wrong.values()) == sum(right.values()) + 2  # one for each micro-batch
+    assert [place.split(":")[0] for place in wrong.keys() - right.keys()] == ["remax/training/trainer.py"]
