@@ -8,10 +8,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from utils.bounds import BoundsExceeded, bounded
+from utils.distributed import print0
 from utils.hub import hub_is_reachable
 from utils.run import UserError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*")
+TEMPLATE_SECONDS, TEMPLATE_MEGABYTES, TEMPLATE_CHARACTERS = 5.0, 500.0, 1_000_000  # for one question and its answer
 
 
 def load_tokenizer(
@@ -41,14 +44,20 @@ def load_tokenizer(
         raise UserError(f"{flag}: no such folder: {name_or_path}")
     online = folder.is_dir() or hub_is_reachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name_or_path)
+        where = str(folder) if folder.is_dir() else name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
         if online:
-            raise UserError(f"{flag}: no usable tokenizer in {name_or_path}: {first_line(error)}") from error
+            foreign = "trust_remote_code" in str(error)
+            reason = "it needs Python code of its own, which is not run here" if foreign else first_line(error)
+            raise UserError(f"{flag}: no usable tokenizer in {name_or_path}: {reason}") from error
         raise UserError(
             f"{flag}: {name_or_path} is neither a folder nor in the cache, and the Hugging Face hub cannot be reached; "
             "download the model on a machine with access and give its folder"
         ) from error
+    if tokenizer.init_kwargs.get("auto_map"):
+        kind = type(tokenizer).__name__
+        print0(f"{flag}: the tokenizer of {name_or_path} has Python code of its own, which is not run: {kind} reads it")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag}: the tokenizer of {name_or_path} has no end token (eos_token); set one in its config")
     if tokenizer.pad_token_id is None:
@@ -57,6 +66,8 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
         check_chat_template(tokenizer)
+    elif tokenizer.chat_template:
+        try_chat_template(tokenizer, f"{flag}: the chat template of {name_or_path}")
     return tokenizer
 
 
@@ -76,16 +87,51 @@ def read_chat_template(text_or_file: str) -> str:
     return text
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a template that cannot write a question and its answer."""
+QUESTION = [{"role": "user", "content": "QUESTION"}]
+DIALOGUE = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
+
+
+def probe_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A question, and the question with its answer, as the chat template writes them, within bounds.
+
+    Raises:
+        BoundsExceeded: It takes too much time or memory, or writes far too much.
+    """
+    try:
+        with bounded(TEMPLATE_SECONDS, TEMPLATE_MEGABYTES):
+            asked = str(tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True))
+            whole = str(tokenizer.apply_chat_template(DIALOGUE, tokenize=False))
+    except (MemoryError, RecursionError) as error:
+        raise BoundsExceeded(f"it ends in a {type(error).__name__}") from error
+    if len(whole) > TEMPLATE_CHARACTERS:
+        raise BoundsExceeded(f"it writes {len(whole)} characters")
+    return asked, whole
+
+
+def try_chat_template(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    """Refuses a template that loops or explodes, or several of which none is the default.
+
+    One that refuses the probe, or writes the prompt in another way when an answer follows, may do for the data there
+    is: its rows will tell.
+    """
     from jinja2 import TemplateError
 
-    question = [{"role": "user", "content": "QUESTION"}]
-    dialogue = [*question, {"role": "assistant", "content": "ANSWER"}]
     try:
-        asked = str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(dialogue, tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:
+        probe_texts(tokenizer)
+    except (TemplateError, TypeError):
+        return
+    except Exception as error:  # whatever an expression in it ends in
+        raise UserError(
+            f"{whose} cannot write one question and its answer: {first_line(error)}; mend it, or give another by "
+            "--chat_template"
+        ) from error
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template that cannot write a question and its answer."""
+    try:
+        asked, whole = probe_texts(tokenizer)
+    except Exception as error:  # whatever an expression in it ends in
         reason = " ".join(str(error).split())
         raise UserError(f"--chat_template: cannot write a question and its answer: {reason}") from error
     if "QUESTION" not in asked or "ANSWER" not in whole or not whole.startswith(asked):

@@ -7,6 +7,7 @@ tensors, so the ZeRO-3 hooks see one ordinary forward and the full-vocabulary lo
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from remax.models.weights import broken_files, check_files, check_finite, check_report, unpartitioned
+from utils.distributed import print0
 from utils.run import UserError
 
 
@@ -36,21 +40,54 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+SIZES = (  # of a configuration: what must be 1 at least
+    *("vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer"),
+    *("num_attention_heads", "n_head", "num_key_value_heads"),
+)
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says of a failure, on one line."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it needs Python code of its own, which is not run here"
+    if isinstance(error, KeyError):
+        return f"{text} is nothing that transformers knows"
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
 def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) -> PreTrainedConfig:
-    """The model's configuration; a UserError naming `flag` when there is none.
+    """The model's configuration.
 
     With `disable_dropout` every dropout rate is 0, by whatever name the family has for it.
+
+    Raises:
+        UserError: There is no model, one that nobody could build or train, or one that is quantised.
     """
-    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
+    folder = Path(name_or_path)
+    if folder.is_dir() and (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{flag}: {name_or_path} is a PEFT adapter; expected a whole model: merge the adapter into its base model "
+            "with merge_and_unload, or give the merged model"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{flag}: the folder {name_or_path} holds no config.json; expected a Hugging Face model folder")
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        for name in SIZES:
+            if isinstance(raw.get(name), (int, float)) and raw[name] < 1:
+                raise ValueError(f"{name} is {raw[name]}; expected 1 at least")
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # whatever the configuration's own class makes of wrong values
         raise UserError(
-            f"{flag}: no model at {name_or_path!r} ({reason}); expected a Hugging Face model folder, or a hub name "
-            "that can be reached"
+            f"{flag}: no model at {name_or_path!r} ({reason_of(error)}); expected a Hugging Face model folder, "
+            "or a hub name that can be reached"
         ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{flag}: {name_or_path} is quantised (quantization_config in its config.json); expected weights in fp32, "
+            "bf16 or fp16"
+        )
     config.use_cache = True
     for name, value in list(config.to_dict().items()) if disable_dropout else ():
         if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
@@ -69,15 +106,39 @@ def from_pretrained(
     auto_class: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
     name_or_path: str,
     flag: str,
+    *,
+    new_head: bool = False,
     **options: Any,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """`auto_class.from_pretrained`, with its loading report; loading trouble becomes one line naming the flag."""
+) -> tuple[PreTrainedModel, set[str]]:
+    """`auto_class.from_pretrained`, refusing weights that are not the model's; and the names of those that are new.
+
+    Code of the model's own is never run. See `check_report` for `new_head`.
+
+    Raises:
+        UserError: What is wrong, on one line naming the flag.
+    """
+    folder = Path(name_or_path)
+    check_files(folder, flag)
     options = {name: value for name, value in options.items() if value is not None}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    load: Any = auto_class.from_pretrained  # whose declared type knows no loading report
     try:
-        loaded: Any = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
-        return loaded
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: cannot load {name_or_path!r}: {str(error).strip().splitlines()[0]}") from error
+        if is_deepspeed_zero3_enabled():
+            with unpartitioned():  # names and shapes alone
+                _, report = load(name_or_path, device_map="meta", **copy.deepcopy(options))
+            check_report(report, name_or_path, flag, new_head=new_head)
+        loaded, report = load(name_or_path, **options)
+    except UserError:
+        raise
+    except Exception as error:  # from wrong values in config.json to files that are cut
+        broken = broken_files(folder)
+        where = f" (broken: {', '.join(broken)})" if broken else ""
+        raise UserError(f"{flag}: cannot load {name_or_path!r}{where}: {reason_of(error)}") from error
+    check_report(report, name_or_path, flag, new_head=new_head)
+    if getattr(loaded.config, "auto_map", None):
+        print0(f"{flag}: {name_or_path} has Python code of its own, which is not run: {type(loaded).__name__} reads it")
+    check_finite(loaded, name_or_path, flag)
+    return loaded, set(report["missing_keys"])
 
 
 def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:

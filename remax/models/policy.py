@@ -2,30 +2,67 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from remax.core.logprobs import Head, token_stats
 from remax.core.sampling import Sampling
 from remax.core.sequences import Sequences
-from remax.models.loading import embedded_tokens, from_pretrained, load_config, prepare_training
+from remax.models.loading import embedded_tokens, from_pretrained, load_config, prepare_training, reason_of
 from remax.models.packing import last_hidden, prepare_packing
 from utils.run import UserError
 
 
-def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos: int | None) -> GenerationConfig:
-    """The folder's own generation config, kept for the export; `hf` itself gets a neutral one.
+def check_policy_config(config: PreTrainedConfig, name_or_path: str, flag: str) -> None:
+    """Refuses what writes no text from left to right as far as its configuration tells, before any weights are read."""
+    kind = (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
+    two_sided = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if "SequenceClassification" in kind or "MaskedLM" in kind or config.is_encoder_decoder or two_sided:
+        raise UserError(f"{flag}: {name_or_path} is a {kind}; expected a causal language model, as step 1 saves it")
+
+
+def read_generation_config(name_or_path: str, flag: str) -> GenerationConfig | None:
+    """What the generation_config.json of a folder says, None where there is none: see `neutralise`."""
+    if not (Path(name_or_path) / "generation_config.json").is_file():
+        return None
+    try:  # transformers passes over a file that it cannot read
+        return GenerationConfig.from_pretrained(name_or_path)
+    except Exception as error:
+        raise UserError(
+            f"{flag}: the generation_config.json of {name_or_path} cannot be read ({reason_of(error)}); mend it, or "
+            "remove it"
+        ) from error
+
+
+def neutralise(
+    hf: PreTrainedModel, own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, name_or_path: str, flag: str
+) -> None:
+    """Gives `hf` a neutral generation config; its `own` is kept for the export.
 
     A model's generation_config.json may set top_k, temperature or a repetition penalty. Those would silently change the
     distribution that answers are drawn from, so rollouts start from a neutral configuration that knows the special
     tokens only.
     """
-    own = hf.generation_config
-    eos = own.eos_token_id
-    eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
-    if tokenizer_eos is not None and tokenizer_eos not in eos_ids:
-        eos_ids.append(tokenizer_eos)
+    eos, rows = own.eos_token_id, embedded_tokens(hf)
+    eos_ids = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
+    if strange := [i for i in eos_ids if not isinstance(i, int) or not 0 <= i < rows]:
+        raise UserError(
+            f"{flag}: the generation config of {name_or_path} ends answers by {strange[0]!r}; expected eos_token_id to "
+            f"be ids from 0 to {rows - 1}, which the model embeds"
+        )
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
+        eos_ids.append(tokenizer.eos_token_id)
     if not eos_ids:
         raise UserError(
             f"{name_or_path}: neither the tokenizer nor the generation config names an EOS token, so no answer could "
@@ -35,7 +72,8 @@ def read_generation_config(name_or_path: str, hf: PreTrainedModel, tokenizer_eos
         bos_token_id=own.bos_token_id, eos_token_id=eos_ids, pad_token_id=own.pad_token_id
     )
     own.eos_token_id = eos_ids if len(eos_ids) > 1 else eos_ids[0]
-    return own
+    if own.pad_token_id is None:  # `generate` would warn, and take the first end token
+        own.pad_token_id = tokenizer.pad_token_id
 
 
 class PolicyModel(nn.Module):
@@ -119,13 +157,16 @@ def load_policy(
 ) -> PolicyModel:
     """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds."""
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
-    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    check_policy_config(config, name_or_path, flag)
+    own = read_generation_config(name_or_path, flag)
     hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, **options)
     if len(tokenizer) > embedded_tokens(hf):
         raise UserError(
             f"{flag}: the tokenizer of {name_or_path} has {len(tokenizer)} tokens, the model only embeds "
             f"{embedded_tokens(hf)}; resize the model's embeddings, or use its own tokenizer"
         )
-    own = read_generation_config(name_or_path, hf, tokenizer.eos_token_id)
+    own = own or hf.generation_config
+    neutralise(hf, own, tokenizer, name_or_path, flag)
     prepare_training(hf, gradient_checkpointing)
     return PolicyModel(hf, own, packing=packing)

@@ -106,14 +106,14 @@ def load_reward_model(
         config.num_labels = 1
     else:
         check_reward_config(config, name_or_path, flag)
-    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
-    hf, report = from_pretrained(AutoModelForSequenceClassification, name_or_path, flag, **options)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    hf, new = from_pretrained(AutoModelForSequenceClassification, name_or_path, flag, new_head=True, **options)
     if not hasattr(hf, "score"):
         raise UserError(
             f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral "
             "or Qwen"
         )
-    if not new_head and any(key.startswith("score.") for key in report["missing_keys"]):
+    if not new_head and any(key.startswith("score.") for key in new):
         raise UserError(
             f"{flag}: {name_or_path} has no weights for its score head; expected a reward model, as step 2 saves it"
         )

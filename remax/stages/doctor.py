@@ -12,8 +12,8 @@ from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
 from remax.generation.decode import GenerationSettings
-from remax.models.loading import quiet_libraries
-from remax.models.policy import load_policy
+from remax.models.loading import load_config, quiet_libraries
+from remax.models.policy import check_policy_config, load_policy
 from remax.rewards.composite import try_functions
 from remax.rewards.sources import reward_sources
 from remax.stages.models import build_reward, reward_functions
@@ -26,6 +26,7 @@ from utils.tokenizer import load_tokenizer
 def examine_folders(args: DoctorArguments) -> Report:
     """Loads the models into this process, without DeepSpeed, and examines them."""
     config, name, flag = EngineConfig(dtype=args.dtype), args.actor_model_name_or_path, "--actor_model_name_or_path"
+    check_policy_config(load_config(name, flag), name, flag)
     tokenizer = load_tokenizer(name, flag)
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     own = [load_tokenizer(model.name, "--reward_model_name_or_path") for model in models]

@@ -14,6 +14,7 @@ from remax.engines.policy import Reference
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.ranking import SIDES
 from remax.models.loading import check_length, load_config, quiet_libraries
+from remax.models.policy import check_policy_config
 from remax.models.reward_model import prepare_pad_token, store_score_statistics
 from remax.stages.data import finetune_loaders
 from remax.stages.models import Tokenizer, load_policy_model, trained_policy, trained_reward
@@ -30,7 +31,11 @@ from utils.tokenizer import load_tokenizer
 def run_finetuning(args: Step1Arguments | Step2Arguments) -> None:
     """Step 1 or 2: reads model and data, trains, and writes the model to --output_dir."""
     quiet_libraries()
-    check_length(load_config(args.model_name_or_path, "--model_name_or_path"), args.max_seq_len, "--max_seq_len")
+    name, flag = args.model_name_or_path, "--model_name_or_path"
+    config = load_config(name, flag)
+    check_length(config, args.max_seq_len, "--max_seq_len")
+    if isinstance(args, Step1Arguments) or args.loss != "ranking":
+        check_policy_config(config, name, flag)
     tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)
     if isinstance(args, Step2Arguments) and args.loss == "ranking":
         prepare_pad_token(tokenizer)

@@ -18,7 +18,7 @@ from remax.engines.scorer import Reward, TrainedReward
 from remax.engines.zero import loading
 from remax.models.loading import check_length, load_config
 from remax.models.lora import add_lora
-from remax.models.policy import PolicyModel, load_policy
+from remax.models.policy import PolicyModel, check_policy_config, load_policy
 from remax.models.reward_model import RewardModel, check_reward_config, load_reward_model, score_statistics
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.functions import load_function
@@ -98,10 +98,11 @@ def check_models(args: Step3Arguments) -> Tokenizers:
     from remax.algorithms import ALGORITHMS
 
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    config = _check_length(args, args.actor_model_name_or_path, "--actor_model_name_or_path")
+    check_policy_config(config, args.actor_model_name_or_path, "--actor_model_name_or_path")
     tokenizer = load_tokenizer(
         args.actor_model_name_or_path, "--actor_model_name_or_path", chat_template=args.chat_template
     )
-    _check_length(args, args.actor_model_name_or_path, "--actor_model_name_or_path")
     rewards = [_check_scorer(args, model.name, "--reward_model_name_or_path", tokenizer) for model in models]
     critic = None
     if ALGORITHMS[args.algo].critic:

@@ -15,7 +15,7 @@ from remax.engines.policy import Actor
 from remax.evaluation.answers import Answer, answer_prompts
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import check_length, load_config, quiet_libraries
-from remax.models.policy import load_policy
+from remax.models.policy import check_policy_config, load_policy
 from remax.stages.settings import sampling
 from utils.data.chat import template_of
 from utils.data.rows import read_rows
@@ -90,7 +90,9 @@ def read_prompts(args: PromptEvalArguments) -> list[str]:
 def check_model(args: PromptEvalArguments, model: str, prompts: list[str]) -> PreTrainedTokenizerBase:
     """The model's tokenizer, when the model is there and has room for the longest prompt and its answer."""
     name, flag = getattr(args, f"model_name_or_path_{model}"), f"--model_name_or_path_{model}"
-    config, tokenizer = load_config(name, flag), load_tokenizer(name, flag)
+    config = load_config(name, flag)
+    check_policy_config(config, name, flag)
+    tokenizer = load_tokenizer(name, flag)
     longest = max(len(ids) for ids in encode_prompts(tokenizer, prompts))
     check_length(config, longest + args.max_new_tokens, f"the longest prompt ({longest}) + --max_new_tokens", flag)
     return tokenizer

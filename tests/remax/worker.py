@@ -496,6 +496,18 @@ def function_fails(folder: Path, name: str, **spread) -> dict:
 
 
 @check
+def refused(folder: Path, name: str, **spread) -> dict:
+    """What every rank says of a model whose weights cannot be used."""
+    spread, errors = Spread(**spread), {}
+    for loader in (spread.policy, spread.scorer):
+        try:
+            loader()
+        except UserError as error:
+            errors[loader.__name__] = str(error)
+    return {"errors": gather_objects(errors)}
+
+
+@check
 def fine_tune(
     folder: Path, name: str, task: str, data: str, cache: str, batch: int, accumulation: int, max_steps: int, **spread
 ) -> dict:

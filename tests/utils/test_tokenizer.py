@@ -79,3 +79,50 @@ def test_a_hub_name_without_the_hub_is_one_line():
     with pytest.raises(UserError, match="the Hugging Face hub cannot be reached") as error:
         load_tokenizer("someone/some-model")
     assert "\n" not in str(error.value)
+
+
+def test_code_in_a_tokenizers_folder_is_not_run(tokenizer_folders, tmp_path, capsys):
+    for name, fields in {"only": {"tokenizer_class": "Mine"}, "beside": {}}.items():
+        shutil.copytree(tokenizer_folders["llama3"], tmp_path / name)
+        (tmp_path / name / "code.py").write_text("raise SystemExit('run')")
+        file = tmp_path / name / "tokenizer_config.json"
+        fields |= {"auto_map": {"AutoTokenizer": ["code.Mine", None]}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(UserError, match="only: it needs Python code of its own, which is not run here"):
+        load_tokenizer(str(tmp_path / "only"))
+    load_tokenizer(str(tmp_path / "beside"))
+    assert "has Python code of its own, which is not run" in capsys.readouterr().out
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (LOOP, "it takes longer than 0.2 s"),
+        ("{{ 'x' * 2_000_000 }}", "it writes 2000000 characters"),
+        ("{{ 'x' * 10**13 }}", "it ends in a MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it ends in a RecursionError"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ({"first": "{{ messages }}", "second": "{{ messages }}"}, "no default"),
+    ],
+)
+def test_a_template_that_loops_or_explodes_is_refused(tokenizer_folders, tmp_path, monkeypatch, template, reason):
+    monkeypatch.setattr("utils.tokenizer.TEMPLATE_SECONDS", 0.2)
+    source = str(tokenizer_folders["llama3"])
+    tokenizer = load_tokenizer(source)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"--m: the chat template of .* cannot write one question .*{reason}.*; mend"):
+        load_tokenizer(str(tmp_path), "--m")
+    if isinstance(template, str):
+        with pytest.raises(UserError, match=f"--chat_template: cannot write a question and its answer: {reason}"):
+            load_tokenizer(source, chat_template=template)
+
+
+def test_a_template_of_a_folder_may_refuse_a_bare_question(tokenizer_folders, tmp_path):
+    tokenizer = load_tokenizer(str(tokenizer_folders["llama3"]))
+    tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template == tokenizer.chat_template

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from remax.checkpoint.export import export, full_state_dict, write_note
@@ -20,12 +22,15 @@ POLICIES = {"gpt2": 300, "opt": 300, "llama": 300, "qwen2": 300}
 STAGES = range(4)
 TEXTS = [["\n\nHuman: Name two birds.\n\nAssistant:", " An owl and a swan."], ["\n\nHuman: Hi", " a"], ["x", " y z"]]
 WIDE = {"llama": {"intermediate_size": 400}}  # some weights above the size up to which ZeRO-3 keeps them whole
+FILE = "model.safetensors"
+NAN = torch.zeros(32, 32).index_fill(0, torch.tensor([31]), math.nan)  # in the part of rank 1
+REFUSED = {"more": ("value.weight", torch.ones(2)), "nan": ("model.layers.1.self_attn.o_proj.weight", NAN)}
 SCORERS = [("llama", "own", 3), ("opt", "eos", 3), ("gpt2", "none", 3), ("llama", "none", 3), ("gpt2", "none", 2)]
 
 
 @pytest.fixture(scope="module")
-def exports(make_policy, save_rows, run_ranks):
-    """Every kind of model exported by two ranks, in one launch."""
+def exports(make_policy, save_rows, run_ranks, tmp_path_factory):
+    """Every kind of model exported by two ranks, in one launch; and what they say of models that cannot be loaded."""
     rows = save_rows(7, ROWS, 300)
     policies = {family: str(make_policy(family, **WIDE.get(family, {}))) for family in POLICIES}
     checks = [
@@ -45,6 +50,11 @@ def exports(make_policy, save_rows, run_ranks):
     for family, pad, stage in SCORERS:
         check = {"check": "export_reward", "name": f"reward-{family}-{pad}-{stage}", "new_head": True, "new_pad": True}
         checks.append(check | {"model": str(make_policy(family, pad)), "zero_stage": stage, "texts": TEXTS})
+    for name, (tensor, value) in REFUSED.items():
+        folder = tmp_path_factory.mktemp("refused") / name
+        shutil.copytree(make_policy("llama"), folder)
+        save_file(load_file(folder / FILE) | {tensor: value}, folder / FILE, metadata={"format": "pt"})
+        checks.append({"check": "refused", "name": name, "model": str(folder), "zero_stage": 3, "new_head": True})
     results, folder = run_ranks(checks, 2)
     return results, folder, Sequences(**torch.load(rows))
 
@@ -157,6 +167,22 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(family, pad, stage
     for text, score in zip(texts, scores, strict=True):
         alone = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         assert model(**alone).logits.item() == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("more", "hold without a place in the model value.weight. Expected"),
+        ("nan", f"in float32: {REFUSED['nan'][0]};"),
+    ],
+)
+def test_all_ranks_refuse_weights_that_are_not_the_models_at_zero3(name, message, exports):
+    # transformers' own report of a load at ZeRO-3 knows of missing weights only; and of a nan one rank alone.
+    errors = exports[0][name]["errors"]
+    assert len(errors) == 2 and errors[0] == errors[1]
+    assert errors[0].keys() == {"policy", "scorer"}
+    assert all(message in error for error in errors[0].values())
 
 
 # --- in one process

@@ -320,7 +320,8 @@ LONGEST = "args.max_prompt_seq_len + args.max_answer_seq_len"
 REWARDS = "reward_sources(args.reward_model_name_or_path, args.reward_fn)"
 READ = {
     f"{FINETUNING}:run_finetuning": [
-        "check_length(load_config(args.model_name_or_path, '--model_name_or_path'), args.max_seq_len, '--max_seq_len')",
+        "name, flag = (args.model_name_or_path, '--model_name_or_path')",
+        "check_length(config, args.max_seq_len, '--max_seq_len')",
         "load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)",
         "args.loss == 'ranking'",
         "init_distributed(args.local_rank)",

@@ -214,6 +214,7 @@ def test_a_models_generation_config_changes_no_rollout_but_is_exported(fields, m
     export(model, tokenizer, tmp_path / "export", zero3=False)
     exported = GenerationConfig.from_pretrained(tmp_path / "export")
     assert {name: getattr(exported, name) for name in fields} == fields
+    assert exported.pad_token_id == tokenizer.pad_token_id
     assert exported.eos_token_id == tokenizer.eos_token_id
 
 
@@ -244,6 +245,73 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         load_config(str(tmp_path), "--actor")
     with pytest.raises(UserError, match="--actor: no model at './nowhere'"):
         load_config("./nowhere", "--actor")
+
+
+def with_config(source, target, **fields):
+    shutil.copytree(source, target)
+    file = target / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return target
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"hidden_size": 0}, "hidden_size is 0; expected 1 at least"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected 1 at least"),
+        ({"num_attention_heads": 5}, r"hidden size \(32\) is not a multiple of the number of attention heads \(5\)"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"max_position_embeddings": "abc"}, "'max_position_embeddings' expected int, got str"),
+        ({"hidden_act": "wobble"}, "cannot load .*'wobble' is nothing that transformers knows"),
+        ({"dtype": "float99"}, "no attribute 'float99'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised .* expected weights in fp32"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "code.C"}}, "it needs Python code of its own, which is not"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_no_model_can_have_is_one_line(fields, message, make_policy, tmp_path):
+    folder = with_config(make_policy("llama"), tmp_path / "broken", **fields)
+    with pytest.raises(UserError, match=message) as raised:
+        load_policy(str(folder), "--actor", dtype=torch.float32, tokenizer=load_tokenizer(str(make_policy("llama"))))
+    assert str(raised.value).startswith("--actor: ") and "\n" not in str(raised.value)
+
+
+def test_code_in_a_models_folder_is_passed_over_with_a_line(make_policy, tmp_path, capsys):
+    folder = with_config(make_policy("llama"), tmp_path / "own", auto_map={"AutoModelForCausalLM": "code.Mine"})
+    (folder / "code.py").write_text("raise SystemExit('run')")
+    load(folder)
+    assert "own has Python code of its own, which is not run: LlamaForCausalLM reads it" in capsys.readouterr().out
+
+
+def test_attention_without_its_package_is_one_line(make_policy):
+    with pytest.raises(UserError, match="--model: cannot load .*FlashAttention2"):
+        load(make_policy("llama"), attn_implementation="flash_attention_2")
+
+
+def test_an_adapter_alone_is_no_model(make_policy, tmp_path):
+    folder = with_config(make_policy("llama"), tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="--actor: .* is a PEFT adapter; expected a whole model"):
+        load_config(str(folder), "--actor")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_generation_config_that_cannot_be_read_is_named(text, make_policy, tmp_path):
+    folder = with_generation_config(make_policy("llama"), tmp_path / "with")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match="--model: the generation_config.json of .*with cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("end", [300, -1, "x", [5, 10**9]])
+def test_end_tokens_that_the_model_does_not_embed_are_refused(end, make_policy, tmp_path):
+    folder = with_generation_config(make_policy("llama"), tmp_path / "with", eos_token_id=end)
+    named = end[1] if isinstance(end, list) else end
+    with pytest.raises(UserError, match=f"ends answers by {named!r}; expected eos_token_id to be ids from 0 to 299"):
+        load(folder)
 
 
 def test_more_tokens_than_positions_are_refused(make_policy):

@@ -45,6 +45,12 @@ def with_statistics(make_scorer, tmp_path):
     return make
 
 
+def test_an_actor_that_is_no_policy_is_refused_before_anything_is_read(flags, make_scorer, tmp_path):
+    args = flags("--actor_model_name_or_path", make_scorer("llama"), "--reward_fn", f"{tmp_path}/rules.py:length")
+    with pytest.raises(UserError, match="--actor_model_name_or_path: .* is a LlamaForSequenceClassification; expected"):
+        check_models(args)
+
+
 def test_several_models_and_functions_in_one_reward(flags, with_statistics, make_scorer, tmp_path, sequences_of):
     one, two = with_statistics("one", score_mean=1.5, score_std=0.5), with_statistics("two", score_mean=0, score_std=2)
     models, rule = ["--reward_model_name_or_path", one, f"{two}:-3"], ["--reward_fn", f"{tmp_path}/rules.py:length"]

@@ -1,0 +1,134 @@
+"""The weights of a checkpoint, before anything is learned from them: each is there, of the right shape, and a number.
+
+transformers fills what a checkpoint lacks with random numbers and drops what the model has no place for; its loading
+report says so, and is read here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import deepspeed
+
+from utils.distributed import gather_objects, rank
+from utils.run import UserError
+
+SHOWN = 3  # names in a message; the others are counted
+INDEX = "model.safetensors.index.json"
+# What old checkpoints hold beside their parameters: causal masks and rotary frequencies, which models make themselves.
+OLD_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
+OUTPUT_HEAD = re.compile(r"(lm_head|embed_out)\.")
+
+
+@contextlib.contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Inside, transformers loads models whole, also where ZeRO-3 is switched on: only so is its report complete."""
+    held = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if held is not None:
+            deepspeed.set_hf_deepspeed_config(held)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names in alphabetical order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
+
+
+def check_report(report: dict[str, Any], name_or_path: str, flag: str, *, new_head: bool = False) -> None:
+    """Refuses a checkpoint that does not hold exactly the weights of its model.
+
+    Args:
+        report: As `from_pretrained(..., output_loading_info=True)` gives it.
+        new_head: A score head may be missing, and the output embedding of a language model is left out.
+
+    Raises:
+        UserError: Weights are missing, have no place in the model, or another shape than its configuration says.
+    """
+    missing = {name for name in report["missing_keys"] if not (new_head and name.startswith("score."))}
+    unexpected = {
+        name
+        for name in report["unexpected_keys"]
+        if not OLD_BUFFERS.search(name) and not (new_head and OUTPUT_HEAD.match(name))
+    }
+    shapes = {f"{name} {tuple(held)} instead of {tuple(asked)}" for name, held, asked in report["mismatched_keys"]}
+    faults = {"lack": missing, "hold without a place in the model": unexpected, "hold in another shape": shapes}
+    found = [f"{what} {some(names)}" for what, names in faults.items() if names]
+    if found:
+        raise UserError(
+            f"{flag}: the weights of {name_or_path} are not those of its config.json: they {'; they '.join(found)}. "
+            "Expected each weight of the model once: correct config.json, or save the model again with save_pretrained"
+        )
+
+
+def held_part(parameter: Any) -> Tensor:
+    """What this process holds of a parameter: all of it, or under ZeRO-3 its part without what fills that up."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    part = parameter.ds_tensor.detach().flatten()
+    return part[: max(parameter.ds_numel - rank() * part.numel(), 0)]
+
+
+def check_finite(model: nn.Module, name_or_path: str, flag: str) -> None:
+    """Refuses weights that are not numbers; under ZeRO-3 every rank must call it, and all refuse together.
+
+    Raises:
+        UserError: A weight is nan or infinite in the number format that it was loaded in.
+    """
+    bad = {}
+    for name, parameter in model.named_parameters():
+        part = held_part(parameter)
+        if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
+            bad[name] = str(part.dtype).removeprefix("torch.")
+    if deepspeed.is_deepspeed_zero3_enabled():
+        bad = {name: dtype for of_rank in gather_objects(bad) for name, dtype in of_rank.items()}
+    if bad:
+        raise UserError(
+            f"{flag}: weights of {name_or_path} are nan or infinite in {min(bad.values())}: {some(bad)}; take a model "
+            "that was saved before its training was lost, or bf16 where fp16 is too narrow"
+        )
+
+
+def check_files(folder: Path, flag: str) -> None:
+    """Refuses an index of weights that names files outside its folder.
+
+    Raises:
+        UserError: The index cannot be read, or names such a file.
+    """
+    file = folder / INDEX
+    if not file.is_file() or (folder / "model.safetensors").is_file():  # which is read before the index
+        return
+    try:
+        files = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        strange = [name for name in files if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{flag}: {file} is no index of weights ({type(error).__name__}); expected a weight_map of names to files"
+        ) from error
+    if strange:
+        raise UserError(f"{flag}: {file} names {some(strange)}; expected files in its own folder")
+
+
+def broken_files(folder: Path) -> list[str]:
+    """Weight files of the folder that are cut, empty or no safetensors at all."""
+    from safetensors import SafetensorError, safe_open
+
+    broken = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            broken.append(file.name)
+    return broken

@@ -1,0 +1,51 @@
+"""A bound on what a piece of somebody else's Python may take."""
+
+import contextlib
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+LOOK_EVERY = 0.05  # seconds
+
+
+class BoundsExceeded(Exception):
+    """The message says which."""
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, megabytes: float) -> Iterator[None]:
+    """Raises BoundsExceeded inside, after so much time or so much more memory.
+
+    It looks by an interval timer, as only a signal interrupts a loop; so it does nothing outside the main thread, and
+    one long call of a C library is judged at its end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    until, most = time.monotonic() + seconds, peak_megabytes() + megabytes
+
+    def look(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > until:
+            raise BoundsExceeded(f"it takes longer than {seconds:g} s")
+        if peak_megabytes() > most:
+            raise BoundsExceeded(f"it takes more than {megabytes:g} MB")
+
+    former = signal.signal(signal.SIGALRM, look)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, LOOK_EVERY, LOOK_EVERY)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        look(0, None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def peak_megabytes() -> float:
+    """The most memory that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
