@@ -16,32 +16,39 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from utils.launchers import launcher_variables
 from utils.run import UserError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_patience: timedelta | None = None  # of `barrier`, which would take torch's default, whatever the group was told
+_beside_nccl: dist.ProcessGroup | None = None  # see `_hosts`
 
 
 def init_distributed(local_rank: int = -1, timeout: timedelta | None = None) -> None:
     """Joins the process group: nccl with GPUs, gloo on a CPU; a plain `python main.py` becomes rank 0 of 1.
 
-    On a CPU the ranks share the cores (OMP_NUM_THREADS, where set, wins), and DeepSpeed's shared-memory collective is
-    left out: it is compiled at first use and no faster than gloo.
+    The ranks of a machine share its cores (OMP_NUM_THREADS, where set, wins). DeepSpeed's shared-memory collective is
+    left out on a CPU: it is compiled at first use and no faster than gloo.
 
     Args:
         local_rank: The flag that the deepspeed launcher adds; -1: from the environment.
         timeout: How long a collective waits for the other ranks. Default: DEEPSPEED_TIMEOUT minutes, else 30.
 
     Raises:
-        UserError: The launcher's variables are incomplete, or the rendezvous port is taken.
+        UserError: The launcher's variables are incomplete, the rank has no GPU, or the rendezvous port is taken.
     """
     if dist.is_initialized():
         return
     _complete_environment(local_rank)
     if torch.cuda.is_available():
+        if (place := device().index) >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK is {place} but this process sees {torch.cuda.device_count()} GPU: start no more ranks on "
+                "a machine than it has GPUs, and let each see all of them (srun: --gres=gpu:8, not --gpus-per-task)"
+            )
         torch.cuda.set_device(device())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _share_cores()
 
     import deepspeed
 
@@ -57,20 +64,28 @@ def init_distributed(local_rank: int = -1, timeout: timedelta | None = None) -> 
             f"--master_port: the ranks cannot meet at {address} ({str(error).splitlines()[0]}); if another run uses "
             "this port, choose a free one: `deepspeed --master_port 29600 main.py ...`"
         ) from error
+    global _patience
+    _patience = timeout
+    _hosts()
+    _share_cores()
 
 
 def _complete_environment(local_rank: int) -> None:
     """Sets what a launcher would have set; without those variables DeepSpeed looks for MPI."""
-    mpi_size = os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))
-    if "RANK" not in os.environ and int(mpi_size) > 1:
-        return  # started by mpirun: DeepSpeed asks MPI for the ranks
+    os.environ.update(launcher_variables(os.environ))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UserError(
+            f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']} but srun did not start this process, which would train "
+            "alone: start with `srun python main.py ...`, or unset SLURM_NTASKS for a single process"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if local_rank >= 0:
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
         if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
             raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} not set; start with "
-                "`deepspeed main.py ...` or `torchrun main.py ...`, or unset WORLD_SIZE for a single process"
+                "`deepspeed main.py ...` or `torchrun main.py ...`, or unset WORLD_SIZE for a single process; "
+                "mpirun on several machines: `mpirun -x MASTER_ADDR=FIRST_HOST ...`"
             )
         return
     values = ("0", str(max(local_rank, 0)), "1", "127.0.0.1", str(free_port()))
@@ -85,22 +100,52 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def usable_cores() -> frozenset[int]:
+    """Cores that this process may run on."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return frozenset(os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1))
+
+
 def available_cores() -> int:
-    """Cores that this process may use: its CPU affinity, cut to the container's quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: its CPU affinity, cut to the container's quota where there is one."""
+    cores = len(usable_cores())
     quota_file = Path("/sys/fs/cgroup/cpu.max")
     quota, period = quota_file.read_text().split() if quota_file.is_file() else ("max", "")
     return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
 
 
+def _hosts() -> dist.ProcessGroup | None:
+    """The group in which the ranks wait for one another: all of them, by gloo (None: the default group is that).
+
+    nccl aborts the process when a rank keeps the others waiting, before anybody could say why, and it waits on the GPU.
+    """
+    global _beside_nccl
+    if dist.get_backend() == "gloo":
+        return None
+    if _beside_nccl is None:
+        _beside_nccl = dist.new_group(backend="gloo", timeout=_patience)
+    return _beside_nccl
+
+
 def _share_cores() -> None:
-    """Divides the cores among the ranks of this machine: two ranks with all cores each would slow one another down."""
-    if "OMP_NUM_THREADS" in os.environ:
+    """Divides this process's cores by the ranks that run on them: with all cores each they would slow one another down.
+
+    mpirun and srun may bind each rank to cores of its own, so the ranks compare what they were given. torchrun sets
+    OMP_NUM_THREADS to 1 where nobody has set it, which would leave an offloaded optimizer one thread.
+    """
+    mine = (socket.gethostname(), usable_cores())
+    everyone: list[Any] = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, mine, group=_hosts())  # by all, also where OMP_NUM_THREADS is set
+    of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if "OMP_NUM_THREADS" in os.environ and not of_torchrun:
         return
-    ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-    threads = max(1, available_cores() // int(ranks_here))
+    sharing = sum(host == mine[0] and bool(cores & mine[1]) for host, cores in everyone)
+    threads = max(1, available_cores() // sharing)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+    if of_torchrun and threads > 1:
+        print0(f"OMP_NUM_THREADS: {threads} for each rank, its share of the cores; torchrun had set 1")
 
 
 def rank() -> int:
@@ -131,19 +176,17 @@ def _alone() -> bool:
 
 
 def barrier() -> None:
-    """Waits for every rank. On gloo a time-out names the ranks that did not come."""
-    if _alone():
-        return
-    if dist.get_backend() == "gloo":
-        dist.monitored_barrier(wait_all_ranks=True)
-    else:
-        dist.barrier(device_ids=[device().index])
+    """Waits for every rank, as long as `init_distributed` was told. A time-out names the ranks that did not come."""
+    if not _alone():
+        dist.monitored_barrier(_hosts(), timeout=_patience, wait_all_ranks=True)
 
 
 def shutdown() -> None:
     """Leaves the process group, where there is one."""
+    global _beside_nccl
     if dist.is_initialized():
         dist.destroy_process_group()
+    _beside_nccl = None
 
 
 def _scalar(value: float | torch.Tensor) -> torch.Tensor:

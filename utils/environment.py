@@ -14,6 +14,8 @@ WHOLE_NUMBERS = {  # with the smallest and the largest that each may be
     "MASTER_PORT": (1, 65535),
     "OMPI_COMM_WORLD_SIZE": (1, LARGEST),
     "PMI_SIZE": (1, LARGEST),
+    "SLURM_STEP_NUM_TASKS": (1, LARGEST),
+    "SLURM_NTASKS": (1, LARGEST),
 }
 ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")  # known to DeepSpeed
 LONGEST_TIMEOUT = 10**6  # minutes, two years

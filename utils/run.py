@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.environment import environment_fault
+from utils.launchers import launcher_variables
 
 USER_ERROR = 2
 STOPPED = 3  # exit status: there was no point in going on
@@ -48,6 +49,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         if fault := environment_fault():
             raise UserError(fault)
+        os.environ.update(launcher_variables(os.environ))  # from here on it is known which rank this is
         main()
     except UserError as error:
         rank = 0 if environment_fault() else int(os.environ.get("RANK", "0"))

@@ -1006,8 +1006,12 @@ UTILS = [
         ("distributed-names", "if sum_of_fingerprints != ranks * fingerprint or abs(", "if False and abs(",
          "numbers of other names are added",
          "tests/utils/test_distributed.py::test_different_names_on_two_ranks_are_an_error_on_both"),
-        ("distributed-threads", "threads = max(1, available_cores() // int(ranks_here))",
+        ("distributed-threads", "threads = max(1, available_cores() // sharing)",
          "threads = max(1, available_cores())", "ranks slow one another down"),
+        ("distributed-bound", "sum(host == mine[0] and bool(cores & mine[1]) for", "sum(host == mine[0] for",
+         "ranks that srun has bound share cores that they do not have"),
+        ("distributed-patience", "timeout=_patience, wait_all_ranks=True", "wait_all_ranks=True",
+         "DEEPSPEED_TIMEOUT is ignored", "tests/utils/test_distributed.py::test_beside_nccl_the_ranks_wait_by_gloo"),
     ),
     *faults(
         "utils/metrics.py",

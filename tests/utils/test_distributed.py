@@ -19,28 +19,58 @@ from utils.run import UserError
 ROOT = Path(__file__).parents[2]
 
 
+FOREIGN = ("OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_")
+
+
 @pytest.fixture
 def no_launcher(monkeypatch):
     """The environment of a plain `python main.py`, put back afterwards."""
-    for name in (*LAUNCHER_VARIABLES, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+    for name in (*LAUNCHER_VARIABLES, *os.environ, "OMP_NUM_THREADS"):
+        if name in LAUNCHER_VARIABLES or name.startswith(FOREIGN) or name == "OMP_NUM_THREADS":
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
     return monkeypatch
 
 
-def run_ranks(tmp_path: Path, body: str, ranks: int = 2, **environment: str) -> list[subprocess.CompletedProcess]:
-    """Runs `body` (indented lines of a main function, `d` is utils.distributed) in `ranks` processes."""
+def of_deepspeed(rank: int, ranks: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+
+
+def of_mpirun(rank: int, ranks: int) -> dict[str, str]:
+    world = {"RANK": rank, "SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_SIZE": ranks}
+    return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in world.items()}
+
+
+def of_srun(rank: int, ranks: int) -> dict[str, str]:
+    """A node for each rank."""
+    step = {"PROCID": rank, "LOCALID": 0, "STEP_NUM_TASKS": ranks, "NTASKS": ranks, "STEP_NODELIST": "localhost"}
+    return {f"SLURM_{name}": str(value) for name, value in step.items()}
+
+
+def run_ranks(
+    tmp_path: Path, body: str, ranks: int = 2, *, started_by=of_deepspeed, nodes: bool = False, **environment: str
+) -> list[subprocess.CompletedProcess]:
+    """Runs `body` (indented lines of a main function, `d` is utils.distributed) in `ranks` processes.
+
+    `nodes`: by torchrun, as on machines that have one rank each, which meet on the loopback.
+    """
     script = tmp_path / "ranks.py"
     lines = "".join(f"    {line}\n" for line in body.strip().splitlines())
     head = "import json, sys, random, torch\nimport numpy as np\nfrom utils import distributed as d\n"
     script.write_text(f"{head}from utils.run import run_main\ndef main():\n{lines}run_main(main)\n")
-    clean = {name: value for name, value in os.environ.items() if name not in (*LAUNCHER_VARIABLES, "OMP_NUM_THREADS")}
-    launcher = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
+    foreign = (*LAUNCHER_VARIABLES, "OMP_NUM_THREADS")
+    clean = {name: x for name, x in os.environ.items() if name not in foreign and not name.startswith(FOREIGN)}
+    port = str(distributed.free_port())
     started = []
     for rank in range(ranks):
-        env = {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        env |= launcher | environment if ranks > 1 else environment
+        env = {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        if ranks > 1 and not nodes:
+            env |= {"MASTER_PORT": port} | started_by(rank, ranks)
+        env |= environment
         command = [sys.executable, str(script)]
+        if nodes:
+            where = f"--nnodes={ranks} --node_rank={rank} --master_addr=127.0.0.1 --master_port={port}"
+            command[1:1] = ["-m", "torch.distributed.run", *where.split(), "--nproc_per_node=1"]
         started.append(
             subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -106,29 +136,64 @@ def test_an_incomplete_launcher_is_bad_input(no_launcher):
         distributed._complete_environment(local_rank=-1)
 
 
-def test_mpi_is_left_to_deepspeed(no_launcher):
-    no_launcher.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    distributed._complete_environment(local_rank=-1)
-    assert "RANK" not in os.environ
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (of_mpirun(1, 4) | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "MASTER_ADDR not set.*`mpirun -x MASTER_ADDR="),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, "SLURM_NTASKS is 8 but srun did not start .*`srun python main.py"),
+    ],
+)
+def test_a_rank_that_cannot_find_the_others_is_refused(no_launcher, variables, message):
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    no_launcher.setattr(os, "environ", dict(os.environ))  # what is filled in goes with it
+    with pytest.raises(UserError, match=message):
+        distributed._complete_environment(local_rank=-1)
+
+
+def test_a_rank_without_a_gpu_is_refused(no_launcher):
+    no_launcher.setenv("LOCAL_RANK", "3")
+    no_launcher.setattr(os, "environ", dict(os.environ))
+    no_launcher.setattr(torch.cuda, "is_available", lambda: True)
+    no_launcher.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="LOCAL_RANK is 3 but this process sees 1 GPU: .*--gpus-per-task"):
+        distributed.init_distributed()
 
 
 @pytest.mark.parametrize(
-    ("cores", "variables", "threads"),
-    [(8, {"WORLD_SIZE": "2"}, 4), (2, {"WORLD_SIZE": "16", "LOCAL_SIZE": "4"}, 1), (3, {"LOCAL_WORLD_SIZE": "2"}, 1)],
+    ("mine", "quota", "others", "threads"),
+    [
+        (range(8), 8, [("here", range(8))], 4),
+        (range(8), 8, [("there", range(8))], 8),  # another machine
+        (range(4), 4, [("here", range(4, 8))], 4),  # srun has bound each rank to cores of its own
+        (range(8), 2, [("here", range(8))], 1),  # a container's share of the cores
+        (range(2), 2, [("here", range(2))] * 3, 1),
+    ],
 )
-def test_ranks_of_a_machine_share_its_cores(no_launcher, cores, variables, threads):
+def test_ranks_of_a_machine_share_its_cores(no_launcher, capsys, mine, quota, others, threads):
     asked = []
-    no_launcher.setattr(distributed, "available_cores", lambda: cores)
+
+    def gather(everyone, own, group):
+        everyone[:] = [own, *((host, frozenset(cores)) for host, cores in others)]
+
+    no_launcher.setattr(os, "environ", dict(os.environ))
+    no_launcher.setattr(distributed.dist, "all_gather_object", gather)
+    no_launcher.setattr(distributed, "_hosts", lambda: None)
+    no_launcher.setattr(distributed, "world_size", lambda: 1 + len(others))
+    no_launcher.setattr(socket, "gethostname", lambda: "here")
+    no_launcher.setattr(distributed, "usable_cores", lambda: frozenset(mine))
+    no_launcher.setattr(distributed, "available_cores", lambda: quota)
     no_launcher.setattr(torch, "set_num_threads", asked.append)
-    no_launcher.setenv("OMP_NUM_THREADS", "")
-    no_launcher.delenv("OMP_NUM_THREADS")
-    for name, value in variables.items():
-        no_launcher.setenv(name, value)
     distributed._share_cores()
     assert asked == [threads]
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    os.environ["OMP_NUM_THREADS"] = "1"
     distributed._share_cores()  # now it is the user's choice
-    assert asked == [threads]
+    assert asked == [threads] and capsys.readouterr().out == ""
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"  # now it is torchrun's
+    distributed._share_cores()
+    assert asked == [threads] * 2 and os.environ["OMP_NUM_THREADS"] == str(threads)
+    assert (f"OMP_NUM_THREADS: {threads} for each rank" in capsys.readouterr().out) == (threads > 1)
 
 
 @pytest.mark.ranks
@@ -153,7 +218,7 @@ json.dump(record, open(f"{r}.json", "w"))
 d.shutdown()
 d.shutdown()
 """
-    done = run_ranks(tmp_path, body)
+    done = run_ranks(tmp_path, body, nodes=True)
     assert [p.returncode for p in done] == [0, 0], done
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert sum(p.stdout.count("once") for p in done) == 1
@@ -169,16 +234,42 @@ d.shutdown()
 
 
 @pytest.mark.ranks
-def test_different_names_on_two_ranks_are_an_error_on_both(tmp_path):
+@pytest.mark.parametrize("started_by", [of_mpirun, of_srun])
+def test_different_names_on_two_ranks_are_an_error_on_both(tmp_path, started_by):
     body = """
 d.init_distributed()
+assert d.sum_across_ranks({"rank": d.rank(), "one": 1}) == {"rank": 1.0, "one": 2.0}
 try:
     d.sum_across_ranks({"a": 1.0, "b" if d.rank() else "c": 2.0})
 except RuntimeError as error:
     assert "different names" in str(error)
     sys.exit(7)
 """
-    assert [p.returncode for p in run_ranks(tmp_path, body)] == [7, 7]
+    done = run_ranks(tmp_path, body, started_by=started_by)
+    assert [p.returncode for p in done] == [7, 7], done
+
+
+@pytest.mark.ranks
+def test_beside_nccl_the_ranks_wait_by_gloo(tmp_path):
+    # nccl would abort a rank that waits too long, before it could say for whom.
+    body = """
+import datetime, time
+d.dist.get_backend = lambda group=None: "nccl"
+d.init_distributed(timeout=datetime.timedelta(seconds=2))
+d.barrier()
+if d.rank():
+    time.sleep(4)
+else:
+    try:
+        d.barrier()
+    except RuntimeError as error:
+        assert "Ranks 1 failed to pass monitoredBarrier in 2000 ms" in str(error), error
+        print("named")
+d.shutdown()
+"""
+    done = run_ranks(tmp_path, body)
+    assert [p.returncode for p in done] == [0, 0], done
+    assert "named" in done[0].stdout
 
 
 @pytest.mark.ranks
