@@ -5,7 +5,9 @@ Every function works before `init_distributed` too, as rank 0 of 1 (or with the 
 
 import os
 import random
+import re
 import socket
+import sys
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
@@ -227,6 +229,24 @@ def gather_objects(obj: Any) -> list[Any]:
     gathered = [None] * world_size()
     dist.all_gather_object(gathered, obj)
     return gathered
+
+
+def peak_memory() -> int:
+    """The most bytes that any rank has held so far: allocated on its GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        here = torch.cuda.max_memory_allocated()
+    else:
+        here = _peak_resident()
+    return max(gather_objects(here))
+
+
+def _peak_resident() -> int:
+    status = Path("/proc/self/status")  # getrusage would count the process that this one was forked from
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def set_seed(seed: int) -> None:

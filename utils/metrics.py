@@ -21,7 +21,11 @@ UNITS = {
     "seconds_per_step": "{:.2f} s/step",
     "samples_per_second": "{:.1f} samples/s",
     "tokens_per_second": "{:.0f} tokens/s",
+    "seconds": "after {:.0f} s",
+    "peak_memory_gib": "peak memory {:.2f} GiB",
 }
+UNSHOWN = ("run/parameters", "run/trained_share")  # the console has a line of its own for them
+WIDTH = 110  # columns of a console line; what does not fit goes on in the next, indented
 
 
 class MetricsLogger:
@@ -110,9 +114,10 @@ def console_line(
     """One line for people: `step 20/300  reward 1.23  kl 0.04  lr 1.0e-06  2.10 s/step`.
 
     Values of one group other than train ("eval/loss", "eval/reward/rules") lose the prefix, and the line begins
-    with the group.
+    with the group; those of the group run (time, memory) go along with any other. What does not fit goes on below.
     """
-    groups = {name.partition("/")[0] if "/" in name else "" for name in values}
+    values = {name: value for name, value in values.items() if name not in UNSHOWN}
+    groups = {name.partition("/")[0] if "/" in name else "" for name in values} - {"run"}
     group = groups.pop() if len(groups) == 1 else ""
     parts = [] if group in ("", "train") else [group]
     parts.append(f"step {step}" + (f"/{total_steps}" if total_steps else ""))
@@ -120,11 +125,21 @@ def console_line(
         parts.append(f"epoch {epoch:.2f}")
     shown = {}
     for name, value in values.items():
-        short = name.removeprefix(group + "/") if group else name.removeprefix("train/")
+        short = name.removeprefix(group + "/" if group else "train/").removeprefix("run/")
         shown[short] = UNITS.get(short, short.replace("_", " ") + " {:.4g}").format(value)
     if names is not None and group in ("", "train"):
         shown = {name: shown[name] for name in names if name in shown}
-    return "  ".join([*parts, *(text for name, text in shown.items() if name not in quiet)])
+    return in_columns([*parts, *(text for name, text in shown.items() if name not in quiet)])
+
+
+def in_columns(parts: Sequence[str]) -> str:
+    """The parts side by side; those that do not fit into the width on further lines, indented."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) > WIDTH:
+            lines.append("   ")
+        lines[-1] += "  " + part
+    return "\n".join(lines)
 
 
 class ProgressLines:

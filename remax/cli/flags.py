@@ -140,8 +140,12 @@ class RunFlags(Flags, group="run"):
     output_dir: str = usual("output", "folder for the models, metrics.jsonl and run.json")
     seed: CountOrZero = usual(2023, "seed of everything but the data split; each rank adds its number")
     local_rank: Rank = flag(-1, "set by the launcher")
-    num_train_epochs: Count = usual(1, "passes over the training data")
-    max_steps: CountOrZero = usual(0, "stop after so many optimizer steps; 0: at the end of the epochs")
+    num_train_epochs: Count | None = usual(
+        None, "passes over the training data; default 1, or with --max_steps as many as it takes"
+    )
+    max_steps: CountOrZero = usual(
+        0, "stop after so many optimizer steps; 0: at the end of the epochs; with both, what comes first"
+    )
     logging_steps: Count = usual(10, "optimizer steps between console lines")
     eval_steps: CountOrZero = usual(0, "optimizer steps between evaluations; 0: once an epoch")
     max_eval_batches: CountOrZero | None = flag(
@@ -439,6 +443,11 @@ class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, Confi
     stage: ClassVar[str]  # its name in run.json
     # For rank 0 to print: one line for each retired flag that was given, and for each that acts otherwise than it says.
     notices: list[str] = dataclasses.field(default_factory=list, init=False)
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data; 0: as many as --max_steps takes."""
+        return self.num_train_epochs or (0 if self.max_steps else 1)
 
     @property
     def columns(self) -> dict[str, str]:

@@ -20,6 +20,7 @@ from remax.rewards.composite import try_functions
 from remax.stages.data import PromptData, data_config, load_data
 from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, reward_functions
 from remax.stages.settings import trainer_settings
+from remax.training.loop import TrainState
 from remax.training.sentinel import Sentinel
 from remax.training.trainer import Trainer, Watcher
 from remax.training.variance import VarianceMeter
@@ -102,8 +103,16 @@ def run_rlhf(args: Step3Arguments) -> None:
     metrics.close()
     save_final(args, output, trainer, tokenizers)
     write_note(output, "results.json", state.results)
-    print0(f"best model (by evaluation {args.best_by}) in {output / 'actor'}")
+    print0(best_model(state, args.best_by, output / "actor"))
     shutdown()
+
+
+def best_model(state: TrainState, best_by: str, folder: Path) -> str:
+    """What the folder of the best model holds: the model of which step, and how much better than the start it is."""
+    before, best = state.before[best_by], state.best[best_by]
+    if state.best_step == 0:
+        return f"no step was better than the start by evaluation {best_by} ({before:.4g}): {folder} holds the start"
+    return f"best model by evaluation {best_by}: step {state.best_step}, {before:.4g} -> {best:.4g}, in {folder}"
 
 
 def try_reward_functions(args: Step3Arguments, tokenizer: Tokenizer, held_out: Iterable[PromptBatch]) -> None:

@@ -67,7 +67,7 @@ def _optimizer(
 
 
 def _cadence(args: Arguments, batches_per_step: int, max_steps: int) -> Cadence:
-    return Cadence(args.num_train_epochs, batches_per_step, max_steps, args.eval_steps)
+    return Cadence(args.epochs, batches_per_step, max_steps, args.eval_steps)
 
 
 def finetune_model(args: FinetuneArguments) -> ModelSpec:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 from remax.core.batches import to_device
@@ -70,6 +71,16 @@ class Finetuning:
     def headline(self) -> str:
         """See `Task.headline`."""
         return self.task.headline
+
+    @property
+    def sign(self) -> int:
+        """See `Task.sign`."""
+        return self.task.sign
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The one model that learns."""
+        return {"model": self.task.learner.model}
 
     def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
         """See `optimizer_step`."""

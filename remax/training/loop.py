@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Protocol, cast
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 from remax.core.batches import groups
 from utils.data.loaders import ResumableSampler
-from utils.distributed import print0
+from utils.distributed import peak_memory, print0
 from utils.metrics import MetricsLogger, progress
 from utils.run import TrainingStopped, UserError
 
@@ -26,7 +28,7 @@ class Cadence:
     """When things happen, in optimizer steps (of step 3: rollouts that are learned from).
 
     Attributes:
-        epochs: Passes over the data.
+        epochs: Passes over the data; 0: as many as `max_steps` takes.
         batches_per_step: Micro-batches that are accumulated, or prompt batches that are collected, before a step.
         max_steps: Where to stop; 0: at the end of the epochs.
         evaluate_every: Steps between evaluations; 0: once an epoch.
@@ -44,7 +46,18 @@ class Cadence:
     def total_steps(self, batches: int) -> int:
         """Steps of a whole training with this many batches per epoch."""
         total = self.epochs * self.steps_per_epoch(batches)
+        if not self.epochs:
+            return self.max_steps
         return min(total, self.max_steps) if self.max_steps else total
+
+    def bound(self, batches: int) -> str:
+        """Which of two bounds ends such a training; empty where there is only one."""
+        if not (self.epochs and self.max_steps):
+            return ""
+        total, steps = self.epochs * self.steps_per_epoch(batches), f"--max_steps {self.max_steps}"
+        if total < self.max_steps:
+            return f"--num_train_epochs {self.epochs} ends before {steps}"
+        return f"{steps}, of {total} with --num_train_epochs {self.epochs}"
 
 
 @dataclass
@@ -53,26 +66,33 @@ class TrainState:
 
     Attributes:
         epoch: Passes over the data that are complete.
-        best: Figures of the best one, among those after the first step; empty before.
+        best: Figures of the best evaluation, that of the start (step 0) included.
     """
 
     step: int = 0
     epoch: int = 0
     evaluated: int = 0
+    best_step: int = 0
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
 
-    def record(self, figures: dict[str, float], best_by: str) -> bool:
-        """Takes in an evaluation at the present step; whether it is the best so far by the figure `best_by`."""
+    def record(self, figures: dict[str, float], headline: str, sign: int = 1) -> bool:
+        """Takes in an evaluation at the present step; whether it is the best so far by the figure `headline`."""
         self.after, self.evaluated = figures, self.step
-        if self.step == 0:  # the untrained model is no candidate for the best
+        if self.step == 0:
             self.before = figures
-            return False
-        best = figures[best_by] > self.best.get(best_by, -math.inf)
+        new, old = sign * figures[headline], sign * self.best.get(headline, math.nan)
+        best = not self.best or new > old or (math.isnan(old) and not math.isnan(new))
         if best:
-            self.best = figures
+            self.best, self.best_step = figures, self.step
         return best
+
+    def course(self, headline: str) -> str:
+        """The figure before, after, and at its best where that was neither: "1.2 -> 2.5 (2.7 at step 40)"."""
+        before, after, best = (figures[headline] for figures in (self.before, self.after, self.best))
+        text = f"{headline} {before:.4g} -> {after:.4g}"
+        return text if self.best_step == self.step else f"{text} (best: {best:.4g} at step {self.best_step})"
 
     @property
     def results(self) -> dict[str, dict[str, float]]:
@@ -100,6 +120,16 @@ class Learner(Protocol):
     @property
     def headline(self) -> str:
         """The figure of `evaluate` that people look at, and that the best model is chosen by."""
+        ...
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher `headline` is better, else -1."""
+        ...
+
+    @property
+    def trained(self) -> Mapping[str, nn.Module]:
+        """The models that learn, by name."""
         ...
 
     def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
@@ -130,13 +160,23 @@ def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: Metri
     """
     epoch_steps, total = cadence.steps_per_epoch(len(loader)), cadence.total_steps(len(loader))
     state, started = TrainState(), time.perf_counter()
+    if bound := cadence.bound(len(loader)):
+        print0(f"{total} steps: {bound}")
+    sizes = {name: count_parameters(model) for name, model in learner.trained.items()}
+    for name, size in sizes.items():
+        print0(f"{name}: {size}")
+    whole = sum(sizes.values(), Size())
 
     def evaluate() -> str | None:
         with error_context(f"evaluation at step {state.step}"):
             evaluation = learner.evaluate()
         figures = evaluation.figures
-        metrics.log(state.step, {f"eval/{k}": v for k, v in figures.items()}, epoch=state.step / epoch_steps)
-        return learner.evaluated(state, evaluation, state.record(figures, learner.headline))
+        spent = {"seconds": time.perf_counter() - started, "peak_memory_gib": peak_memory() / 2**30}
+        if state.step == 0:
+            spent |= {"parameters": whole.parameters, "trained_share": whole.share}
+        values = {f"eval/{k}": v for k, v in figures.items()} | {f"run/{k}": v for k, v in spent.items()}
+        metrics.log(state.step, values, epoch=state.step / epoch_steps)
+        return learner.evaluated(state, evaluation, state.record(figures, learner.headline, learner.sign))
 
     evaluate()
     with progress(total, desc=learner.label, unit="steps") as bar:
@@ -161,10 +201,36 @@ def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: Metri
             f" (of --max_steps {total}: the data ended with --num_train_epochs {cadence.epochs}, before the learning "
             "rate had run its course)"
         )
-    before, after = (figures[learner.headline] for figures in (state.before, state.after))
+    elif bound and total == state.step:
+        ended = f" ({bound})"
     seconds = time.perf_counter() - started
-    print0(f"{state.step} steps in {seconds:.0f} s{ended}; {learner.headline} {before:.4g} -> {after:.4g}")
+    print0(f"{state.step} steps in {seconds:.0f} s{ended}; {state.course(learner.headline)}")
     return state
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of parameters."""
+
+    parameters: int = 0
+    trained: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.parameters + other.parameters, self.trained + other.trained)
+
+    @property
+    def share(self) -> float:
+        """What is trained of it, 0 to 1."""
+        return self.trained / max(self.parameters, 1)
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} parameters, of which {self.trained:,} are trained ({self.share:.2%})"
+
+
+def count_parameters(model: nn.Module) -> Size:
+    """Of the whole model, also where ZeRO-3 spreads it; tied parameters count once."""
+    counts = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    return Size(sum(n for n, _ in counts), sum(n for n, trained in counts if trained))
 
 
 def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) -> Iterator[list[Any]]:
@@ -173,13 +239,16 @@ def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) ->
     Raises:
         TrainingStopped: A row of streamed data is faulty; on every rank at the same step, as each reads all rows.
     """
-    for epoch in range(cadence.epochs):
+    for epoch in range(cadence.epochs) if cadence.epochs else count():
         cast(ResumableSampler, loader.sampler).set_epoch(epoch)
+        before = state.step
         try:
             yield from groups(loader, cadence.batches_per_step)
         except UserError as error:
             raise TrainingStopped(f"The training data cannot be read any further: {error}") from error
         state.epoch = epoch + 1
+        if state.step == before:
+            return  # no rows: another pass would not find any
 
 
 @contextmanager

@@ -39,6 +39,11 @@ class Task(Protocol):
         """The figure of `evaluate` that people look at."""
         ...
 
+    @property
+    def sign(self) -> int:
+        """1 where a higher `headline` is better, else -1."""
+        ...
+
     def sequences(self, batch: Any) -> Sequences:
         """The rows that the model reads: both answers of a pair."""
         ...
@@ -63,6 +68,7 @@ class Supervised:
     learner: Actor
     eval_loader: Iterable[SupervisedBatch]
     headline: str = "perplexity"
+    sign: int = -1
 
     def sequences(self, batch: SupervisedBatch) -> Sequences:
         """Prompts with their answers."""
@@ -101,6 +107,7 @@ class Ranking:
     centring: float = 0.0
     ranked_loss: Literal["pairs", "plackett-luce"] = "pairs"
     headline: str = "accuracy"
+    sign: int = 1
 
     def sequences(self, batch: PairBatch | RankedBatch) -> Sequences:
         """All answers, each with its prompt."""
@@ -174,6 +181,7 @@ class DirectPreference:
     beta: float = 0.1
     alpha: float = 0.0
     headline: str = "accuracy"
+    sign: int = 1
 
     @property
     def implicit_reward(self) -> ImplicitReward:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from remax.algorithms import Algorithm
@@ -282,6 +282,17 @@ class Trainer:
     def headline(self) -> str:
         """The figure that the best model is chosen by."""
         return self.settings.best_by
+
+    @property
+    def sign(self) -> int:
+        """A higher reward, or objective, is better."""
+        return 1
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The actor, and the critic where there is one."""
+        critic = {"critic": self.critic.model} if self.critic is not None else {}
+        return {"actor": self.actor.model} | critic
 
     def learn(self, step: int, batches: list[PromptBatch]) -> dict[str, float]:
         """A step, and what those who watch make of it."""

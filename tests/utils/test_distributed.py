@@ -109,6 +109,13 @@ def test_the_launchers_rank_counts_before_the_start(no_launcher, capsys):
         distributed.sum_across_ranks({"a": 1.0})
 
 
+def test_the_peak_of_memory_grows_and_stays(no_launcher):
+    before = distributed.peak_memory()
+    torch.ones(60 * 2**20)  # 240 MiB, gone at once
+    assert 2**28 < distributed.peak_memory() >= before
+    assert distributed.peak_memory() < 2**36
+
+
 def test_seeds_differ_by_rank_and_repeat(no_launcher):
     def draw(seed, rank):
         no_launcher.setenv("RANK", str(rank))

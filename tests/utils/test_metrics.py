@@ -42,6 +42,20 @@ def test_console_line_keeps_the_groups_of_a_mixed_record():
     assert console_line(1, {"train/a": 1.0, "eval/a": 2.0}) == "step 1  a 1  eval/a 2"
 
 
+def test_what_the_run_has_spent_goes_with_its_evaluation():
+    values = {"eval/loss": 2.0, "run/seconds": 35.2, "run/peak_memory_gib": 1.234, "run/parameters": 8e9}
+    assert console_line(20, values) == "eval  step 20  loss 2  after 35 s  peak memory 1.23 GiB"
+
+
+def test_a_long_line_goes_on_below():
+    values = {f"eval/figure_number_{i}": i / 7 for i in range(12)}
+    first, *rest = console_line(24, values, epoch=1.5, total_steps=60).splitlines()
+    assert first.startswith("eval  step 24/60  epoch 1.50  figure number 0 0") and len(rest) == 3
+    assert all(line.startswith("     figure number") for line in rest)
+    assert all(len(line) <= 110 for line in (first, *rest))
+    assert sum(line.count("figure") for line in (first, *rest)) == 12
+
+
 def test_each_call_is_a_record_and_not_a_number_is_null(tmp_path, capsys):
     logger = MetricsLogger(tmp_path)
     logger.log(1, {"train/loss": torch.tensor(2.5), "train/kl": math.nan, "train/grad": math.inf}, epoch=0.25)

@@ -114,7 +114,8 @@ EVERYWHERE = {
 def cadence(name: str) -> dict[tuple[str, str], dict[str, Any]]:
     return {
         ("--num_train_epochs 3", ""): {f"{name}.epochs": 3},
-        ("--max_steps 7", ""): {f"{name}.max_steps": 7},
+        ("--max_steps 7", ""): {f"{name}.max_steps": 7, f"{name}.epochs": 0},  # as many as it takes
+        ("--max_steps 7", "--num_train_epochs 3"): {f"{name}.max_steps": 7},
         ("--eval_steps 5", ""): {f"{name}.evaluate_every": 5},
     }
 

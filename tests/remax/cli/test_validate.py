@@ -55,7 +55,7 @@ FINETUNE_DEFAULTS = {
     "per_device_eval_batch_size": 16,
     "max_seq_len": 512,
     "weight_decay": 0.0,
-    "num_train_epochs": 1,
+    "num_train_epochs": None,  # acts as 1, see below
     "gradient_accumulation_steps": 1,
     "lr_scheduler_type": "cosine",
     "num_warmup_steps": 0,
@@ -91,7 +91,7 @@ STEP3_DEFAULTS = {
     "max_answer_seq_len": 256,
     "actor_learning_rate": 9.65e-6,
     "actor_weight_decay": 0.0,
-    "num_train_epochs": 1,
+    "num_train_epochs": None,  # acts as 1, see below
     "lr_scheduler_type": "cosine",
     "gradient_accumulation_steps": 1,
     "num_warmup_steps": 100,
@@ -141,6 +141,7 @@ STEP3_DEFAULTS = {
 def test_known_flags_keep_their_names_and_defaults(args, expected):
     found = vars(args())
     assert {name: found[name] for name in expected} == expected
+    assert args().epochs == 1 and args("--max_steps 7").epochs == 0 and args("--num_train_epochs 2").epochs == 2
 
 
 def authors_line(step: int) -> str:

@@ -9,7 +9,10 @@ import pytest
 from remax.checks.findings import FAILURE, Finding, Report
 from remax.cli.validate import parse_step3
 from remax.stages import rlhf
+from remax.training.loop import TrainState
 from utils.run import UserError
+
+STATE = TrainState(step=9, best_step=4, before={"reward": 1.0}, after={"reward": 2.0}, best={"reward": 2.5})
 
 
 class Words(list):
@@ -35,7 +38,7 @@ def stubbed(monkeypatch):
     )
     note("examine_models", Report([Finding("a check", FAILURE, "0 of 1", "mend it")]))
     note("MetricsLogger", SimpleNamespace(close=lambda: None))
-    note("Trainer", SimpleNamespace(train=lambda _: called.append("train") or SimpleNamespace(results={})))
+    note("Trainer", SimpleNamespace(train=lambda _: called.append("train") or STATE))
     monkeypatch.setattr(rlhf, "set_seed", lambda seed: called.append(f"seed {seed}"))
     return called
 
@@ -56,6 +59,15 @@ def test_models_are_examined_before_the_training_unless_told_not_to(skip, stubbe
             rlhf.run_rlhf(args)
         assert stubbed[-1] == "examine_models" and "train" not in stubbed
     assert stubbed.index("seed 77") < stubbed.index("build_models")
+
+
+def test_the_last_line_says_which_model_is_the_best(stubbed, tmp_path, capsys):
+    rlhf.run_rlhf(arguments(tmp_path, "--skip_doctor true"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"best model by evaluation reward: step 4, 1 -> 2.5, in {tmp_path}/actor"
+    start = TrainState(step=9, before={"objective": 1.0}, after={"objective": 0.5}, best={"objective": 1.0})
+    said = rlhf.best_model(start, "objective", tmp_path)
+    assert said == f"no step was better than the start by evaluation objective (1): {tmp_path} holds the start"
 
 
 def test_the_variance_meter_knows_which_answers_belong_together(stubbed, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ checkpointing, order, padding, rollouts per step. And the loop round it: cadence
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
 from remax.engines.base import StepResult
 from remax.evaluation.policy import PolicyEvaluation
-from remax.training.loop import Cadence
+from remax.training.loop import Cadence, TrainState, count_parameters
 from remax.training.trainer import Timer, Trainer, TrainerSettings
 from utils.run import TrainingStopped
 
@@ -204,6 +205,7 @@ class Epochs(torch.utils.data.Sampler):
         return self.length
 
 
+SPENT = ("run/seconds", "run/peak_memory_gib")
 CADENCE = [f.name for f in dataclasses.fields(Cadence)]
 
 
@@ -223,7 +225,7 @@ def run_loop(
     sampler = Epochs(batches, length)
     loader = torch.utils.data.DataLoader(torch.arange(batches), sampler=sampler)
     loop = Loop(
-        actor=type("NoActor", (), {"backend": "nothing"}),
+        actor=type("NoActor", (), {"backend": "nothing", "model": torch.nn.Linear(3, 2)}),
         reference=None,
         reward=None,
         algorithm=build_algorithm("remax", kl=KLPenalty(0.2, reach="one_step")),
@@ -240,17 +242,19 @@ def run_loop(
     return loop.train(loader).results, sampler.epochs
 
 
-def test_evaluation_at_the_start_every_n_steps_and_at_the_end():
+def test_evaluation_at_the_start_every_n_steps_and_at_the_end(capsys):
     recorder = Recorder([1.0, 0.5, 0.8, 0.7])
     results, epochs = run_loop(recorder, batches=4, epochs=2, evaluate_every=3)
     assert recorder.steps == [[0], [1], [2], [3]] * 2 and epochs == [0, 1]
-    # The untrained policy is no candidate for the best, though it scored most.
-    assert recorder.evaluated == [(0, 1.0, False), (3, 0.5, True), (6, 0.8, True), (8, 0.7, False)]
-    assert results["before"]["reward"] == 1.0 and results["after"]["reward"] == 0.7 and results["best"]["reward"] == 0.8
+    # The untrained policy scored most, so it stays the best.
+    assert recorder.evaluated == [(0, 1.0, True), (3, 0.5, False), (6, 0.8, False), (8, 0.7, False)]
+    assert results["before"]["reward"] == 1.0 == results["best"]["reward"] and results["after"]["reward"] == 0.7
+    assert "reward 1 -> 0.7 (best: 1 at step 0)" in capsys.readouterr().out
     assert [line for line in recorder.logged if line[0] == 6] == [
         (6, 1.5, "train/loss", "train/reward", "train/grad_norm"),
-        (6, 1.5, "eval/reward", "eval/kl", "eval/kl_per_token", "eval/objective"),
+        (6, 1.5, "eval/reward", "eval/kl", "eval/kl_per_token", "eval/objective", *SPENT),
     ]
+    assert recorder.logged[0][-4:] == (*SPENT, "run/parameters", "run/trained_share")
 
 
 def test_once_per_epoch_by_default_and_several_batches_a_step():
@@ -266,15 +270,61 @@ def test_data_that_end_before_max_steps_end_the_loop(capsys):
     recorder = Recorder([0.0, 1.0, 2.0])
     results, epochs = run_loop(recorder, batches=4, length=9, epochs=2, max_steps=9, evaluate_every=5)
     assert recorder.steps == [[0], [1], [2], [3]] * 2 and epochs == [0, 1]
-    assert recorder.evaluated == [(0, 0.0, False), (5, 1.0, True), (8, 2.0, True)]
+    assert recorder.evaluated == [(0, 0.0, True), (5, 1.0, True), (8, 2.0, True)]
     assert results["after"]["reward"] == results["best"]["reward"] == 2.0
     assert "8 steps in 0 s (of --max_steps 9: the data ended with --num_train_epochs 2" in capsys.readouterr().out
 
 
-def test_max_steps_ends_the_loop_with_an_evaluation():
+def test_max_steps_ends_the_loop_with_an_evaluation(capsys):
     recorder = Recorder([0.0, 1.0])
     run_loop(recorder, batches=4, epochs=3, max_steps=5, evaluate_every=100)
     assert len(recorder.steps) == 5 and [step for step, *_ in recorder.evaluated] == [0, 5]
+    assert "5 steps in 0 s (--max_steps 5, of 12 with --num_train_epochs 3); reward 0 -> 1" in capsys.readouterr().out
+
+
+def test_max_steps_alone_repeats_the_epochs():
+    recorder = Recorder([0.0, 1.0, 2.0, 3.0])
+    _, epochs = run_loop(recorder, batches=4, epochs=0, max_steps=9)
+    assert recorder.steps == [[0], [1], [2], [3]] * 2 + [[0]] and epochs == [0, 1, 2]
+    nothing = Recorder([0.0])
+    run_loop(nothing, batches=0, length=9, epochs=0, max_steps=9)  # a stream without rows is not read for ever
+    assert nothing.steps == []
+
+
+def test_the_bound_that_comes_first_is_named(capsys):
+    recorder = Recorder([0.0, 1.0])
+    run_loop(recorder, batches=4, epochs=1, max_steps=60)
+    printed = capsys.readouterr().out
+    assert "4 steps: --num_train_epochs 1 ends before --max_steps 60" in printed.splitlines()[1]
+    assert "4 steps in 0 s (--num_train_epochs 1 ends before --max_steps 60); reward 0 -> 1" in printed
+
+
+def test_parameters_are_counted(capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    spread = torch.nn.Parameter(torch.zeros(0))  # ZeRO-3 leaves none of a parameter in its place
+    spread.ds_numel = 20
+    model.register_parameter("spread", spread)
+    size = count_parameters(model)
+    assert (size.parameters, size.trained) == (8 + 3 + 20, 3 + 20) and size.share == 23 / 31
+    assert str(size) == "31 parameters, of which 23 are trained (74.19%)"
+    run_loop(Recorder([0.0, 1.0]), batches=1)
+    assert "actor: 8 parameters, of which 8 are trained (100.00%)" in capsys.readouterr().out
+
+
+def test_a_start_without_a_number_gives_way():
+    state = TrainState()
+    assert state.record({"reward": math.nan}, "reward")
+    state.step = 1
+    assert state.record({"reward": -5.0}, "reward") and not state.record({"reward": math.nan}, "reward")
+    assert state.best_step == 1
+
+
+def test_a_lower_figure_may_be_the_better_one():
+    state = TrainState()
+    for state.step, perplexity in enumerate([9.0, 3.0, 4.0]):
+        state.record({"perplexity": perplexity}, "perplexity", -1)
+    assert state.course("perplexity") == "perplexity 9 -> 4 (best: 3 at step 1)"
 
 
 def test_early_stop_on_the_evaluation_kl():
@@ -288,11 +338,11 @@ def test_the_best_by_reward_minus_the_price_of_its_kl():
     rewards, kls = [0.0, 1.0, 3.0, 2.0], [0.0, 0.1, 1.2, 0.5]
     recorder = Recorder(rewards, kls)
     results, _ = run_loop(recorder, batches=3, evaluate_every=1, best_by="objective")
-    assert [best for *_, best in recorder.evaluated] == [False, True, False, True]
+    assert [best for *_, best in recorder.evaluated] == [True, True, False, True]
     assert results["best"]["objective"] == pytest.approx(1.0) and results["best"]["reward"] == 2.0
     recorder = Recorder(rewards, kls)
     results, _ = run_loop(recorder, batches=3, evaluate_every=1)
-    assert [best for *_, best in recorder.evaluated] == [False, True, True, False]
+    assert [best for *_, best in recorder.evaluated] == [True, True, True, False]
 
 
 class StopAt:
