@@ -171,7 +171,10 @@ def test_exit_status_and_log_are_the_launchers(call, tmp_path, status):
     log = tmp_path / "a/b c/training.log"
     assert log.read_text() == first.console
     second = call(OPT, STATUS=status, OUTPUT=tmp_path / "a/b c", MASTER_PORT=1)
-    assert log.read_text() == first.console + second.console
+    assert log.read_text() == second.console != first.console  # of this run alone
+    refused = call(OPT, STATUS=2, OUTPUT=tmp_path / "a/b c", MASTER_PORT=2)
+    assert refused.status == 2 and log.read_text() == second.console  # a run that is refused changes nothing
+    assert [path.name for path in log.parent.iterdir()] == ["training.log"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -357,6 +360,15 @@ def test_the_scripts_own_data_never_mix_in(call, script):
         assert "--data_path" not in call(script, *flag).words
         assert call(script, *flag, DATA="me/pairs").words[:2] == ["--data_path", "me/pairs"]
     assert "--data_path" in call(script).words
+
+
+def test_a_rank_that_was_killed_is_explained(call, tmp_path):
+    # The launcher of a rank that signal 9 has ended exits with -9, which a shell sees as 256 - 9.
+    done = call(OPT, OUTPUT=tmp_path, STATUS="247")
+    assert done.status == 247
+    assert done.console.splitlines()[-1].startswith("error: a rank was killed by signal 9 (by hand, or by the system")
+    assert (tmp_path / "training.log").read_text() == done.console
+    assert "was killed" not in call(OPT, OUTPUT=tmp_path, STATUS="1").console
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=short)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the shell scripts of the stages. `launch FLAGS...` runs main.py of the script's stage on every rank; what the
-# console shows is also kept in $OUTPUT/training.log, and the launcher's exit status is the script's. `launch_sft`,
+# console shows of this run is also kept in $OUTPUT/training.log, and the launcher's exit status is the script's. `launch_sft`,
 # `launch_reward` and `launch_remax` add the settings that the scripts of a stage share. Flags given to any of them come
 # last and win. $RANKS is the number of ranks on this machine. Set by the script, unless the user has:
 #   MODEL, REWARD_MODEL, DATA, OUTPUT   models to start from, data (several names with spaces between them), and the
@@ -75,10 +75,20 @@ launch() {
     # The script's own data never mix with data that the user chose.
     if [[ -z $USERS_DATA && " $*" == *" --sft"[_-]only[_-]data[_-]path* ]]; then data=(); fi
     mkdir -p "$OUTPUT"
+    local log=$OUTPUT/training.log status=0
+    if [[ -f $log ]]; then mv "$log" "$log.before"; fi
     # tee outlives Ctrl-C, so that the last words of the ranks are kept as well.
-    "${launcher[@]}" "$STAGE/main.py" "${data[@]}" --output_dir "$OUTPUT" "$@" 2>&1 |
-        tee -a -i "$OUTPUT/training.log"
+    "${launcher[@]}" "$STAGE/main.py" "${data[@]}" --output_dir "$OUTPUT" "$@" 2>&1 | tee -i "$log" || status=$?
+    if ((status > 192)); then # the launcher's way to say that a signal ended a rank: 256 - its number
+        echo "error: a rank was killed by signal $((256 - status))$(why_killed $((256 - status)))" | tee -a "$log"
+    fi
+    if [[ -f $log.before ]]; then # a run that was refused leaves that of the run before
+        if ((status == 2)); then mv "$log.before" "$log"; else rm "$log.before"; fi
+    fi
+    return "$status"
 }
+
+why_killed() { if (($1 == 9)); then echo " (by hand, or by the system for want of memory: dmesg tells)"; fi; }
 
 launch_finetuning() { # steps 1 and 2
     launch --model_name_or_path "$MODEL" --gradient_accumulation_steps 1 \

@@ -3,19 +3,21 @@
 No heavy import at module level: a wrong flag is refused before torch is loaded.
 """
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils.environment import environment_fault
 from utils.launchers import launcher_variables
@@ -23,6 +25,7 @@ from utils.launchers import launcher_variables
 USER_ERROR = 2
 STOPPED = 3  # exit status: there was no point in going on
 INTERRUPTED = 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "tokenizers", "peft", "numpy")
 
 
@@ -40,7 +43,7 @@ class TrainingStopped(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs `main` and turns a UserError into one line on stderr and exit status 2, Ctrl-C into 130.
+    """Runs `main` and turns a UserError into one line on stderr and exit status 2, a full disk into 3, Ctrl-C into 130.
 
     Rank 0 speaks for all. The launchers stop every rank as soon as one has failed (within a second), so the other
     ranks wait for that; one that is still alive failed alone and speaks for itself. Any other exception passes through
@@ -52,35 +55,107 @@ def run_main(main: Callable[[], None]) -> None:
         os.environ.update(launcher_variables(os.environ))  # from here on it is known which rank this is
         main()
     except UserError as error:
-        rank = 0 if environment_fault() else int(os.environ.get("RANK", "0"))
-        if rank:
-            time.sleep(3)
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        _say(str(error))
         sys.exit(USER_ERROR)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _say(f"{error.strerror}{f': {error.filename}' if error.filename else ''}; make room, and start again")
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def start_run(output_dir: str | Path, args: Any, stage: str) -> Path:
-    """Makes the run's folder; rank 0 writes `run.json` there (arguments, versions, seed, git commit, ...).
+def _say(error: str) -> None:
+    rank = 0 if environment_fault() else rank_of_launcher()
+    if rank:
+        time.sleep(3)
+    print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+
+
+def refuse_to_overwrite(folder: Path, models: Iterable[str]) -> None:
+    """What a run would replace must not be there.
 
     Args:
-        args: A namespace, dataclass instance or dict with the parsed flags.
-        stage: The name that goes into `run.json`, for example "step1".
+        models: The subfolders in which the run will write models; "" for the folder itself.
 
     Raises:
-        UserError: The folder cannot be made or written.
+        UserError: There is a run, or a model.
+    """
+    found = [name for name in ("run.json", *(f"{model}/config.json".lstrip("/") for model in models))]
+    found = [name for name in found if (folder / name).is_file()]
+    if found:
+        what = "another run" if found[0] == "run.json" else "a model"
+        raise UserError(
+            f"--output_dir {folder}: holds {what} already ({found[0]}); choose another folder, or add "
+            "--overwrite_output_dir to replace it"
+        )
+
+
+def open_folder(output_dir: str | Path) -> Path:
+    """Makes the run's folder, and keeps other runs out of it until this process ends, however it ends.
+
+    Rank 0 holds the lock for all ranks of all machines: on a file, `.lock`, since a shared file system may know no
+    locks on folders. One that knows none at all goes without.
+
+    Raises:
+        UserError: The folder cannot be made or written, or another run is writing to it.
     """
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("RANK", "0")) == 0:
-            text = json.dumps(describe_run(args, stage), indent=2, default=str)
-            (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+        if rank_of_launcher() == 0 and folder.resolve() not in _locks:
+            _locks[folder.resolve()] = _lock(folder)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--output_dir: cannot write to {folder} ({reason}); choose another folder") from error
     return folder
+
+
+_locks: dict[Path, IO[str]] = {}  # open as long as the process lives
+
+
+def _lock(folder: Path) -> IO[str]:
+    import fcntl
+
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(
+            f"--output_dir {folder}: a run is writing to it ({holder}); wait for its end, or choose another folder"
+        ) from None
+    except OSError:
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def start_run(folder: Path, args: Any, stage: str) -> None:
+    """The training begins: rank 0 writes `run.json` (arguments, versions, seed, git commit, ...).
+
+    Until then nothing of an earlier run is touched; what would mix with this one's goes now.
+
+    Args:
+        args: A namespace, dataclass instance or dict with the parsed flags.
+        stage: The name that goes into `run.json`, for example "step1".
+    """
+    if rank_of_launcher() != 0:
+        return
+    (folder / "results.json").unlink(missing_ok=True)
+    for name in ("answers", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    text = json.dumps(describe_run(args, stage), indent=2, default=str)
+    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def rank_of_launcher() -> int:
+    """This process's rank, before and after the ranks have met."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def describe_run(args: Any, stage: str) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def prepare(setting: Setting, output: Path) -> None:
         if (Path(folder) / "config.json").exists():
             continue
         paths = ["--data_path", setting.data, "--data_output_path", setting.cache]
-        paths += ["--model_name_or_path", str(model), "--output_dir", folder]
+        paths += ["--model_name_or_path", str(model), "--output_dir", folder, "--overwrite_output_dir"]
         command = [sys.executable, "main.py", *paths, *BOTH.split(), *flags.split()]
         subprocess.run(command, cwd=ROOT / stage, check=True)
 

@@ -35,7 +35,7 @@ PROMPT_TOKENS=64  # in step 3
 ANSWER_TOKENS=64
 COMMON=(
     --data_output_path "$OUTPUT/cache"
-    --seed "$SEED"
+    --seed "$SEED" --overwrite_output_dir # STAGES chooses what is made again
     --per_device_eval_batch_size 32
 )
 

@@ -120,7 +120,8 @@ def command_of(stage: str, side: str, args: argparse.Namespace, folder: Path, ou
         settings = {name: value for name, value in vars(args).items() if name != "data_path"}
         settings |= {"stage": stage, "folder": str(folder), "samples": SAMPLES, "output": str(output)}
         return [args.trl_python, str(Path(__file__).with_name("trl_side.py")), json.dumps(settings)]
-    command = [sys.executable, str(ROOT / MAIN[stage] / "main.py"), "--output_dir", str(output)]
+    command = [sys.executable, str(ROOT / MAIN[stage] / "main.py")]
+    command += ["--output_dir", str(output), "--overwrite_output_dir"]
     command += flags_of(stage, args, folder) + extra
     if stage == "rl":
         # As many generated answers a step: RLOO's are all sampled, of ReMax's every second one is greedy.

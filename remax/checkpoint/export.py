@@ -6,23 +6,28 @@ and adapters are merged in that copy: the training model keeps its adapters apar
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remax.engines.zero import gathered
+from remax.engines.zero import count_parameters, gathered
 from remax.models.lora import merge_adapters
 from remax.models.policy import PolicyModel
 from remax.models.reward_model import RewardModel
 from utils.distributed import barrier, is_main, print0, shutdown
-from utils.run import STOPPED
+from utils.run import DISK_FULL, STOPPED, UserError
+
+ATTEMPTS, WAIT = 30, 30  # how often a full disk is tried again, and after how many seconds
 
 
 def full_state_dict(hf: PreTrainedModel, zero3: bool) -> dict[str, Tensor]:
@@ -58,17 +63,70 @@ def export(
     hf, folder = model.hf, Path(folder)
     state = merge_adapters(full_state_dict(hf, zero3) if state is None else state, hf)
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".partial"
-        partial.unlink() if partial.is_symlink() else shutil.rmtree(
-            partial, ignore_errors=True
-        )  # of an interrupted one
-        _without_adapters(hf).save_pretrained(partial, state_dict=state)
-        if isinstance(model, PolicyModel):
-            model.own_generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _move_files(partial, folder)
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove(partial)  # of an interrupted one
+            _without_adapters(hf).save_pretrained(partial, state_dict=state)
+            if isinstance(model, PolicyModel):
+                model.own_generation_config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _move_files(partial, folder)
+
+        _when_there_is_room(write, partial)
     barrier()
+
+
+def _remove(partial: Path) -> None:
+    partial.unlink() if partial.is_symlink() else shutil.rmtree(partial, ignore_errors=True)
+
+
+def _when_there_is_room(write: Callable[[], None], partial: Path) -> None:
+    """Writes, again and again while the disk is full: a trained model is worth a quarter of an hour.
+
+    Meanwhile the other ranks wait, and an earlier export stays as it is.
+
+    Raises:
+        OSError: The disk is full and stays so.
+    """
+    for attempt in range(ATTEMPTS + 1):
+        try:
+            return write()
+        except (OSError, SafetensorError) as error:
+            _remove(partial)
+            if not _is_full(error):
+                raise
+            if attempt == ATTEMPTS:
+                raise OSError(errno.ENOSPC, "No space left on device", str(partial.parent)) from error
+        if attempt == 0:
+            print0(
+                f"no space left for the model in {partial.parent}: make room; it is tried again every {WAIT} seconds, "
+                f"{ATTEMPTS} times"
+            )
+        time.sleep(WAIT)
+
+
+def _is_full(error: Exception) -> bool:
+    """Safetensors, which is no Python, tells the number of an error in its text."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"os error {number}" in str(error) for number in DISK_FULL)
+
+
+def refuse_without_room(model: PolicyModel | RewardModel, folder: Path) -> None:
+    """Before a training whose model is written at its end: is there room for it?
+
+    Raises:
+        UserError: On rank 0, there is less free than the model takes.
+    """
+    needed = count_parameters(model).parameters * model.hf.dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if is_main() and free < needed:
+        raise UserError(
+            f"--output_dir {folder}: {free / 2**30:.2f} GiB are free there, and the trained model takes "
+            f"{needed / 2**30:.2f} GiB; make room, or choose another folder"
+        )
 
 
 def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
@@ -92,7 +150,7 @@ def _move_files(source: Path, target: Path) -> None:
             shutil.rmtree(target / path.name)
         path.replace(target / path.name)
     source.rmdir()
-    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+    for pattern in ("model*.safetensors", "model.safetensors.index.json"):
         for path in target.glob(pattern):
             if path.name not in new:
                 path.unlink()

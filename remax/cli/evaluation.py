@@ -151,7 +151,7 @@ def stdout_to_stderr(wanted: bool) -> redirect_stdout:
 
 
 def check_output(args: RewardEvalArguments | PromptEvalArguments) -> None:
-    """`--output` is a file that can be written, and not the one that is read."""
+    """`--output` is a file that can be written, and none of those that are read."""
     if not args.output:
         return
     output = Path(args.output)
@@ -159,8 +159,10 @@ def check_output(args: RewardEvalArguments | PromptEvalArguments) -> None:
         raise UserError(f"--output {output}: is a folder; expected the name of a file")
     if output.exists() and not output.is_file():  # such as /dev/stdout, which the finished file would replace
         raise UserError(f"--output {output}: is no file; expected the name of one")
-    if args.data_path and output.exists() and Path(args.data_path).exists() and output.samefile(args.data_path):
-        raise UserError(f"--output {output}: is the file of --data_path; choose another name")
+    for name in ("data_path", "prompts_file", "config"):
+        read = getattr(args, name, None)
+        if read and output.exists() and Path(read).exists() and output.samefile(read):
+            raise UserError(f"--output {output}: is the file of --{name}; choose another name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -138,6 +138,7 @@ class DataFlags(Flags, group="data"):
 @dataclass(kw_only=True)
 class RunFlags(Flags, group="run"):
     output_dir: str = usual("output", "folder for the models, metrics.jsonl and run.json")
+    overwrite_output_dir: bool = usual(False, "replace the run or model that --output_dir holds")
     seed: CountOrZero = usual(2023, "seed of everything but the data split; each rank adds its number")
     local_rank: Rank = flag(-1, "set by the launcher")
     num_train_epochs: Count | None = usual(
@@ -441,6 +442,7 @@ class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, Confi
     """What the three stages have in common."""
 
     stage: ClassVar[str]  # its name in run.json
+    models_in: ClassVar[tuple[str, ...]] = ("", "last")  # subfolders of the output in which it writes models
     # For rank 0 to print: one line for each retired flag that was given, and for each that acts otherwise than it says.
     notices: list[str] = dataclasses.field(default_factory=list, init=False)
 
@@ -493,6 +495,7 @@ class Step3Arguments(
     ActorFlags,
 ):
     stage = "step3"
+    models_in = ("actor", "actor_last", "actor_final", "actor_ema", "critic")
 
     @property
     def rollout_batches(self) -> int:

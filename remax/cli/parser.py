@@ -253,7 +253,7 @@ def read_flags(
 
 
 def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> dict[str, Any]:
-    """What the file of --config sets: null is the default, and the launcher's `local_rank` is left out.
+    """What the file of --config sets: null is the default; the launcher's `local_rank` is left out.
 
     Args:
         stage: of the program, as run.json names it; None: the program is no stage.
@@ -279,6 +279,8 @@ def values_of_file(file: str, flags: Mapping[str, Flag], stage: str | None) -> d
             raise UserError(f"{where}: {key}: a file cannot name another one")
         if value is None or name in ("config", "local_rank"):
             continue
+        if run_of is not None and name == "overwrite_output_dir":
+            continue  # leave to replace something was given once, not for ever
         try:
             values[name] = flags[name].kind.from_file(value)
         except ValueError as error:

@@ -29,7 +29,7 @@ from remax.cli.parser import read_flags
 from remax.rewards.functions import load_function
 from remax.rewards.sources import reward_sources
 from utils.data.names import exists, parse_name
-from utils.run import UserError
+from utils.run import UserError, refuse_to_overwrite
 
 if TYPE_CHECKING:
     from remax.algorithms import Algorithm
@@ -42,6 +42,7 @@ def parse_step1(argv: Sequence[str] | None = None) -> Step1Arguments:
     args = read_flags(Step1Arguments, argv, "Step 1: supervised fine-tuning")
     check_data(args, stage=0)
     check_finetune(args)
+    check_output_dir(args, ["model_name_or_path"])
     resolve_finetune(args)
     return args
 
@@ -52,6 +53,7 @@ def parse_step2(argv: Sequence[str] | None = None) -> Step2Arguments:
     check_data(args, stage=1)
     check_finetune(args)
     check_preference_loss(args)
+    check_output_dir(args, ["model_name_or_path"])
     resolve_finetune(args)
     resolve_frozen(args, "reference_zero_stage", "offload_reference_model")
     return args
@@ -63,6 +65,8 @@ def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     check_data(args, stage=2)
     check_step3(args)
     check_reward(args)
+    models = ("actor_model_name_or_path", "critic_model_name_or_path", "reward_model_name_or_path")
+    check_output_dir(args, models)
     check_algorithm(args)
     resolve_algorithm(args)
     check_batches(args)
@@ -125,6 +129,19 @@ def check_folder(flag_name: str, folder: str | None) -> None:
         reason = reason or f"{above} may not be written"
     if reason:
         raise UserError(f"--{flag_name} {folder}: cannot be made or written ({reason}); choose another folder")
+
+
+def check_output_dir(args: StageArguments, models: Iterable[str]) -> None:
+    """Nothing is written over: not the models that the flags `models` name, and no other run without leave."""
+    output = Path(args.output_dir)
+    written = {(output / name).resolve() for name in ("", *args.models_in)}
+    for name in models:
+        value = getattr(args, name)
+        for model in [source.name for source in reward_sources(value, [])[0]] if isinstance(value, list) else [value]:
+            if model and Path(model).is_dir() and Path(model).resolve() in written:
+                raise UserError(f"--output_dir {output}: is where --{name} {model} lies; choose another folder")
+    if not args.overwrite_output_dir:
+        refuse_to_overwrite(output, args.models_in)
 
 
 def check_streaming(args: StageArguments) -> None:

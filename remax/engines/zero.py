@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -59,3 +60,28 @@ def gathered(parameters: Iterable[nn.Parameter], zero3: bool) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(parameters)):
         yield
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of parameters."""
+
+    parameters: int = 0
+    trained: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.parameters + other.parameters, self.trained + other.trained)
+
+    @property
+    def share(self) -> float:
+        """What is trained of it, 0 to 1."""
+        return self.trained / max(self.parameters, 1)
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} parameters, of which {self.trained:,} are trained ({self.share:.2%})"
+
+
+def count_parameters(model: nn.Module) -> Size:
+    """Of the whole model, also where ZeRO-3 spreads it; tied parameters count once."""
+    counts = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
+    return Size(sum(n for n, _ in counts), sum(n for n, trained in counts if trained))

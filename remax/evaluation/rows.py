@@ -97,8 +97,12 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     """One json object a line; the file appears when it is complete."""
     partial = path.with_name(path.name + ".partial")
     lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(path)
+    except OSError:  # such as a full disk
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def report(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor, config: PreTrainedConfig) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from remax.checkpoint.export import export, export_and_exit, write_note
+from remax.checkpoint.export import export, export_and_exit, refuse_without_room, write_note
 from remax.cli.flags import FinetuneArguments, Step1Arguments, Step2Arguments
 from remax.core.batches import First
 from remax.engines.base import FrozenEngine
@@ -24,7 +24,7 @@ from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Ranking, Supervised
 from utils.distributed import init_distributed, print0, set_seed, shutdown
 from utils.metrics import MetricsLogger
-from utils.run import TrainingStopped, start_run
+from utils.run import TrainingStopped, open_folder, start_run
 from utils.tokenizer import load_tokenizer
 
 
@@ -41,7 +41,7 @@ def run_finetuning(args: Step1Arguments | Step2Arguments) -> None:
         prepare_pad_token(tokenizer)
     init_distributed(args.local_rank)
     set_seed(args.seed)
-    start_run(args.output_dir, args, args.stage)
+    open_folder(args.output_dir)
     for notice in args.notices:
         print0(notice)
 
@@ -87,6 +87,8 @@ def train_and_export(
     it then is lies in `last`.
     """
     output, learner = Path(args.output_dir), task.learner
+    refuse_without_room(learner.model, output)
+    start_run(output, args, args.stage)
     metrics = MetricsLogger(
         output,
         tensorboard_dir=args.tensorboard_dir,

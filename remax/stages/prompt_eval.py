@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +12,7 @@ from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
 from remax.evaluation.answers import Answer, answer_prompts
+from remax.evaluation.rows import write_rows
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.policy import check_policy_config, load_policy
@@ -123,7 +123,9 @@ def show(number: str, prompt: str, answers: dict[str, Answers]) -> str:
 
 def write(path: Path, prompts: list[str], answers: dict[str, list[Answers]]) -> None:
     """A row for each prompt: {prompt, baseline: {greedy: [{text, tokens, ended}], ...}, finetune: {...}}."""
-    with path.open("w", encoding="utf-8") as file:
-        for i, prompt in enumerate(prompts):
-            row = {"prompt": prompt, **{model: answers[model][i] for model in MODELS}}
-            file.write(json.dumps(row, ensure_ascii=False, default=dataclasses.asdict) + "\n")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        ways = {model: answers[model][i].items() for model in MODELS}
+        found = {m: {way: [dataclasses.asdict(answer) for answer in all] for way, all in ways[m]} for m in MODELS}
+        rows.append({"prompt": prompt, **found})
+    write_rows(path, rows)

@@ -27,7 +27,7 @@ from remax.training.variance import VarianceMeter
 from utils.data.batches import PromptBatch
 from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
 from utils.metrics import MetricsLogger
-from utils.run import TrainingStopped, start_run
+from utils.run import TrainingStopped, open_folder, start_run
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
 
@@ -39,7 +39,7 @@ def run_rlhf(args: Step3Arguments) -> None:
     tokenizer = tokenizers.actor
     init_distributed(args.local_rank)
     set_seed(args.seed)
-    output = start_run(args.output_dir, args, args.stage)
+    output = open_folder(args.output_dir)
     for notice in args.notices:
         print0(notice)
 
@@ -54,6 +54,7 @@ def run_rlhf(args: Step3Arguments) -> None:
         print0(report.table())
         report.refuse_failures()
     actor, reward = models.actor, models.reward
+    start_run(output, args, args.stage)
     metrics = MetricsLogger(
         output,
         tensorboard_dir=args.tensorboard_dir,

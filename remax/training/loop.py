@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from remax.core.batches import groups
+from remax.engines.zero import Size, count_parameters
 from utils.data.loaders import ResumableSampler
 from utils.distributed import peak_memory, print0
 from utils.metrics import MetricsLogger, progress
@@ -206,31 +207,6 @@ def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: Metri
     seconds = time.perf_counter() - started
     print0(f"{state.step} steps in {seconds:.0f} s{ended}; {state.course(learner.headline)}")
     return state
-
-
-@dataclass(frozen=True)
-class Size:
-    """Numbers of parameters."""
-
-    parameters: int = 0
-    trained: int = 0
-
-    def __add__(self, other: Size) -> Size:
-        return Size(self.parameters + other.parameters, self.trained + other.trained)
-
-    @property
-    def share(self) -> float:
-        """What is trained of it, 0 to 1."""
-        return self.trained / max(self.parameters, 1)
-
-    def __str__(self) -> str:
-        return f"{self.parameters:,} parameters, of which {self.trained:,} are trained ({self.share:.2%})"
-
-
-def count_parameters(model: nn.Module) -> Size:
-    """Of the whole model, also where ZeRO-3 spreads it; tied parameters count once."""
-    counts = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
-    return Size(sum(n for n, _ in counts), sum(n for n, trained in counts if trained))
 
 
 def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) -> Iterator[list[Any]]:

@@ -990,7 +990,7 @@ CLI = [
     *faults(
         "remax/cli/evaluation.py",
         ["tests/test_prompt_eval.py::test_bad_flags_are_refused", "tests/test_rw_eval.py::test_bad_input_is_refused"],
-        ("eval-cli-overwrite", "output.samefile(args.data_path):", "False:", "the scores overwrite the data"),
+        ("eval-cli-overwrite", "output.samefile(read):", "False:", "the scores overwrite the data"),
     ),
     *faults(
         "remax/cli/config_file.py",
@@ -1188,7 +1188,7 @@ SHELL = [
          f"{SCRIPTS}::test_exit_status_and_log_are_the_launchers"),
         ("launch-logprobs", "--logprobs_of model --loss_aggregation token", "--loss_aggregation token",
          "not the published update"),
-        ("launch-log", "tee -a -i", "tee -i", "a second run overwrites the log",
+        ("launch-log", "if ((status == 2)); then mv", "if ((status == 9)); then mv", "a refused run replaces the log",
          f"{SCRIPTS}::test_exit_status_and_log_are_the_launchers"),
     ),
     *faults(

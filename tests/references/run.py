@@ -36,9 +36,10 @@ def weights_of(folder: Path) -> dict[str, str | float]:
 
 
 def outcome(output: Path) -> dict:
-    """What a run left behind, without its times."""
+    """What a run left behind, without its times and its size."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     metrics = [{k: v for k, v in record.items() if not k.rpartition("/")[2].startswith(TIMES)} for record in records]
+    metrics = [{k: v for k, v in record.items() if not k.startswith("run/")} for record in metrics]
     folders = sorted({file.parent for file in output.rglob("*.safetensors")})
     results = json.loads((output / "results.json").read_text())
     notes = {str(file.relative_to(output)): json.loads(file.read_text()) for file in output.rglob("evaluation.json")}

@@ -1,7 +1,10 @@
 """Exit statuses, the one line for bad input, and run.json."""
 
+import errno
+import fcntl
 import json
 import os
+import platform
 import subprocess
 import sys
 from argparse import Namespace
@@ -73,7 +76,8 @@ def test_the_deepspeed_launcher_hands_on_status_2_and_says_it_once(tmp_path):
 def test_run_json_says_how_the_run_was_made(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--seed", "7", "--data_path", "my data"])
     monkeypatch.setenv("WORLD_SIZE", "4")
-    folder = run.start_run(tmp_path / "a" / "b", Namespace(seed=7, data_path=["my data"], where=Path("x")), "step1")
+    folder = run.open_folder(tmp_path / "a" / "b")
+    run.start_run(folder, Namespace(seed=7, data_path=["my data"], where=Path("x")), "step1")
     record = json.loads((folder / "run.json").read_text())
     assert folder == tmp_path / "a" / "b"
     assert record["stage"] == "step1"
@@ -88,13 +92,92 @@ def test_run_json_says_how_the_run_was_made(tmp_path, monkeypatch):
 
 def test_only_rank_0_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert list(run.start_run(tmp_path / "run", {"seed": 1}, "step1").iterdir()) == []
+    folder = run.open_folder(tmp_path / "run")
+    run.start_run(folder, {"seed": 1}, "step1")
+    assert list(folder.iterdir()) == []
 
 
 def test_an_output_dir_that_is_a_file_is_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(run.UserError, match=r"--output_dir: cannot write to .*file"):
-        run.start_run(tmp_path / "file", {}, "step1")
+        run.open_folder(tmp_path / "file")
+
+
+HOLDER = """
+import sys, time
+from utils.run import open_folder, run_main
+def main():
+    open_folder(sys.argv[1])
+    print("open", flush=True)
+    time.sleep(60)
+run_main(main)
+"""
+
+
+def test_a_second_run_into_the_same_folder_is_refused_until_the_first_one_dies(tmp_path):
+    def start(**environment: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RANK": "0"} | environment, **pipes)
+
+    first = start()
+    assert first.stdout.readline() == "open\n"
+    second = start()
+    _, error = second.communicate(timeout=60)
+    holder = f"process {first.pid} on {platform.node()}"
+    assert second.returncode == 2 and error.count("\n") == 1
+    assert f"--output_dir {tmp_path}: a run is writing to it ({holder}); wait for its end" in error
+    other_rank = start(RANK="1", WORLD_SIZE="2")  # of the first run: rank 0 holds the folder for all
+    assert other_rank.stdout.readline() == "open\n"
+    other_rank.kill()
+    first.kill()  # nothing is tidied up, and the folder is free again
+    first.communicate()
+    third = start()
+    assert third.stdout.readline() == "open\n"
+    third.kill()
+    for process in (other_rank, third):
+        process.communicate()
+
+
+def test_a_folder_without_locks_goes_without(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert run.open_folder(tmp_path) == tmp_path
+
+
+def test_what_a_folder_holds_is_not_overwritten(tmp_path):
+    run.refuse_to_overwrite(tmp_path, ["", "last"])
+    (tmp_path / "training.log").write_text("of this run, which has just begun")
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "config.json").write_text("{}")
+    run.refuse_to_overwrite(tmp_path, ["", "last"])  # a folder that this stage does not write
+    with pytest.raises(run.UserError, match=r"holds a model already \(actor/config.json\).* --overwrite_output_dir"):
+        run.refuse_to_overwrite(tmp_path, ["actor"])
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(run.UserError, match=r"--output_dir .*: holds another run already \(run.json\)"):
+        run.refuse_to_overwrite(tmp_path, [""])
+
+
+def test_what_would_mix_with_a_new_run_goes_when_that_begins(tmp_path):
+    for name in ("answers/step_000060.jsonl", "tensorboard/events", "results.json", "actor/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    run.open_folder(tmp_path)
+    assert (tmp_path / "answers/step_000060.jsonl").is_file()
+    run.start_run(tmp_path, {}, "step3")
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "actor", "run.json"}
+
+
+def test_a_full_disk_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.run_main(raises(OSError(errno.ENOSPC, "No space left on device", "output/metrics.jsonl")))
+    assert stop.value.code == 3
+    error = capsys.readouterr().err
+    assert error == "error: No space left on device: output/metrics.jsonl; make room, and start again\n"
+    with pytest.raises(PermissionError):
+        run.run_main(raises(PermissionError(errno.EACCES, "no")))
 
 
 def repository(folder: Path) -> Path:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from remax.checkpoint.export import export, full_state_dict, write_note
+from remax.checkpoint.export import export, full_state_dict, refuse_without_room, write_note
 from remax.core.sequences import Sequences
 from remax.models.lora import merge_adapters
 from remax.models.policy import load_policy
+from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
 ROWS = 4
@@ -195,13 +199,15 @@ def load(folder):
 
 def test_an_export_replaces_an_older_one_and_nothing_else(make_policy, tmp_path):
     model, tokenizer = load(make_policy("llama"))
-    (tmp_path / "metrics.jsonl").write_text("kept")
+    for name in ("metrics.jsonl", "adapter_model.safetensors", "mine.safetensors"):
+        (tmp_path / name).write_text("kept")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("of an older, larger model")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     export(model, tokenizer, tmp_path, zero3=False)
     export(model, tokenizer, tmp_path, zero3=False)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert "metrics.jsonl" in names and "model.safetensors" in names
+    assert {"metrics.jsonl", "adapter_model.safetensors", "mine.safetensors", "model.safetensors"} <= set(names)
+    (tmp_path / "adapter_model.safetensors").unlink()
     assert [name for name in names if "0000" in name or "index" in name or name.startswith(".")] == []
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
@@ -214,6 +220,47 @@ def test_an_export_left_half_done_does_not_stop_the_next(make_policy, tmp_path):
     (tmp_path / ".partial" / "model-00001-of-00009.safetensors").write_text("torn")
     export(model, tokenizer, tmp_path, zero3=False)
     assert [path.name for path in tmp_path.iterdir() if "0000" in path.name or path.name == ".partial"] == []
+
+
+FULL = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["python", "safetensors"])
+def test_a_full_disk_is_waited_for(error, make_policy, tmp_path, monkeypatch, capsys):
+    model, tokenizer = load(make_policy("llama"))
+    export(model, tokenizer, tmp_path, zero3=False)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    slept, save = [], type(model.hf).save_pretrained
+
+    def full(self, folder, **options):
+        (folder / "half").mkdir(parents=True)
+        if len(slept) < 2:
+            raise error
+        save(self, folder, **options)
+
+    monkeypatch.setattr(type(model.hf), "save_pretrained", full)
+    monkeypatch.setattr("remax.checkpoint.export.time.sleep", slept.append)
+    torch.nn.init.ones_(model.hf.get_input_embeddings().weight)
+    export(model, tokenizer, tmp_path, zero3=False)
+    assert slept == [30, 30] and (tmp_path / "model.safetensors").read_bytes() != before
+    assert capsys.readouterr().out.count(f"no space left for the model in {tmp_path}: make room") == 1
+    before = (tmp_path / "model.safetensors").read_bytes()
+    slept.clear()
+    monkeypatch.setattr(type(model.hf), "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="No space left") as stop:
+        export(model, tokenizer, tmp_path, zero3=False)
+    assert stop.value.errno == errno.ENOSPC and len(slept) == 30
+    assert (tmp_path / "model.safetensors").read_bytes() == before and not (tmp_path / ".partial").exists()
+
+
+def test_a_model_without_room_is_refused_before_the_training(make_policy, tmp_path, monkeypatch):
+    model, _ = load(make_policy("llama"))
+    size = 4 * sum(p.numel() for p in model.hf.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+    refuse_without_room(model, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
+    with pytest.raises(UserError, match="--output_dir .* GiB are free there, and the trained model takes"):
+        refuse_without_room(model, tmp_path)
 
 
 def test_a_model_without_adapters_is_merged_into_itself(make_policy):

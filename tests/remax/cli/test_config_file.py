@@ -171,6 +171,14 @@ def test_a_run_is_started_again_with_changes(tmp_path):
     assert (again.learning_rate, again.max_seq_len) == (1e-3, 99)
 
 
+def test_leave_to_overwrite_is_not_handed_on(tmp_path):
+    first = parse_step1(["--model_name_or_path", "me/model", "--overwrite_output_dir"])
+    file = write(tmp_path, json.dumps(describe_run(first, "step1")), "run.json")
+    assert first.overwrite_output_dir and not parse_step1(["--config", file]).overwrite_output_dir
+    mine = write(tmp_path, json.dumps({"model_name_or_path": "me/model", "overwrite_output_dir": True}), "mine.json")
+    assert parse_step1(["--config", mine]).overwrite_output_dir
+
+
 def test_a_run_of_another_stage_is_refused(tmp_path):
     first = parse_step1(["--model_name_or_path", "me/model"])
     file = write(tmp_path, json.dumps(describe_run(first, "step1")), "run.json")

@@ -327,7 +327,7 @@ READ = {
         "args.loss == 'ranking'",
         "init_distributed(args.local_rank)",
         "set_seed(args.seed)",
-        "start_run(args.output_dir, args, args.stage)",
+        "open_folder(args.output_dir)",
         "for notice in args.notices",
         "train_loader, held_out = finetune_loaders(args, tokenizer)",
         "cadence = finetune_cadence(args)",
@@ -346,6 +346,7 @@ READ = {
     ],
     f"{FINETUNING}:train_and_export": [
         "output, learner = (Path(args.output_dir), task.learner)",
+        "start_run(output, args, args.stage)",
         "tensorboard_dir=args.tensorboard_dir",
         "console_every=args.console_every",
     ],
@@ -400,7 +401,8 @@ READ = {
     f"{LEARNING}:run_rlhf": [
         "init_distributed(args.local_rank)",
         "set_seed(args.seed)",
-        "output = start_run(args.output_dir, args, args.stage)",
+        "output = open_folder(args.output_dir)",
+        "start_run(output, args, args.stage)",
         "for notice in args.notices",
         "algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)",
         "settings = trainer_settings(args)",
@@ -417,6 +419,7 @@ READ = {
     f"{LEARNING}:examine_models": [f"max_len={LONGEST}", "max_prompt_tokens=args.max_prompt_seq_len"],
     f"{LEARNING}:save_final": ["if args.save_at_final"],
     "remax/cli/validate.py:make_algorithm": ["ALGORITHMS[args.algo]"],
+    "remax/cli/validate.py:check_output_dir": ["if not args.overwrite_output_dir"],
 }
 
 
@@ -431,7 +434,11 @@ def names_read(text: str) -> set[str]:
 
 def read_in(stage: int) -> set[str]:
     """The flags of a stage that its programs read by READ."""
-    foreign = (DATA + ":load_data", MODELS, LEARNING, "remax/cli") if stage < 3 else (FINETUNING, DATA + ":finetune_")
+    foreign = (
+        (DATA + ":load_data", MODELS, LEARNING, "remax/cli/validate.py:make_algorithm")
+        if stage < 3
+        else (FINETUNING, DATA + ":finetune_")
+    )
     lines = [line for place, lines in READ.items() if not place.startswith(foreign) for line in lines]
     return names_read(" ".join(lines)) & set(flags_of(STAGES[stage][0]))
 

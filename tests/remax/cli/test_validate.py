@@ -14,6 +14,7 @@ import torch
 
 from remax.algorithms import ALGORITHMS
 from remax.algorithms.kl import PENALTIES
+from remax.cli.evaluation import parse_prompt_eval
 from remax.cli.flags import Penalty, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.cli.validate import make_algorithm, parse_step1, parse_step2, parse_step3
 from utils.run import UserError
@@ -214,7 +215,7 @@ def test_only_step_3_evaluates_on_a_part_unless_told():
 def test_no_flag_has_two_owners():
     for arguments in (Step1Arguments, Step2Arguments, Step3Arguments):
         owners = Counter(name for cls in arguments.__mro__ for name in inspect.get_annotations(cls))
-        assert owners.pop("stage") == owners.pop("_group") == 1
+        assert owners.pop("stage") == owners.pop("_group") == owners.pop("models_in") == 1
         assert set(owners) == {field.name for field in dataclasses.fields(arguments)}
         assert set(owners.values()) == {1}
 
@@ -441,6 +442,50 @@ def test_what_the_algorithm_refuses_costs_torch_alone():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "[]\n")
     assert done.stderr.startswith("error: --samples_per_prompt 1 with --algo rloo")
+
+
+# ------------------------------------------------------------------------------------------- overwriting
+
+
+def model_in(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_an_output_folder_that_holds_something_is_refused(tmp_path):
+    model_in(tmp_path / "done")
+    with pytest.raises(
+        UserError, match=r"--output_dir .*done: holds a model .*\(config.json\).*--overwrite_output_dir"
+    ):
+        step1(f"--output_dir {tmp_path}/done")
+    assert step2(f"--output_dir {tmp_path}/done --overwrite_output_dir").overwrite_output_dir
+    step3(f"--output_dir {tmp_path}/done")  # step 3 writes its models into subfolders
+    model_in(tmp_path / "done" / "actor")
+    with pytest.raises(UserError, match=r"holds a model already \(actor/config.json\)"):
+        step3(f"--output_dir {tmp_path}/done")
+
+
+def test_a_model_that_is_read_is_never_written_over(tmp_path):
+    model, more = model_in(tmp_path / "model"), "--overwrite_output_dir"
+    for line in (f"{tmp_path}/model", f"{tmp_path}/other/../model/"):
+        with pytest.raises(UserError, match="is where --model_name_or_path .*model lies; choose another folder"):
+            parse_step1(shlex.split(f"--model_name_or_path {model} --output_dir {line} {more}"))
+    actor = model_in(tmp_path / "run" / "actor")
+    line = f"--actor_model_name_or_path {actor} --reward_model_name_or_path {model}:0.5 {more}"
+    with pytest.raises(UserError, match="is where --actor_model_name_or_path .*run/actor lies"):
+        parse_step3(shlex.split(f"{line} --output_dir {tmp_path}/run"))
+    with pytest.raises(UserError, match="is where --reward_model_name_or_path .*model lies"):
+        parse_step3(shlex.split(f"{line} --output_dir {model}"))
+
+
+def test_answers_do_not_go_into_the_file_that_is_read(tmp_path):
+    file = tmp_path / "questions.txt"
+    file.write_text("Why?\n")
+    line = f"--model_name_or_path_baseline me/a --model_name_or_path_finetune me/b --prompts_file {file}"
+    with pytest.raises(UserError, match="--output .*questions.txt: is the file of --prompts_file"):
+        parse_prompt_eval(shlex.split(f"{line} --output {file}"))
+    assert file.read_text() == "Why?\n"
 
 
 # ------------------------------------------------------------------------------------------- rewards

@@ -45,7 +45,7 @@ def stubbed(monkeypatch):
 
 def arguments(tmp_path, line: str):
     base = f"--actor_model_name_or_path m/a --reward_model_name_or_path m/r --output_dir {tmp_path} {line}"
-    return parse_step3(base.split())
+    return parse_step3([*base.split(), "--overwrite_output_dir"])
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -58,6 +58,7 @@ def test_models_are_examined_before_the_training_unless_told_not_to(skip, stubbe
         with pytest.raises(UserError, match="the examination failed .* a check: 0 of 1. mend it"):
             rlhf.run_rlhf(args)
         assert stubbed[-1] == "examine_models" and "train" not in stubbed
+    assert (tmp_path / "run.json").exists() == skip  # a run that is refused leaves that of the run before
     assert stubbed.index("seed 77") < stubbed.index("build_models")
 
 
