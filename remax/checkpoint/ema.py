@@ -1,16 +1,19 @@
 """An exponential moving average of the policy's weights (--enable_ema), exported beside the policy.
 
-It lives in float32 in rank 0's memory and is fed from the same gathered state dict that exports use, so that it is
-right at every ZeRO stage; the price is one gathering of the weights per step.
+It is shared out: each rank keeps its share of every trained tensor, in float32 in CPU memory, so that a step costs no
+communication at any ZeRO stage. The shares are put together for the export.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from remax.checkpoint.export import full_state_dict
+from utils.distributed import device, is_main, rank, world_size
 
 
 class WeightAverage:
@@ -21,14 +24,32 @@ class WeightAverage:
 
     def __init__(self, hf: PreTrainedModel, *, zero3: bool, decay: float = 0.992):
         self.hf, self.zero3, self.decay = hf, zero3, decay
-        self.average = {name: tensor.float() for name, tensor in full_state_dict(hf, zero3).items()}
+        self.average = {name: self._share(p).float() for name, p in hf.named_parameters() if p.requires_grad}
+
+    def _share(self, parameter: nn.Parameter) -> Tensor:
+        """(ceil(n / ranks),) of the n numbers, in CPU memory, cut as ZeRO-3 cuts them: in rank order, 0 at the end."""
+        if self.zero3:
+            share: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            return share.detach().to("cpu", copy=True)
+        flat, length = parameter.detach().flatten(), -(-parameter.numel() // world_size())
+        share = flat[rank() * length : (rank() + 1) * length]
+        return pad(share, (0, length - len(share))).to("cpu", copy=True)
 
     @torch.no_grad()
     def update(self) -> None:
         """Every rank must call it."""
-        for name, tensor in full_state_dict(self.hf, self.zero3).items():
-            self.average[name].lerp_(tensor.float(), 1 - self.decay)
+        for name, average in self.average.items():
+            average.lerp_(self._share(self.hf.get_parameter(name)).float(), 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights in the model's dtype, on rank 0; empty elsewhere."""
-        return {name: tensor.to(self.hf.dtype) for name, tensor in self.average.items()}
+        """The averaged weights in the model's dtype, on rank 0; empty elsewhere. Every rank must call it."""
+        state = full_state_dict(self.hf, self.zero3)
+        for name, average in self.average.items():
+            share = average.to(self.hf.dtype)
+            if dist.is_initialized():
+                whole = torch.empty(len(share) * world_size(), dtype=share.dtype, device=device())
+                dist.all_gather_into_tensor(whole, share.to(device()))
+                share = whole.cpu() if is_main() else share
+            if is_main():
+                state[name] = share[: state[name].numel()].view_as(state[name])
+        return state

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from remax.core.linear import linear_in_float32
 from remax.core.logprobs import Head, PolicyOutput
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
@@ -179,4 +179,4 @@ class Reference(_Policy):
         with gathered(layer.parameters(), zero3=True):
             weight = layer.weight.detach().clone()
             bias = layer.bias.detach().clone() if getattr(layer, "bias", None) is not None else None
-        return lambda hidden: self.model.scale_logits(F.linear(hidden.to(weight.dtype), weight, bias))
+        return lambda hidden: self.model.scale_logits(linear_in_float32(hidden, weight, bias))

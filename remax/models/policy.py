@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from remax.core.linear import linear_in_float32
 from remax.core.logprobs import Head, token_stats
 from remax.core.sampling import Sampling
 from remax.core.sequences import Sequences
@@ -87,6 +89,8 @@ class PolicyModel(nn.Module):
         if packing:
             prepare_packing(hf)
         self.own_generation_config = own_generation_config or hf.generation_config
+        head = cast(nn.Linear, hf.get_output_embeddings())
+        head.forward = MethodType(_logits_in_float32, head)  # type: ignore[method-assign]
 
     def head(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V) logits."""
@@ -142,6 +146,10 @@ class PolicyModel(nn.Module):
             torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in stats
         )
         return logprobs, h, kl
+
+
+def _logits_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
+    return linear_in_float32(hidden, head.weight, head.bias)
 
 
 def load_policy(
