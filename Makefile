@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast mutants check style clean
+.PHONY: help demo test test-fast gpu mutants check style clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -41,6 +41,9 @@ test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 
 test-fast: $(READY) ## those that start no further processes, under three minutes
 	python -m pytest -m "not ranks and not compiled" $(PYTEST_ARGS)
+
+gpu: $(READY) ## what a machine with GPUs can show: tests, demo, what a step costs; writes docs/results/gpu.md
+	python benchmarks/gpu.py
 
 mutants: $(READY) ## hand-made faults, each of which some test must notice: half an hour (JOBS=2: two at a time)
 	python tests/mutants/run.py --jobs $(JOBS)

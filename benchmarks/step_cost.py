@@ -147,9 +147,9 @@ def main() -> None:
         make_models(Path(folder), args.shape, args.dtype)
         for way in args.ways:
             command = [sys.executable, __file__, *sys.argv[1:], "--one", way, "--folder", folder]
-            done = subprocess.run(
-                command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-            )
+            modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment = os.environ | {"PYTHONPATH": modules}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
             last = next((line for line in done.stdout.splitlines() if line.startswith("FIGURES")), None)
             if last is None:
                 sys.exit(f"{way} ended with status {done.returncode}\n{done.stdout[-3000:]}")

@@ -132,10 +132,11 @@ def run_command():
         # The programs of this Python's environment first; nothing that a launcher of an outer run may have left behind.
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # these, then its own
         process = subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
-            env=inherited | {"PATH": path, "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in environment.items()},
+            env=inherited | {"PATH": path, "PYTHONPATH": modules} | {k: str(v) for k, v in environment.items()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -28,7 +28,7 @@ FROZEN = " --reference_zero_stage 3 --reward_zero_stage 3"
 
 def rlhf(dtype: str, zero_stage: int, more: str = "--algo remax", frozen: str = FROZEN) -> tuple[int, str]:
     spread = f" --actor_dtype {dtype} --reward_dtype {dtype} --actor_zero_stage {zero_stage}"
-    return 3, LLAMA + spread + (frozen if zero_stage == 3 else "") + f" {more}"
+    return 3, LLAMA + spread + (frozen if zero_stage == 3 else "") + f" --skip_doctor false {more}"
 
 
 # name -> (stage, flags); the name begins with the objective, whose fp32 figures the others are compared with
@@ -60,7 +60,7 @@ RUNS: dict[str, tuple[int, str]] = {
     ),
     "remax, fp16, ZeRO 2": rlhf("fp16", 2),
     "remax, bf16, ZeRO 2, full KL, variance, EMA": rlhf(
-        "bf16", 2, "--algo remax --penalty full_kl_full_step --log_variance --enable_ema --skip_doctor false"
+        "bf16", 2, "--algo remax --penalty full_kl_full_step --log_variance --enable_ema"
     ),
     "rloo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo rloo --samples_per_prompt 2"),
     "grpo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo grpo --samples_per_prompt 2"),

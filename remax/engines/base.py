@@ -20,7 +20,7 @@ from remax.core.sequences import Sequences
 from remax.engines.deepspeed_config import EngineConfig, inference_config, training_config
 from remax.engines.optimizer import OptimizerConfig, build_optimizer
 from remax.engines.zero import buffers_kept
-from remax.models.loading import evaluating
+from remax.models.loading import count_parameters, evaluating
 from remax.models.packing import token_slots
 from utils.distributed import device, world_size
 
@@ -100,7 +100,7 @@ class TrainedEngine(Engine):
                 model=model,
                 optimizer=adam,
                 lr_scheduler=schedule,
-                config=training_config(config),
+                config=training_config(config, count_parameters(model)),
                 dist_init_required=False,
             )
         self.model = self.wrapped.module

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,9 +62,11 @@ def _zero3(offload_parameters: bool) -> dict[str, Any]:
     }
 
 
-def training_config(config: EngineConfig) -> dict[str, Any]:
-    """For a trained model."""
+def training_config(config: EngineConfig, parameters: int = LARGEST_BUCKET) -> dict[str, Any]:
+    """For a trained model of so many parameters."""
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
+    # Buffers of so many numbers are held for the gradients: no more than there are.
+    zero |= dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), min(LARGEST_BUCKET, parameters))
     if config.zero_stage >= 1:
         zero["offload_optimizer"] = {
             "device": "cpu" if config.offload else "none",

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from remax.models.weights import broken_files, check_files, check_finite, check_report, unpartitioned
-from utils.distributed import print0
+from utils.distributed import device, print0
 from utils.run import UserError
 
 
@@ -139,6 +140,15 @@ def from_pretrained(
         print0(f"{flag}: {name_or_path} has Python code of its own, which is not run: {type(loaded).__name__} reads it")
     check_finite(loaded, name_or_path, flag)
     return loaded, set(report["missing_keys"])
+
+
+def on_the_gpu() -> dict[str, Any]:
+    """Options of `from_pretrained` that read weights into the GPU, not first into every rank's CPU memory.
+
+    Not under ZeRO-3, which spreads them as they are read.
+    """
+    whole = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()
+    return {"device_map": {"": device()}} if whole else {}
 
 
 def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:

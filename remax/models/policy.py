@@ -21,7 +21,14 @@ from remax.core.linear import linear_in_float32
 from remax.core.logprobs import Head, token_stats
 from remax.core.sampling import Sampling
 from remax.core.sequences import Sequences
-from remax.models.loading import embedded_tokens, from_pretrained, load_config, prepare_training, reason_of
+from remax.models.loading import (
+    embedded_tokens,
+    from_pretrained,
+    load_config,
+    on_the_gpu,
+    prepare_training,
+    reason_of,
+)
 from remax.models.packing import last_hidden, prepare_packing
 from utils.run import UserError
 
@@ -166,6 +173,7 @@ def load_policy(
     """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds."""
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    options |= on_the_gpu()
     check_policy_config(config, name_or_path, flag)
     own = read_generation_config(name_or_path, flag)
     hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, **options)

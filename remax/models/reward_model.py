@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.core.sequences import Sequences
-from remax.models.loading import embedded_tokens, from_pretrained, load_config, prepare_training
+from remax.models.loading import embedded_tokens, from_pretrained, load_config, on_the_gpu, prepare_training
 from remax.models.packing import last_hidden, prepare_packing
 from utils.run import UserError
 from utils.tokenizer import distinct_pad
@@ -107,6 +107,7 @@ def load_reward_model(
     else:
         check_reward_config(config, name_or_path, flag)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    options |= {} if new_head else on_the_gpu()  # a new head is drawn by the CPU, the same on every machine
     hf, new = from_pretrained(AutoModelForSequenceClassification, name_or_path, flag, new_head=True, **options)
     if not hasattr(hf, "score"):
         raise UserError(

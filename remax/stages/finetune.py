@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from remax.checkpoint.export import export, export_and_exit, refuse_without_room, write_note
@@ -41,6 +42,7 @@ def run_finetuning(args: Step1Arguments | Step2Arguments) -> None:
         prepare_pad_token(tokenizer)
     init_distributed(args.local_rank)
     set_seed(args.seed)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     open_folder(args.output_dir)
     for notice in args.notices:
         print0(notice)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from remax.checkpoint.ema import WeightAverage
 from remax.checkpoint.export import export, export_and_exit, write_note
 from remax.checks.examination import examine
@@ -39,6 +41,7 @@ def run_rlhf(args: Step3Arguments) -> None:
     tokenizer = tokenizers.actor
     init_distributed(args.local_rank)
     set_seed(args.seed)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     output = open_folder(args.output_dir)
     for notice in args.notices:
         print0(notice)

@@ -327,6 +327,7 @@ READ = {
         "args.loss == 'ranking'",
         "init_distributed(args.local_rank)",
         "set_seed(args.seed)",
+        "torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')",
         "open_folder(args.output_dir)",
         "for notice in args.notices",
         "train_loader, held_out = finetune_loaders(args, tokenizer)",
@@ -401,6 +402,7 @@ READ = {
     f"{LEARNING}:run_rlhf": [
         "init_distributed(args.local_rank)",
         "set_seed(args.seed)",
+        "torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')",
         "output = open_folder(args.output_dir)",
         "start_run(output, args, args.stage)",
         "for notice in args.notices",

@@ -22,6 +22,17 @@ def test_training(stage, offload):
     assert config["gradient_accumulation_steps"] == 1
 
 
+def test_buckets_are_no_larger_than_the_model():
+    zero = training_config(EngineConfig(2), parameters=1000)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 1000
+    zero = training_config(EngineConfig(2), parameters=7_000_000_000)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 500_000_000
+
+
+def test_gradients_are_added_up_in_fp32():
+    assert training_config(EngineConfig(2, dtype="bf16"))["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
 def test_parameters_are_offloaded_only_where_asked():
     def device(config: EngineConfig) -> str:
         return training_config(config)["zero_optimization"]["offload_param"]["device"]

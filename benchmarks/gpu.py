@@ -1,0 +1,114 @@
+"""What this project does on this machine's GPUs: `make gpu`.
+
+    python benchmarks/gpu.py --output docs/results/gpu.md
+
+Runs the tests that need a GPU, the demo in bf16, and `benchmarks/step_cost.py`, and writes their figures into one
+document. A part that fails is written down as failed, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "flash_attn")
+
+
+def run(*command: str | Path) -> tuple[int, str, float]:
+    """Exit status, output and seconds; the output is shown as well."""
+    started, lines = time.perf_counter(), []
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines), time.perf_counter() - started
+
+
+def installed(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"
+
+
+def machine() -> list[str]:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = " and ".join(f"{names.count(name)} x {name}" for name in sorted(set(names)))
+    versions = ", ".join(map(installed, PACKAGES))
+    return [f"{gpus}; CUDA {torch.version.cuda}; Python {platform.python_version()}; {versions}.", ""]
+
+
+def tests(folder: Path) -> tuple[bool, list[str]]:
+    """The table of the tests that need a GPU."""
+    report = folder / "tests.xml"
+    status, _, seconds = run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}")
+    lines = ["## Tests", "", "    python -m pytest -m gpu", ""]
+    if not report.is_file():
+        return False, [*lines, f"ended with status {status}.", ""]
+    outcomes: dict[str, str] = {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        kinds = {child.tag: child for child in case}
+        bad = kinds.get("failure", kinds.get("error"))
+        if bad is not None:
+            outcome = f"FAILED: {(bad.get('message') or '').splitlines()[0][:150]}"
+        else:
+            outcome = f"skipped: {kinds['skipped'].get('message')}" if "skipped" in kinds else "passed"
+        outcomes[f"{case.get('name')}"] = outcome.replace("|", "/")
+    lines += [f"{list(outcomes.values()).count('passed')} of {len(outcomes)} passed in {seconds:.0f} s.", ""]
+    lines += ["| test | outcome |", "|---|---|", *(f"| {name} | {outcome} |" for name, outcome in outcomes.items()), ""]
+    return status == 0, lines
+
+
+def demo() -> tuple[bool, list[str]]:
+    status, output, seconds = run("make", "demo")
+    end = output.rpartition("-" * 84)[0]
+    table = output[end.find("-" * 84) :] if end else output[-2000:]
+    table = table.partition("base     output")[0]
+    block = [f"    {line}".rstrip() for line in table.strip().splitlines()]
+    return status == 0, [f"## The demo, {seconds:.0f} s", "", "    make demo", "", *block, ""]
+
+
+def step_cost(folder: Path, shape: str) -> tuple[bool, list[str]]:
+    command = ["benchmarks/step_cost.py", "--shape", shape]
+    status, output, _ = run(sys.executable, *command, "--output", folder / "cost.md")
+    if status:
+        return False, ["## What a step costs", "", f"ended with status {status}: {output[-500:]}", ""]
+    table = (folder / "cost.md").read_text().partition("\n\n    ")[2].partition("\n\n")[2]
+    return True, ["## What a step costs", "", f"    python {' '.join(command)}", "", table]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="docs/results/gpu.md", help="a Markdown file")
+    parser.add_argument("--shape", default="1.1b", help="of the models of step_cost.py")
+    parser.add_argument("--parts", nargs="+", default=["tests", "demo", "cost"], choices=["tests", "demo", "cost"])
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no GPU is visible to torch")
+    good, lines = True, ["# On GPUs", "", "    make gpu", "", *machine()]
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {"tests": lambda: tests(Path(folder)), "demo": demo}
+        parts["cost"] = lambda: step_cost(Path(folder), args.shape)
+        for part in args.parts:
+            passed, found = parts[part]()
+            good, lines = good and passed, lines + found
+            Path(args.output).write_text("\n".join(lines).rstrip() + "\n")  # what there is, should the next part hang
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
