@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --output docs/results/gpu.md
 
-Runs the tests that need a GPU, the demo in bf16, and `benchmarks/step_cost.py`, and writes their figures into one
+Runs the tests that need a GPU, the demo in bf16, `benchmarks/rounding.py` and `benchmarks/step_cost.py`, and writes their figures into one
 document. A part that fails is written down as failed, and the exit status is 1.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["tests", "demo", "rounding", "cost"]
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "flash_attn")
 
 
@@ -82,6 +83,12 @@ def demo() -> tuple[bool, list[str]]:
     return status == 0, [f"## The demo, {seconds:.0f} s", "", "    make demo", "", *block, ""]
 
 
+def rounding() -> tuple[bool, list[str]]:
+    status, output, _ = run(sys.executable, "benchmarks/rounding.py")
+    table = output[output.find("| ") :].rstrip()
+    return status == 0, ["## What 16 bits cost", "", "    python benchmarks/rounding.py", "", table, ""]
+
+
 def step_cost(folder: Path, shape: str) -> tuple[bool, list[str]]:
     command = ["benchmarks/step_cost.py", "--shape", shape]
     status, output, _ = run(sys.executable, *command, "--output", folder / "cost.md")
@@ -95,13 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="docs/results/gpu.md", help="a Markdown file")
     parser.add_argument("--shape", default="1.1b", help="of the models of step_cost.py")
-    parser.add_argument("--parts", nargs="+", default=["tests", "demo", "cost"], choices=["tests", "demo", "cost"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: no GPU is visible to torch")
     good, lines = True, ["# On GPUs", "", "    make gpu", "", *machine()]
     with tempfile.TemporaryDirectory() as folder:
-        parts = {"tests": lambda: tests(Path(folder)), "demo": demo}
+        parts = {"tests": lambda: tests(Path(folder)), "demo": demo, "rounding": rounding}
         parts["cost"] = lambda: step_cost(Path(folder), args.shape)
         for part in args.parts:
             passed, found = parts[part]()
