@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py --output docs/results/gpu.md
 
-Runs the tests that need a GPU, the demo in bf16, `benchmarks/rounding.py` and `benchmarks/step_cost.py`, and writes their figures into one
-document. A part that fails is written down as failed, and the exit status is 1.
+Runs the tests that need a GPU, the demo in bf16, `benchmarks/rounding.py` and `benchmarks/step_cost.py`, and writes
+their figures into one document. A part that fails is written down as failed, and the exit status is 1.
 """
 
 from __future__ import annotations
