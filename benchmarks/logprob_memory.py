@@ -95,14 +95,14 @@ def main() -> None:
     print("| ---: | ---: | ---: | ---: | ---: |")
     # glibc keeps what it allocated below this limit, and raises the limit by itself: the chunks would pile up there.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    # A process for each figure, since a peak cannot be taken back.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for tokens in args.tokens:
-            whole = tokens * args.vocabulary * 4 / MEGABYTE
-            for way, chunk in cases:
+    for tokens in args.tokens:
+        whole = tokens * args.vocabulary * 4 / MEGABYTE
+        for way, chunk in cases:
+            # A process for each figure, since a peak cannot be taken back.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 peak, seconds = pool.submit(measure, way, tokens, chunk, args.vocabulary, args.hidden).result()
-                size = chunk or "all"
-                print(f"| {tokens} | {whole:.0f} MB | {size} | {peak:.0f} MB | {seconds:.1f} |", flush=True)
+            size = chunk or "all"
+            print(f"| {tokens} | {whole:.0f} MB | {size} | {peak:.0f} MB | {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 ROOT = Path(__file__).resolve().parent.parent
+# For the processes that tests start: this repository, then what the tests themselves were told to import.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def missing_for_compilation() -> str | None:
@@ -132,11 +134,10 @@ def run_command():
         # The programs of this Python's environment first; nothing that a launcher of an outer run may have left behind.
         inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # these, then its own
         process = subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
-            env=inherited | {"PATH": path, "PYTHONPATH": modules} | {k: str(v) for k, v in environment.items()},
+            env=inherited | {"PATH": path} | {k: str(v) for k, v in environment.items()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

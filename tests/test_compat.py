@@ -4,6 +4,8 @@ A new version that breaks one of these assumptions fails here, by name, before i
 """
 
 import inspect
+import os
+import sys
 
 import datasets
 import pytest
@@ -34,6 +36,14 @@ def recorded(monkeypatch):
 
     AttentionInterface.register("recorded", attention)
     return calls
+
+
+def test_processes_of_a_test_look_for_libraries_where_it_does(monkeypatch, tmp_path, run_command):
+    # Ranks, too: another version of a library, laid over the installed one by PYTHONPATH, must reach them.
+    ours = os.environ["PYTHONPATH"].split(os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*ours, str(tmp_path)]))
+    found = run_command([sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"]).stdout.splitlines()
+    assert str(tmp_path) in found and found.index(ours[0]) < found.index(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------- transformers

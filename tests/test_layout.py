@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import sys
+import tarfile
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -149,6 +150,23 @@ def test_wheel_contains_the_packages(tmp_path, run_command):
     (wheel,) = tmp_path.glob("*.whl")
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert set(names) == {short(path) for room in ("remax", "utils") for path in (ROOT / room).rglob("*.py")}
+
+
+def test_sdist_contains_what_a_clone_has(tmp_path, run_command):
+    tracked = run_command(["git", "ls-files", "-z"]).stdout.split("\0")[:-1]
+    if not tracked:
+        pytest.skip("not a git repository")
+    source = tmp_path / "source"
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    code = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    built = run_command([sys.executable, "-c", code], cwd=source)
+    assert built.returncode == 0, built.stdout
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    assert sorted({name for name in tracked if (ROOT / name).is_file()} - held - {".gitignore"}) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ documents

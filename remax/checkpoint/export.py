@@ -70,7 +70,8 @@ def export(
             _remove(partial)  # of an interrupted one
             _without_adapters(hf).save_pretrained(partial, state_dict=state)
             if isinstance(model, PolicyModel):
-                model.own_generation_config.save_pretrained(partial)
+                # As it came: save_pretrained of older transformers refuses what the first Llama-2 folders say.
+                model.own_generation_config.to_json_file(partial / "generation_config.json")
             tokenizer.save_pretrained(partial)
             _move_files(partial, folder)
 

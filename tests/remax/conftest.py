@@ -158,7 +158,7 @@ def run_ranks(tmp_path_factory):
         job = folder / "job.json"
         job.write_text(json.dumps({"folder": str(folder), "checks": checks}))
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-        common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        common |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         # DeepSpeed asks the PATH for ninja when it looks for its compiled optimizer.
         common["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(job)]

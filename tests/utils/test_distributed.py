@@ -63,7 +63,7 @@ def run_ranks(
     port = str(distributed.free_port())
     started = []
     for rank in range(ranks):
-        env = {**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        env = {**clean, "CUDA_VISIBLE_DEVICES": ""}
         if ranks > 1 and not nodes:
             env |= {"MASTER_PORT": port} | started_by(rank, ranks)
         env |= environment

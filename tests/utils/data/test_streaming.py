@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -310,7 +311,7 @@ for folder in sys.argv[2:]:
 """
 
 
-def test_memory_and_disk_do_not_grow_with_the_data(tmp_path, tokenizer_folders, root):
+def test_memory_and_disk_do_not_grow_with_the_data(tmp_path, tokenizer_folders):
     """Peak memory over 30,000 rows (150 MB) is that over 8,000 (40 MB), but for 35 MB; and nothing is written."""
     row = {"chosen": " because" * 300, "rejected": " never" * 400}
     folders = [tmp_path / "few", tmp_path / "many"]
@@ -323,7 +324,7 @@ def test_memory_and_disk_do_not_grow_with_the_data(tmp_path, tokenizer_folders, 
     assert (folders[1] / "train.jsonl").stat().st_size > 140e6
     home = tmp_path / "home"
     home.mkdir()
-    environment = {"HF_HOME": str(home), "TMPDIR": str(home), "HOME": str(home), "PYTHONPATH": str(root)}
+    environment = {"HF_HOME": str(home), "TMPDIR": str(home), "HOME": str(home), "PYTHONPATH": os.environ["PYTHONPATH"]}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tokenizer_folders["gpt2"]), *map(str, folders)],
         env={**environment, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
