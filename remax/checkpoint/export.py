@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import shutil
 import sys
 import time
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.engines.zero import count_parameters, gathered
-from remax.models.lora import merge_adapters
+from remax.models.lora import ADAPTER_FOLDER, adapters_alone, merge_adapters, save_adapter
 from remax.models.policy import PolicyModel
 from remax.models.reward_model import RewardModel
 from utils.distributed import barrier, is_main, print0, shutdown
@@ -56,19 +58,23 @@ def export(
 ) -> None:
     """Writes weights (safetensors), config, generation config and tokenizer.
 
+    Adapters are merged; where nothing else was trained, they also lie in a folder of their own, `ADAPTER_FOLDER`.
     Every rank must call it; it returns when all is written. `state` replaces the model's own weights (an average of
     them). All files are written to a folder of their own first and then moved into `folder`, which may hold other files
     (the run's logs).
     """
     hf, folder = model.hf, Path(folder)
-    state = merge_adapters(full_state_dict(hf, zero3) if state is None else state, hf)
+    state = full_state_dict(hf, zero3) if state is None else state
     if is_main():
         partial = folder / ".partial"
+        merged = merge_adapters(state, hf)
 
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove(partial)  # of an interrupted one
-            _without_adapters(hf).save_pretrained(partial, state_dict=state)
+            _remove(partial)  # of an interrupted export
+            _without_adapters(hf).save_pretrained(partial, state_dict=merged)
+            if adapters_alone(hf):
+                save_adapter(state, hf, partial / ADAPTER_FOLDER)
             if isinstance(model, PolicyModel):
                 # As it came: save_pretrained of older transformers refuses what the first Llama-2 folders say.
                 model.own_generation_config.to_json_file(partial / "generation_config.json")
@@ -79,8 +85,12 @@ def export(
     barrier()
 
 
-def _remove(partial: Path) -> None:
-    partial.unlink() if partial.is_symlink() else shutil.rmtree(partial, ignore_errors=True)
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _when_there_is_room(write: Callable[[], None], partial: Path) -> None:
@@ -140,21 +150,31 @@ def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
+OF_AN_EXPORT = re.compile(  # what transformers reads from a folder, and what an export may or may not have
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|generation_config\.json"
+    rf"|chat_template\.jinja|additional_chat_templates|{ADAPTER_FOLDER}"
+)
+
+
 def _move_files(source: Path, target: Path) -> None:
     """Moves every file and folder of `source` into `target`, in the place of those of the same name.
 
-    Weight files of an earlier export that the new one does not have are removed.
+    What an earlier export wrote and the new one does not have is removed. Files can be read by whom the umask lets:
+    weights are written for their owner alone.
     """
+    os.umask(mask := os.umask(0))
     new = {path.name for path in source.iterdir()}
+    for path in source.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
     for path in source.iterdir():
-        if path.is_dir() and (target / path.name).is_dir():  # such as additional_chat_templates/
-            shutil.rmtree(target / path.name)
+        if path.is_dir():  # such as additional_chat_templates/
+            _remove(target / path.name)
         path.replace(target / path.name)
     source.rmdir()
-    for pattern in ("model*.safetensors", "model.safetensors.index.json"):
-        for path in target.glob(pattern):
-            if path.name not in new:
-                path.unlink()
+    for path in target.iterdir():
+        if OF_AN_EXPORT.fullmatch(path.name) and path.name not in new:
+            _remove(path)
 
 
 def export_and_exit(

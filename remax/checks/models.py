@@ -131,7 +131,8 @@ def check_reload(actor: Actor, tokenizer: PreTrainedTokenizerBase, probe: Probe,
         return Finding(name, SKIPPED, f"{size / 1e6:,.0f} million parameters: not written to disk before training")
     logprobs, distance = logprobs_under(actor, probe.sampled, Sampling()), 0.0
     with tempfile.TemporaryDirectory() as folder:
-        export(actor.model, tokenizer, folder, zero3=actor.zero3)
+        for _ in range(2):  # as training does: the second finds the first in its place
+            export(actor.model, tokenizer, folder, zero3=actor.zero3)
         if is_main():
             dtype = actor.engine.config.torch_dtype
             again = load_policy(folder, "the exported actor", dtype=dtype, tokenizer=load_tokenizer(folder))

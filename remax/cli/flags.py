@@ -202,10 +202,16 @@ class FinetuneFlags(Flags, group="model and training"):
     print_loss: bool = flag(False, "a console line for every optimizer step, whatever --logging_steps")
 
 
+WHICH_LAYERS = "part of the names of the linear layers that get adapters; all-linear: every one but the head"
+LORA_SCALE = "the adapters' product is scaled by this over their rank; without it by 1"
+
+
 @dataclass(kw_only=True)
 class LoraFlags(Flags, group="LoRA"):
     lora_dim: CountOrZero = usual(0, "rank of the adapters; 0: no LoRA")
-    lora_module_name: str = usual("decoder.layers.", "part of the names of the modules that get adapters")
+    lora_module_name: str = usual("all-linear", WHICH_LAYERS)
+    lora_alpha: Count | None = flag(None, LORA_SCALE)
+    lora_dropout: BelowOne = flag(0.0, "dropout on what the adapters read")
     lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
     only_optimize_lora: bool = usual(False, "train the LoRA adapters alone, nothing else")
 
@@ -266,7 +272,8 @@ class ActorFlags(Flags, group="actor (the trained policy) and reference (its fro
 @dataclass(kw_only=True)
 class ActorLoraFlags(Flags, group="LoRA"):
     actor_lora_dim: CountOrZero = usual(0, "rank of the adapters; 0: no LoRA")
-    actor_lora_module_name: str = flag("decoder.layers.", "part of the names of the modules that get adapters")
+    actor_lora_module_name: str = flag("all-linear", WHICH_LAYERS)
+    actor_lora_alpha: Count | None = flag(None, LORA_SCALE)
     actor_lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
     only_optimize_lora: bool = usual(False, "train the LoRA adapters alone, nothing else")
 

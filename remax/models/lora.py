@@ -1,37 +1,112 @@
-"""LoRA adapters: added, and merged into a state dict."""
+"""LoRA adapters: added, merged into a state dict, and as a folder of their own that PEFT loads."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from utils.run import UserError
 
+ALL_LINEAR = "all-linear"
+ADAPTER_FOLDER = "adapter"
 
-def add_lora(hf: PreTrainedModel, dim: int, module_name: str, only_lora: bool, flag: str) -> None:
-    """Adds LoRA adapters of rank `dim`, scale 1, to every linear layer whose name contains `module_name`.
 
-    With `only_lora` everything else is frozen; otherwise the whole model trains together with its adapters, as in
-    DeepSpeed-Chat.
+def adaptable_layers(hf: PreTrainedModel) -> list[str]:
+    """Names of all linear layers but the output embedding and a score head."""
+    heads = [hf.get_output_embeddings(), getattr(hf, "score", None)]
+    return [
+        name
+        for name, module in hf.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not any(module is head for head in heads)
+    ]
+
+
+def add_lora(
+    hf: PreTrainedModel,
+    dim: int,
+    module_name: str,
+    only_lora: bool,
+    flag: str,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+) -> None:
+    """Adds LoRA adapters of rank `dim` to every linear layer whose name contains `module_name`.
+
+    The output embedding and a score head get none. With `only_lora` everything but the adapters and a score head is
+    frozen; otherwise the whole model trains together with its adapters, as in DeepSpeed-Chat.
+
+    Args:
+        module_name: "all-linear" for every layer.
+        flag: The flag of `module_name`, which errors name.
+        alpha: The product B A is scaled by alpha / dim; without it by 1.
+        dropout: On what the adapters read, in training.
 
     Raises:
-        UserError: No layer has that name; adapters that train nothing must not pass for training.
+        UserError: No layer has that name; adapters that train nothing must not pass for training. Or a layer's matrix
+            has no such rank: more would train nothing further.
     """
     from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
 
-    linear = [name for name, module in hf.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    targets = [name for name in linear if module_name in name and not name.endswith(("lm_head", "score"))]
+    layers = adaptable_layers(hf)
+    targets = layers if module_name == ALL_LINEAR else [name for name in layers if module_name in name]
     if not targets:
         raise UserError(
             f"{flag} {module_name!r} is part of no linear layer's name in this model; its layers are named like "
-            f"{linear[0]!r}"
+            f"{layers[0]!r}; {ALL_LINEAR} takes all of them"
         )
-    hf.add_adapter(LoraConfig(r=dim, lora_alpha=dim, target_modules=targets))
+    modules: dict[str, Any] = {name: hf.get_submodule(name) for name in targets}
+    ranks = {name: min(getattr(m.weight, "ds_shape", m.weight.shape)) for name, m in modules.items()}
+    smallest = min(ranks, key=lambda name: ranks[name])
+    if dim > ranks[smallest]:
+        raise UserError(
+            f"{flag.replace('module_name', 'dim')} {dim}: the matrix of {smallest} has rank {ranks[smallest]} at most; "
+            f"expected no more, or layers without it ({flag})"
+        )
+    hf.add_adapter(
+        LoraConfig(
+            r=dim,
+            lora_alpha=dim if alpha is None else alpha,
+            lora_dropout=dropout,
+            target_modules=targets,
+            fan_in_fan_out=all(isinstance(module, Conv1D) for module in modules.values()),
+        )
+    )
     for name, parameter in hf.named_parameters():
         parameter.requires_grad = not only_lora or "lora_" in name or name.startswith("score.")
+
+
+def adapters_alone(hf: PreTrainedModel) -> bool:
+    """Whether the model has adapters, and all that it learns lies in them and in its score head."""
+    names = [name for name, parameter in hf.named_parameters() if parameter.requires_grad]
+    return any("lora_" in name for name in names) and all("lora_" in x or x.startswith("score.") for x in names)
+
+
+def save_adapter(state: dict[str, Tensor], hf: PreTrainedModel, folder: Path) -> None:
+    """Writes the adapters, and the score head that goes with them, so that `PeftModel.from_pretrained` loads them.
+
+    Args:
+        state: Weights by the names of the model with adapters.
+    """
+    from peft import TaskType
+    from safetensors.torch import save_file
+
+    (adapter,) = hf.peft_config
+    config: Any = copy.copy(hf.peft_config[adapter])
+    scorer = any(name.startswith("score.") for name in state)
+    config.inference_mode, config.task_type = True, TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM
+    config.modules_to_save = ["score"] if scorer else None
+    config.save_pretrained(folder)
+    kept = {
+        f"base_model.model.{name.replace(f'.{adapter}.', '.')}": tensor.contiguous()
+        for name, tensor in state.items()
+        if ".lora_" in name or name.startswith("score.")
+    }
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def merge_adapters(state: dict[str, Tensor], hf: PreTrainedModel) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ class LoraSpec:
     module_name: str
     only: bool
     flag: str
+    alpha: int | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def _cadence(args: Arguments, batches_per_step: int, max_steps: int) -> Cadence:
 
 
 def finetune_model(args: FinetuneArguments) -> ModelSpec:
-    lora = LoraSpec(args.lora_dim, args.lora_module_name, args.only_optimize_lora, "--lora_module_name")
+    only, flag = args.only_optimize_lora, "--lora_module_name"
+    lora = LoraSpec(args.lora_dim, args.lora_module_name, only, flag, args.lora_alpha, args.lora_dropout)
     return ModelSpec(
         args.model_name_or_path,
         "--model_name_or_path",
@@ -108,7 +111,8 @@ def reward_engine(args: Step3Arguments) -> EngineConfig:
 
 def actor_model(args: Step3Arguments) -> ModelSpec:
     flag = "--actor_lora_module_name"
-    lora = LoraSpec(args.actor_lora_dim, args.actor_lora_module_name, args.only_optimize_lora, flag)
+    only, alpha = args.only_optimize_lora, args.actor_lora_alpha
+    lora = LoraSpec(args.actor_lora_dim, args.actor_lora_module_name, only, flag, alpha)
     return ModelSpec(
         args.actor_model_name_or_path,
         "--actor_model_name_or_path",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from remax.checkpoint.export import export, full_state_dict, refuse_without_room, write_note
 from remax.core.sequences import Sequences
-from remax.models.lora import merge_adapters
+from remax.models.lora import add_lora, merge_adapters
 from remax.models.policy import load_policy
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
@@ -199,26 +200,36 @@ def load(folder):
 
 def test_an_export_replaces_an_older_one_and_nothing_else(make_policy, tmp_path):
     model, tokenizer = load(make_policy("llama"))
-    for name in ("metrics.jsonl", "adapter_model.safetensors", "mine.safetensors"):
-        (tmp_path / name).write_text("kept")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("of an older, larger model")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("of an older tokenizer")
+    (tmp_path / "adapter").mkdir()
+    theirs = {"metrics.jsonl", "adapter_model.safetensors", "model-of-mine.safetensors", "mine.safetensors.index.json"}
+    for name in theirs:
+        (tmp_path / name).write_text("kept")
     export(model, tokenizer, tmp_path, zero3=False)
     export(model, tokenizer, tmp_path, zero3=False)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert {"metrics.jsonl", "adapter_model.safetensors", "mine.safetensors", "model.safetensors"} <= set(names)
+    assert theirs | {"model.safetensors"} <= set(names)
     (tmp_path / "adapter_model.safetensors").unlink()
-    assert [name for name in names if "0000" in name or "index" in name or name.startswith(".")] == []
+    assert [name for name in names if "0000" in name or name.startswith(("model.safetensors.", "."))] == []
+    assert not {"chat_template.jinja", "adapter"} & set(names)
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert all(torch.equal(x, y) for x, y in zip(again.parameters(), model.hf.parameters(), strict=True))
 
 
-def test_an_export_left_half_done_does_not_stop_the_next(make_policy, tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_export_left_half_done_does_not_stop_the_next(kind, make_policy, tmp_path):
     model, tokenizer = load(make_policy("llama"))
-    (tmp_path / ".partial").mkdir()
-    (tmp_path / ".partial" / "model-00001-of-00009.safetensors").write_text("torn")
+    if kind == "file":
+        (tmp_path / ".partial").write_text("torn")
+    else:
+        (tmp_path / ".partial").mkdir()
+        (tmp_path / ".partial" / "model-00001-of-00009.safetensors").write_text("torn")
+        (tmp_path / ".partial" / "added_tokens.json").write_text("{}")
     export(model, tokenizer, tmp_path, zero3=False)
+    assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "added_tokens.json").exists()
     assert [path.name for path in tmp_path.iterdir() if "0000" in path.name or path.name == ".partial"] == []
 
 
@@ -261,6 +272,20 @@ def test_a_model_without_room_is_refused_before_the_training(make_policy, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
     with pytest.raises(UserError, match="--output_dir .* GiB are free there, and the trained model takes"):
         refuse_without_room(model, tmp_path)
+
+
+def test_all_files_of_an_export_follow_the_umask(make_policy, tmp_path):
+    model, tokenizer = load(make_policy("llama"))
+    add_lora(model.hf, 2, "all-linear", True, "--lora_module_name")
+    before = os.umask(0o027)
+    try:
+        export(model, tokenizer, tmp_path / "run", zero3=False)
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "adapter_model.safetensors", "tokenizer.json"} <= modes.keys()
+    assert set(modes.values()) == {0o640}
 
 
 def test_a_model_without_adapters_is_merged_into_itself(make_policy):

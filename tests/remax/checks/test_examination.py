@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -346,6 +347,19 @@ def test_an_export_that_differs_is_found(load, monkeypatch):
 
 
 @torch.no_grad()
+def test_an_export_is_tried_twice_as_in_training(load, monkeypatch):
+    # An export into the folder of an earlier one can fail where the first went well.
+    original, found = model_checks.export, []
+
+    def export(model, tokenizer, folder, *, zero3):
+        found.append((Path(folder) / "model.safetensors").is_file())
+        original(model, tokenizer, folder, zero3=zero3)
+
+    monkeypatch.setattr(model_checks, "export", export)
+    assert failed(examine(**load("llama") | {"reload_limit": 10**9})) == []
+    assert found == [False, True]
+
+
 def test_where_a_difference_is_too_large(load, monkeypatch):
     # Above 1e-3 nats in the mean, for generation against the forward and for an export against the model.
     patient = load()

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, GPTNeoXConfig
 
 from remax.checkpoint.export import export
 from remax.core.sampling import Sampling
@@ -139,13 +140,23 @@ def test_lora_trains_and_its_merged_export_is_the_same_model(family, only_lora, 
     with torch.no_grad(), evaluating(model):
         expected = model.hf(sequences.input_ids).logits
         torch.testing.assert_close(merged(sequences.input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+        if only_lora:
+            base = AutoModelForCausalLM.from_pretrained(make_policy(family))
+            adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+            torch.testing.assert_close(adapted(sequences.input_ids).logits, expected, rtol=1e-5, atol=1e-5)
+            assert adapted.peft_config["default"].base_model_name_or_path == str(make_policy(family))
+        else:  # the base moved too: adapters alone would be another model
+            assert not (tmp_path / "adapter").exists()
         model.hf.disable_adapters()
         assert not torch.allclose(model.hf(sequences.input_ids).logits, expected, atol=1e-2)
     assert torch.equal(merged.get_input_embeddings().weight, model.hf.get_input_embeddings().weight)
+    plain, tokenizer = load(make_policy(family))
+    export(plain, tokenizer, tmp_path, zero3=False)
+    assert not (tmp_path / "adapter").exists()  # of the earlier export
 
 
 @pytest.mark.parametrize("only_lora", [True, False])
-def test_a_score_head_learns_beside_the_adapters_of_its_model(only_lora, make_scorer):
+def test_a_score_head_learns_beside_the_adapters_of_its_model(only_lora, make_scorer, tmp_path):
     # A new head is random: were it frozen, the adapters would learn to serve noise.
     folder = str(make_scorer("llama"))
     model = load_reward_model(folder, "--m", dtype=torch.float32, tokenizer=load_tokenizer(folder))
@@ -158,6 +169,57 @@ def test_a_score_head_learns_beside_the_adapters_of_its_model(only_lora, make_sc
     scales = {scale for module in adapted for scale in module.scaling.values()}
     assert scales == {1.0}
     assert all(learns[name] != only_lora for name in learns if "lora_" not in name and name != "score.weight")
+
+    with torch.no_grad():
+        for name, parameter in model.hf.named_parameters():
+            if "lora_B" in name or name == "score.weight":
+                parameter.normal_()
+    export(model, load_tokenizer(folder), tmp_path, zero3=False)
+    assert (tmp_path / "adapter").exists() == only_lora
+    if only_lora:
+        base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        ids = torch.arange(5, 15)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(ids).logits, model.eval().hf(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox"])
+def test_all_linear_finds_every_layer_but_the_head(family, make_policy):
+    if family == "gpt_neox":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        hf = AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=300, **sizes))
+    else:
+        hf = load(make_policy(family))[0].hf
+    per_layer = {"gpt2": 4, "opt": 6, "gpt_neox": 4}.get(family, 7)  # of attention and feed-forward
+    expected = 2 * per_layer + 2 * (family == "opt")  # which projects its embeddings in and out
+    add_lora(hf, 3, "all-linear", True, "--lora_module_name")
+    adapted = [name for name, module in hf.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == expected
+    head = hf.get_output_embeddings()
+    assert not head.weight.requires_grad and not hasattr(head, "lora_A")
+
+
+def test_scale_and_dropout_of_adapters(make_policy, sequences_of):
+    model, tokenizer = load(make_policy("llama"))
+    add_lora(model.hf, 4, "all-linear", True, "--lora_module_name", alpha=6, dropout=0.5)
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert {scale for module in adapted for scale in module.scaling.values()} == {6 / 4}
+    with torch.no_grad():
+        for module in adapted:
+            module.lora_B["default"].weight.normal_()
+    sequences = sequences_of(4, rows=2, vocabulary=len(tokenizer))
+    model.train()
+    assert not torch.equal(model(sequences)[0], model(sequences)[0])
+    model.eval()
+    assert torch.equal(model(sequences)[0], model(sequences)[0])
+
+
+def test_a_rank_beyond_that_of_the_layers_is_refused(make_policy):
+    model, _ = load(make_policy("mistral"))  # 32 wide; two key and value heads of four have 16 rows
+    with pytest.raises(UserError, match=r"--actor_lora_dim 17: the matrix of .*k_proj has rank 16 at most"):
+        add_lora(model.hf, 17, "all-linear", True, "--actor_lora_module_name")
+    add_lora(model.hf, 16, "all-linear", True, "--actor_lora_module_name")
 
 
 def test_lora_on_nothing_is_refused(make_policy):
