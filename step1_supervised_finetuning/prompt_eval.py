@@ -1,4 +1,4 @@
-"""Answers of two models to the same prompts, before and after training.
+"""Answers of a model to prompts, or of two models to the same prompts, before and after training.
 
 `python prompt_eval.py --help` lists the flags; `remax/stages/prompt_eval.py` holds the way from them to the answers.
 """

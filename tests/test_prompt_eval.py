@@ -1,7 +1,8 @@
-"""prompt_eval.py: answers of two models side by side."""
+"""prompt_eval.py: answers of one model, or of two side by side."""
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,9 +29,10 @@ def program():
 def run(program, tiny_model, tmp_path, monkeypatch, capsys):
     """run(flags) -> (rows of the output, what was printed); a GPT-2 before, a Llama after."""
 
-    def run(*flags):
-        command = ["prompt_eval.py", "--model_name_or_path_baseline", tiny_model("gpt2")]
-        command += ["--model_name_or_path_finetune", tiny_model("llama"), "--output", tmp_path / "answers.jsonl"]
+    def run(*flags, baseline=True):
+        command = ["prompt_eval.py", "--model_name_or_path_finetune", tiny_model("llama")]
+        command += ["--model_name_or_path_baseline", tiny_model("gpt2")] if baseline else []
+        command += ["--output", tmp_path / "answers.jsonl"]
         command += ["--data_output_path", tmp_path / "cache", "--max_new_tokens", 6, *flags]
         monkeypatch.setattr(sys, "argv", [str(part) for part in command])
         program.main()
@@ -90,6 +92,35 @@ def test_prompts_of_a_text_file(run, questions):
     ]
 
 
+CHAT = (
+    "{% for m in messages %}{{ raise_exception('no goats') if 'goat' in m.content }}<{{ m.role }}>{{ m.content }}"
+    "{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+)
+
+
+def test_questions_are_put_by_the_chat_template_to_one_model_alone(run, tiny_model, questions, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(tiny_model("llama"), folder)
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    chat = ("--model_name_or_path_finetune", folder)
+    rows, printed = run(*chat, "--prompts_file", questions, baseline=False)
+    assert [row["prompt"] for row in rows] == [
+        "<user>What is red?<assistant>",
+        "<user>What is blue?<assistant>",
+        "User: Done? Assistant:",  # already a dialogue
+    ]
+    assert all(set(row) == {"prompt", "finetune"} for row in rows) and "baseline" not in printed
+    assert rows[0]["finetune"]["greedy"][0]["text"] == greedy(folder, rows[0]["prompt"])
+    rows, _ = run(*chat)
+    assert rows[0]["prompt"] == f"<user>{prompt_eval.QUESTIONS['English'][0]}<assistant>"
+    assert set(rows[0]) == {"prompt", "baseline", "finetune"}
+    questions.write_text("Why?\nWhy do goats climb?\n")
+    with pytest.raises(UserError, match="'Why do goats climb.' is one that the chat template refuses .no goats."):
+        run(*chat, "--prompts_file", questions)
+
+
 def test_prompts_of_a_data_set(run, corpus):
     expected = [json.loads(line)["prompt"] for line in (corpus / "test.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in run("--data_path", corpus, "--num_prompts", 3)[0]] == expected[:3]
@@ -142,6 +173,12 @@ def test_an_answer_that_does_not_fit_is_refused_before_loading(run, questions, m
         UserError, match=r"the longest prompt \(\d+\) \+ --max_new_tokens: 20\d\d tokens, but the model of "
     ):
         run("--max_new_tokens", 2000)
+
+
+def test_a_file_that_is_not_utf_8_is_refused(run, questions):
+    questions.write_bytes(b"What?\n\xff\xfe")
+    with pytest.raises(UserError, match=r"--prompts_file .*: is not UTF-8 \(invalid start byte, byte 7\)"):
+        run("--prompts_file", questions)
 
 
 def test_a_file_without_prompts_is_refused(run, tmp_path):

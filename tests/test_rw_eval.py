@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from remax.stages import reward_eval
+from utils.data.shapes import finish
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -152,7 +153,7 @@ def test_long_answers_are_cut_and_an_empty_one_is_its_end_token(run, tiny_reward
 def test_built_in_examples(run, tiny_reward_model):
     _, printed = run()
     folder = tiny_reward_model("llama")
-    for example in reward_eval.EXAMPLES:
+    for example in map(finish, reward_eval.EXAMPLES):
         assert f"good answer, score {plain_score(folder, example.prompt, example.chosen):.4f}" in printed
         assert f"bad answer, score {plain_score(folder, example.prompt, example.rejected):.4f}" in printed
 

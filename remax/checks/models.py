@@ -18,6 +18,7 @@ from remax.engines.roles import Role
 from remax.models.loading import count_parameters, embedded_tokens
 from remax.models.policy import load_policy
 from remax.rewards.composite import CompositeReward
+from utils.data.tokens import end_ids
 from utils.distributed import device, gather_objects, is_main
 from utils.present import present
 from utils.tokenizer import load_tokenizer, same_vocabulary
@@ -49,26 +50,25 @@ def check_tokens(
         tokens=len(tokenizer),
     )
 
-    ends = list(actor.model.hf.generation_config.eos_token_id)
-    expected = tokenizer.eos_token_id
-    rewards_ends = {name: other.eos_token_id for name, other in theirs.items()}
-    others = [i for i in ends if i != expected]
-    if expected not in ends or any(end != expected for end in rewards_ends.values()):
+    ends, expected = list(actor.model.hf.generation_config.eos_token_id), end_ids(tokenizer)
+    rewards_ends = {name: end_ids(other) for name, other in theirs.items()}
+    others = [i for i in ends if any(i not in known for known in (expected, *rewards_ends.values()))]
+    if not set(expected) <= set(ends) or any(known[0] != expected[0] for known in rewards_ends.values()):
         end = Finding(
             "end token",
             FAILURE,
             f"the tokenizer ends answers by {expected}, generation by {ends}"
-            + "".join(f", the {name}'s by {end}" for name, end in rewards_ends.items()),
+            + "".join(f", the {name}'s by {known}" for name, known in rewards_ends.items()),
             "set one eos_token in all tokenizer_config.json, and eos_token_id in generation_config.json",
         )
     else:
         end = finding(
             "end token",
             not others or not theirs,
-            f"{tokenizer.eos_token!r} ({expected})"
-            + (f"; answers may also end by {tokenizer.convert_ids_to_tokens(others)}" if others else ""),
-            "the reward model was trained on answers that end by its own eos_token: keep only that one in the actor's "
-            "generation_config.json",
+            ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in expected)
+            + (f"; a reward model does not know {tokenizer.convert_ids_to_tokens(others)} as an end" if others else ""),
+            "the reward model was trained on answers that end by its own eos_token, or its chat template's end of a "
+            "turn: train it with the actor's template, or leave other ends out of the actor's generation_config.json",
             bad=WARNING,
         )
 

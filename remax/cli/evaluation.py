@@ -65,15 +65,19 @@ class DecodingFlags(Flags, group="answers: greedy, sampled, and by beam search w
 class PromptEvalArguments(SamplingFlags, DecodingFlags, ConfigFlag, group="models and prompts"):
     """All flags of prompt_eval.py."""
 
-    model_name_or_path_baseline: str = flag(help="the model before training: folder or hub name")
     model_name_or_path_finetune: str = flag(help="the model after training: folder or hub name")
+    model_name_or_path_baseline: str | None = flag(
+        None, "the model before training, asked in the same words; without it the other is asked alone"
+    )
     language: Literal["English", "Chinese", "Japanese"] = flag("English", "language of the built-in prompts")
-    prompts_file: str | None = flag(None, "own prompts instead: a text file, one question a line")
+    prompts_file: str | None = flag(
+        None, "own prompts instead: a text file, one question a line, put as training would put it"
+    )
     data_path: str | None = flag(
         None, "own prompts instead: a file in any shape that training takes; of a folder or hub name its test split"
     )
     num_prompts: CountOrZero = flag(10, "prompts to take from --prompts_file or --data_path; 0: all")
-    output: str | None = flag(None, "jsonl file to write: a row for each prompt with the answers of both models")
+    output: str | None = flag(None, "jsonl file to write: a row for each prompt with the answers")
     dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
     batch_size: Count = flag(8, "prompts that are answered together")
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
@@ -110,7 +114,7 @@ def parse_reward_eval(argv: Sequence[str] | None = None) -> RewardEvalArguments:
 
 def parse_prompt_eval(argv: Sequence[str] | None = None) -> PromptEvalArguments:
     """The flags of prompt_eval.py, as `parse_reward_eval`."""
-    description = "Answers of two models to the same prompts, before and after training"
+    description = "Answers of a model to prompts, or of two to the same prompts, before and after training"
     args = read_flags(PromptEvalArguments, argv, description, "python prompt_eval.py [flags]")
     moved = (
         "has left transformers: since version 5 it is code that `generate` fetches from the hub and runs; leave the "

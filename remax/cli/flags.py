@@ -347,6 +347,7 @@ class AlgorithmFlags(Flags, group="algorithm"):
     unsupervised_dataset_name: str | None = flag(None, "plain text mixed into the loss: hub name, folder or file")
     unsupervised_dataset_config_name: str | None = flag(None, "its configuration on the hub")
     unsup_coef: NonNegative = flag(27.8, "weight of that text's loss")
+    per_device_unsupervised_batch_size: Count = flag(16, "blocks of that text per device and optimizer step")
 
 
 @dataclass(kw_only=True)

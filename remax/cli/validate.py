@@ -272,6 +272,10 @@ def check_step3(args: Step3Arguments) -> None:
         )
     if args.unsupervised_dataset_config_name and not args.unsupervised_dataset_name:
         raise UserError("--unsupervised_dataset_config_name: has no effect without --unsupervised_dataset_name")
+    if (rows := args.per_device_unsupervised_batch_size) != type(args).per_device_unsupervised_batch_size:
+        if not args.unsupervised_dataset_name:
+            name = f"--per_device_unsupervised_batch_size {rows}"
+            raise UserError(f"{name}: has no effect without --unsupervised_dataset_name")
     if args.log_variance_gradient_steps and not args.log_variance:
         raise UserError("--log_variance_gradient_steps: has no effect without --log_variance")
     if args.max_greedy_seq_len > args.max_answer_seq_len:

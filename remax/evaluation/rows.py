@@ -177,8 +177,8 @@ def show(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> str:
         verdict = "as it should be" if better > worse else "the wrong way round"
         blocks.append(
             f"\n{row.prompt.strip()}\n"
-            f"  good answer, score {better:.4f}:{row.example.chosen}\n"
-            f"  bad answer, score {worse:.4f}:{row.example.rejected}\n"
+            f"  good answer, score {better:.4f}: {(row.example.chosen or '').strip()}\n"
+            f"  bad answer, score {worse:.4f}: {(row.example.rejected or '').strip()}\n"
             f"  difference {better - worse:.4f}, {verdict}"
         )
     return "\n".join(blocks)

@@ -14,7 +14,7 @@ from remax.core.batches import groups
 from remax.core.sequences import Sequences
 from remax.engines.scorer import Reward
 from utils.data.collate import pad
-from utils.data.tokens import beginning, encode_answers, join, plain_ids, with_beginning
+from utils.data.tokens import beginning, encode_answers, end_ids, join, plain_ids, with_beginning
 from utils.distributed import device, gather_objects, rank, world_size
 from utils.metrics import progress
 
@@ -33,13 +33,13 @@ def encode_texts(
 ) -> list[EncodedText]:
     """The texts as step 2 trains on them; a prompt of `max_len` tokens or more leaves no room for its answer."""
     encoded = []
-    first, eos = beginning(tokenizer), tokenizer.eos_token_id
+    first, ends = beginning(tokenizer), end_ids(tokenizer)
     for texts in groups(zip(prompts, answers, strict=True), 1000):
         batch_prompts, batch_answers = (list(column) for column in zip(*texts, strict=True))
         plain = plain_ids(tokenizer, batch_prompts)
         tails = encode_answers(tokenizer, batch_prompts, plain, batch_answers)
         for head, tail in zip(with_beginning(first, plain), tails, strict=True):
-            whole = join(head, tail, len(head) + len(tail) + 1, eos)
+            whole = join(head, tail, len(head) + len(tail) + 1, ends)
             encoded.append(EncodedText(whole[:max_len], min(len(head), max_len), len(whole) > max_len))
     return encoded
 

@@ -30,6 +30,7 @@ from remax.models.loading import (
     reason_of,
 )
 from remax.models.packing import last_hidden, prepare_packing
+from utils.data.tokens import end_ids
 from utils.run import UserError
 
 
@@ -70,13 +71,7 @@ def neutralise(
             f"{flag}: the generation config of {name_or_path} ends answers by {strange[0]!r}; expected eos_token_id to "
             f"be ids from 0 to {rows - 1}, which the model embeds"
         )
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos_ids:
-        eos_ids.append(tokenizer.eos_token_id)
-    if not eos_ids:
-        raise UserError(
-            f"{name_or_path}: neither the tokenizer nor the generation config names an EOS token, so no answer could "
-            "end; set eos_token in its tokenizer_config.json"
-        )
+    eos_ids += [end for end in end_ids(tokenizer) if end not in eos_ids]
     hf.generation_config = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=eos_ids, pad_token_id=own.pad_token_id
     )

@@ -110,7 +110,7 @@ def load_data(args: Step3Arguments, tokenizer: Tokenizer, output: Path) -> Promp
             configuration=args.unsupervised_dataset_config_name,
             tokenizer=tokenizer,
             block=longest,
-            batch_size=args.per_device_training_batch_size,
+            batch_size=args.per_device_unsupervised_batch_size,
             seed=args.seed,
             cache_dir=args.data_output_path,
             **ranks,

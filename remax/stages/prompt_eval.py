@@ -1,9 +1,10 @@
-"""prompt_eval.py from its flags to the answers of two models, one under the other."""
+"""prompt_eval.py from its flags to the answers of one model, or of two, one under the other."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,9 +20,10 @@ from remax.models.policy import check_policy_config, load_policy
 from remax.stages.settings import sampling
 from utils.data.chat import template_of
 from utils.data.rows import read_rows
-from utils.data.shapes import Form, as_dialogue
+from utils.data.shapes import Form, RowSkipped, ask, finish
 from utils.data.tokens import encode_prompts
 from utils.distributed import set_seed
+from utils.present import present
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -48,43 +50,59 @@ QUESTIONS = {
         "パンを長く新鮮に保つにはどうすればいいですか。",
     ],
 }
-MODELS = ("baseline", "finetune")
 Answers = dict[str, list[Answer]]  # of one model to one prompt, by the way of decoding
 
 
 def run_prompt_eval(args: PromptEvalArguments) -> None:
-    """Asks both models, prints their answers, and writes them to --output."""
+    """Asks the models, prints their answers, and writes them to --output."""
     quiet_libraries()
     prompts = read_prompts(args)
-    tokenizers = {model: check_model(args, model, prompts) for model in MODELS}
+    models = ("baseline", "finetune") if args.model_name_or_path_baseline else ("finetune",)
+    tokenizers = {model: check_model(args, model, prompts) for model in models}
     answers: dict[str, list[Answers]] = {}
-    for model in MODELS:  # one after the other: both need not fit into memory together
+    for model in models:  # one after the other: both need not fit into memory together
         set_seed(args.seed)
-        answers[model] = ask(args, model, tokenizers[model], prompts)
+        answers[model] = answers_of(args, model, tokenizers[model], prompts)
     for i, prompt in enumerate(prompts):
-        print(show(f"{i + 1}/{len(prompts)}", prompt, {model: answers[model][i] for model in MODELS}))
+        print(show(f"{i + 1}/{len(prompts)}", prompt, {model: answers[model][i] for model in models}))
     if args.output:
         write(Path(args.output), prompts, answers)
         print(f"answers to {len(prompts)} prompts written to {args.output}")
 
 
 def read_prompts(args: PromptEvalArguments) -> list[str]:
-    """Prompts of the data set, of the text file, or the built-in ones."""
+    """Prompts of the data set, of the text file, or the built-in ones; both models get those of the fine-tuned one."""
+    tokenizer = load_tokenizer(args.model_name_or_path_finetune, "--model_name_or_path_finetune")
+    form = Form(template=template_of(tokenizer))
     if args.data_path:
-        tokenizer = load_tokenizer(args.model_name_or_path_finetune, "--model_name_or_path_finetune")
-        form = Form(template=template_of(tokenizer))  # both models are asked in the words of the fine-tuned one
         rows = read_rows(args.data_path, cache_dir=args.data_output_path, form=form)
         prompts = [row.prompt for row in rows if row.skipped is None]
     elif args.prompts_file:
-        text = Path(args.prompts_file).read_text(encoding="utf-8-sig")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]  # questions, or dialogues already
-        prompts = [line if line.endswith("Assistant:") else as_dialogue(line) for line in lines]
+        lines = read_lines(args.prompts_file)  # questions, or dialogues already
+        prompts = [line if line.endswith("Assistant:") else write_question(line, form) for line in lines]
     else:
-        return [as_dialogue(question) for question in QUESTIONS[args.language]]
+        return [write_question(question, form) for question in QUESTIONS[args.language]]
     if not prompts:
         flag, name = ("--data_path", args.data_path) if args.data_path else ("--prompts_file", args.prompts_file)
         raise UserError(f"{flag} {name}: holds no prompt; expected at least one")
     return prompts[: args.num_prompts or None]
+
+
+def read_lines(file: str) -> list[str]:
+    """The lines of --prompts_file that are not empty."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts_file {file}: is not UTF-8 ({error.reason}, byte {error.start + 1})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def write_question(question: str, form: Form) -> str:
+    """A bare question as a prompt, as in training."""
+    try:
+        return present(finish(ask(question), form.template).prompt, "the prompt of a question")
+    except RowSkipped as error:
+        raise UserError(f"--model_name_or_path_finetune: the prompt {question!r} is one {error}") from error
 
 
 def check_model(args: PromptEvalArguments, model: str, prompts: list[str]) -> PreTrainedTokenizerBase:
@@ -98,7 +116,9 @@ def check_model(args: PromptEvalArguments, model: str, prompts: list[str]) -> Pr
     return tokenizer
 
 
-def ask(args: PromptEvalArguments, model: str, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[Answers]:
+def answers_of(
+    args: PromptEvalArguments, model: str, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+) -> list[Answers]:
     name, flag = getattr(args, f"model_name_or_path_{model}"), f"--model_name_or_path_{model}"
     settings = GenerationSettings(args.max_new_tokens, tokenizer.pad_token_id, sampling(args))
     config = EngineConfig(dtype=args.dtype)
@@ -112,10 +132,10 @@ def show(number: str, prompt: str, answers: dict[str, Answers]) -> str:
     """A prompt with the models' answers one under the other, for each way of decoding."""
     lines = ["", f"===== {number} =====", prompt.strip()]
     for kind in next(iter(answers.values())):
-        found = [answers[model][kind] for model in MODELS]
+        found = [of_model[kind] for of_model in answers.values()]
         for k, row in enumerate(zip(*found, strict=True)):
             lines.append(f"--- {kind}" + (f" {k + 1}" if len(found[0]) > 1 else ""))
-            for model, answer in zip(MODELS, row, strict=True):
+            for model, answer in zip(answers, row, strict=True):
                 cut = "" if answer.ended else ", cut"
                 lines.append(f"{model} ({answer.tokens} tokens{cut}): {answer.text.strip()}")
     return "\n".join(lines)
@@ -123,9 +143,9 @@ def show(number: str, prompt: str, answers: dict[str, Answers]) -> str:
 
 def write(path: Path, prompts: list[str], answers: dict[str, list[Answers]]) -> None:
     """A row for each prompt: {prompt, baseline: {greedy: [{text, tokens, ended}], ...}, finetune: {...}}."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, prompt in enumerate(prompts):
-        ways = {model: answers[model][i].items() for model in MODELS}
-        found = {m: {way: [dataclasses.asdict(answer) for answer in all] for way, all in ways[m]} for m in MODELS}
-        rows.append({"prompt": prompt, **found})
+        found = {model: of_model[i].items() for model, of_model in answers.items()}
+        as_dicts = {m: {way: [dataclasses.asdict(answer) for answer in all] for way, all in found[m]} for m in found}
+        rows.append({"prompt": prompt, **as_dicts})
     write_rows(path, rows)

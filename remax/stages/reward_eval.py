@@ -15,23 +15,23 @@ from remax.models.reward_model import load_reward_model
 from utils.data.chat import template_of
 from utils.data.loaders import local_rank_zero_first
 from utils.data.rows import TextRow, read_rows
-from utils.data.shapes import Example, Form, as_dialogue
+from utils.data.shapes import Form, ask, finish
 from utils.distributed import init_distributed, is_main, print0, shutdown, world_size
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
 EXAMPLES = [
-    Example(
-        as_dialogue("Why does ice float on water?"),
-        " Ice is less dense than water: as water freezes, its molecules settle into an open lattice that takes up more "
+    ask(
+        "Why does ice float on water?",
+        "Ice is less dense than water: as water freezes, its molecules settle into an open lattice that takes up more "
         "room, so the same mass of ice is larger and floats.",
-        " Because it does. Ice ice ice.",
+        "Because it does. Ice ice ice.",
     ),
-    Example(
-        as_dialogue("Can you suggest a simple dinner for two?"),
-        " Sure! Spaghetti with garlic and oil is ready in fifteen minutes: while the pasta boils, warm sliced garlic "
+    ask(
+        "Can you suggest a simple dinner for two?",
+        "Sure! Spaghetti with garlic and oil is ready in fifteen minutes: while the pasta boils, warm sliced garlic "
         "in olive oil, then toss both with parsley and a little cheese.",
-        " No. Dinner is a meal that people eat in the evening.",
+        "No. Dinner is a meal that people eat in the evening.",
     ),
 ]
 
@@ -52,7 +52,7 @@ def run_reward_eval(args: RewardEvalArguments) -> None:
             form = Form(template=template_of(tokenizer))
             rows = read_rows(args.data_path, cache_dir=args.data_output_path, form=form)
     else:
-        rows = [TextRow({}, example) for example in EXAMPLES]
+        rows = [TextRow({}, finish(example, template_of(tokenizer))) for example in EXAMPLES]
     texts = encode_rows(rows, tokenizer, args.max_seq_len)
     data = args.data_path or "the built-in examples"
     print0(describe_rows(data, rows, texts, args.max_seq_len))

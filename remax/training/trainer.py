@@ -151,7 +151,7 @@ class Trainer:
         return present(sampled, "the sampled rollout"), best
 
     def forwards(self, sampled: Sequences) -> int:
-        """Micro-batches in which answers are scored: as many on every rank, since ZeRO-3 needs all in each forward."""
+        """Micro-batches in which rows are read: as many on every rank, since ZeRO-3 needs all in each forward."""
         return math.ceil(len(sampled) / self.settings.micro_batch_size)
 
     @torch.no_grad()
@@ -186,13 +186,17 @@ class Trainer:
         return Rollout.concatenate(parts, self.pad_id)
 
     def mini_batches(self, rollout: Rollout) -> Iterator[Rollout]:
-        """The rollout in `mini_batches` parts of equal size, drawn at random when there are several."""
+        """The rollout in `mini_batches` parts of equal size, as its rows follow one another.
+
+        They come in the random order of the data, of which the ranks take turns: so a part of all ranks together is the
+        same rows on any number of ranks. A permutation of a rank's own rows would not leave it so.
+        """
         if self.settings.mini_batches == 1:
             yield rollout
             return
-        order = torch.randperm(len(rollout)).to(rollout.rewards.device)
-        for rows in order.tensor_split(self.settings.mini_batches):
-            yield rollout.select(rows)
+        size = len(rollout) // self.settings.mini_batches
+        for start in range(0, len(rollout), size):
+            yield rollout.select(slice(start, start + size))
 
     def update(self, rollout: Rollout) -> tuple[StepResult, Figures]:
         """One optimizer step: the gradients of all micro-batches, and the algorithm's figures.
@@ -227,12 +231,15 @@ class Trainer:
 
     def learn_plain_text(self, batch: SupervisedBatch) -> Figures:
         """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
-        sequences = Sequences.from_batch(to_device(batch))
-        tokens = sum_across_ranks({"tokens": sequences.answer_lengths.sum()})["tokens"]
-        logprobs = self.actor.logprobs(sequences, sampling=Sampling()).logprobs  # the model's, at any temperature
-        loss = supervised_loss(logprobs, sequences.answer_mask, tokens)
-        self.actor.backward(self.settings.unsupervised_coefficient * loss, last=True)
-        return {"unsupervised_loss": Figure(loss.detach())}
+        rows = Sequences.from_batch(to_device(batch))
+        tokens = sum_across_ranks({"tokens": rows.answer_lengths.sum()})["tokens"]
+        parts, figures = rows.in_parts(self.forwards(rows)), Figures()
+        for i, part in enumerate(parts):
+            logprobs = self.actor.logprobs(part, sampling=Sampling()).logprobs  # the model's, at any temperature
+            loss = supervised_loss(logprobs, part.answer_mask, tokens)
+            self.actor.backward(self.settings.unsupervised_coefficient * loss, last=i == len(parts) - 1)
+            figures = add(figures, {"unsupervised_loss": Figure(loss.detach())})
+        return figures
 
     def summarise(self, rollout: Rollout, figures: Figures, timer: Timer, result: StepResult) -> dict[str, float]:
         """The figures of a step over all ranks; an adaptive KL coefficient moves by them."""

@@ -65,7 +65,8 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         "remax, everything": (
             3,
             "--algo remax --enable_ema --adaptive_kl --adaptive_kl_target 2 --adaptive_kl_horizon 40"
-            " --unsupervised_dataset_name {text} --unsup_coef 0.6 --temperature 0.8 --top_p 0.9 --entropy_coef 0.02"
+            " --unsupervised_dataset_name {text} --unsup_coef 0.6 --per_device_unsupervised_batch_size 3"
+            " --temperature 0.8 --top_p 0.9 --entropy_coef 0.02"
             " --generation_batches 2 --max_greedy_seq_len 6 --loss_aggregation token --clip_reward_value 0.7"
             " --log_variance --log_variance_gradient_steps 2 --best_by objective" + OPT,
         ),
@@ -85,7 +86,7 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
             3,
             "--algo ppo --ppo_epochs 2 --ppo_mini_batches 2 --lam 0.9 --gamma 0.98 --critic_learning_rate 2e-3"
             " --critic_weight_decay 0.2 --cliprange 0.1 --cliprange_value 0.3 --enable_ema"
-            " --unsupervised_dataset_name {text} --unsup_coef 0.4" + GPT2,
+            " --unsupervised_dataset_name {text} --unsup_coef 0.4 --per_device_unsupervised_batch_size 2" + GPT2,
         ),
     },
     2: {
@@ -105,7 +106,7 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         "remax, ZeRO 2": (
             3,
             "--algo remax --actor_zero_stage 2 --enable_ema --unsupervised_dataset_name {text} --unsup_coef 0.6"
-            " --log_variance --generation_batches 2" + OPT + FROZEN_3,
+            " --per_device_unsupervised_batch_size 2 --log_variance --generation_batches 2" + OPT + FROZEN_3,
         ),
         "remax, ZeRO 3": (3, "--algo remax --actor_zero_stage 3 --enable_ema" + LLAMA + FROZEN_3),
         "remax, ZeRO 3, LoRA": (

@@ -252,6 +252,7 @@ def trainer_update(
     critic: dict | None = None,
     texts: list[str] | None = None,
     sampling: list | None = None,
+    mini_batches: int = 1,
     **spread,
 ) -> dict:
     """One step of the RL loop per saved rollout, with the actor's collecting replaced by the saved rows.
@@ -271,7 +272,9 @@ def trainer_update(
         reference,
         reward=None,
         algorithm=build_algorithm(**settings, sum_across_ranks=sum_across_ranks),
-        settings=TrainerSettings(micro_batch_size=spread.micro_batch, unsupervised_coefficient=0.5),
+        settings=TrainerSettings(
+            micro_batch_size=spread.micro_batch, mini_batches=mini_batches, unsupervised_coefficient=0.5
+        ),
         measure=None,
         metrics=None,
         pad_id=spread.tokenizer.pad_token_id,

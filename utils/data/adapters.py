@@ -1,4 +1,4 @@
-"""Data sets known by name, in the table ADAPTERS: one small function each, from a row to an `Example`.
+"""Data sets known by name, in the table ADAPTERS: one small function each, from a row to its texts or messages.
 
 To add one, write a function and name it in that table.
 """
@@ -30,9 +30,18 @@ def rm_static(row: Row) -> Example:
     return pair(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"), margin=margin(row))
 
 
-def bare(row: Row, *, columns: Sequence[str]) -> Example:
+def answered(
+    question: str | None, chosen: str | None, rejected: str | None = None, margin: float | None = None
+) -> Conversation:
+    """As `ask`; rows of public sets without a question or an answer are skipped."""
+    if not question or not chosen:
+        raise RowSkipped("no question or no answer")
+    return ask(question, chosen, rejected, margin=margin)
+
+
+def bare(row: Row, *, columns: Sequence[str]) -> Conversation:
     """Bare questions and one or two answers."""
-    return ask(*(row[column] for column in columns))
+    return answered(*(row[column] for column in columns))
 
 
 def rlhf_reward_datasets(row: Row) -> Example:
@@ -42,19 +51,19 @@ def rlhf_reward_datasets(row: Row) -> Example:
     return pair(prompt, chosen, rejected)
 
 
-def webgpt(row: Row) -> Example:
+def webgpt(row: Row) -> Conversation:
     """Two scored answers with marks of the passages they cite."""
     scores = numbers({"scores": [row["score_0"], row["score_1"]]}, "scores", 2)
     # Without the passages they cite, marks such as " [1, 2]" mean nothing.
     answers = [re.sub(r" ?\[[^\]]*\]", "", answer) for answer in (row["answer_0"], row["answer_1"])]
     (worse, rejected), (better, chosen) = sorted(zip(scores, answers, strict=True), key=lambda scored: scored[0])
-    return ask(row["question"]["full_text"], chosen, rejected if better > worse else None, better - worse)
+    return answered(row["question"]["full_text"], chosen, rejected if better > worse else None, better - worse)
 
 
-def shp(row: Row) -> Example:
+def shp(row: Row) -> Conversation:
     """Two answers of people, and a label for the better one."""
     a, b = row["human_ref_A"], row["human_ref_B"]
-    return ask(row["history"], *((a, b) if int(row["labels"]) == 1 else (b, a)))
+    return answered(row["history"], *((a, b) if int(row["labels"]) == 1 else (b, a)))
 
 
 def sharegpt_vicuna(row: Row) -> Example:
@@ -64,26 +73,26 @@ def sharegpt_vicuna(row: Row) -> Example:
     return pair(row["prompt"].replace("USER", "Human").replace("ASSISTANT", "Assistant"), row["label"])
 
 
-def miracl(row: Row) -> Example:
+def miracl(row: Row) -> Conversation:
     """Queries and passages that answer them, or do not."""
     passages = (row["positive_passages"], row["negative_passages"])
-    return ask(row["query"], *(found[0]["text"] if found else None for found in passages))
+    return answered(row["query"], *(found[0]["text"] if found else None for found in passages))
 
 
-def hc3(row: Row) -> Example:
+def hc3(row: Row) -> Conversation:
     """Questions and answers of people."""
-    return ask(row["question"], next(iter(row["human_answers"] or []), None))
+    return answered(row["question"], next(iter(row["human_answers"] or []), None))
 
 
-def mkqa(row: Row, *, language: str) -> Example:
+def mkqa(row: Row, *, language: str) -> Conversation:
     """Questions and answers in several languages, of which one is taken."""
     answers = row["answers"][language]
-    return ask(row["queries"][language], answers[0]["text"] if answers else None)
+    return answered(row["queries"][language], answers[0]["text"] if answers else None)
 
 
-def qag_jaquad(row: Row) -> Example:
+def qag_jaquad(row: Row) -> Conversation:
     """Several questions, of which the first is taken, and the paragraph that answers them."""
-    return ask(next(iter(row["questions"] or []), None), row["paragraph"])
+    return answered(next(iter(row["questions"] or []), None), row["paragraph"])
 
 
 def ultrafeedback(row: Row) -> Conversation:
@@ -99,12 +108,12 @@ def nectar(row: Row) -> Example:
     return ranked(text(row, "prompt").rstrip(" "), [found["answer"] or "" for found in answers], ranks)
 
 
-def ultrafeedback_completions(row: Row) -> Example:
+def ultrafeedback_completions(row: Row) -> Conversation:
     """Bare questions and several scored answers."""
     found = row["completions"] or []
     scores = numbers({"scores": [completion["overall_score"] for completion in found]}, "scores", len(found))
     answers = [completion["response"] or "" for completion in found]
-    return ranked(shapes.as_dialogue(text(row, "instruction")), answers, [-score for score in scores])
+    return replace(ask(text(row, "instruction")), answers=answers, ranks=[-score for score in scores])
 
 
 ADAPTERS: dict[str, Callable[[Row], Example | Conversation]] = {

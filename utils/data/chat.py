@@ -75,7 +75,7 @@ class ChatTemplate:
         for answers in (contents, [content.strip() for content in contents]):  # some templates strip
             written, spans = pieces[0], []
             for answer, after in zip(answers, pieces[1:], strict=True):
-                closing = commonprefix([after, self.closing]).rstrip()
+                closing = commonprefix([after, self.turn_end]).rstrip()
                 spans.append((len(written), len(written) + len(answer) + len(closing)))
                 written += answer + after
             if written == text:
@@ -88,11 +88,10 @@ class ChatTemplate:
         if not whole.startswith(prompt):
             raise TemplateRefuses("it writes the prompt in another way when an answer follows")
         text = whole[len(prompt) :]
+        if self.closing.strip() and text.endswith(self.closing):
+            return text[: -len(self.closing)] + self.turn_end
         kept, end, rest = text.rpartition(self.tokenizer.eos_token)
-        if end and not rest.strip():  # what follows the end token belongs to the next turn
-            return kept + end
-        closing = self.closing
-        return text[: -len(closing)] + closing.rstrip() if closing.strip() and text.endswith(closing) else text
+        return kept + end if end and not rest.strip() else text  # what follows the end token belongs to the next turn
 
     @cached_property
     def closing(self) -> str:
@@ -103,6 +102,19 @@ class ChatTemplate:
             return self.render(probe, ask=False).partition(mark)[2]
         except TemplateRefuses:
             return ""
+
+    @cached_property
+    def end_token(self) -> str | None:
+        """The first special token that follows an answer, and so ends a turn: EOS or another; None without any."""
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        found = [token for token in (*special, *self.tokenizer.all_special_tokens) if token in self.closing]
+        return min(found, key=lambda token: (self.closing.index(token), -len(token)), default=None)
+
+    @property
+    def turn_end(self) -> str:
+        """What of `closing` belongs to the answer: up to the token that ends the turn, or all of its text."""
+        before, end, _ = self.closing.partition(self.end_token) if self.end_token else (self.closing.rstrip(), "", "")
+        return before + end
 
     def state(self) -> list[Any]:
         """Everything that decides how the template writes, for the names of caches."""

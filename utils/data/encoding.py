@@ -28,7 +28,7 @@ FEATURES = {
     "ranked": Features({"answers_ids": List(IDS), "ranks": IDS, "prompt_length": INT, "left_out": INT}),
     "prompts": Features({"input_ids": IDS, "prompt": Value("string")}),
 }
-ENCODING_VERSION = 1  # of the tokens: to be raised with every change, see tests/utils/data/test_golden.py
+ENCODING_VERSION = 2  # of the tokens: to be raised with every change, see tests/utils/data/test_golden.py
 OPTIONAL = ("loss_mask", "margin")  # columns that are left out where no row has them
 # What became of a row, and how long its prompt was before the cut: read from the cache at every start.
 FATE = Features({"dropped": Value("string"), "cut": BOOL, "prompt_cut": BOOL, "full_length": INT})
@@ -88,7 +88,7 @@ def supervised_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     plain = tokens.plain_ids(tokenizer, texts)
     heads = tokens.with_beginning(first, plain)
     tails = tokens.encode_answers(tokenizer, texts, plain, [answer or "" for answer in answers])
-    places = batch.get("earlier") or [[]] * len(prompts)
+    places, ends = batch.get("earlier") or [[]] * len(prompts), tokens.end_ids(tokenizer)
     for prompt, answer, head, tail, earlier in zip(prompts, answers, heads, tails, places, strict=True):
         mask, dropped = None, unusable(prompt, [answer])
         if not dropped and encoder.train_on == "all" and earlier is None:
@@ -102,7 +102,7 @@ def supervised_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
         full_length = len(head)
         dropped = dropped or unfit(head, encoder)
         head = make_room(head, [tail], max_len, first)
-        ids = tokens.join(head, tail, max_len, tokenizer.eos_token_id)
+        ids = tokens.join(head, tail, max_len, ends)
         if mask is not None:
             mask = (mask + [True])[: len(ids) - len(head)]  # True: the end token, where one was added
             dropped = dropped or (None if any(mask) else "without a token to learn")
@@ -157,7 +157,7 @@ def make_room(head: list[int], tails: list[list[int]], max_len: int, first: list
 def ranking_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     """Rows with prompt, chosen and rejected -> chosen_ids, rejected_ids, prompt_length, margin and their fate."""
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
-    first = tokens.beginning(tokenizer)
+    first, ends = tokens.beginning(tokenizer), tokens.end_ids(tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
     plain = tokens.plain_ids(tokenizer, prompts)
     heads = tokens.with_beginning(first, plain)
@@ -166,14 +166,14 @@ def ranking_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
         for name in ("chosen", "rejected")
     ]
     margins, several, ranks = (batch.get(name) or [None] * len(prompts) for name in ("margin", "answers", "ranks"))
-    for i, (prompt, chosen, rejected, margin, head, *ends) in enumerate(
+    for i, (prompt, chosen, rejected, margin, head, *both) in enumerate(
         zip(prompts, batch["chosen"], batch["rejected"], margins, heads, *tails, strict=True)
     ):
         full_length = len(head)
         dropped = unusable(prompt, []) or (None if several[i] is None else unranked(several[i], ranks[i]))
         dropped = dropped or unusable(prompt, [chosen, rejected]) or unfit(head, encoder)
-        head = make_room(head, ends, max_len, first)
-        ids = [tokens.join(head, tail, max_len, tokenizer.eos_token_id) for tail in ends]
+        head = make_room(head, both, max_len, first)
+        ids = [tokens.join(head, tail, max_len, ends) for tail in both]
         if not dropped and chosen.strip() == rejected.strip():
             dropped = "with equal answers"
         if not dropped and ids[0] == ids[1]:
@@ -183,7 +183,7 @@ def ranking_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
             "rejected_ids": [] if dropped else ids[1],
             "prompt_length": len(head),
             "margin": margin,
-            **fate(dropped, len(head) + max(map(len, ends)) >= max_len, len(head), full_length),
+            **fate(dropped, len(head) + max(map(len, both)) >= max_len, len(head), full_length),
         }
 
 
@@ -194,7 +194,7 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
     among its `usable_answers`, as texts or after the cut.
     """
     tokenizer, max_len = encoder.tokenizer, encoder.max_len
-    first, eos = tokens.beginning(tokenizer), tokenizer.eos_token_id
+    first, ends = tokens.beginning(tokenizer), tokens.end_ids(tokenizer)
     prompts = [prompt or "" for prompt in batch["prompt"]]
     plain = tokens.plain_ids(tokenizer, prompts)
     pairs = zip(batch["chosen"], batch["rejected"], strict=True)
@@ -213,7 +213,7 @@ def ranked_batch(batch: dict[str, list], encoder: Encoder) -> Iterator[Row]:
         if not dropped and (reason := unranked(answers[i], ranks)):
             dropped = "with equal answers" if is_pair else reason
         head = make_room(head, [tails[i][k] for k in kept] or [[]], max_len, first)
-        ids = [tuple(tokens.join(head, tail, max_len, eos)) for tail in tails[i]]
+        ids = [tuple(tokens.join(head, tail, max_len, ends)) for tail in tails[i]]
         used = [kept[k] for k in usable_answers([ids[k] for k in kept], [ranks[k] for k in kept])]
         if not dropped and len({ranks[k] for k in used}) < 2:
             dropped = "whose answers are equal after the cut"

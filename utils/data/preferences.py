@@ -40,7 +40,7 @@ TEXT = Features(
 ABOUT = Features({"earlier": List(List(Value("int32"))), "origin": Value("string")})
 NORMALISED = Features({**TEXT, **ABOUT, "key": Value("int64"), "skipped": Value("string")})
 KEPT = "column "  # what precedes the names of columns that are kept as they are, each value as JSON
-READING_VERSION = 1  # of what these columns hold: to be raised with every change, see tests/utils/data/test_golden.py
+READING_VERSION = 2  # of what these columns hold: to be raised with every change, see tests/utils/data/test_golden.py
 
 
 def load_data_set(
@@ -131,12 +131,10 @@ def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Convers
     of_messages = any(isinstance(shard.table.features.get(column), List) for column in lists)
     answers = shard.table.features.get("answers")
     of_messages |= isinstance(answers, List) and isinstance(answers.feature, List)
-    if not of_messages:
-        form = replace(form, template=None)
-    how = f", written by the {'chat template' if form.template else 'Human/Assistant convention'}"
+    how = f"written by the {'chat template' if form.template else 'Human/Assistant convention'}"
     known = None if form.columns else known_name(parse_name(name, flag).name)
     if known and (parse_name(name, flag).name == known or fits(ADAPTERS[known], shard.table[0])):
-        return Conversion(known + (how if of_messages else ""), ADAPTERS[known], form, flag)
+        return Conversion(f"{known}, {how}" if of_messages else known, ADAPTERS[known], form, flag)
     shape, convert = find_shape(shard.table.column_names)
     if convert is None:
         found = ", ".join(shard.table.column_names)
@@ -149,8 +147,10 @@ def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Convers
     if shape.startswith("prompt"):
         bare = prompts_are_bare(shard.table)
         convert = partial(convert, bare=bare)
-        shape += ", bare prompts written as Human/Assistant dialogue" if bare else ""
-    shape += how if of_messages else ""
+        shape += f", bare prompts {how}" if bare else ""
+    shape += f", {how}" if of_messages else ""
+    if not of_messages and "bare prompts" not in shape:
+        form = replace(form, template=None)  # nothing for it to write
     if "answers" in shard.table.column_names and "chosen/rejected" in shape:
         shape += "; the column answers is not read (to learn from it, leave out chosen and rejected)"
     return Conversion(shape, convert, form, flag)

@@ -2,14 +2,14 @@
 
 Text follows the convention of Dahoas/rm-static: a prompt ends with "Assistant:" and an answer begins with a space, so
 that prompt + answer is the whole dialogue. Text in this form, or in any template of the user's own, is taken as it is.
-Bare questions are written as Human/Assistant dialogue, and so are lists of messages unless the tokenizer has a chat
-template.
+Bare questions and lists of messages are written by the tokenizer's chat template, or as Human/Assistant dialogue where
+it has none.
 """
 
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class RowRefused(Exception):
 
 
 def as_dialogue(question: str) -> str:
-    """A bare question as a prompt."""
+    """A bare question as a Human/Assistant prompt."""
     return f"\n\nHuman: {question}{ASSISTANT}"
 
 
@@ -134,11 +134,11 @@ def unranked(answers: Sequence[str | None], ranks: Sequence[int]) -> str | None:
     return "whose answers are all tied" if len({ranks[k] for k in kept}) < 2 else None
 
 
-def ask(question: str | None, chosen: str | None, rejected: str | None = None, margin: float | None = None) -> Example:
-    """An Example of a bare question and its answers; rows of public sets without one are skipped."""
-    if not question or not chosen:
-        raise RowSkipped("no question or no answer")
-    return pair(as_dialogue(question), chosen, rejected, margin=margin)
+def ask(
+    question: str, chosen: str | None = None, rejected: str | None = None, *, margin: float | None = None
+) -> Conversation:
+    """A bare question and its answers, if any: a user's message, which `finish` writes."""
+    return Conversation([{"role": "user", "content": question}], chosen, rejected, margin=margin)
 
 
 def text(row: Row, column: str) -> str:
@@ -203,7 +203,7 @@ def finish(converted: Example | Conversation, template: ChatTemplate | None = No
 def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example | Conversation:
     """A prompt with chosen/rejected, with a completion (column `answer`), or alone; text or lists of messages.
 
-    Where `answer` is None there is none; `bare` prompts are plain questions, to be written as dialogue.
+    Where `answer` is None there is none; `bare` prompts are plain questions, see `ask`.
     """
     if row.get("label") is False:
         raise RowSkipped("label false: an unwanted answer")
@@ -214,7 +214,7 @@ def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example |
         return conversation(row, columns)
     prompt = text(row, "prompt")
     answers = [text(row, column) for column in columns]
-    return pair(as_dialogue(prompt) if bare else prompt, *answers, margin=margin(row))
+    return (ask if bare else pair)(prompt, *answers, margin=margin(row))
 
 
 def conversation(row: Row, columns: list[str]) -> Conversation:
@@ -258,7 +258,7 @@ def several_answers(row: Row, *, order: str | None, bare: bool) -> Example | Con
     """A prompt with a list of answers; text or lists of messages.
 
     The order is that of "scores", of which the highest is the best, or of "ranks", of which the lowest is; where it is
-    None, the best comes first. `bare` prompts are plain questions, to be written as dialogue.
+    None, the best comes first. `bare` prompts are plain questions, see `ask`.
     """
     answers = listed(row, "answers")
     ranks: Sequence[float] = range(len(answers))
@@ -273,8 +273,8 @@ def several_answers(row: Row, *, order: str | None, bare: bool) -> Example | Con
     if any(isinstance(value, list) for value in (row["prompt"], *answers)):
         messages, texts = exchange(named, columns)
         return Conversation(messages, answers=texts, ranks=ranks)
-    prompt = text(row, "prompt")
-    return ranked(as_dialogue(prompt) if bare else prompt, [text(named, column) for column in columns], ranks)
+    prompt, texts = text(row, "prompt"), [text(named, column) for column in columns]
+    return replace(ask(prompt), answers=texts, ranks=ranks) if bare else ranked(prompt, texts, ranks)
 
 
 def listed(row: Row, column: str) -> list[Any]:

@@ -54,7 +54,7 @@ def plain_text_batches(
     if len(rows) < batch_size * world_size:
         raise UserError(
             f"{FLAG} {name}: {len(rows)} blocks of {block} tokens are too few for {batch_size} on each of {world_size} "
-            "ranks; give more text"
+            "ranks; lower --per_device_unsupervised_batch_size, or give more text"
         )
     print0(f"{FLAG} {name}: {len(rows)} blocks of {block} tokens")
     order = EpochSampler(len(rows), batch_size, rank=rank, world_size=world_size, seed=seed)

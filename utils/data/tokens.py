@@ -6,9 +6,12 @@ in the joint text; where a token of the joint text spans the end of the prompt, 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from utils.data.chat import template_of
 
 # Texts after which a new token begins whatever follows; tried in turn.
 SEAMS = ("\n", ":", "x", "é")
@@ -61,11 +64,22 @@ def answer_alone(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     return plain_ids(tokenizer, [answer])[0]
 
 
-def join(prompt_ids: list[int], answer_ids: list[int], max_len: int, eos: int | None) -> list[int]:
-    """Joins prompt, answer and end token (None: without), and cuts them at `max_len`."""
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer in training, scoring and generation: EOS, and the chat template's end of a turn.
+
+    Many chat models have a template that ends a turn by another special token than EOS. Answers that the template has
+    written end in that one, all others in EOS.
+    """
+    template = template_of(tokenizer)
+    turn = [tokenizer.convert_tokens_to_ids(template.end_token)] if template and template.end_token else []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *turn]))
+
+
+def join(prompt_ids: list[int], answer_ids: list[int], max_len: int, ends: Sequence[int]) -> list[int]:
+    """Joins prompt, answer and its end, which is the first of `ends` unless one is there already; cut at `max_len`."""
     ids = prompt_ids + answer_ids
-    if eos is not None and answer_ids[-1:] != [eos]:
-        ids.append(eos)
+    if not answer_ids or answer_ids[-1] not in ends:
+        ids.append(ends[0])
     return ids[:max_len]
 
 
@@ -83,7 +97,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "kind": type(tokenizer).__name__,
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
         "beginning": beginning(tokenizer),
-        "eos": tokenizer.eos_token_id,
+        "ends": end_ids(tokenizer),
         "probe": plain_ids(tokenizer, ["\n\nHuman: One, two;  THREE?\n\nAssistant: été 1234 x"])[0],
     }
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:

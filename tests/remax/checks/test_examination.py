@@ -137,7 +137,7 @@ def test_each_of_several_reward_models_is_checked(load, make_scorer):
     assert failed(examine(**patient)) == ["rows do not touch one another"]
     other.score, own.eos_token = honest, own.convert_ids_to_tokens(5)
     report = examine(**patient)
-    assert failed(report) == ["end token"] and "the reward model other's by 5" in report.table()
+    assert failed(report) == ["end token"] and "the reward model other's by [5]" in report.table()
 
 
 # ---------------------------------------------------------------------------------------------------- broken generation
@@ -283,6 +283,17 @@ def test_a_second_end_token_raises_a_warning(load):
     patient = load()
     patient["actor"].model.hf.generation_config.eos_token_id.append(5)
     assert results(examine(**patient))["end token"] == WARNING
+
+
+def test_a_chat_templates_end_of_a_turn_must_be_the_reward_models_too(load):
+    patient = load()
+    (judge,) = patient["reward"].parts
+    patient["tokenizer"].chat_template = "{% for m in messages %}{{ m.content }}<s>{% endfor %}"
+    assert failed(examine(**patient)) == ["end token"]  # generation does not stop there
+    patient["actor"].model.hf.generation_config.eos_token_id.append(patient["tokenizer"].convert_tokens_to_ids("<s>"))
+    assert results(examine(**patient))["end token"] == WARNING
+    judge.tokenizer.chat_template = patient["tokenizer"].chat_template
+    assert results(examine(**patient))["end token"] == OK
 
 
 def test_prompts_that_do_not_fit_are_found(load):

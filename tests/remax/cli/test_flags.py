@@ -370,7 +370,7 @@ READ = {
         "eval_batch_size = args.per_device_eval_batch_size",
         "if args.unsupervised_dataset_name",
         "plain_text_batches(args.unsupervised_dataset_name, configuration=args.unsupervised_dataset_config_name, "
-        "tokenizer=tokenizer, block=longest, batch_size=args.per_device_training_batch_size, seed=args.seed, "
+        "tokenizer=tokenizer, block=longest, batch_size=args.per_device_unsupervised_batch_size, seed=args.seed, "
         "cache_dir=args.data_output_path, **ranks)",
         "limit, rows = (args.max_eval_batches, concatenate_datasets(held_out) if held_out else None)",
     ],

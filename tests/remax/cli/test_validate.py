@@ -315,6 +315,7 @@ def test_refused_in_steps_1_and_2(parse, line, message):
         ("--gamma 1.01", r"--gamma 1.01: must be above 0 and at most 1"),
         ("--max_greedy_seq_len 257", r"--max_greedy_seq_len 257: must not exceed --max_answer_seq_len \(256\)"),
         ("--unsupervised_dataset_config_name x", r"without --unsupervised_dataset_name"),
+        ("--per_device_unsupervised_batch_size 3", r"size 3: has no effect without --unsupervised_dataset_name"),
         ("--log_variance_gradient_steps 5", r"without --log_variance"),
         ("--per_device_train_batch_size 4", r"use --per_device_generation_batch_size"),
         ("--per_device_training_batch_size 32", r"must divide the 16 answers of a rollout .*; for example 16"),

@@ -14,11 +14,15 @@ from remax.checkpoint.export import export
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.optimizer import optimizer_groups
+from remax.evaluation.texts import encode_texts
 from remax.generation.decode import GenerationSettings, rollout
 from remax.models.loading import check_length, evaluating, load_config
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
+from utils.data.chat import template_of
+from utils.data.encoding import Encoder
+from utils.data.shapes import Conversation, finish
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -297,6 +301,36 @@ def test_several_end_tokens_all_end_an_answer(make_policy, tmp_path):
     assert (inside.sum(1) == ended.long()).all()  # an end token stands at the end only
     export(model, tokenizer, tmp_path / "export", zero3=False)
     assert GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id == [17, 18, eos]
+
+
+def test_all_stages_end_a_chats_answer_by_the_same_token(make_policy, tmp_path):
+    # As Gemma's template: a turn ends by a special token that is not EOS.
+    template = "{% for m in messages %}<turn>{{ m.role }} {{ m.content }}<end>\n{% endfor %}"
+    template += "{{ '<turn>assistant ' if add_generation_prompt }}"
+    _, tokenizer = load(make_policy("qwen2"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
+    tokenizer.chat_template = template
+    folder = tmp_path / "chat"
+    shutil.copytree(make_policy("qwen2"), folder)
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load(folder)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    # Steps 1 and 2 learn and score rows that end so.
+    example = finish(Conversation([{"role": "user", "content": "Why?"}], "yes", "no"), template_of(tokenizer))
+    columns = {name: [value] for name, value in vars(example).items()}
+    learned = Encoder("supervised", tokenizer, 60).encode(columns)["input_ids"][0]
+    scored = Encoder("ranking", tokenizer, 60).encode(columns)["chosen_ids"][0]
+    by_hand = encode_texts(tokenizer, [example.prompt], [example.chosen], 60)[0].ids
+    # Step 3 cuts an answer there, so the reward model sees the very same row.
+    ends = model.hf.generation_config.eos_token_id
+    assert ends == [tokenizer.eos_token_id, end]
+    prompt = Encoder("prompts", tokenizer, 60).encode(columns)["input_ids"][0]
+    answer = [*tokenizer("yes", add_special_tokens=False)["input_ids"], end, tokenizer.eos_token_id, 7]
+    prompts = Prompts(torch.tensor([prompt]), torch.tensor([len(prompt)]))
+    rolled_out = Sequences.from_generation(prompts, torch.tensor([answer]), ends, 0).input_ids[0].tolist()
+    assert learned == scored == by_hand == rolled_out and learned[-1] == end
+    export(model, tokenizer, tmp_path / "export", zero3=False)  # and so does whoever generates with the export
+    assert GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id == ends
 
 
 # --- bad input

@@ -103,6 +103,7 @@ def test_step_3_reads_prompts_and_evaluates_on_others(folder, tokenizer, tmp_pat
         f"--actor_model_name_or_path m/m --reward_model_name_or_path m/r {common(folder, tmp_path)}"
         " --max_prompt_seq_len 30 --max_answer_seq_len 10 --per_device_generation_batch_size 5"
         f" --per_device_training_batch_size 5 --unsupervised_dataset_name {folder.parent}/text.jsonl"
+        " --per_device_unsupervised_batch_size 7"
     )
 
     def read(line: str = ""):
@@ -117,7 +118,10 @@ def test_step_3_reads_prompts_and_evaluates_on_others(folder, tokenizer, tmp_pat
     assert {text.split()[-1] for text in chosen} == {str(i) for i in range(9)} and " good" in chosen[0]
     assert [len(batch) for batch in data.evaluation] == [len(batch) for batch in data.answers] == [2, 2, 2, 2, 1]
     block = next(data.plain_text).input_ids
-    assert block.shape == (5, 30 + 10)  # as long as a prompt with its answer
+    assert block.shape == (7, 30 + 10)  # as long as a prompt with its answer
+    assert next(read("--per_device_training_batch_size 1").plain_text).input_ids.equal(
+        block
+    )  # whatever the micro-batch
     some = read("--max_eval_batches 2")
     assert len(list(some.evaluation)) == len(list(some.answers)) == 2
     # The order follows --seed, of prompts as of texts; which rows are read follows --data_seed.

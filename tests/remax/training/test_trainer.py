@@ -16,17 +16,19 @@ from remax.algorithms import build_algorithm
 from remax.algorithms.kl import KLPenalty
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
+from remax.core.sums import reduce
 from remax.engines.base import StepResult
 from remax.evaluation.policy import PolicyEvaluation
 from remax.training.loop import Cadence, TrainState
 from remax.training.trainer import Timer, Trainer, TrainerSettings
+from utils.data.batches import SupervisedBatch
 from utils.run import TrainingStopped
 
 ROWS = 8
 ALGORITHMS = {
     "remax": {},
     "full_kl": {"algorithm": {"name": "remax", "penalty": {"penalty": "full_kl_full_step"}, "entropy_coef": 0.1}},
-    "ppo": {"algorithm": {"name": "ppo"}},
+    "ppo": {"algorithm": {"name": "ppo"}, "mini_batches": 2},
     "text": {"sampling": [0.7, 0.9, 0]},  # plain text mixed in, log-probs of answers as they are sampled
 }
 
@@ -148,6 +150,27 @@ def test_offload(saved, expected, run_ranks):
     results, folder = run_ranks(checks_of(saved, variations), 2, timeout=900)
     for name in results:
         same_update(name, results, folder, expected)
+
+
+@pytest.mark.parametrize(("rows", "micro_batch", "cut"), [(4, 16, [4]), (5, 2, [2, 2, 1]), (3, 1, [1, 1, 1])])
+def test_plain_text_is_read_in_micro_batches(sequences_of, rows, micro_batch, cut):
+    read, ends = [], []
+
+    def logprobs(sequences: Sequences, sampling) -> SimpleNamespace:
+        read.append(len(sequences))
+        return SimpleNamespace(logprobs=-2.0 * sequences.answer_mask)
+
+    actor = SimpleNamespace(logprobs=logprobs, backward=lambda loss, *, last: ends.append((float(loss), last)))
+    settings = TrainerSettings(micro_batch_size=micro_batch, unsupervised_coefficient=0.5)
+    trainer = SimpleNamespace(actor=actor, settings=settings)
+    trainer.forwards = lambda batch: Trainer.forwards(trainer, batch)
+    texts = sequences_of(0, rows, 300)
+    lengths = {"lengths": texts.lengths, "prompt_lengths": texts.prompt_lengths}
+    batch = SupervisedBatch(input_ids=texts.input_ids, **lengths, weight=torch.ones(rows))
+    figures = Trainer.learn_plain_text(trainer, batch)
+    assert read == cut and [end for _, end in ends] == [False] * (len(cut) - 1) + [True]
+    assert sum(loss for loss, _ in ends) == pytest.approx(0.5 * 2)  # of the mean over all tokens, weighted
+    assert reduce(figures)["unsupervised_loss"] == pytest.approx(2)
 
 
 def test_figures_of_a_step_that_was_skipped(sequences_of):

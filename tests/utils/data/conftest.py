@@ -17,7 +17,7 @@ def encode_pair():
         heads = plain_ids(tokenizer, [prompt])
         (prompt_ids,) = with_beginning(beginning(tokenizer), heads)
         (answer_ids,) = encode_answers(tokenizer, [prompt], heads, [answer])
-        ids = join(prompt_ids, answer_ids, max_len, tokenizer.eos_token_id if add_eos else None)
-        return ids, min(len(prompt_ids), max_len)
+        ids = join(prompt_ids, answer_ids, max_len, [tokenizer.eos_token_id]) if add_eos else prompt_ids + answer_ids
+        return ids[:max_len], min(len(prompt_ids), max_len)
 
     return encode

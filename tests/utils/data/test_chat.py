@@ -11,7 +11,7 @@ from utils.data.encoding import Encoder, Names, encode_rows
 from utils.data.loaders import build_loaders
 from utils.data.preferences import load_data_set
 from utils.data.shapes import Conversation, Form, RowSkipped, finish
-from utils.data.tokens import beginning
+from utils.data.tokens import beginning, end_ids
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -179,6 +179,29 @@ def test_written_text_is_no_matter_of_the_template(tmp_path, chatty):
     assert encode(tmp_path, chatty, pairs, "prompts")["prompt"] == "\n\nHuman: Hi\n\nAssistant:"
 
 
+@pytest.mark.parametrize("shape", ["completion", "answers", "adapter"])
+def test_bare_questions_are_messages_of_a_user(tmp_path, chatty, shape, capsys):
+    # Whatever names them: a prompt without any form, one with several answers, a question of a known data set.
+    rows = [{"prompt": f"What is {i}?", "completion": "It is."} for i in range(4)]
+    name = tmp_path / "a.jsonl"
+    if shape == "answers":
+        rows = [{"prompt": row["prompt"], "answers": ["It is.", "No."]} for row in rows]
+    elif shape == "adapter":
+        name = tmp_path / "wangrui6" / "Zhihu-KOL" / "train.jsonl"
+        name.parent.mkdir(parents=True)
+        rows = [{"INSTRUCTION": row["prompt"], "RESPONSE": "It is."} for row in rows]
+    name.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    form, path = Form(template=template_of(chatty)), name if shape != "adapter" else name.parent
+    train, _ = load_data_set(str(path), cache_dir=str(tmp_path / "cache"), form=form)
+    asked = next(f"What is {i}?" for i in range(4) if f"What is {i}?" in train[0]["prompt"])
+    question = [{"role": "user", "content": asked}]
+    prompt = chatty.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert train[0]["prompt"] == prompt and "Human:" not in prompt
+    whole = chatty.apply_chat_template([*question, {"role": "assistant", "content": "It is."}], tokenize=False)
+    assert whole.startswith(prompt + train[0]["chosen"])
+    assert "bare prompts written by the chat template; 3 training rows" in capsys.readouterr().out or shape == "adapter"
+
+
 def test_rows_that_the_template_refuses_are_skipped_with_its_words(tokenizer_folders):
     tokenizer = load_tokenizer(str(tokenizer_folders["gpt2"]))
     tokenizer.chat_template = INSTRUCT.replace("BEGIN", "")
@@ -194,9 +217,55 @@ def test_answers_that_the_template_rewrites_have_no_place(tokenizer_folders):
     assert ChatTemplate(tokenizer).prompt(DIALOGUE[:1])[1] == ()
 
 
-def test_a_turns_end_that_is_no_end_token_stays_and_the_end_token_follows(tmp_path, tokenizer_folders):
+# As Gemma's: the end of a turn is a special token that is not EOS.
+GEMMA = (
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n{% endfor %}{{ '<start_of_turn>model\n' if add_generation_prompt }}"
+)
+
+
+@pytest.fixture(params=["llama", "gpt2", "slow"])
+def gemma(request, tokenizer_folders):
+    tokenizer = load_tokenizer(str(tokenizer_folders[request.param]))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    tokenizer.chat_template = GEMMA
+    return tokenizer
+
+
+def test_a_special_token_that_ends_a_turn_ends_the_answer(tmp_path, gemma):
+    turn = gemma.convert_tokens_to_ids("<end_of_turn>")
+    assert end_ids(gemma) == [gemma.eos_token_id, turn]
+    row = encode(tmp_path, gemma, rows(*DIALOGUE), train_on="all")
+    assert row["input_ids"][-1] == turn and gemma.eos_token_id not in row["input_ids"][1:]
+    learned = [i for i, mask in zip(row["input_ids"][row["prompt_length"] :], row["loss_mask"], strict=True) if mask]
+    assert learned.count(turn) == 2 and len(row["loss_mask"]) == len(row["input_ids"]) - row["prompt_length"]
+    answers = [[*DIALOGUE, {"role": "assistant", "content": text}] for text in (ANSWER, "No.")]
+    pair = encode(
+        tmp_path,
+        gemma,
+        [{"chosen": answers[0], "rejected": answers[1]}, {"chosen": answers[1], "rejected": answers[0]}],
+        "ranking",
+    )
+    assert pair["chosen_ids"][-1] == pair["rejected_ids"][-1] == turn
+    written = [{"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": f" {i}", "rejected": " No"} for i in range(2)]
+    pair = encode(tmp_path, gemma, written, "ranking")  # no answer of the template's
+    assert pair["chosen_ids"][-1] == pair["rejected_ids"][-1] == gemma.eos_token_id
+
+
+def test_what_follows_the_end_of_a_turn_is_no_part_of_the_answer(tokenizer_folders):
+    tokenizer = load_tokenizer(str(tokenizer_folders["qwen"]))  # as Phi-3's: the whole text ends in EOS too
+    tokenizer.chat_template = CHATML.replace("im_end", "endoftext") + "{{ '' if add_generation_prompt else eos_token }}"
+    assert tokenizer.eos_token == "<|im_end|>" and template_of(tokenizer).closing == "<|endoftext|>\n<|im_end|>"
+    assert end_ids(tokenizer) == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    example = finish(Conversation(DIALOGUE, "yes"), template_of(tokenizer))
+    assert example.chosen == "yes<|endoftext|>"
+    (start, end), text = example.earlier[0], example.prompt
+    assert text[start:end] == "How are you?<|endoftext|>"
+
+
+def test_a_turns_end_that_is_no_special_token_stays_and_the_end_token_follows(tmp_path, tokenizer_folders):
     tokenizer = load_tokenizer(str(tokenizer_folders["llama"]))
-    tokenizer.chat_template = "<s>" + CHATML.replace("<|im_end|>", "<end>")  # as Gemma's <end_of_turn>
+    tokenizer.chat_template = "<s>" + CHATML.replace("<|im_end|>", "<end>")
     row = encode(tmp_path, tokenizer, rows(*DIALOGUE), train_on="all")
     text = tokenizer.decode(row["input_ids"])
     assert text.rstrip().endswith("<end></s>") and text.count("</s>") == 1 and text.count("<s>") == 1

@@ -45,20 +45,20 @@ OPTIONS = [
 # {constant: {its value: {what: digest}}}
 GOLDEN = {
     "READING_VERSION": {
-        1: {
+        2: {
             "best_first.json": "8201bee6801a59ff",
-            "completions.csv": "e84cf5d7d5e09d55",
+            "completions.csv": "595509e6f359d944",
             "conversations.jsonl": "370158e2962d75fc",
             "dialogues.jsonl": "2fd922c523280309",
-            "labelled.jsonl": "187dff33cdb87d3f",
+            "labelled.jsonl": "006fa6c746d804c5",
             "messages.json": "50b425c4d2fcf48c",
-            "own_columns.jsonl": "2fd922c523280309",
+            "own_columns.jsonl": "5f5c808eca8e6477",
             "pairs.arrow": "61275122235d9119",
             "pairs.jsonl": "831c7ecfc8c2d819",
             "pairs.jsonl.gz": "831c7ecfc8c2d819",
             "pairs.parquet": "61275122235d9119",
-            "prompts.jsonl": "7fc45d9872255938",
-            "ranked.jsonl": "63d22d63d4f545fd",
+            "prompts.jsonl": "64f6064ff6b706ab",
+            "ranked.jsonl": "fb46bbf01242712e",
             "text.jsonl": "624fe45f5717d7c7",
             "whole_conversations.jsonl": "5f5c808eca8e6477",
             "edges.jsonl": "8da0fb3d7f8b0e3c",
@@ -66,17 +66,17 @@ GOLDEN = {
         }
     },
     "ENCODING_VERSION": {
-        1: {
-            "supervised cut last": "bfe0588aaa2065d3",
-            "supervised cut all": "e3d7291a94e5f730",
-            "supervised drop last": "dcf525d831a864c5",
-            "supervised drop all": "e268a862f31e923b",
-            "ranking cut": "95316102aba7eaa1",
-            "ranking drop": "c33ec40829f798de",
-            "ranked cut": "4b15118a160a7dda",
-            "ranked drop": "50de1a471ec10a89",
-            "prompts cut": "0f1e029d4ecbeb1b",
-            "prompts drop": "9d52d58405125600",
+        2: {
+            "supervised cut last": "4fdcd1c2ec2eadaa",
+            "supervised cut all": "86cdddaf27d1c91f",
+            "supervised drop last": "e6df1a9e7422790a",
+            "supervised drop all": "d8b0902f0c29f9ba",
+            "ranking cut": "5d7bcb08301827e4",
+            "ranking drop": "bcae75c2896b2e18",
+            "ranked cut": "083fb43c8a761cdd",
+            "ranked drop": "043ca32b8094ccdb",
+            "prompts cut": "ad523d656c338681",
+            "prompts drop": "487fe3e31e930efa",
         }
     },
     "BLOCKS_VERSION": {1: {"3": "08dcee9ac1c61348", "8": "de451cbc5e2f41d8"}},
