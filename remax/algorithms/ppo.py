@@ -61,7 +61,7 @@ def clipped_policy_loss(
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, targets: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """(B, A) each -> (B, A) loss of the tokens, and (B, A) bool: where the clip takes the gradient away."""
-    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    clipped = values.clamp(old_values - cliprange, old_values + cliprange)  # exactly `values` within the range
     plain_error, clipped_error = (values - targets).square(), (clipped - targets).square()
     return torch.maximum(plain_error, clipped_error) / 2, clipped_error > plain_error
 

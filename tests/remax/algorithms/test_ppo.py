@@ -88,6 +88,14 @@ def test_value_clip_by_hand():
     assert values.grad.eq(0).tolist() == cut.tolist()
 
 
+def test_rounding_clips_no_value_within_the_range():
+    old, values = (0.09 * random(1000, seed=seed).float().tanh() for seed in (8, 10))
+    assert not torch.equal(old + (values - old), values)
+    targets = random(1000, seed=9).float()
+    loss, cut = clipped_value_loss(values, old, targets, 0.2)
+    assert not cut.any() and torch.equal(loss, (values - targets).square() / 2)
+
+
 def test_losses_and_metrics_against_a_loop():
     algorithm = PPO(kl=KLPenalty(0.1), cliprange=0.2, cliprange_value=0.3)
     batch = algorithm.prepare(rollout())
