@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -156,6 +157,33 @@ def test_built_in_examples(run, tiny_reward_model):
     for example in map(finish, reward_eval.EXAMPLES):
         assert f"good answer, score {plain_score(folder, example.prompt, example.chosen):.4f}" in printed
         assert f"bad answer, score {plain_score(folder, example.prompt, example.rejected):.4f}" in printed
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>\n{% endfor %}",  # a special token that is not EOS
+        "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>\n{% endfor %}",  # EOS, and a BOS of its own
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",  # plain text
+    ],
+    ids=["turn", "EOS", "text"],
+)
+def test_the_readmes_score_of_a_chat_is_that_of_training(run, tiny_reward_model, tmp_path, template, capsys):
+    folder = tmp_path / "reward"
+    shutil.copytree(tiny_reward_model("llama"), folder)
+    tokenizer = load_tokenizer(str(folder))
+    asked = "[assistant] " if "[" in template else "assistant: "
+    tokenizer.chat_template = f"{template}{{{{ '{asked}' if add_generation_prompt }}}}"
+    tokenizer.save_pretrained(folder)
+    readme = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = [block.partition("```")[0] for block in readme.split("```python\n")[1:]]
+    assert '"output/reward"' in code
+    found: dict = {}
+    exec(code.replace('"output/reward"', repr(str(folder))), found)
+    by_hand = float(capsys.readouterr().out.splitlines()[-1])
+    rows = [{"messages": [found["question"], found["answer"]]}]
+    (row,), _ = run(rows, "--model_name_or_path", folder)
+    assert row["score"] == pytest.approx(by_hand, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ class PreferenceFlags(Flags, group="loss"):
     use_margin: bool = flag(
         False, "ranking: the data's column `margin` is how much more the chosen answer must score", only="ranking"
     )
-    label_smoothing: BelowOne = flag(0.0, "ranking: share of the preferences taken to be wrong", only="ranking")
+    label_smoothing: BelowOne = flag(0.0, "share of the preferences taken to be wrong (with dpo: conservative DPO)")
     center_rewards_coefficient: NonNegative = flag(
         0.0, "ranking: weight of (chosen + rejected score)^2", only="ranking"
     )

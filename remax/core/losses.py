@@ -16,6 +16,17 @@ def supervised_loss(logprobs: Tensor, mask: Tensor, denominator: float | Tensor)
     return -logprobs.masked_fill(~mask, 0.0).sum() / denominator
 
 
+def preference_losses(difference: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """(B,) by how much the chosen answer is ahead -> (B,) -log sigmoid(d).
+
+    With a share e of preferences that are taken to be wrong: (1 - e) * -log sigmoid(d) + e * -log sigmoid(-d).
+    """
+    losses = -F.logsigmoid(difference)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-difference)
+    return losses
+
+
 def ranking_losses(
     chosen: Tensor,
     rejected: Tensor,
@@ -32,15 +43,13 @@ def ranking_losses(
         chosen: (B,) scores of the better answers.
         rejected: (B,) scores of the worse answers.
         margin: (B,) how much better the chosen answer was said to be (Llama 2, arXiv 2307.09288, section 3.2.2).
-        label_smoothing: Share e of preferences taken to be wrong: (1 - e) * -log sigmoid(d) + e * -log sigmoid(-d).
+        label_smoothing: Share of preferences taken to be wrong, see `preference_losses`.
         centring: Weight of (chosen + rejected)^2, which pins the scores' free constant near 0 (arXiv 2312.09244).
     """
     difference = chosen - rejected  # (B,)
     if margin is not None:
         difference = difference - margin
-    losses = -F.logsigmoid(difference)
-    if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-difference)
+    losses = preference_losses(difference, label_smoothing)
     return losses + centring * (chosen + rejected).square() if centring else losses
 
 
@@ -113,6 +122,7 @@ def dpo_losses(
     beta: float = 0.1,
     *,
     alpha: float = 0.0,
+    label_smoothing: float = 0.0,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
 ) -> Tensor:
@@ -120,14 +130,15 @@ def dpo_losses(
 
     DPO (Rafailov et al., arXiv 2305.18290, eq. 7): -log sigmoid( beta * (log-ratio chosen - log-ratio rejected) ).
     R-DPO (Park et al., arXiv 2403.19159, eq. 9) adds alpha * (|chosen| - |rejected|) inside the sigmoid; alpha = 0 is
-    DPO. Lengths: (B,) in tokens, needed for alpha != 0 (ValueError).
+    DPO. Lengths: (B,) in tokens, needed for alpha != 0 (ValueError). `label_smoothing` acts as in `ranking_losses`, and
+    makes the conservative DPO of Mitchell's note "A note on DPO with noisy preferences and relationship to IPO".
     """
     logits = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))  # (B,)
     if alpha:
         if chosen_lengths is None or rejected_lengths is None:
             raise ValueError("the length term of R-DPO needs the lengths of both answers")
         logits = logits + alpha * (chosen_lengths - rejected_lengths).to(logits.dtype)
-    return -F.logsigmoid(logits)
+    return preference_losses(logits, label_smoothing)
 
 
 def answer_logprob(logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def build_task(
     reference = Reference(FrozenEngine(load_policy_model(frozen, tokenizer), frozen.engine))
     policy = trained_policy(trained, optimizer, tokenizer, args.max_seq_len)
     alpha = args.length_alpha if args.loss == "r-dpo" else 0.0
-    return DirectPreference(policy, reference, held_out, args.dpo_beta, alpha)
+    return DirectPreference(policy, reference, held_out, args.dpo_beta, alpha, args.label_smoothing)
 
 
 def train_and_export(

@@ -173,13 +173,14 @@ class ImplicitReward:
 
 @dataclass
 class DirectPreference:
-    """DPO, or R-DPO with `alpha`: a policy straight from the pairs, without a reward model."""
+    """DPO, or R-DPO with `alpha`, conservative with `label_smoothing`: a policy straight from the pairs."""
 
     learner: Actor
     reference: Reference
     eval_loader: Iterable[PairBatch]
     beta: float = 0.1
     alpha: float = 0.0
+    label_smoothing: float = 0.0
     headline: str = "accuracy"
     sign: int = 1
 
@@ -210,6 +211,7 @@ class DirectPreference:
             reference_rejected,
             beta=self.beta,
             alpha=self.alpha,
+            label_smoothing=self.label_smoothing,
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
         )

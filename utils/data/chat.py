@@ -88,7 +88,7 @@ class ChatTemplate:
         if not whole.startswith(prompt):
             raise TemplateRefuses("it writes the prompt in another way when an answer follows")
         text = whole[len(prompt) :]
-        if self.closing.strip() and text.endswith(self.closing):
+        if self.closing and text.endswith(self.closing):
             return text[: -len(self.closing)] + self.turn_end
         kept, end, rest = text.rpartition(self.tokenizer.eos_token)
         return kept + end if end and not rest.strip() else text  # what follows the end token belongs to the next turn

@@ -345,7 +345,7 @@ READ = {
         "centring=args.center_rewards_coefficient",
         "ranked_loss=args.ranked_loss",
         "alpha = args.length_alpha if args.loss == 'r-dpo' else 0.0",
-        "DirectPreference(policy, reference, held_out, args.dpo_beta, alpha)",
+        "DirectPreference(policy, reference, held_out, args.dpo_beta, alpha, args.label_smoothing)",
     ],
     f"{FINETUNING}:train_and_export": [
         "output, learner = (Path(args.output_dir), task.learner)",
@@ -529,7 +529,7 @@ def test_every_model_of_step_3_gets_its_own_settings(monkeypatch, line):
         (2, "--label_smoothing 0.1 --center_rewards_coefficient 0.2", "Ranking"),
         (2, "--ranked_loss plackett-luce", "Ranking"),
         (2, "--use_margin", "Ranking"),
-        (2, "--loss dpo --dpo_beta 0.3 --reference_zero_stage 3", "DirectPreference"),
+        (2, "--loss dpo --dpo_beta 0.3 --label_smoothing 0.1 --reference_zero_stage 3", "DirectPreference"),
         (2, "--loss r-dpo --length_alpha 0.4", "DirectPreference"),
     ],
 )
@@ -553,7 +553,8 @@ def test_every_task_gets_its_own_settings(monkeypatch, stage, line, task):
         model = recorded("load_policy_model", spec, "tokenizer")
         reference = recorded("Reference", recorded("FrozenEngine", model, spec.engine))
         alpha = 0.4 if "r-dpo" in line else 0.0
-        expected = recorded("DirectPreference", policy, reference, "held out", args.dpo_beta, alpha)
+        settled = (args.dpo_beta, alpha, args.label_smoothing)
+        expected = recorded("DirectPreference", policy, reference, "held out", *settled)
     assert finetune.build_task(args, "tokenizer", "held out", 50) == expected
 
 

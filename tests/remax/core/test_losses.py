@@ -176,6 +176,19 @@ def test_dpo_by_hand():
     assert dpo_losses(*args, beta=0.5).tolist() == pytest.approx(expected)
 
 
+def test_conservative_dpo_by_hand():
+    # -(1 - e) log sigmoid(z) - e log sigmoid(-z), with z = 0.5 * 2 + 0.1 * 20 and e = 0.2
+    args = [torch.tensor([x]) for x in (-3.0, -6.0, -4.0, -5.0)]
+    lengths = {"chosen_lengths": torch.tensor([30]), "rejected_lengths": torch.tensor([10])}
+    loss = dpo_losses(*args, beta=0.5, alpha=0.1, **lengths, label_smoothing=0.2)
+    assert loss.item() == pytest.approx(-0.8 * log_sigmoid(3.0) - 0.2 * log_sigmoid(-3.0))
+    # Its minimum is where sigmoid(z) = 1 - e: there the gradient is 0.
+    policy = torch.tensor([math.log(0.8 / 0.2)], requires_grad=True)
+    zero = torch.zeros(1)
+    dpo_losses(policy, zero, zero, zero, beta=1.0, label_smoothing=0.2).sum().backward()
+    assert policy.grad.item() == pytest.approx(0.0, abs=1e-7)
+
+
 def test_dpo_of_the_reference_itself_is_log_two():
     same = torch.tensor([-3.0]), torch.tensor([-7.0])
     assert dpo_losses(*same, *same).item() == pytest.approx(math.log(2))
