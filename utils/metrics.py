@@ -1,10 +1,12 @@
-"""Numbers for people and for programs: metrics.jsonl, TensorBoard, one console line, progress bars.
+"""Numbers for people and for programs: metrics.jsonl, TensorBoard, Weights & Biases, the console, progress bars.
 
 The rank lives here: off rank 0 the same classes do nothing, so callers need no guard.
 """
 
+import html
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.distributed import is_main
+from utils.run import UserError, first_line
 
 # How the console shows the values that have a unit; the others get four significant digits.
 UNITS = {
@@ -29,11 +32,13 @@ WIDTH = 110  # columns of a console line; what does not fit goes on in the next,
 
 
 class MetricsLogger:
-    """Writes each set of values to `metrics.jsonl`, to TensorBoard and, as one readable line, to the console.
+    """Writes each set of values to `metrics.jsonl`, to TensorBoard or Weights & Biases, and readably to the console.
 
     Args:
         output_dir: The run's folder; `metrics.jsonl` there gets one record a call. An existing file is continued.
         tensorboard_dir: Where event files go; None: no TensorBoard.
+        wandb: What describes the run in Weights & Biases, whose own variables (WANDB_PROJECT, WANDB_MODE, ...) say the
+            rest; None: no Weights & Biases.
         console_every: A line for every n-th step; values named "eval/..." are always shown.
         console: Names (without "train/") to show, in this order; None: all.
         quiet: Names (without their group) that the console leaves out.
@@ -46,13 +51,15 @@ class MetricsLogger:
         output_dir: str | Path,
         *,
         tensorboard_dir: str | Path | None = None,
+        wandb: Mapping[str, Any] | None = None,
         console_every: int = 1,
         total_steps: int | None = None,
         console: Sequence[str] | None = None,
         quiet: Sequence[str] = (),
         drop_after: int | None = None,
     ):
-        self.active, self.tensorboard = is_main(), None
+        self.active, self.tensorboard, self.wandb = is_main(), None, None
+        self.takes_samples = tensorboard_dir is not None or wandb is not None  # on every rank
         self.console_every, self.total_steps = max(1, console_every), total_steps
         self.console, self.quiet = console, quiet
         if not self.active:
@@ -67,6 +74,8 @@ class MetricsLogger:
             from torch.utils.tensorboard import SummaryWriter  # a second of start-up, paid only when asked for
 
             self.tensorboard = SummaryWriter(str(tensorboard_dir))
+        if wandb is not None:
+            self.wandb = _start_wandb(Path(output_dir), wandb)
 
     def log(self, step: int, values: Mapping[str, Any], epoch: float | None = None) -> None:
         """Records `values` (numbers or one-element tensors) under `step`; rank 0 only.
@@ -84,15 +93,60 @@ class MetricsLogger:
         if self.tensorboard is not None:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
         if step % self.console_every == 0 or step == self.total_steps or any(n.startswith("eval/") for n in numbers):
             tqdm.write(console_line(step, numbers, epoch, self.total_steps, self.console, self.quiet))
             sys.stdout.flush()
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Shows some texts, such as a prompt with its answers, as a table in TensorBoard and Weights & Biases."""
+        if not rows:
+            return
+        columns = list(rows[0])
+        if self.tensorboard is not None:
+            table = [columns, *(list(row.values()) for row in rows)]
+            self.tensorboard.add_text("samples", _markdown(table), step)
+        if self.wandb is not None:
+            import wandb
+
+            table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
+            self.wandb.log({"samples": table}, step=step)
 
     def close(self) -> None:
         if self.active:
             self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(folder: Path, config: Mapping[str, Any]) -> Any:
+    import wandb
+
+    try:
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "remax"),
+            name=os.environ.get("WANDB_NAME", folder.name),
+            dir=str(folder),
+            config=dict(config),
+        )
+    except wandb.Error as error:  # such as no account
+        raise UserError(
+            f"--report_to wandb: {first_line(error)}; `wandb login`, or WANDB_MODE=offline to upload later"
+        ) from error
+
+
+def _markdown(table: Sequence[Sequence[Any]]) -> str:
+    """A table whose first row is its head; what would break it is written otherwise."""
+    head, *rows = [[_cell(value) for value in row] for row in table]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value).strip()
+    return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")
 
 
 def _step(line: str) -> float:

@@ -154,8 +154,13 @@ class RunFlags(Flags, group="run"):
         "batches (per device) an evaluation reads; 0: all; default: all (steps 1, 2), 16 (step 3)",
     )
     per_device_eval_batch_size: Count = usual(16, "rows per device in evaluation")
-    enable_tensorboard: bool = flag(False, "write TensorBoard events too")
-    tensorboard_path: str | None = flag(None, "folder for them; without it <output_dir>/tensorboard")
+    report_to: list[Literal["tensorboard", "wandb", "none"]] = usual(
+        [],
+        "where figures and sample answers go besides metrics.jsonl; several allowed. wandb (pip install wandb) reads "
+        "WANDB_PROJECT, WANDB_NAME, WANDB_MODE",
+    )
+    enable_tensorboard: bool = flag(False, "the same as --report_to tensorboard")
+    tensorboard_path: str | None = flag(None, "folder of TensorBoard events; without it <output_dir>/tensorboard")
 
 
 @dataclass(kw_only=True)
@@ -467,9 +472,14 @@ class Arguments(Retired, MemoryFlags, RunFlags, OptimizerFlags, DataFlags, Confi
         return {ours: theirs for ours, theirs in names.items() if theirs is not None}
 
     @property
+    def reports(self) -> set[str]:
+        """Of --report_to and --enable_tensorboard: tensorboard, wandb."""
+        return {*self.report_to, *(["tensorboard"] if self.enable_tensorboard else [])} - {"none"}
+
+    @property
     def tensorboard_dir(self) -> str | None:
         folder = self.tensorboard_path or str(Path(self.output_dir) / "tensorboard")
-        return folder if self.enable_tensorboard else None
+        return folder if "tensorboard" in self.reports else None
 
 
 @dataclass(kw_only=True)

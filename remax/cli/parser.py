@@ -43,7 +43,7 @@ class Kind:
 
     @classmethod
     def of(cls, annotation: Any) -> "Kind":
-        """From an annotation: `X`, `X | None`, `list[X]`, `Literal[...]` or `Annotated[X, Range]`."""
+        """From an annotation: `X`, `X | None`, `list[X]`, `Literal[...]`, `Annotated[X, Range]`."""
         if get_origin(annotation) in (Union, types.UnionType):
             (annotation,) = (part for part in get_args(annotation) if part is not types.NoneType)
         origin, parts = get_origin(annotation), get_args(annotation)
@@ -52,7 +52,7 @@ class Kind:
         if origin is Literal:
             return cls(type(parts[0]), choices=parts)
         if origin is list:
-            return cls(parts[0], several=True)
+            return dataclasses.replace(cls.of(parts[0]), several=True)
         return cls(annotation)
 
     @property

@@ -9,6 +9,7 @@ the algorithms, so most refusals take a fraction of a second. The flags themselv
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -109,6 +110,19 @@ def check_data(args: StageArguments, stage: int) -> None:
     for folder in ("output_dir", "tensorboard_path", "data_output_path"):
         check_folder(folder, getattr(args, folder))
     check_streaming(args)
+    check_reports(args)
+
+
+def check_reports(args: StageArguments) -> None:
+    """Where figures go."""
+    if "none" in args.report_to and args.reports:
+        others = ["--enable_tensorboard"] if args.enable_tensorboard else sorted(args.reports)
+        raise UserError(f"--report_to none with {' '.join(others)}: contradict one another; give one")
+    if args.tensorboard_path and "tensorboard" not in args.reports:
+        raise UserError("--tensorboard_path: has no effect without --report_to tensorboard")
+    # A folder `wandb`, such as that package leaves behind, can be imported too, but has no loader.
+    if "wandb" in args.reports and ((spec := importlib.util.find_spec("wandb")) is None or spec.origin is None):
+        raise UserError("--report_to wandb: the package is not installed; `pip install wandb`, or leave it out")
 
 
 def check_folder(flag_name: str, folder: str | None) -> None:

@@ -87,12 +87,14 @@ def evaluate_policy(
     greedy: bool = False,
     answers: Iterable[SupervisedBatch] | None = None,
     seed: int = 0,
+    also_greedy: bool = False,
 ) -> PolicyEvaluation:
     """Answers held-out prompts (sampled, or greedy) and measures the answers.
 
     Args:
         answers: Prompts with the data's own answers.
         seed: Of the sampled answers.
+        also_greedy: The answers to the first batch get company: `greedy` and `greedy_reward`.
 
     Returns:
         The answers, and these figures:
@@ -112,8 +114,10 @@ def evaluate_policy(
     sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
     eos_ids = actor.model.hf.generation_config.eos_token_id
     readable: list[dict[str, Any]] = []
+    first: PromptBatch | None = None
     with evaluating(actor.model), isolated_rng(seed):
         for batch in map(to_device, loader):
+            first = batch if first is None else first
             prompts = Prompts(batch.input_ids, batch.lengths)
             sampled, best = actor.rollout(prompts, samples=0 if greedy else 1, greedy=greedy)
             sequences = present(best if greedy else sampled, "the rollout")
@@ -140,6 +144,13 @@ def evaluate_policy(
                 rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}
                 answer = {"answer": found[i].text, "length": found[i].tokens}
                 readable.append({"prompt": batch.prompts[i]} | answer | rounded)
+        if also_greedy and first is not None:  # behind all draws, so that they are what they would be without it
+            _, best = actor.rollout(Prompts(first.input_ids, first.lengths), samples=0, greedy=True)
+            sequences = present(best, "the greedy rollout")
+            score, _ = reward.score_parts(sequences)
+            found = read_answers(sequences, tokenizer, eos_ids)
+            for row, i in zip(readable, first.weight.nonzero().flatten().tolist(), strict=False):
+                row |= {"greedy": found[i].text, "greedy_reward": round(float(score[i]), 4)}
     total = sum_across_ranks(sums)
     n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
     mean = total["reward"] / n

@@ -94,6 +94,7 @@ def train_and_export(
     metrics = MetricsLogger(
         output,
         tensorboard_dir=args.tensorboard_dir,
+        wandb=vars(args) if "wandb" in args.reports else None,
         console_every=args.console_every,
         total_steps=cadence.total_steps(len(loader)),
         quiet=[f"pairs_{side}" for side in SIDES],

@@ -32,6 +32,7 @@ from utils.metrics import MetricsLogger
 from utils.run import TrainingStopped, open_folder, start_run
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
+SAMPLES = 8  # answers that TensorBoard and Weights & Biases show of an evaluation
 
 
 def run_rlhf(args: Step3Arguments) -> None:
@@ -61,6 +62,7 @@ def run_rlhf(args: Step3Arguments) -> None:
     metrics = MetricsLogger(
         output,
         tensorboard_dir=args.tensorboard_dir,
+        wandb=vars(args) if "wandb" in args.reports else None,
         console_every=args.logging_steps,
         total_steps=steps,
         console=("reward", *(f"reward/{name}" for name in reward.part_names), *CONSOLE),
@@ -68,13 +70,23 @@ def run_rlhf(args: Step3Arguments) -> None:
     )
 
     def measure() -> PolicyEvaluation:
-        return evaluate_policy(actor, models.reference, reward, data.evaluation, tokenizer, answers=data.answers)
+        return evaluate_policy(
+            actor,
+            models.reference,
+            reward,
+            data.evaluation,
+            tokenizer,
+            answers=data.answers,
+            also_greedy=metrics.takes_samples,
+        )
 
     def on_evaluation(step: int, evaluation: PolicyEvaluation, best: bool) -> None:
         if args.save_answers:
             write_answers(output / "answers" / f"step_{step:06d}.jsonl", evaluation.answers)
         if args.print_answers:
             print0(evaluation.sample())
+        if metrics.takes_samples:
+            metrics.samples(step, [row for row in evaluation.answers if "greedy" in row][:SAMPLES])
         if best:
             export(actor.model, tokenizer, output / "actor", zero3=actor.zero3)
             write_note(output / "actor", "evaluation.json", {"step": step, **evaluation.figures})

@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from utils import metrics
 from utils.metrics import MetricsLogger, ProgressLines, console_line, progress
+from utils.run import UserError
 
 
 def records(folder):
@@ -115,6 +118,83 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
+
+
+ROWS = [
+    {"prompt": "\n\nHuman: a|b <i>\n", "answer": "x\ny", "reward": 0.123456},
+    {"prompt": "p", "answer": "", "reward": 2.0},
+]
+
+
+def test_tensorboard_gets_samples(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = MetricsLogger(tmp_path, tensorboard_dir=tmp_path / "tb")
+    assert logger.takes_samples and not MetricsLogger(tmp_path).takes_samples
+    logger.samples(3, ROWS)
+    logger.samples(4, [])
+    logger.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    assert event.step == 3 and event.tensor_proto.string_val[0].decode().splitlines() == [
+        "| prompt | answer | reward |",
+        "| --- | --- | --- |",
+        "| Human: a&#124;b &lt;i&gt; | x<br>y | 0.1235 |",
+        "| p |  | 2 |",
+    ]
+
+
+def test_wandb_is_told_figures_and_samples(tmp_path, monkeypatch):
+    told = []
+
+    class Run:
+        def log(self, values, step):
+            told.append((step, values))
+
+        def finish(self):
+            told.append("finish")
+
+    def init(**options):
+        told.append(options)
+        return Run()
+
+    wandb = SimpleNamespace(init=init, Table=lambda columns, data: (columns, data), Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    logger = MetricsLogger(tmp_path / "run", wandb={"seed": 7})
+    logger.log(3, {"train/loss": torch.tensor(0.5)})
+    logger.samples(3, ROWS)
+    logger.close()
+    assert told == [
+        {"project": "mine", "name": "run", "dir": str(tmp_path / "run"), "config": {"seed": 7}},
+        (3, {"train/loss": 0.5}),
+        (3, {"samples": (["prompt", "answer", "reward"], [list(row.values()) for row in ROWS])}),
+        "finish",
+    ]
+
+    def no_account(**options):
+        raise RuntimeError("api_key not configured\nmore")
+
+    wandb.init = no_account
+    with pytest.raises(UserError, match="--report_to wandb: api_key not configured; .*WANDB_MODE=offline"):
+        MetricsLogger(tmp_path, wandb={})
+    monkeypatch.setenv("RANK", "1")
+    MetricsLogger(tmp_path, wandb={}).close()
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", exc_type=ImportError)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = MetricsLogger(tmp_path, wandb={"seed": 7, "data_path": ["a"]})
+    for step in (0, 1):
+        logger.log(step, {"train/loss": 0.5, "run/peak": math.nan})
+        logger.samples(step, ROWS)
+    logger.close()
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")  # packed: its figures cannot be read here
+    assert written.stat().st_size > 1000
+    (table, _) = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/samples*.json"))
+    assert json.loads(table.read_text())["columns"] == ["prompt", "answer", "reward"]
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):

@@ -36,6 +36,15 @@ STAGES = {
 
 
 @pytest.fixture(autouse=True)
+def wandb(monkeypatch, tmp_path_factory):
+    """The package is there, as far as anybody asks here."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "wandb").mkdir()
+    (folder / "wandb" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -58,7 +67,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def handed_on(stage: int, args: Any) -> dict[str, Any]:
     """Everything typed that a program makes of its flags, and what the arguments themselves derive from them."""
-    made = {"data": data_config(args), "tensorboard_dir": args.tensorboard_dir}
+    made = {"data": data_config(args), "tensorboard_dir": args.tensorboard_dir, "wandb": "wandb" in args.reports}
     if stage < 3:
         made |= {
             "model": settings.finetune_model(args),
@@ -106,6 +115,9 @@ EVERYWHERE = {
     ("--streaming", "--max_steps 7"): {"data.streaming": True},
     ("--shuffle_buffer 99", "--max_steps 7 --streaming"): {"data.shuffle_buffer": 99},
     # run
+    ("--report_to tensorboard", "--output_dir o"): {"tensorboard_dir": "o/tensorboard"},
+    ("--report_to wandb", ""): {"wandb": True},
+    ("--report_to wandb tensorboard", "--output_dir o"): {"wandb": True, "tensorboard_dir": "o/tensorboard"},
     ("--enable_tensorboard", "--output_dir o"): {"tensorboard_dir": "o/tensorboard"},
     ("--tensorboard_path t", "--enable_tensorboard"): {"tensorboard_dir": "t"},
 }
@@ -351,6 +363,7 @@ READ = {
         "output, learner = (Path(args.output_dir), task.learner)",
         "start_run(output, args, args.stage)",
         "tensorboard_dir=args.tensorboard_dir",
+        "wandb=vars(args) if 'wandb' in args.reports else None",
         "console_every=args.console_every",
     ],
     f"{DATA}:finetune_loaders": [
@@ -412,6 +425,7 @@ READ = {
         "settings = trainer_settings(args)",
         "if not args.skip_doctor",
         "tensorboard_dir=args.tensorboard_dir",
+        "wandb=vars(args) if 'wandb' in args.reports else None",
         "console_every=args.logging_steps",
         "if args.save_answers",
         "if args.print_answers",

@@ -697,6 +697,25 @@ def test_cadence_and_tensorboard():
     assert step1("--enable_tensorboard --tensorboard_path tb").tensorboard_dir == "tb"
 
 
+def test_where_figures_go(tmp_path, monkeypatch):
+    assert step1("--report_to none").reports == step1().reports == step1("--report_to").reports == set()
+    assert step1("--report_to tensorboard --report_to none").reports == set()  # such as behind a script's name
+    assert step3("--report_to tensorboard --enable_tensorboard").reports == {"tensorboard"}
+    for line, message in {
+        "none tensorboard": "--report_to none with tensorboard: contradict one another",
+        "none --enable_tensorboard": "--report_to none with --enable_tensorboard: contradict",
+        "mlflow": r"--report_to: invalid choice: 'mlflow'",
+        "none --tensorboard_path tb": "--tensorboard_path: has no effect without --report_to tensorboard",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            step1(f"--report_to {line}")
+    (tmp_path / "wandb").mkdir()  # the folder that the package leaves behind is not the package
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="--report_to wandb: the package is not installed; `pip install wandb`"):
+        step1("--report_to wandb")
+
+
 def test_advantages_are_scaled_where_the_algorithm_can():
     assert step3("--algo grpo").advantage_scaling == "group" and step3("--algo ppo").advantage_scaling == "none"
     assert make_algorithm(step3("--algo grpo --advantage_scaling none")).advantage_scaling == "none"

@@ -174,6 +174,13 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
     assert [row["length"] for row in result.answers] == tokens
     assert [row["prompt"] for row in result.answers] == ["prompt 1", "prompt 2", "prompt 2"]
     assert result.sample().startswith("--- prompt: prompt 1")
+    # Sampled, and the first batch's greedy answers beside: those of above, and no figure moves.
+    sampled, both = (
+        evaluate_policy(actor, reference, reward, loader, tokenizer, also_greedy=also) for also in (False, True)
+    )
+    assert both.figures == sampled.figures and ["greedy" in row for row in both.answers] == [True, True, False]
+    for row, alone, expected in zip(both.answers[:2], result.answers, scores, strict=False):
+        assert row["greedy"] == alone["answer"] and row["greedy_reward"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_first_is_the_same_every_time():
