@@ -26,6 +26,7 @@ _FACE = {
     "remax.evaluation.texts": ("as_sequences",),
     # rewards of several parts, and of Python functions
     "remax.rewards.functions": ("reward_function",),
+    "remax.rewards.process": ("load_function",),
     "remax.rewards.composite": ("CompositeReward", "FunctionReward", "Part"),
     # learning
     "remax.core.rollout": ("Rollout",),

@@ -8,7 +8,8 @@ and without its examination.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ def examine(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     *,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     reference: Reference | None = None,
     pairs: Iterable[PairBatch] | None = None,
     max_prompt_tokens: int,
@@ -59,6 +61,7 @@ def examine(
 
     Args:
         prompts: A batch of this rank's, of which a few rows are used.
+        columns: Of the data, a value for each prompt, for reward functions.
         pairs: Batches of held-out pairs, see `held_out_pairs`.
         max_prompt_tokens: Length of the longest prompt in training.
         reload_limit: An actor of more parameters is not written to disk and read again; 0: none is.
@@ -68,7 +71,7 @@ def examine(
         return Report([*findings, Finding("generation, rewards and export", SKIPPED, "the models do not go together")])
     findings += [check_sampling(actor), check_ranks()]
     with isolated_rng(0), torch.no_grad():
-        probe = take_probe(actor, prompts.to(device()))
+        probe = take_probe(actor, prompts.to(device()), columns)
         findings += [
             check_greedy(actor, probe),
             check_drawn(actor, probe),
@@ -77,7 +80,7 @@ def examine(
             check_batching(actor, reward, probe),
             check_dropout(actor, probe),
             check_reference(actor, reference, probe),
-            *check_scores(reward, [probe.sampled, probe.greedy]),
+            *check_scores(reward, [probe.sampled, probe.greedy], probe.columns),
             *check_ranking(reward, pairs),
             check_reload(actor, tokenizer, probe, reload_limit),
         ]

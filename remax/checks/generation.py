@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ class Probe:
     sampled: Sequences
     greedy: Sequences
     drawn_from: Tensor  # (B, A) log-probs of the sampled tokens in the distributions that generation drew them from
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # of the data, B values each
 
 
 def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
@@ -50,12 +53,14 @@ def _answers(actor: Actor, prompts: Prompts, samples: int) -> tuple[Sequences | 
         )
 
 
-def take_probe(actor: Actor, prompts: Prompts) -> Probe:
-    """Has the actor answer the first few prompts."""
+def take_probe(actor: Actor, prompts: Prompts, columns: Mapping[str, Sequence[Any]] | None = None) -> Probe:
+    """Has the actor answer the first few prompts; `columns` of the data have a value for each."""
+    longest = int(prompts.lengths[:PROBE_ROWS].argmax())
+    of_probe = {name: [*values[:PROBE_ROWS], values[longest]] for name, values in (columns or {}).items()}
     prompts = with_padded_row(prompts, PROBE_ROWS)
     sampled, greedy, scores = _answers(actor, prompts, samples=1)
     sampled, greedy = present(sampled, "the sampled rollout"), present(greedy, "the greedy rollout")
-    return Probe(prompts, sampled, greedy, score_logprobs(scores, sampled.answer_ids))
+    return Probe(prompts, sampled, greedy, score_logprobs(scores, sampled.answer_ids), of_probe)
 
 
 def score_logprobs(scores: list[Tensor], ids: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -35,12 +36,15 @@ def label_of(what: str, part: Part, reward: CompositeReward) -> str:
     return f"{what} {part.name}" if reward.part_names else what
 
 
-def check_scores(reward: CompositeReward, answers: Sequence[Sequences]) -> list[Finding]:
+def check_scores(
+    reward: CompositeReward, answers: Sequence[Sequences], columns: Mapping[str, Sequence[Any]] | None = None
+) -> list[Finding]:
     """The rewards are finite and tell answers apart; and so do the scores of each part, where there are several.
 
     A reward model that scores all answers alike is broken. A function may: a rule that no answer of these few keeps.
+    `columns` of the data have a value for each answer of a batch.
     """
-    total, parts = zip(*map(reward.score_parts, answers), strict=True)
+    total, parts = zip(*(reward.score_parts(batch, columns=columns) for batch in answers), strict=True)
     columns = {"scores are finite and differ": (list(total), bool(reward.models))}
     for part in reward.parts if reward.part_names else ():
         columns[f"scores of {part.name} differ"] = ([scores[part.name] for scores in parts], part in reward.models)

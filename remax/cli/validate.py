@@ -27,7 +27,7 @@ from remax.cli.flags import (
 )
 from remax.cli.model_names import check_model, looks_local
 from remax.cli.parser import read_flags
-from remax.rewards.functions import load_function
+from remax.rewards.process import load_function
 from remax.rewards.sources import reward_sources
 from utils.data.names import exists, parse_name
 from utils.run import UserError, refuse_to_overwrite
@@ -323,7 +323,7 @@ def check_reward(args: RewardSourceFlags) -> None:
 
 
 def import_functions(args: RewardSourceFlags) -> None:
-    """Imports what --reward_fn names; may take seconds, as these modules import what they like."""
+    """Has the worker process import what --reward_fn names, which may take seconds: it imports what it likes."""
     for function in reward_sources(args.reward_model_name_or_path, args.reward_fn)[1]:
         load_function(function.name)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,8 +27,10 @@ class Reward(Role):
         """
         return torch.cat([self.engine(part) for part in sequences.in_parts(forwards)])
 
-    def score_parts(self, sequences: Sequences, forwards: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `score`, and the scores of the parts that it is made of: none."""
+    def score_parts(
+        self, sequences: Sequences, forwards: int = 1, columns: Mapping[str, Sequence[Any]] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `score`, and the scores of the parts that it is made of: none. A model reads no `columns` of the data."""
         return self.score(sequences, forwards), {}
 
 

@@ -121,7 +121,7 @@ def evaluate_policy(
             prompts = Prompts(batch.input_ids, batch.lengths)
             sampled, best = actor.rollout(prompts, samples=0 if greedy else 1, greedy=greedy)
             sequences = present(best if greedy else sampled, "the rollout")
-            score, parts = reward.score_parts(sequences)  # (B,), and each part's by name
+            score, parts = reward.score_parts(sequences, columns=batch.columns)  # (B,), and each part's by name
             output = actor.logprobs(sequences, entropy=True)
             reference_logprobs = reference.logprobs(sequences)
             weight = batch.weight  # (B,)

@@ -8,7 +8,8 @@ the trainer, the evaluation and the doctor see one reward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from remax.core.sequences import Sequences
 from remax.engines.scorer import Reward
-from remax.rewards.functions import RewardFunction, SampleError
+from remax.rewards.functions import EVERY, OF_ANSWERS, Columns, RewardFunction, SampleError
+from remax.rewards.process import WorkerFunction
 from utils.distributed import device, gather_objects, rank, sum_across_ranks
+from utils.present import present
 from utils.run import UserError
 
 BEGINNING = 80  # characters of a text that errors show
@@ -30,19 +33,49 @@ class FunctionReward:
 
     It reads what the policy read and wrote, decoded without special tokens. So a prompt that was cut to
     --max_prompt_seq_len has lost its beginning, and the answer has neither end token nor padding: one that ended at
-    once is "". See `RewardFunction` for `timeout`.
+    once is "". Where it takes them, it also gets the row's columns, `ended` and `tokens`, see `score`.
+
+    Args:
+        function: From `load_function`, in a process of its own, or from `reward_function`, in this one.
+        timeout: Seconds, see `WorkerFunction`; 0: none. A function in this process cannot be stopped.
+        eos_ids: What ends an answer; by default the tokenizer's end token.
     """
 
-    def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float = 0.0):
+    def __init__(
+        self,
+        function: RewardFunction | WorkerFunction,
+        tokenizer: PreTrainedTokenizerBase,
+        timeout: float = 0.0,
+        eos_ids: Sequence[int] | None = None,
+    ):
+        if timeout and isinstance(function, RewardFunction):
+            raise ValueError(f"{function.entry}: only a function of load_function has a time limit")
         self.function, self.tokenizer, self.timeout = function, tokenizer, timeout
+        self.eos_ids = [tokenizer.eos_token_id] if eos_ids is None and tokenizer is not None else eos_ids
 
-    def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+    def score(self, sequences: Sequences, forwards: int = 1, columns: Columns | None = None) -> Tensor:
         """(B,) float32; the function gets all rows at once, whatever `forwards`, as a remote one is best asked.
+
+        Args:
+            columns: Of the data, each of B values. Whether each answer ended by itself (`ended`), and its tokens with
+                the end token (`tokens`), are added.
 
         Raises:
             UserError: The function failed; names the sample.
         """
-        return torch.tensor(self.score_texts(*self.texts(sequences)), dtype=torch.float32, device=device())
+        columns = {name: values for name, values in (columns or {}).items() if name not in OF_ANSWERS}
+        if "ended" in self.takes:
+            columns["ended"] = sequences.ended(present(self.eos_ids, "the end tokens")).tolist()
+        if "tokens" in self.takes:
+            columns["tokens"] = sequences.answer_lengths.tolist()
+        values = self.score_texts(*self.texts(sequences), columns)
+        return torch.tensor(values, dtype=torch.float32, device=device())
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The names of what the function takes beside prompts and answers, see `RewardFunction`."""
+        takes = self.function.takes
+        return takes.union(OF_ANSWERS) if EVERY in takes else takes
 
     def texts(self, sequences: Sequences) -> tuple[list[str], list[str]]:
         """B prompts and B answers."""
@@ -52,17 +85,19 @@ class FunctionReward:
         decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decode(prompts), decode(answers)
 
-    def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """As `score`, of B texts.
+    def score_texts(
+        self, prompts: Sequence[str], answers: Sequence[str], columns: Columns | None = None
+    ) -> list[float]:
+        """As `score`, of B texts; `columns` are all that the function may take.
 
         Every rank calls it; where one fails all raise its error, so that none waits for it in vain. The random state is
-        put back: a function that seeds would have every step draw the same answers.
+        put back after a function of this process: one that seeds would have every step draw the same answers.
         """
         values: list[float] = []
         failure = None
         try:
-            with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
-                values = self.function(prompts, answers, self.timeout)
+            with _undisturbed() if isinstance(self.function, RewardFunction) else nullcontext():
+                values = self.function(prompts, answers, columns, self.timeout)
         except SampleError as error:
             i = error.index or 0
             which = "sample" if error.index is not None else f"a batch of {len(prompts)} whose first sample is"
@@ -73,6 +108,13 @@ class FunctionReward:
         if sum_across_ranks({"failed": float(failure is not None)})["failed"]:
             raise UserError(next(failure for failure in gather_objects(failure) if failure))
         return values
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Neither the random state nor gradient mode are changed by what happens inside."""
+    with torch.random.fork_rng([device()] if device().type == "cuda" else []), torch.no_grad():
+        yield
 
 
 def _begin(text: str) -> str:
@@ -113,31 +155,57 @@ class CompositeReward:
         """Names of what `score_parts` gives beside the total: of all parts where there are several."""
         return tuple(part.name for part in self.parts) if len(self.parts) > 1 else ()
 
-    def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+    def score(self, sequences: Sequences, forwards: int = 1, columns: Columns | None = None) -> Tensor:
         """(B,) float32."""
-        return self.score_parts(sequences, forwards)[0]
+        return self.score_parts(sequences, forwards, columns)[0]
 
-    def score_parts(self, sequences: Sequences, forwards: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    def score_parts(
+        self, sequences: Sequences, forwards: int = 1, columns: Columns | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) rewards, and where there are several parts the (B,) score of each as it gave it, by name.
 
-        See `Reward.score` for `forwards`.
+        See `Reward.score` for `forwards`, `FunctionReward.score` for `columns`.
         """
-        scores = {part.name: part.scorer.score(sequences, forwards) for part in self.parts}
+
+        def score(part: Part) -> Tensor:
+            if isinstance(part.scorer, FunctionReward):
+                return part.scorer.score(sequences, forwards, columns)
+            return part.scorer.score(sequences, forwards)
+
+        scores = {part.name: score(part) for part in self.parts}
         terms = (part.weight * (scores[part.name] - part.mean) / part.std for part in self.parts)
         return sum(terms, start=torch.zeros(())), {name: scores[name] for name in self.part_names}
 
 
-def try_functions(rewards: Iterable[FunctionReward], prompts: Sequence[str]) -> None:
-    """Asks every function about real prompts and two made-up answers, an empty one and a short one.
+def try_functions(
+    rewards: Iterable[FunctionReward],
+    prompts: Sequence[str],
+    columns: Columns | None = None,
+    there: Callable[[], str] = lambda: "the prompts have no columns",
+) -> None:
+    """Asks every function about real prompts and two made-up answers, an empty one and a short one, which both ended.
 
     So a faulty function is found before models are loaded.
 
+    Args:
+        columns: Of the data, a value for each prompt.
+        there: Says what there is, where a function needs another column.
+
     Raises:
-        UserError: See `FunctionReward.score`.
+        UserError: A function needs a column that the data has not, or see `FunctionReward.score`.
     """
-    texts = [(prompt, answer) for prompt in prompts for answer in ("", " I do not know.")]
+    made_up = ("", " I do not know.")
+    twice = {name: [value for value in values for _ in made_up] for name, values in (columns or {}).items()}
+    texts = [(prompt, answer) for prompt in prompts for answer in made_up]
     for reward in rewards:
+        if missing := sorted(reward.function.needs - {*twice, *OF_ANSWERS}):
+            raise UserError(f"--reward_fn {reward.function.entry}: takes {', '.join(missing)}, but {there()}")
+        prompts_twice, answers = map(list, zip(*texts, strict=True))
+        of_answers: Columns = {
+            "ended": [True] * len(answers),
+            "tokens": [len(answer.split()) + 1 for answer in answers],
+        }
         try:
-            reward.score_texts(*map(list, zip(*texts, strict=True)))
+            reward.score_texts(prompts_twice, answers, {**twice, **of_answers})
         except UserError as error:
             raise UserError(f"{error} (tried before training, with made-up answers)") from error

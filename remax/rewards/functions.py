@@ -6,7 +6,9 @@ failed on.
     def short(prompt, answer):               # one sample at a time -> a number
     def short(prompts, answers):             # lists -> as many numbers: a list, an array, a tensor
     async def short(prompt, answer):         # a remote scorer: all samples of a batch are awaited together
+    def right(prompts, answers, solution):   # with the data's column `solution`
 
+What is here calls a function in this process. A run has its own process for it, see `remax.rewards.process`.
 Nothing heavy is imported here: a wrong name is refused before torch is.
 """
 
@@ -21,20 +23,27 @@ import importlib.util
 import inspect
 import math
 import os
-import signal
+import reprlib
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+import types
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from utils.run import UserError
 
 LARGEST = 3.4e38  # of float32, in which rewards are kept
-GRACE = 1.0  # seconds after which an async function that blocks its loop is interrupted from outside
+LONGEST = 500  # characters of an exception's message that errors show
+OWN_NAMES = {True: ("prompts", "answers"), False: ("prompt", "answer")}  # of the parameters, by `batched`
 MANNERS = "(prompt, answer) for one sample, or (prompts, answers) for lists of them, passed by name"
+OF_ANSWERS = ("ended", "tokens")  # what functions may take beside columns of the data
+EVERY = "*"  # in `takes`: any column
+
+Columns = Mapping[str, Sequence[Any]]  # name -> B values
+Begin = Callable[[int | None, bool], None]  # told which sample the function works on, and whether its time starts
 
 
 class SampleError(Exception):
@@ -45,8 +54,9 @@ class SampleError(Exception):
         self.index = index
 
 
-class TimeOut(BaseException):
-    """Raised inside a function that takes too long; no Exception, so that its own `except Exception` lets it pass."""
+def too_late(seconds: float) -> str:
+    """What is said of a function that has taken longer."""
+    return f"no answer within {seconds:g} s (--reward_fn_timeout)"
 
 
 @dataclass(frozen=True)
@@ -57,45 +67,54 @@ class RewardFunction:
     function: Callable[..., Any]
     batched: bool  # takes lists
     asynchronous: bool
+    takes: frozenset[str] = frozenset()  # further parameters: columns of the data and OF_ANSWERS; EVERY for **kwargs
+    needs: frozenset[str] = frozenset()  # those of them that have no default
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str], timeout: float = 0.0) -> list[float]:
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        columns: Columns | None = None,
+        timeout: float = 0.0,
+        begin: Begin = lambda index, anew: None,
+    ) -> list[float]:
         """One finite number for each of B samples.
 
         Args:
-            timeout: Seconds for a sample, or for a batched call; 0: none.
+            columns: What else is known of the samples; the function is given what it takes of it.
+            timeout: Seconds for a sample of an asynchronous function, or for its batched call; 0: none. Another one is
+                not interrupted: for that it needs a process of its own.
 
         Raises:
             SampleError: The function raised, took too long, or gave something else than finite numbers.
         """
-        prompts, answers, count = list(prompts), list(answers), len(prompts)  # lists of its own, that it may change
+        # Lists of its own, that it may change.
+        given = dict(zip(OWN_NAMES[self.batched], (list(prompts), list(answers)), strict=True))
+        given |= {name: list(values) for name, values in taken(columns, self.takes, self.batched).items()}
         with _staying_here():
-            values = self._values(prompts, answers, timeout)
-        if self.batched:
-            values = _as_list(values, count)
-        return [_number(value, i) for i, value in enumerate(values)]
+            begin(None, True)
+            if self.batched:
+                with _locating(None):
+                    values = self.function(**given)
+                    if self.asynchronous:
+                        values = _event_loop().run_until_complete(_in_time(values, timeout))
+                return [_number(value, i) for i, value in enumerate(_as_list(values, len(prompts)))]
+            samples = [{name: values[i] for name, values in given.items()} for i in range(len(prompts))]
+            if self.asynchronous:
+                return _event_loop().run_until_complete(self._awaited(samples, timeout, begin))
+            numbers = []
+            for i, sample in enumerate(samples):
+                begin(i, True)
+                with _locating(i):
+                    numbers.append(_number(self.function(**sample), i))
+            return numbers
 
-    def _values(self, prompts: list[str], answers: list[str], timeout: float) -> Any:
-        """What the function returns: of a batched one that, of another a list."""
-        if self.asynchronous:
-            # One that calls something blocking stops the loop and its clock with it.
-            with _locating(None), _time_limit(timeout + GRACE if timeout else 0.0, timeout):
-                return _event_loop().run_until_complete(self._awaited(prompts, answers, timeout))
-        if self.batched:
-            with _locating(None), _time_limit(timeout):
-                return self.function(prompts=prompts, answers=answers)
-        values = []
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            with _locating(i), _time_limit(timeout):
-                values.append(self.function(prompt=prompt, answer=answer))
-        return values
+    async def _awaited(self, samples: Sequence[Mapping[str, Any]], timeout: float, begin: Begin) -> list[float]:
+        async def value(i: int) -> float:
+            with _locating(i):
+                return _number(await _in_time(_watched(self.function(**samples[i]), i, begin), timeout), i)
 
-    async def _awaited(self, prompts: list[str], answers: list[str], timeout: float) -> Any:
-        if self.batched:
-            return await _in_time(self.function(prompts=prompts, answers=answers), None, timeout)
-        tasks = [
-            asyncio.ensure_future(_in_time(self.function(prompt=prompt, answer=answer), i, timeout))
-            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        ]
+        tasks = [asyncio.ensure_future(value(i)) for i in range(len(samples))]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -104,18 +123,42 @@ class RewardFunction:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _in_time(value: Awaitable[Any], index: int | None, timeout: float) -> Any:
+def taken(columns: Columns | None, takes: Set[str], batched: bool) -> Columns:
+    """The columns that a function takes; one named as its own first two parameters cannot be passed."""
+    known = (columns or {}).items()
+    return {name: values for name, values in known if {EVERY, name} & takes and name not in OWN_NAMES[batched]}
+
+
+@types.coroutine
+def _watched(coroutine: Coroutine[Any, Any, Any], index: int, begin: Begin) -> Generator[Any, Any, Any]:
+    """Runs it, and tells when it is this sample's turn: one that never yields can be named."""
+    step: Callable[[Any], Any] = coroutine.send
+    sent: Any = None
+    while True:
+        begin(index, False)
+        try:
+            waits_for = step(sent)
+        except StopIteration as done:
+            return done.value
+        finally:
+            begin(None, False)
+        try:
+            step, sent = coroutine.send, (yield waits_for)
+        except BaseException as error:
+            step, sent = coroutine.throw, error
+
+
+async def _in_time(coroutine: Any, timeout: float) -> Any:
     async def contained() -> Any:
         try:
-            return await value
-        except SystemExit as error:  # out of a task it would stop the loop
-            raise SampleError(index, _in_words(error)) from error
+            return await coroutine
+        except (SystemExit, KeyboardInterrupt) as error:  # out of a task it would stop the loop
+            raise SampleError(None, in_words(error)) from error
 
-    with _locating(index):
-        try:
-            return await asyncio.wait_for(contained(), timeout or None)
-        except asyncio.TimeoutError:
-            raise TimeOut(timeout) from None
+    try:
+        return await asyncio.wait_for(contained(), timeout or None)
+    except asyncio.TimeoutError:
+        raise SampleError(None, too_late(timeout)) from None
 
 
 @functools.cache
@@ -129,54 +172,21 @@ def _locating(index: int | None) -> Iterator[None]:
     """What is raised inside becomes a SampleError of sample `index`."""
     try:
         yield
-    except SampleError:
-        raise
-    except TimeOut as error:
-        raise SampleError(index, f"no answer within {error.args[0]:g} s (--reward_fn_timeout)") from None
-    # sys.exit would end this rank alone, without a word and with status 0.
+    except SampleError as error:
+        raise SampleError(index, str(error)) from error.__cause__
+    # sys.exit would end the process without a word and with status 0.
     except (Exception, SystemExit, asyncio.CancelledError) as error:
-        raise SampleError(index, _in_words(error)) from error
+        raise SampleError(index, in_words(error)) from error
 
 
 @contextlib.contextmanager
 def _staying_here() -> Iterator[None]:
     """The working folder afterwards is that of before: --output_dir may be relative to it."""
-    here = os.open(".", os.O_RDONLY)
+    here = os.getcwd()  # and no descriptor, which the function may close
     try:
         yield
     finally:
-        os.fchdir(here)
-        os.close(here)
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float, told: float | None = None) -> Iterator[None]:
-    """Raises TimeOut inside after this many seconds; 0: never.
-
-    It uses the interval timer's signal, since only that interrupts a regular expression that runs away, and since the
-    function stays in the main thread. It needs Unix; code that never comes back from a C library is not interrupted.
-
-    The error names `told`, where that is another limit.
-    """
-    if not seconds:
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeOut(told or seconds)
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    # Once more every second, in case the function swallows the first.
-    before = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    try:
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:  # again, should the alarm have come between the function's return and that line
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, *before)
+        os.chdir(here)
 
 
 def _as_list(values: Any, count: int) -> list[Any]:
@@ -191,6 +201,8 @@ def _as_list(values: Any, count: int) -> list[Any]:
 
 
 def _number(value: Any, index: int) -> float:
+    if type(value) is float and abs(value) <= LARGEST:  # nearly all of them
+        return value
     try:
         if isinstance(value, (str, bytes)):  # float("3") would do, and hide a parser that found nothing
             raise TypeError
@@ -203,28 +215,31 @@ def _number(value: Any, index: int) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # which goes through the beginning of what is large
     text = text if len(text) <= 60 else text[:57] + "..."
     return text if value is None else f"{text} ({type(value).__name__})"
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
     """The error with the innermost line of the function's own file.
 
     Such as `ZeroDivisionError: division by zero (rules.py, line 4: return 1 / len(answer))`.
     """
-    ours = (__file__, str(Path(asyncio.__file__).parent), "<frozen importlib")
+    ours = (str(Path(__file__).parent), str(Path(asyncio.__file__).parent), "<frozen importlib")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
     where = ""
     if frames:
         line = [f for f in frames if f.filename == frames[0].filename][-1]
         where = f" ({Path(line.filename).name}, line {line.lineno}: {line.line})"
-    message = str(error).strip().splitlines()
-    return type(error).__name__ + (f": {message[0]}" if message else "") + where
+    try:
+        message = str(error).strip().splitlines()
+    except Exception:  # one of the user's own making
+        message = []
+    return type(error).__name__ + (f": {message[0][:LONGEST]}" if message else "") + where
 
 
 @functools.cache
-def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
+def find_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
     """The function of an entry `module:function` or `path/to/file.py:function`.
 
     A module is one that Python finds, or else a file below the working folder. Each is imported once.
@@ -249,7 +264,7 @@ def load_function(entry: str, flag: str = "--reward_fn") -> RewardFunction:
 
 
 def reward_function(function: Callable[..., Any], entry: str = "", flag: str = "--reward_fn") -> RewardFunction:
-    """A function that is at hand, called in the manner that its parameters ask for.
+    """A function that is at hand, called in this process and in the manner that its parameters ask for.
 
     Args:
         entry: its name in errors; by default its own.
@@ -259,7 +274,7 @@ def reward_function(function: Callable[..., Any], entry: str = "", flag: str = "
     """
     entry = entry or getattr(function, "__name__", repr(function))
     asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
-    return RewardFunction(entry, function, _batched(function, f"{flag} {entry}"), asynchronous)
+    return RewardFunction(entry, function, *_manner(function, f"{flag} {entry}", asynchronous))
 
 
 def _import(source: str, is_file: bool, given: str) -> ModuleType:
@@ -278,7 +293,7 @@ def _import(source: str, is_file: bool, given: str) -> ModuleType:
                 f"{given}: no module {source}; install it, put its folder on PYTHONPATH, or give the path of a file "
                 f"(looked from {Path.cwd()})"
             ) from None
-        raise UserError(f"{given}: {source} cannot be imported: {_in_words(error)}") from error
+        raise UserError(f"{given}: {source} cannot be imported: {in_words(error)}") from error
 
 
 def _is_importable(module: str) -> bool:
@@ -304,16 +319,20 @@ def _import_file(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def _batched(function: Callable[..., Any], given: str) -> bool:
-    """Whether the parameters are (prompts, answers) and not (prompt, answer); further ones must have defaults."""
+def _manner(
+    function: Callable[..., Any], given: str, asynchronous: bool
+) -> tuple[bool, bool, frozenset[str], frozenset[str]]:
+    """(batched, asynchronous, takes, needs) of a `RewardFunction`; whether the data has what it needs is seen later."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         raise UserError(f"{given}: its parameters cannot be read; expected {MANNERS}") from None
     parameters = signature.parameters.values()
-    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    needed = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    for wanted, batched in (({"prompt", "answer"}, False), ({"prompts", "answers"}, True)):
-        if needed <= wanted <= by_name:
-            return batched
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    by_position = any(p.kind == p.POSITIONAL_ONLY and p.default is p.empty for p in parameters)
+    takes = {p.name for p in named} | ({EVERY} if any(p.kind == p.VAR_KEYWORD for p in parameters) else set())
+    needs = {p.name for p in named if p.default is p.empty}
+    for batched, own in OWN_NAMES.items():  # lists first: (prompts, answers, prompt, answer) takes two columns
+        if set(own) <= takes and not by_position:
+            return batched, asynchronous, frozenset(takes - {*own}), frozenset(needs - {*own})
     raise UserError(f"{given}: takes {signature}; expected {MANNERS}")

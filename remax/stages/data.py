@@ -13,9 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from remax.cli.flags import Step1Arguments, Step2Arguments, Step3Arguments
 from remax.core.batches import First
+from remax.rewards.process import asked_columns
+from remax.rewards.sources import reward_sources
 from utils.data.batches import SupervisedBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import build_answers_loader, build_loaders
+from utils.data.raw import raw_rows
+from utils.data.sources import read_splits
 from utils.data.streamed_set import StreamedSet
 from utils.data.streaming import build_streaming_loaders, open_streams
 from utils.data.text import plain_text_batches
@@ -32,6 +36,7 @@ def data_config(
         data_path=args.data_path,
         sft_only_data_path=args.sft_only_data_path if isinstance(args, Step1Arguments) else (),
         columns=args.columns,
+        keep=asked_columns(reward_sources((), args.reward_fn)[1]) if isinstance(args, Step3Arguments) else frozenset(),
         data_split=args.data_split,
         data_seed=args.data_seed,
         seed=args.seed,
@@ -72,6 +77,16 @@ def _open_data(
     build = partial(build_streaming_loaders, streams, batches=batches) if streams else build_loaders
     ranks = {"rank": rank(), "world_size": world_size()}
     return streams, *build(config, stage=stage, tokenizer=tokenizer, **sizes, **ranks)
+
+
+def columns_of(args: Step3Arguments) -> str:
+    """The columns of each data set of --data_path as its first row has them, in words."""
+    found = []
+    for name in args.data_path:
+        shard = read_splits(name, args.data_output_path, "--data_path", args.streaming)["train"][0]
+        _, row = next(raw_rows(shard, "--data_path"))
+        found.append(f"{', '.join(row)} (--data_path {name})")
+    return " and ".join(found)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ def examine_folders(args: DoctorArguments) -> Report:
     tokenizer = load_tokenizer(name, flag)
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     own = [load_tokenizer(model.name, "--reward_model_name_or_path") for model in models]
-    try_functions(reward_functions(args, tokenizer), PROBE_TEXTS[:2])
+    there = "the doctor's own prompts have no columns; step 3 examines models with those of its data before it trains"
+    try_functions(reward_functions(args, tokenizer), PROBE_TEXTS[:2], there=lambda: there)
     generation = GenerationSettings(args.max_answer_seq_len, tokenizer.pad_token_id, sampling(args))
     policy = load_policy(
         name, flag, dtype=config.torch_dtype, tokenizer=tokenizer, attn_implementation=args.attn_implementation
     )
-    reward = build_reward(args, config, tokenizer, own)
+    reward = build_reward(args, config, tokenizer, own, policy.hf.generation_config.eos_token_id)
     pairs = None
     if args.data_path and reward.models:
         pairs = held_out_pairs(

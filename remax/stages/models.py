@@ -21,7 +21,7 @@ from remax.models.lora import add_lora
 from remax.models.policy import PolicyModel, check_policy_config, load_policy
 from remax.models.reward_model import RewardModel, check_reward_config, load_reward_model, score_statistics
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
-from remax.rewards.functions import load_function
+from remax.rewards.process import load_function
 from remax.rewards.sources import reward_sources
 from remax.stages.settings import (
     ModelSpec,
@@ -141,16 +141,23 @@ def _check_scorer(args: Step3Arguments, name: str, flag: str, tokenizer: Tokeniz
     return own
 
 
-def reward_functions(args: Step3Arguments | DoctorArguments, tokenizer: Tokenizer) -> list[FunctionReward]:
-    """The functions of --reward_fn; the tokenizer is the actor's."""
+def reward_functions(
+    args: Step3Arguments | DoctorArguments, tokenizer: Tokenizer, eos_ids: Sequence[int] | None = None
+) -> list[FunctionReward]:
+    """The functions of --reward_fn; the tokenizer is the actor's, and so are the end tokens."""
     _, functions = reward_sources(args.reward_model_name_or_path, args.reward_fn)
-    return [FunctionReward(load_function(source.name), tokenizer, args.reward_fn_timeout) for source in functions]
+    timeout = args.reward_fn_timeout
+    return [FunctionReward(load_function(source.name), tokenizer, timeout, eos_ids) for source in functions]
 
 
 def build_reward(
-    args: Step3Arguments | DoctorArguments, engine: EngineConfig, tokenizer: Tokenizer, own: Sequence[Tokenizer]
+    args: Step3Arguments | DoctorArguments,
+    engine: EngineConfig,
+    tokenizer: Tokenizer,
+    own: Sequence[Tokenizer],
+    eos_ids: Sequence[int] | None = None,
 ) -> CompositeReward:
-    """All parts of the reward; `tokenizer` is the actor's, `own` are those of the reward models."""
+    """All parts of the reward; `tokenizer` and `eos_ids` are the actor's, `own` are those of the reward models."""
     models, functions = reward_sources(args.reward_model_name_or_path, args.reward_fn)
     flag, parts = "--reward_model_name_or_path", []
     for source, of_model in zip(models, own, strict=True):
@@ -159,7 +166,7 @@ def build_reward(
             mean, std = score_statistics(load_config(source.name, flag), source.name, flag)
         model = load_scorer(ModelSpec(source.name, flag, engine, args.attn_implementation), of_model)
         parts.append(Part(source.label, Reward(FrozenEngine(model, engine)), source.weight, mean, std, of_model))
-    for source, function in zip(functions, reward_functions(args, tokenizer), strict=True):
+    for source, function in zip(functions, reward_functions(args, tokenizer, eos_ids), strict=True):
         parts.append(Part(source.label, function, source.weight))
     return CompositeReward(parts)
 
@@ -178,7 +185,8 @@ def build_models(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Mo
     spec = reference_model(args)
     frozen = FrozenEngine(load_policy_model(spec, tokenizer), spec.engine)
     reference = Reference(frozen, sampling=distribution, chunk_size=chunk_size)
-    reward = build_reward(args, reward_engine(args), tokenizer, tokenizers.rewards)
+    eos_ids = actor.model.hf.generation_config.eos_token_id if args.reward_fn else None
+    reward = build_reward(args, reward_engine(args), tokenizer, tokenizers.rewards, eos_ids)
     if tokenizers.critic is None:
         return Models(actor, reference, reward)
     models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)

@@ -19,7 +19,7 @@ from remax.evaluation.answers import write_answers
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
 from remax.models.loading import quiet_libraries
 from remax.rewards.composite import try_functions
-from remax.stages.data import PromptData, data_config, load_data
+from remax.stages.data import PromptData, columns_of, data_config, load_data
 from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, reward_functions
 from remax.stages.settings import trainer_settings
 from remax.training.loop import TrainState
@@ -134,7 +134,9 @@ def best_model(state: TrainState, best_by: str, folder: Path) -> str:
 def try_reward_functions(args: Step3Arguments, tokenizer: Tokenizer, held_out: Iterable[PromptBatch]) -> None:
     """Asks the functions of --reward_fn about two held-out prompts, before any weights are read."""
     if functions := reward_functions(args, tokenizer):
-        try_functions(functions, next(iter(held_out)).prompts[:2])
+        batch = next(iter(held_out))
+        columns = {name: values[:2] for name, values in batch.columns.items()}
+        try_functions(functions, batch.prompts[:2], columns, lambda: f"the data has {columns_of(args)}")
 
 
 def examine_models(args: Step3Arguments, models: Models, tokenizer: Tokenizer, data: PromptData) -> Report:
@@ -154,6 +156,7 @@ def examine_models(args: Step3Arguments, models: Models, tokenizer: Tokenizer, d
         models.reward,
         tokenizer,
         Prompts(prompts.input_ids, prompts.lengths),
+        columns=prompts.columns,
         reference=models.reference,
         pairs=pairs,
         max_prompt_tokens=args.max_prompt_seq_len,

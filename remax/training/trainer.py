@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class Trainer:
             with timer("generation"):
                 sampled, greedy = self.answer(batch)  # y ~ pi(.|x), and ybar, the greedy answer
             with timer("scoring"):
-                reward, baseline, parts = self.score(sampled, greedy)  # r(x, y), r(x, ybar)
+                reward, baseline, parts = self.score(sampled, greedy, batch.columns)  # r(x, y), r(x, ybar)
                 collected.append(replace(self.annotate(sampled, reward), baseline=baseline))
             # Left on the device: reading it would wait for the GPU in the middle of a step.
             timer.tokens = timer.tokens + sum(x.answer_lengths.sum() for x in (sampled, greedy) if x is not None)
@@ -155,16 +156,26 @@ class Trainer:
         return math.ceil(len(sampled) / self.settings.micro_batch_size)
 
     @torch.no_grad()
-    def score(self, sampled: Sequences, greedy: Sequences | None) -> tuple[Tensor, Tensor | None, Figures]:
+    def score(
+        self, sampled: Sequences, greedy: Sequences | None, columns: Mapping[str, Sequence[Any]] | None = None
+    ) -> tuple[Tensor, Tensor | None, Figures]:
         """Rewards of the sampled and of the greedy answers, both from the same forwards.
 
         So a ZeRO-3 reward model moves its weights only once for both.
+
+        Args:
+            columns: Of the data, a value for each prompt.
 
         Returns:
             (B,) rewards, (B,) baseline, and the sampled answers' scores by each part of the reward.
         """
         both = sampled if greedy is None else Sequences.concatenate([sampled, greedy], self.pad_id)
-        rewards, parts = self.reward.score_parts(both, self.forwards(sampled))
+        samples = self.algorithm.samples_per_prompt
+        of_both = {
+            name: [value for value in values for _ in range(samples)] + ([] if greedy is None else list(values))
+            for name, values in (columns or {}).items()
+        }
+        rewards, parts = self.reward.score_parts(both, self.forwards(sampled), of_both)
         figures = {f"reward/{k}": Figure(scores[: len(sampled)].sum(), len(sampled)) for k, scores in parts.items()}
         return rewards[: len(sampled)], None if greedy is None else rewards[len(sampled) :], figures
 

@@ -13,6 +13,7 @@ from remax.checks import examination, findings, generation, models, rewards
 from remax.checks.findings import FAILURE
 from remax.cli.evaluation import DoctorArguments
 from remax.cli.flags import Step3Arguments
+from remax.rewards import process
 from remax.stages import doctor as program
 from utils.run import UserError
 
@@ -26,14 +27,26 @@ def run_doctor(monkeypatch, *flags) -> int:
     return 0
 
 
-def test_what_functions_print_is_no_json(monkeypatch, capsys, make_policy, tmp_path):
+def test_what_functions_print_is_no_json(monkeypatch, capfd, make_policy, tmp_path):
+    process._worker.stop()  # one that prints where this test looks
     rules = tmp_path / "rules.py"
     rules.write_text("print('imported')\ndef f(prompt, answer):\n    print('asked')\n    return len(answer)\n")
     models = ["--actor_model_name_or_path", make_policy("llama"), "--reward_fn", f"{rules}:f", "--dtype", "fp32"]
     sizes = ["--max_prompt_seq_len", 64, "--max_answer_seq_len", 8, "--skip_reload", "--json"]
     run_doctor(monkeypatch, *models, *sizes)
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
+    process._worker.stop()
     assert json.loads(printed.out)["findings"] and "imported" in printed.err and "asked" in printed.err
+
+
+def test_a_function_that_needs_a_column_is_refused(monkeypatch, make_policy, tmp_path):
+    (tmp_path / "rules.py").write_text("def f(prompt, answer, solution): return 1.0")
+    with pytest.raises(
+        UserError, match=r"rules.py:f: takes solution, but the doctor's own prompts have no columns; step"
+    ):
+        run_doctor(
+            monkeypatch, "--actor_model_name_or_path", make_policy("llama"), "--reward_fn", f"{tmp_path}/rules.py:f"
+        )
 
 
 def test_command_line(monkeypatch, capsys, make_policy, make_scorer, corpus):

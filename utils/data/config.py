@@ -1,6 +1,6 @@
 """Which data is read, and how its rows become batches: built from the flags in one place, read by every loader."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ class DataConfig:
     data_path: Sequence[str]  # files, folders or hub names, see `utils.data.names.parse_name`
     sft_only_data_path: Sequence[str] = ()  # data sets that serve stage 0 wholly, and no other stage
     columns: Mapping[str, str] = field(default_factory=dict)  # {"prompt": its name in the data, ...}, see `Form`
-    keep: Collection[str] = ()  # the data's columns that come with the prompts of stage 2, as they are; "*": all
+    keep: frozenset[str] = frozenset()  # columns that the prompts of stage 2 bring along, as they are; "*": all
     data_split: str = "2,4,4"  # shares of the stages
     data_seed: int = 1234  # of the split over the stages
     seed: int = 2023  # of the order of the training rows

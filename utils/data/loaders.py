@@ -178,7 +178,7 @@ def share_of_stage(of_stage: Dataset, train: Dataset, stage: int, data_split: st
 
 def form_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Form:
     """Lists of messages are written by the tokenizer's chat template where it has one."""
-    return Form(config.columns, template_of(tokenizer), frozenset(config.keep))
+    return Form(config.columns, template_of(tokenizer), config.keep)
 
 
 def kind_of(config: DataConfig, stage: int, data_sets: Iterable[Dataset]) -> str:

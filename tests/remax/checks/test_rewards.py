@@ -139,7 +139,7 @@ def test_without_a_reward_model_there_is_nothing_to_rank(corpus, tokenizer):
 def test_scores_of_each_part(sequences_of):
     answers = [sequences_of(0, 4, 300), sequences_of(1, 4, 300)]
 
-    def constant(sequences, forwards=1):
+    def constant(sequences, forwards=1, columns=None):
         return torch.ones(len(sequences))
 
     def results(*parts) -> dict[str, str]:

@@ -374,6 +374,10 @@ READ = {
         "eval_batch_size=args.per_device_eval_batch_size",
         "First(evaluation, args.max_eval_batches)",
     ],
+    f"{DATA}:columns_of": [
+        "for name in args.data_path",
+        "read_splits(name, args.data_output_path, '--data_path', args.streaming)",
+    ],
     f"{DATA}:load_data": [
         f"longest = {LONGEST}",
         "data_config(args, output)",
@@ -402,7 +406,7 @@ READ = {
     ],
     f"{MODELS}:reward_functions": [
         REWARDS,
-        "FunctionReward(load_function(source.name), tokenizer, args.reward_fn_timeout)",
+        "timeout = args.reward_fn_timeout",
     ],
     f"{MODELS}:build_reward": [
         REWARDS,
@@ -410,6 +414,7 @@ READ = {
         "ModelSpec(source.name, flag, engine, args.attn_implementation)",
     ],
     f"{MODELS}:build_models": [
+        "eos_ids = actor.model.hf.generation_config.eos_token_id if args.reward_fn else None",
         "distribution, chunk_size = (evaluated_distribution(args), args.logprob_chunk_size)",
         "gather_for_generation=args.zero3_generation == 'gather'",
         REWARDS,

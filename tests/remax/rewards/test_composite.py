@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from remax.algorithms import build_algorithm
 from remax.algorithms.kl import KLPenalty
-from remax.core.sequences import Sequences
+from remax.checks.generation import take_probe
+from remax.checks.rewards import check_scores
+from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import Engine, FrozenEngine, StepResult
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
@@ -23,7 +25,7 @@ from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from remax.rewards import composite
 from remax.rewards.composite import CompositeReward, FunctionReward, Part, try_functions
-from remax.rewards.functions import RewardFunction
+from remax.rewards.functions import RewardFunction, reward_function
 from remax.training.trainer import Trainer, TrainerSettings
 from utils.data.batches import PromptBatch
 from utils.data.tokens import encode_prompts
@@ -33,8 +35,8 @@ from utils.tokenizer import load_tokenizer
 CPU = EngineConfig(dtype="fp32")
 
 
-def by_rule(rule, tokenizer, timeout: float = 0.0) -> FunctionReward:
-    return FunctionReward(RewardFunction("rules:f", rule, batched=False, asynchronous=False), tokenizer, timeout)
+def by_rule(rule, tokenizer) -> FunctionReward:
+    return FunctionReward(RewardFunction("rules:f", rule, batched=False, asynchronous=False), tokenizer)
 
 
 @pytest.fixture
@@ -161,6 +163,28 @@ def test_functions_are_tried_with_an_empty_answer(tokenizers):
         try_functions([by_rule(lambda prompt, answer: answer[0] == "A", tokenizer)], ["a", "b"])
 
 
+def test_a_function_that_needs_a_column_is_refused_where_there_is_none(tokenizers):
+    tokenizer = load_tokenizer(str(tokenizers["own"]))
+    seen = []
+
+    def right(prompts, answers, solution, ended, tokens, level=None):
+        seen.append(dict(prompts=prompts, answers=answers, solution=solution, ended=ended, tokens=tokens, level=level))
+        return [1.0] * len(answers)
+
+    reward = FunctionReward(reward_function(right, "rules:right"), tokenizer)
+    with pytest.raises(UserError, match="^--reward_fn rules:right: takes solution, but the data has answer$"):
+        try_functions([reward], ["a", "b"], {"answer": [1, 2]}, there=lambda: "the data has answer")
+    try_functions([reward], ["a", "b"], {"solution": [1, None]})
+    (called,) = seen
+    assert called["prompts"] == ["a", "a", "b", "b"] and called["solution"] == [1, 1, None, None]
+    assert called["ended"] == [True] * 4 and min(called["tokens"]) == 1 and called["level"] is None
+
+
+def test_a_time_limit_needs_a_process_that_can_be_ended(tokenizers):
+    with pytest.raises(ValueError, match="only a function of load_function has a time limit"):
+        FunctionReward(reward_function(lambda prompt, answer: 1.0), load_tokenizer(str(tokenizers["own"])), 5.0)
+
+
 def test_a_function_touches_neither_the_random_state_nor_gradients(tokenizers):
     def seeds(prompt, answer):
         torch.manual_seed(0)
@@ -248,7 +272,7 @@ def test_a_rule_alone_is_learned(make_trainer, tokenizers):
     def vowels(prompt, answer):
         return sum(answer.count(letter) for letter in "aeiou") / max(len(answer), 1)
 
-    reward = CompositeReward([Part("vowels", by_rule(vowels, tokenizer, timeout=5.0))])
+    reward = CompositeReward([Part("vowels", by_rule(vowels, tokenizer))])
     trainer = make_trainer(reward, tokenizer, rate=2e-2)
     torch.manual_seed(0)
     rewards = [trainer.step([prompts_of(16)])[1]["reward"] for _ in range(60)]
@@ -293,6 +317,39 @@ def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, jud
     assert tallies[0] == pytest.approx(tallies[1]) and tallies[0].keys() == {
         f"reward/{n}" for n in ("first", "second", "length")
     }
+
+
+@pytest.mark.parametrize("algo", ["remax", "rloo"])
+def test_columns_stay_with_their_rows(algo, make_trainer, tokenizers):
+    tokenizer, calls = load_tokenizer(str(tokenizers["own"])), []
+
+    def right(prompts, answers, solution, ended, tokens):
+        calls.append((prompts, answers, solution, ended, tokens))
+        return list(range(len(answers)))
+
+    eos = [tokenizer.eos_token_id, *range(40, 90)]  # ends that come often
+    reward = CompositeReward([Part("right", FunctionReward(reward_function(right), tokenizer, eos_ids=eos))])
+    trainer = make_trainer(reward, tokenizer, algo, algorithm={"samples_per_prompt": 2} if algo == "rloo" else {})
+    trainer.actor.model.hf.generation_config.eos_token_id = eos
+    batch = prompts_of(5)
+    texts = [
+        tokenizer.decode(ids[-n:], skip_special_tokens=True)
+        for ids, n in zip(batch.input_ids, batch.lengths, strict=True)
+    ]
+    assert len(set(texts)) == 5
+    batch = replace(batch, columns={"solution": texts, "unused": [None] * 5})
+    trainer.step([batch])
+    evaluate_policy(trainer.actor, trainer.reference, reward, [batch], tokenizer)
+    columns = {"solution": texts}
+    probe = take_probe(trainer.actor, Prompts(batch.input_ids, batch.lengths), columns)
+    check_scores(reward, [probe.sampled, probe.greedy], probe.columns)
+    # two answers to each of five prompts; one; and of the doctor's probe four and the end of the longest of these
+    assert [len(answers) for _, answers, *_ in calls] == [10, 5, 5, 5]
+    for i, (prompts, _, solutions, ended, tokens) in enumerate(calls):
+        exact = len(prompts) - (i >= 2)
+        assert prompts[:exact] == solutions[:exact] and solutions[-1].endswith(prompts[-1])
+        assert any(ended) and all(0 < n <= 8 for n in tokens)
+        assert all(n == 8 for n, has_ended in zip(tokens, ended, strict=True) if not has_ended)
 
 
 def test_figures_name_the_parts_and_count_every_token(make_trainer, judges, monkeypatch):

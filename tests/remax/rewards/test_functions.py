@@ -6,7 +6,6 @@ import asyncio
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from remax.rewards.functions import RewardFunction, SampleError, load_function
+from remax.rewards.functions import RewardFunction, SampleError, find_function, reward_function
 from utils.run import UserError
 
 PROMPTS, ANSWERS = ["p", "pp", "ppp"], ["a", "", "aaa"]
@@ -76,11 +75,10 @@ def four_manners(write) -> str:
 @pytest.mark.parametrize("name", ["single", "lists", "array", "tensor", "remote", "remote_lists", "scorer"])
 def test_each_manner_gives_a_number_for_each_sample(name, four_manners):
     # 10 * characters of the prompt + characters of the answer
-    function, began = load_function(f"{four_manners}:{name}"), time.monotonic()
+    function, began = find_function(f"{four_manners}:{name}"), time.monotonic()
     for timeout in (0.0, 30.0):
-        assert function(PROMPTS, ANSWERS, timeout) == [11.0, 20.0, 33.0]
+        assert function(PROMPTS, ANSWERS, timeout=timeout) == [11.0, 20.0, 33.0]
     assert time.monotonic() - began < 1.7  # 3 remote samples of .3 s together, twice: one after the other they take 1.8
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_yes_is_1():
@@ -88,7 +86,7 @@ def test_a_yes_is_1():
 
 
 def test_clients_of_remote_scorers_keep_their_loop(write):
-    function = load_function(
+    function = find_function(
         write("""
             import asyncio
             loops = set()
@@ -99,7 +97,41 @@ def test_clients_of_remote_scorers_keep_their_loop(write):
         """)
         + ":f"
     )
-    assert function(PROMPTS, ANSWERS, 5.0) == function(PROMPTS, ANSWERS, 5.0) == [1.0] * 3
+    assert function(PROMPTS, ANSWERS, timeout=5.0) == function(PROMPTS, ANSWERS, timeout=5.0) == [1.0] * 3
+
+
+KNOWN = {"solution": ["x", "", "aaa"], "answer": [1, 2, 3], "prompts": "abc", "ended": [True, False, True]}
+
+
+@pytest.mark.parametrize(
+    ("function", "takes", "needs", "expected"),
+    [
+        (lambda prompt, answer, solution: answer == solution, {"solution"}, {"solution"}, [0.0, 1.0, 1.0]),
+        (lambda prompts, answers, *, answer: answer, {"answer"}, {"answer"}, [1.0, 2.0, 3.0]),
+        (lambda prompts, answers, prompt=None, answer=0: answer, {"prompt", "answer"}, set(), [1.0, 2.0, 3.0]),
+        (lambda prompt, answer, nowhere=7: nowhere, {"nowhere"}, set(), [7.0] * 3),
+        (lambda prompt, answer, ended, tokens=9: ended * tokens, {"ended", "tokens"}, {"ended"}, [9.0, 0.0, 9.0]),
+        # its own names go before columns that are called so
+        (lambda prompt, answer, **rest: len(rest) + 10 * ("answer" in rest), {"*"}, set(), [3.0] * 3),
+        (lambda prompts, answers, **rest: [len(rest), *rest["answer"][:2]], {"*"}, set(), [3.0, 1.0, 2.0]),
+    ],
+)
+def test_a_function_is_given_the_columns_that_it_takes(function, takes, needs, expected):
+    found = reward_function(function)
+    assert (found.takes, found.needs) == (takes, needs)
+    assert found(PROMPTS, ANSWERS, KNOWN) == expected
+
+
+def test_an_asynchronous_function_is_given_columns_too():
+    async def right(prompt, answer, solution):
+        await asyncio.sleep(0)
+        return answer == solution
+
+    async def count(prompts, answers, solution):
+        return [len(text) for text in solution]
+
+    assert reward_function(right)(PROMPTS, ANSWERS, KNOWN) == [0.0, 1.0, 1.0]
+    assert reward_function(count)(PROMPTS, ANSWERS, KNOWN) == [1.0, 0.0, 3.0]
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -108,7 +140,7 @@ def test_clients_of_remote_scorers_keep_their_loop(write):
 def failure(function, batched: bool = False, timeout: float = 0.0) -> SampleError:
     asynchronous = asyncio.iscoroutinefunction(function)
     with pytest.raises(SampleError) as caught:
-        RewardFunction("f", function, batched, asynchronous)(PROMPTS, ANSWERS, timeout)
+        RewardFunction("f", function, batched, asynchronous)(PROMPTS, ANSWERS, timeout=timeout)
     return caught.value
 
 
@@ -186,7 +218,22 @@ async def give_up(prompt, answer):
     ("function", "words"), [(leave, "SystemExit: 0"), (leave_remote, "SystemExit: 0"), (give_up, "CancelledError")]
 )
 def test_a_function_cannot_end_its_rank_silently(function, words, timeout):
-    assert str(failure(function, timeout=timeout)).startswith(words)
+    error = failure(function, timeout=timeout)
+    assert str(error).startswith(words) and error.index == 0
+
+
+def test_what_is_large_is_shown_in_part():
+    class Own(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    def fails(prompt, answer):
+        raise Own if answer else ValueError("x" * 10**6)
+
+    assert str(failure(fails)).startswith("Own (test_functions")
+    assert len(str(failure(lambda prompt, answer: fails(prompt, "")))) < 700
+    began = time.monotonic()
+    assert len(str(failure(lambda prompt, answer: [1.0] * 10**7))) < 200 and time.monotonic() - began < 1.0
 
 
 def test_a_function_may_change_its_lists():
@@ -205,7 +252,7 @@ def test_a_function_may_change_its_lists():
 def test_the_working_folder_stays(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    function = load_function(
+    function = find_function(
         write("""
             import os
             os.chdir("data")
@@ -220,84 +267,12 @@ def test_the_working_folder_stays(write, tmp_path, monkeypatch):
     assert failure(lambda prompt, answer: os.chdir("data")) and Path.cwd() == tmp_path
 
 
-# ----------------------------------------------------------------------------------------------------------- time-outs
-
-
-def slow(prompt, answer):
-    time.sleep(0.0 if answer else 30.0)
-    return 1.0
-
-
-def busy(prompt, answer):
-    while not answer:
-        pass
-    return 1.0
-
-
-def patient(prompt, answer):
-    while not answer:
-        try:
-            time.sleep(5.0)
-        except Exception:  # a time-out is none
-            pass
-    return 1.0
-
-
-def runaway_expression(prompt, answer):
-    return bool(re.match(r"(x+x+)+y", "x" * (0 if answer else 40)))
-
-
-def slow_batch(prompts, answers):
-    time.sleep(30.0)
-
-
-async def slow_remote(prompt, answer):
-    await asyncio.sleep(0.0 if answer else 30.0)
-    return 1.0
-
-
-async def blocking_remote(prompt, answer):
-    return slow(prompt, answer)
-
-
-@pytest.mark.parametrize(
-    ("function", "index"),
-    [
-        (slow, 1),
-        (busy, 1),
-        (patient, 1),
-        (runaway_expression, 1),
-        (slow_batch, None),
-        (slow_remote, 1),
-        (blocking_remote, 1),
-    ],
-)
-def test_a_time_out_names_the_sample(function, index):
-    began = time.monotonic()
-    error = failure(function, batched=function is slow_batch, timeout=0.2)
-    assert 0.2 <= time.monotonic() - began < 4.0
-    assert (error.index, str(error)) == (index, "no answer within 0.2 s (--reward_fn_timeout)")
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
-def test_an_alarm_of_the_caller_still_rings():
-    rung = []
-    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        assert RewardFunction("f", slow, False, False)(["p"], ["a"], 5.0) == [1.0]
-        time.sleep(0.3)
-        assert rung == [True]
-    finally:
-        signal.signal(signal.SIGALRM, handler)
-
-
 # ------------------------------------------------------------------------------------------------------------- finding
 
 
 def refused(entry: str) -> str:
     with pytest.raises(UserError) as caught:
-        load_function(entry)
+        find_function(entry)
     assert str(caught.value).startswith(f"--reward_fn {entry}: ")
     return str(caught.value).removeprefix(f"--reward_fn {entry}: ")
 
@@ -306,11 +281,11 @@ def test_a_file_is_imported_once_and_a_module_of_the_working_folder_is_found(wri
     write("calls = []\ndef f(prompt, answer):\n    calls.append(1)\n    return len(calls)\ndef g(prompt, answer): pass")
     write("def f(prompt, answer):\n    return 5", "package/judge_of_the_tests.py")
     monkeypatch.chdir(tmp_path)
-    f, g = load_function(f"{tmp_path}/rules.py:f"), load_function("./rules.py:g")
+    f, g = find_function(f"{tmp_path}/rules.py:f"), find_function("./rules.py:g")
     assert f(["p"], ["a"]) + f(["p"], ["a"]) == [1.0, 2.0]
     assert g.function.__globals__ is f.function.__globals__
-    assert load_function("package.judge_of_the_tests:f")(["p"], ["a"]) == [5.0]
-    assert load_function("rules:f").function is f.function
+    assert find_function("package.judge_of_the_tests:f")(["p"], ["a"]) == [5.0]
+    assert find_function("rules:f").function is f.function
 
 
 def test_what_cannot_be_found(write, tmp_path, monkeypatch):
@@ -340,7 +315,7 @@ def test_a_module_that_cannot_be_imported_says_where(text, words, write):
 
 @pytest.mark.parametrize(
     "parameters",
-    ["", "prompt", "prompt, answers", "prompt, answer, truth", "*texts", "prompt, answer, /"],
+    ["", "prompt", "prompt, answers", "answer, truth", "*texts", "**options", "prompt, answer, /"],
 )
 def test_other_parameters_are_refused(parameters, write):
     path = write(f"def f({parameters}): return 1.0")
@@ -349,6 +324,6 @@ def test_other_parameters_are_refused(parameters, write):
 
 
 def test_nothing_heavy_is_imported(root):
-    code = "import sys, remax.rewards.functions, remax.rewards.sources; print('torch' in sys.modules)"
+    code = "import sys, remax.rewards.process, remax.rewards.sources; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

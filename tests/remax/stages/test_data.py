@@ -44,9 +44,17 @@ def described(config: DataConfig) -> dict:
         (parse_step2, "model", "--loss dpo", {"best_and_worst": True}),
         (parse_step2, "model", "--loss r-dpo", {"best_and_worst": True}),
         (parse_step3, "actor_model", "--reward_model_name_or_path m/r", {}),
+        (parse_step3, "actor_model", "--reward_fn {rules}:plain", {}),
+        (parse_step3, "actor_model", "--reward_fn {rules}:plain {rules}:right", {"keep": frozenset({"solution"})}),
+        (parse_step3, "actor_model", "--reward_fn {rules}:right {rules}:all", {"keep": frozenset({"solution", "*"})}),
     ],
 )
-def test_what_the_flags_say_about_the_data(parse, model, line, more):
+def test_what_the_flags_say_about_the_data(parse, model, line, more, tmp_path):
+    (tmp_path / "rules.py").write_text(
+        "def plain(prompt, answer, ended): return 1.0\ndef right(prompt, answer, solution, tokens): return 1.0\n"
+        "def all(prompts, answers, **columns): return [1.0] * len(answers)\n"
+    )
+    line = line.format(rules=tmp_path / "rules.py")
     args = parse(shlex.split(f"--{model}_name_or_path m/m {DATA} {line}"))
     assert described(data_config(args, "out")) == described(EXPECTED) | more
     stored = DATA.replace(" --streaming", "").replace(" --shuffle_buffer 7", "") + " --preprocessing_num_workers 9"

@@ -26,6 +26,7 @@ def flags(make_policy, tmp_path):
     """flags("--reward_model_name_or_path", ...) -> arguments of step 3 with a tiny actor."""
     (tmp_path / "rules.py").write_text(
         "def length(prompt, answer): return len(answer)\ndef first(prompt, answer): return answer[0] == 'A'\n"
+        "def right(prompt, answer, solution): return answer == solution\n"
     )
     sizes = ["--max_prompt_seq_len", "48", "--max_answer_seq_len", "12"]
     return lambda *more: parse_step3(["--actor_model_name_or_path", str(make_policy("llama")), *sizes, *map(str, more)])
@@ -123,6 +124,13 @@ def test_a_faulty_function_is_found_before_weights_are_read(flags, tmp_path):
     try_reward_functions(good, tokenizer, held_out)
     with pytest.raises(UserError, match=r"rules.py:first: IndexError: .* line 2: .*prompt 'Human: a', answer ''"):
         try_reward_functions(bad, tokenizer, held_out)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "answer": "#### 1"}\n')
+    lacks = flags("--reward_fn", f"{tmp_path}/rules.py:right", "--data_path", data)
+    with pytest.raises(
+        UserError, match=rf"rules.py:right: takes solution, but the data has prompt, answer \(.* {data}\)$"
+    ):
+        try_reward_functions(lacks, tokenizer, held_out)
 
 
 def test_which_model_gets_which_role(flags, make_scorer, tmp_path, monkeypatch):

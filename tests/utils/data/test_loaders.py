@@ -541,7 +541,12 @@ def questions(tmp_path):
     ],
 )
 def test_columns_that_are_kept_stay_with_their_rows(questions, gpt2, tmp_path, keep, names):
-    options = {"columns": {"prompt": "question"}, "data_split": "0,0,1", "cache_dir": str(tmp_path), "keep": keep}
+    options = {
+        "columns": {"prompt": "question"},
+        "data_split": "0,0,1",
+        "cache_dir": str(tmp_path),
+        "keep": frozenset(keep),
+    }
     config = DataConfig(data_path=[str(tmp_path / name) for name in ("sums", "essays")], **options)
     sizes = {"max_len": 64, "train_batch_size": 4, "eval_batch_size": 4}
     streams = open_streams(replace(config, streaming=True), 2, gpt2)
@@ -563,6 +568,8 @@ def test_rows_that_differ_in_a_kept_column_do_not_repeat_one_another(gpt2, tmp_p
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     sizes = {"max_len": 64, "train_batch_size": 1, "eval_batch_size": 1}
     for keep, count in (((), 4), (("solution",), 8)):
-        config = DataConfig(data_path=[str(tmp_path)], data_split="0,0,1", cache_dir=str(tmp_path), keep=keep)
+        config = DataConfig(
+            data_path=[str(tmp_path)], data_split="0,0,1", cache_dir=str(tmp_path), keep=frozenset(keep)
+        )
         train, held_out = build_loaders(config, stage=2, tokenizer=gpt2, **sizes)
         assert len(train) == len(held_out) == count

@@ -1,0 +1,86 @@
+"""The process in which reward functions run: it finds and calls them as the rank that started it asks for.
+
+It imports what the functions import, and neither torch nor transformers by itself. See `remax.rewards.process`.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import pickle
+import socket
+import struct
+import sys
+import time
+from typing import Any, BinaryIO
+
+from remax.rewards.functions import RewardFunction, SampleError, find_function, in_words
+from utils.run import UserError
+
+LENGTH = struct.Struct("<Q")  # precedes a message: its bytes
+INDEX, SINCE = struct.Struct("<q"), struct.Struct("<d")  # what the function works on, in memory that both processes see
+PROGRESS = INDEX.size + SINCE.size  # bytes
+WHOLE = -1  # as index: the batch
+LOST = 70  # exit status where the connection has gone
+
+
+def main(channel: int, memory: int) -> None:
+    """Answers requests until the rank closes the connection.
+
+    Args:
+        channel: Descriptor of the connection. A request is pickled, a reply is JSON.
+        memory: Descriptor of what is mapped to say which sample the function works on, and since when.
+    """
+    sys.argv = ["reward_fn"]
+    connection, me = socket.socket(fileno=channel), os.getpid()
+    requests, functions = connection.makefile("rb"), dict[str, RewardFunction]()
+    progress = mmap.mmap(memory, PROGRESS)
+    os.close(memory)
+
+    def begin(index: int | None, anew: bool) -> None:
+        INDEX.pack_into(progress, 0, WHOLE if index is None else index)
+        if anew:
+            SINCE.pack_into(progress, INDEX.size, time.monotonic())
+
+    def reply_to(request: bytes) -> dict[str, Any]:
+        try:
+            what, entry, *rest = pickle.loads(request)
+            if what == "find":
+                flag, folder = rest
+                os.chdir(folder)
+                functions[entry] = find_function(entry, flag)
+                return _described(functions[entry])
+            prompts, answers, columns, timeout = rest
+            return {"values": functions[entry](prompts, answers, columns, timeout, begin)}
+        except UserError as error:
+            return {"refused": str(error)}
+        except SampleError as error:
+            return {"index": error.index, "error": str(error)}
+        except BaseException as error:  # nobody interrupts this process: it is the function's own
+            (index,) = INDEX.unpack_from(progress)
+            return {"index": None if index == WHOLE else index, "error": in_words(error)}
+
+    while request := _receive(requests):
+        reply = json.dumps(reply_to(request)).encode()
+        if os.getpid() != me:  # a child that the function forked, and that came back out of it
+            os._exit(0)
+        try:
+            connection.sendall(LENGTH.pack(len(reply)) + reply)
+        except OSError:
+            os._exit(LOST)
+
+
+def _receive(requests: BinaryIO) -> bytes:
+    """The next request; empty where there will be none."""
+    try:
+        head = requests.read(LENGTH.size)
+        return requests.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
+    except (OSError, ValueError):
+        os._exit(LOST)
+
+
+def _described(function: RewardFunction) -> dict[str, Any]:
+    """What the rank has to know of a function."""
+    names = {"takes": sorted(function.takes), "needs": sorted(function.needs)}
+    return {"batched": function.batched, "asynchronous": function.asynchronous, **names}
