@@ -1,8 +1,7 @@
 """A reward that is checked against reference answers, through the library's own loaders and trainer.
 
-Each row of the data has a prompt ("What is 3 + 4?") and its reference answer ("7"). The trainer reads the prompts; the
-reward function is given a prompt and an answer as texts, and looks the reference up by the prompt. It sees the prompt
-that the policy read: a bare question would arrive as a Human/Assistant dialogue, so the rows are written as one.
+Each row of the data has a question and its reference answer, in the form of GSM8K: "3 + 4 = 7", and behind it "#### 7".
+The trainer reads the questions, and the column `answer` comes with them because the reward function takes it.
 
 The policy is a tiny Llama that learnt from answers of which about half are right. ReMax then raises the share of right
 answers from one half to nearly nine in ten. There are 25 sums, which a model of this size learns by heart: the example
@@ -10,7 +9,7 @@ shows the plumbing, not arithmetic.
 
     python examples/verifiable_reward.py         (15 seconds on one CPU core)
 
-In the third stage the same function is `--reward_fn examples/verifiable_reward.py:correct`.
+In the third stage: `--prompt_column question --reward_fn examples/verifiable_reward.py:correct`.
 """
 
 import json
@@ -45,22 +44,31 @@ from utils.data.loaders import build_loaders
 from utils.data.shapes import as_dialogue
 from utils.metrics import MetricsLogger
 
-ROWS = [{"prompt": as_dialogue(f"What is {a} + {b}?"), "answer": str(a + b)} for a in range(5) for b in range(5)]
-REFERENCE = {row["prompt"]: row["answer"] for row in ROWS}
+ROWS = [
+    {"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+    for a in range(5)
+    for b in range(5)
+]
 WARM_UP, EPOCHS = 150, 100
 
 
-def correct(prompt: str, answer: str) -> float:
-    """1 where the answer is the prompt's reference answer, else 0."""
-    return float(answer.strip() == REFERENCE[prompt])
+def correct(prompts: list[str], answers: list[str], answer: list[str]) -> list[float]:
+    """1 where the policy's answer is the number behind #### of the data's column `answer`, else 0."""
+    return [float(given.strip() == result(reference)) for given, reference in zip(answers, answer, strict=True)]
+
+
+def result(reference: str) -> str:
+    """The number behind ####."""
+    return reference.rpartition("####")[2].strip()
 
 
 def fine_tune(folder: Path) -> None:
     """The model of `folder` learns to answer with a number, which is right in about half of the cases."""
     actor, tokenizer = load_actor(folder, optimizer=OptimizerConfig(3e-3, total_steps=WARM_UP))
+    prompts = [as_dialogue(row["question"]) for row in ROWS]  # as the loaders write a bare question
     for _ in range(WARM_UP):
-        answers = [random.choice([row["answer"], str(random.randrange(9))]) for row in ROWS]
-        sequences = as_sequences(tokenizer, list(REFERENCE), [f" {answer}" for answer in answers])
+        answers = [random.choice([result(row["answer"]), str(random.randrange(9))]) for row in ROWS]
+        sequences = as_sequences(tokenizer, prompts, [f" {answer}" for answer in answers])
         logprobs = actor.logprobs(sequences).logprobs  # (B, A)
         actor.backward(supervised_loss(logprobs, sequences.answer_mask, len(sequences)), last=True)
         actor.step()
@@ -74,7 +82,7 @@ def main() -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         model, data = Path(name) / "model", Path(name) / "data"
-        texts = [f"{prompt} {answer}" for prompt, answer in REFERENCE.items()]
+        texts = [f"{as_dialogue(row['question'])} {result(row['answer'])}" for row in ROWS]
         save_tiny_model(model, "llama", train_tokenizer(texts, vocab_size=300), size="demo")
         fine_tune(model)
         data.mkdir()
@@ -88,8 +96,15 @@ def main() -> dict[str, dict[str, float]]:
             optimizer=OptimizerConfig(1e-3, total_steps=EPOCHS),
         )
         reference, _ = load_reference(model)
+        correctness = reward_function(correct)
         train, held_out = build_loaders(
-            DataConfig(data_path=[str(data)], data_split="0,0,1", cache_dir=str(Path(name) / "cache")),
+            DataConfig(
+                data_path=[str(data)],
+                columns={"prompt": "question"},
+                keep=correctness.takes,
+                data_split="0,0,1",
+                cache_dir=str(Path(name) / "cache"),
+            ),
             stage=2,
             tokenizer=tokenizer,
             max_len=64,
@@ -98,7 +113,7 @@ def main() -> dict[str, dict[str, float]]:
             rank=0,
             world_size=1,
         )
-        reward = CompositeReward([Part("correct", FunctionReward(reward_function(correct), tokenizer))])
+        reward = CompositeReward([Part("correct", FunctionReward(correctness, tokenizer))])
         trainer = Trainer(
             actor,
             reference,

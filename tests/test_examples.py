@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from remax.rewards.functions import load_function
+from remax.rewards.process import load_function
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -55,15 +55,27 @@ def test_remax_in_40_lines_is_no_longer_and_learns(run_command):
 def test_a_verifiable_reward_knows_its_references_and_is_learned(run_command):
     path = ROOT / "examples" / "verifiable_reward.py"
     function = load_function(f"{path}:correct")  # as --reward_fn finds it
-    prompt = "\n\nHuman: What is {} + {}?\n\nAssistant:"
-    sums = [(3, 4), (0, 2), (4, 4)]
-    assert function([prompt.format(*s) for s in sums], [" 7", " 3", "8 "]) == [1.0, 0.0, 1.0]
+    references = {"answer": ["3 + 4 = 7\n#### 7", "0 + 2 = 2\n#### 2", "4 + 4 = 8\n#### 8"]}
+    assert function(["?"] * 3, [" 7", " 3", "8 "], references) == [1.0, 0.0, 1.0]
 
     done = run_command([sys.executable, path])
     assert done.returncode == 0, done.stdout
     rewards = [float(found) for found in re.findall(r"^eval .*? reward ([\d.]+)", done.stdout, flags=re.MULTILINE)]
     assert len(rewards) == 5
     assert 0.3 < rewards[0] < 0.7 and rewards[-1] > rewards[0] + 0.2  # of 25 sums: five more are right
+
+
+def test_the_rows_like_gsm8ks_have_a_reward():
+    rows = [json.loads(line) for line in (ROOT / "examples/gsm8k.jsonl").read_text().splitlines()]
+    function = load_function(f"{ROOT}/step3_rlhf_finetuning/example_rewards.py:gsm8k")
+    references = [row["answer"] for row in rows]
+    for reference in references:  # the result behind ####, as the last step has it
+        steps, _, result = reference.rpartition("\n#### ")
+        assert re.findall(r"=(-?\d+)>>", steps)[-1] == result.replace(",", "")
+    right = [f" So it is {reference.rpartition(' ')[2]}." for reference in references]
+    assert function(["?"] * len(rows), right, {"answer": references}) == [1.0] * len(rows)
+    wrong = [" It is 43.", " I do not know.", "", " 1,250 or 1,251?"]
+    assert function(["?"] * 4, wrong, {"answer": references[:3] + ["#### 1,250"]}) == [0.0] * 4
 
 
 def test_score_file_writes_the_scores_of_plain_transformers(tmp_path, capsys, monkeypatch):

@@ -100,7 +100,9 @@ class RewardSourceFlags(Flags, group="reward (models, functions, or both; at lea
         False, "reward models: score minus its mean over its standard deviation, as step 2 keeps them in config.json"
     )
     reward_fn: list[str] = usual(
-        [], "functions of prompts and answers: module:function or file.py:function; name:-0.1 weighs, here as a penalty"
+        [],
+        "functions of prompts and answers, and of the data's columns that they take: module:function or "
+        "file.py:function; name:-0.1 weighs, here as a penalty",
     )
     reward_fn_timeout: NonNegative = flag(
         60.0, "seconds that such a function may take for a sample, or for its batch if it takes lists; 0: no limit"

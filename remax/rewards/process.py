@@ -30,7 +30,7 @@ from typing import Any, TextIO
 
 from remax.rewards.functions import OF_ANSWERS, Columns, SampleError, taken, too_late
 from remax.rewards.sources import Source
-from remax.rewards.worker import INDEX, LENGTH, LOST, PROGRESS, SINCE, WHOLE
+from remax.rewards.worker import INDEX, LENGTH, LOST, PROGRESS, REQUEST, SINCE, WHOLE
 from utils.run import UserError
 
 IMPORT_LIMIT = 600.0  # seconds that a function's module may take to import
@@ -142,7 +142,7 @@ class Worker:
             SINCE.pack_into(self._progress, INDEX.size, time.monotonic())
             reply = None
             try:
-                self._send(pickle.dumps(request), limit, late)
+                self._send(pickle.dumps(request))
                 reply = json.loads(self._receive(limit, late))
                 return reply
             finally:
@@ -151,9 +151,9 @@ class Worker:
 
     def _start(self) -> None:
         self._channel, theirs = socket.socketpair()
-        memory = _memory()
-        self._progress = mmap.mmap(memory, PROGRESS)
-        ends = (theirs.fileno(), memory)
+        self._memory = _memory()
+        self._progress = mmap.mmap(self._memory, PROGRESS)
+        ends = (theirs.fileno(), self._memory)
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-c", START, *map(str, (*ends, *sys.path))],
             stdin=subprocess.DEVNULL,
@@ -164,7 +164,6 @@ class Worker:
             start_new_session=True,
         )
         theirs.close()
-        os.close(memory)
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", GUARD, str(self.process.pid)],
             stdin=subprocess.PIPE,
@@ -177,15 +176,14 @@ class Worker:
         self._channel.settimeout(LOOK)
         atexit.register(self.stop)
 
-    def _send(self, message: bytes, limit: float, late: str) -> None:
-        left = memoryview(LENGTH.pack(len(message)) + message)
-        while left:
-            try:
-                left = left[self._channel.send(left) :]
-            except TimeoutError:
-                self._look(limit, late)
-            except OSError:
-                self._explain()
+    def _send(self, request: bytes) -> None:
+        written = 0
+        while written < len(request):
+            written += os.pwrite(self._memory, memoryview(request)[written:], REQUEST + written)
+        try:
+            self._channel.sendall(LENGTH.pack(len(request)))
+        except OSError:
+            self._explain()
 
     def _receive(self, limit: float, late: str) -> bytes:
         received = bytearray()
@@ -257,6 +255,7 @@ class Worker:
         process.wait()
         self._guard.communicate(b"done\n")
         self._progress.close()
+        os.close(self._memory)
 
 
 def worker_environment() -> dict[str, str]:

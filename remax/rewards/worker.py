@@ -18,9 +18,12 @@ from typing import Any, BinaryIO
 from remax.rewards.functions import RewardFunction, SampleError, find_function, in_words
 from utils.run import UserError
 
-LENGTH = struct.Struct("<Q")  # precedes a message: its bytes
-INDEX, SINCE = struct.Struct("<q"), struct.Struct("<d")  # what the function works on, in memory that both processes see
+LENGTH = struct.Struct("<Q")  # of a request or reply, in bytes: it precedes a reply, and announces a request
+# In memory that both processes see: what the function works on, and after a page the request. A batch may have
+# megabytes, for which a connection would wake both processes several times.
+INDEX, SINCE = struct.Struct("<q"), struct.Struct("<d")
 PROGRESS = INDEX.size + SINCE.size  # bytes
+REQUEST = 4096  # where it begins
 WHOLE = -1  # as index: the batch
 LOST = 70  # exit status where the connection has gone
 
@@ -29,14 +32,14 @@ def main(channel: int, memory: int) -> None:
     """Answers requests until the rank closes the connection.
 
     Args:
-        channel: Descriptor of the connection. A request is pickled, a reply is JSON.
-        memory: Descriptor of what is mapped to say which sample the function works on, and since when.
+        channel: Descriptor of the connection. A reply is JSON.
+        memory: Descriptor of the memory that both see: which sample the function works on, since when, and the request,
+            pickled.
     """
     sys.argv = ["reward_fn"]
     connection, me = socket.socket(fileno=channel), os.getpid()
     requests, functions = connection.makefile("rb"), dict[str, RewardFunction]()
     progress = mmap.mmap(memory, PROGRESS)
-    os.close(memory)
 
     def begin(index: int | None, anew: bool) -> None:
         INDEX.pack_into(progress, 0, WHOLE if index is None else index)
@@ -61,7 +64,7 @@ def main(channel: int, memory: int) -> None:
             (index,) = INDEX.unpack_from(progress)
             return {"index": None if index == WHOLE else index, "error": in_words(error)}
 
-    while request := _receive(requests):
+    while request := _receive(requests, memory):
         reply = json.dumps(reply_to(request)).encode()
         if os.getpid() != me:  # a child that the function forked, and that came back out of it
             os._exit(0)
@@ -71,12 +74,16 @@ def main(channel: int, memory: int) -> None:
             os._exit(LOST)
 
 
-def _receive(requests: BinaryIO) -> bytes:
+def _receive(requests: BinaryIO, memory: int) -> bytes:
     """The next request; empty where there will be none."""
     try:
         head = requests.read(LENGTH.size)
-        return requests.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
-    except (OSError, ValueError):
+        size = LENGTH.unpack(head)[0] if head else 0
+        request = os.pread(memory, size, REQUEST)
+        while len(request) < size:  # beyond 2 GB
+            request += os.pread(memory, size - len(request), REQUEST + len(request))
+        return request
+    except OSError:
         os._exit(LOST)
 
 
