@@ -4,14 +4,17 @@ The settings of every script are compared with those of the ReMax paper (arXiv 2
 which are written out here.
 """
 
+import argparse
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from remax.cli.validate import parse_step1, parse_step2, parse_step3
 
@@ -25,6 +28,8 @@ DEEPSPEED = """#!/bin/bash
 printf 'argument %s\\n' "$@"
 echo "accelerator ${DS_ACCELERATOR:-}"
 echo "memory ${PYTORCH_CUDA_ALLOC_CONF:-}"
+echo "compiled ${TORCH_EXTENSIONS_DIR:-}"
+if [[ -n ${DS_ENV_FILE:-} ]]; then echo "environment $(stat -c %a "$DS_ENV_FILE") $DS_ENV_FILE"; cat "$DS_ENV_FILE"; fi
 echo "a warning" >&2
 exit "${STATUS:-0}"
 """
@@ -152,6 +157,40 @@ def test_the_gpus_that_the_user_chose_are_used(call):
     done = call(OPT, DS_ACCELERATOR="cuda", GPUS=4)
     assert not {"--include", "--num_gpus"} & done.launcher.keys()
     assert "memory \n" in call(OPT).console  # nothing of the kind without a GPU
+
+
+def test_other_machines_get_the_variables_that_the_launcher_leaves_behind(call, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-1 slots=1\nnode-2 slots=1\n")
+    (tmp_path / ".deepspeed_env").write_text("HF_HOME=/theirs\n")
+    mine = {"HF_TOKEN": 'a "b" $c `d` \\e', "HF_HUB_OFFLINE": 1, "DEEPSPEED_TIMEOUT": 90, "OMP_NUM_THREADS": 8}
+    mine |= {"HF_HOME": "/mine", "https_proxy": "http://proxy:1", "SECRET": "stays", "HOME": tmp_path}
+    printed = call(OPT, HOSTFILE=hosts, **mine).console
+    (line,) = [line for line in printed.splitlines() if line.startswith("environment ")]
+    mode, file = line.split()[1:]
+    assert mode == "600" and not Path(file).exists()  # its owner's alone, and gone at the end
+    assert "SECRET" not in printed and printed.index("HF_HOME=/mine") < printed.index("HF_HOME=/theirs")
+    # What the launcher makes of it: quotes round a value, for the shell of the other machine.
+    runner = PDSHRunner(argparse.Namespace(user_args=[], user_script="x"), "")
+    for text in printed[printed.index(line) :].splitlines()[1:]:
+        runner.add_export(*text.split("=", maxsplit=1)) if "=" in text else None
+    shell = "".join(f"export {name}={value}; " for name, value in runner.exports.items())
+    names = [name for name in mine if name not in ("SECRET", "HOME")]
+    told = subprocess.run(["bash", "-c", shell + "".join(f'echo "${name}"; ' for name in names)], capture_output=True)
+    assert told.stdout.decode().splitlines() == [str({**mine, "HF_HOME": "/theirs"}[name]) for name in names]
+    assert "environment" not in call(OPT).console  # one machine: nothing is left behind
+    assert f"environment 644 {hosts}" in call(OPT, HOSTFILE=hosts, DS_ENV_FILE=hosts).console  # the user's own
+
+
+def test_compiled_operators_lie_where_make_keeps_them(call):
+    assert "compiled \n" in call(OPT).console
+    ready = call(OPT).clone / ".ready"
+    ready.touch()
+    try:
+        assert f"compiled {ready.parent}/torch_extensions\n" in call(OPT).console
+        assert "compiled /mine\n" in call(OPT, TORCH_EXTENSIONS_DIR="/mine").console
+    finally:
+        ready.unlink()
 
 
 def test_the_port_is_the_users_or_a_free_one(call):

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,10 +186,46 @@ WHOLE_WAY = [
 ]
 
 
+# Another machine, as ssh and pdsh show it: the command gets none of this one's variables. Both lie on the loopback.
+OTHER_MACHINE = {
+    "ssh": """#!/bin/bash
+while [[ $1 == -* ]]; do shift 2; done
+if [[ ${*:2} == "hostname -I" ]]; then echo 127.0.0.1; else "${@:2}"; fi
+""",
+    "pdsh": """#!/bin/bash
+[[ $1 == -S && $2 == -f && $4 == -w ]] || exit 9
+IFS=, read -ra hosts <<<"$5"
+shift 5
+command=$* pids=() status=0
+for n in "${!hosts[@]}"; do
+    env -i HOME=/nowhere PATH=/usr/bin:/bin bash -c "${command//%n/$n}" &
+    pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit "$status"
+""",
+}
+
+
+def two_machines(folder: Path) -> dict[str, str]:
+    """The environment of a run on two machines of one rank each, by a hostfile."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, text in OTHER_MACHINE.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (folder / "hosts").write_text("node-1 slots=1\nnode-2 slots=1\n")
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {"HOSTFILE": "hosts", "PATH": path, "DS_ACCELERATOR": "cpu"}
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("script", WHOLE_WAY, ids=short)
 def test_script_through_the_launcher(script, prepare_script, run_command, tiny_model):
     folder, flags, environment = prepare_script(script)
+    if stage_of(script) == 1:
+        environment = {**environment, **two_machines(folder)}
+        del environment["NUM_GPUS"]
     done = run_command(["bash", script, *flags], folder, **environment)
     assert done.returncode == 0, done.stdout
     assert (folder / "result/training.log").read_text() == done.stdout  # the console and the log file both

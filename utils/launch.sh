@@ -22,6 +22,10 @@ if ! command -v deepspeed >/dev/null; then
 fi
 PYTHON=$(dirname "$(command -v deepspeed)")/python # the one that the launcher starts
 if ! [[ -x $PYTHON ]]; then PYTHON=python3; fi
+# DeepSpeed's compiled operators, where `make` keeps them, too: they are compiled once.
+if [[ -f ${PYTHON%/bin/*}/.ready ]]; then
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${PYTHON%/bin/*}/torch_extensions}
+fi
 
 count_gpus() { # torch takes two seconds to tell; it is not asked where the system shows no device of NVIDIA or AMD
     local pattern
@@ -68,7 +72,10 @@ launch() {
     elif [[ -n ${NUM_GPUS:-} ]]; then
         launcher+=(--num_gpus "$NUM_GPUS")
     fi
-    if [[ -n ${HOSTFILE:-} ]]; then launcher+=(--hostfile "$HOSTFILE"); fi
+    if [[ -n ${HOSTFILE:-} ]]; then
+        launcher+=(--hostfile "$HOSTFILE")
+        if [[ -z ${DS_ENV_FILE:-} ]]; then share_environment; fi
+    fi
     local data=("$DATA")
     if [[ -n $USERS_DATA && ! -e $DATA ]]; then read -ra data <<<"$DATA"; fi
     data=(--data_path "${data[@]}")
@@ -86,6 +93,26 @@ launch() {
         if ((status == 2)); then mv "$log.before" "$log"; else rm "$log.before"; fi
     fi
     return "$status"
+}
+
+# By itself the launcher hands few variables on to other machines. It reads the others from a file, which is readable by its
+# owner alone and removed at the end; a user's own (.deepspeed_env here or at home) goes on to be read, and wins.
+TRAVELLERS='^(HF_|HUGGING|TRANSFORMERS_|DATASETS_|WANDB_|DEEPSPEED_|DS_|TORCH|PYTORCH_|TRITON_|CUDA_(DEVICE|LAUNCH|HOME)|GLOO_|OMP_|MKL_|'
+TRAVELLERS+='TOKENIZERS_|TENSORBOARD|(HTTPS?|NO|ALL)_PROXY$|(https?|no|all)_proxy$)'
+share_environment() {
+    local name value
+    DS_ENV_FILE=$(mktemp)
+    export DS_ENV_FILE
+    trap 'rm -f "$DS_ENV_FILE"' EXIT
+    for name in $(compgen -e | grep -E "$TRAVELLERS"); do
+        value=${!name}
+        if [[ $name != DS_ENV_FILE && $value != *$'\n'* ]]; then # the launcher puts double quotes round most values
+            printf '%s=%s\n' "$name" "$(printf '%s' "$value" | sed 's/[\\"$`]/\\&/g')"
+        fi
+    done >"$DS_ENV_FILE"
+    for name in ~/.deepspeed_env .deepspeed_env; do
+        if [[ -f $name ]]; then grep '=' "$name" >>"$DS_ENV_FILE" || true; fi
+    done
 }
 
 why_killed() { if (($1 == 9)); then echo " (by hand, or by the system for want of memory: dmesg tells)"; fi; }

@@ -56,8 +56,10 @@ def _zero3(offload_parameters: bool) -> dict[str, Any]:
     return {
         "offload_param": {"device": "cpu" if offload_parameters else "none", "pin_memory": torch.cuda.is_available()},
         "stage3_param_persistence_threshold": 10_000,
-        "stage3_max_live_parameters": 30_000_000,
-        "stage3_prefetch_bucket_size": 30_000_000,
+        # A layer of a 7B model has 200 million parameters: with less than a few layers' worth each gather waits for the
+        # one before. 2 GB in 16 bits at most, while the next layers travel.
+        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
 
@@ -83,5 +85,5 @@ def training_config(config: EngineConfig, parameters: int = LARGEST_BUCKET) -> d
 
 def inference_config(config: EngineConfig) -> dict[str, Any]:
     """For a frozen model at ZeRO-3; at stage 0 a frozen model needs no engine."""
-    zero = {"stage": 3, "overlap_comm": False} | _zero3(config.offload_parameters)
+    zero = {"stage": 3, "overlap_comm": torch.cuda.is_available()} | _zero3(config.offload_parameters)
     return _common(config) | {"zero_optimization": zero}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from utils.distributed import print0
 from utils.run import UserError
 
 
@@ -33,8 +35,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        announce_compilation("cpu_adam")
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available())
+
+
+def announce_compilation(operator: str) -> None:
+    """One line where DeepSpeed is about to compile this operator, which takes up to minutes, in silence."""
+    from torch.utils import cpp_extension  # warns where it is imported on a machine with CUDA but without a GPU
+
+    folder = Path(cpp_extension._get_build_directory(operator, False))  # under TORCH_EXTENSIONS_DIR
+    if not (folder / f"{operator}.so").is_file():
+        print0(f"compiling DeepSpeed's {operator}, up to some minutes; only once, as it is kept in {folder}")
 
 
 def optimizer_groups(

@@ -29,6 +29,15 @@ def test_buckets_are_no_larger_than_the_model():
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 500_000_000
 
 
+def test_the_next_layers_travel_while_one_computes(monkeypatch):
+    # Two layers of 200 million parameters must fit at the least, or every gather waits for the one before.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for make in (training_config, inference_config):
+        zero = make(EngineConfig(3))["zero_optimization"]
+        assert zero["overlap_comm"] and zero["stage3_max_live_parameters"] >= 2 * 200_000_000
+        assert 5e7 <= zero["stage3_prefetch_bucket_size"] <= 1e8
+
+
 def test_gradients_are_added_up_in_fp32():
     assert training_config(EngineConfig(2, dtype="bf16"))["data_types"] == {"grad_accum_dtype": "fp32"}
 
