@@ -120,22 +120,20 @@ def from_pretrained(
     """
     folder = Path(name_or_path)
     check_files(folder, flag)
-    options = {name: value for name, value in options.items() if value is not None}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    options = {name: value for name, value in options.items() if value is not None} | {"trust_remote_code": False}
+    report_only = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
     load: Any = auto_class.from_pretrained  # whose declared type knows no loading report
     try:
-        if is_deepspeed_zero3_enabled():
-            with unpartitioned():  # names and shapes alone
-                _, report = load(name_or_path, device_map="meta", **copy.deepcopy(options))
-            check_report(report, name_or_path, flag, new_head=new_head)
-        loaded, report = load(name_or_path, **options)
+        with unpartitioned(), torch.random.fork_rng(devices=[]):  # names and shapes alone: nothing is allocated
+            _, report = load(name_or_path, **copy.deepcopy(options) | report_only)
+        check_report(report, name_or_path, flag, new_head=new_head)
+        loaded = load(name_or_path, **options)
     except UserError:
         raise
     except Exception as error:  # from wrong values in config.json to files that are cut
         broken = broken_files(folder)
         where = f" (broken: {', '.join(broken)})" if broken else ""
         raise UserError(f"{flag}: cannot load {name_or_path!r}{where}: {reason_of(error)}") from error
-    check_report(report, name_or_path, flag, new_head=new_head)
     if getattr(loaded.config, "auto_map", None):
         print0(f"{flag}: {name_or_path} has Python code of its own, which is not run: {type(loaded).__name__} reads it")
     check_finite(loaded, name_or_path, flag)
