@@ -46,7 +46,10 @@ def load_tokenizer(
     try:
         where = str(folder) if folder.is_dir() else name_or_path
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing narrower for a broken file
+        tokenizer("text")  # some values of its files are first looked at here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # for broken files the tokenizers library raises all sorts of things, panics too
         if online:
             foreign = "trust_remote_code" in str(error)
             reason = "it needs Python code of its own, which is not run here" if foreign else first_line(error)

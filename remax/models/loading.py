@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,30 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def check_values(raw: dict[str, Any]) -> None:
+    """Refuses values of a config.json that transformers takes, and that no model can have.
+
+    Raises:
+        ValueError: Names the field.
+    """
+    for name, value in raw.items():
+        number = isinstance(value, (int, float))
+        if number and not (math.isfinite(value) and abs(value) < 2**63):
+            raise ValueError(f"{name} is {value}; expected a number in range")
+        if number and name in SIZES and value < 1:
+            raise ValueError(f"{name} is {value}; expected 1 at least")
+        if number and is_dropout(name) and not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; expected 0 at least, and less than 1")
+    kinds = raw.get("architectures") or []
+    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ValueError(f"architectures is {kinds!r}; expected a list of names")
+
+
+def is_dropout(field: str) -> bool:
+    """Whether a field of a configuration is a dropout rate."""
+    return field.endswith(("dropout", "pdrop")) or "layerdrop" in field
+
+
 def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) -> PreTrainedConfig:
     """The model's configuration.
 
@@ -75,9 +100,7 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
         raise UserError(f"{flag}: the folder {name_or_path} holds no config.json; expected a Hugging Face model folder")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
-        for name in SIZES:
-            if isinstance(raw.get(name), (int, float)) and raw[name] < 1:
-                raise ValueError(f"{name} is {raw[name]}; expected 1 at least")
+        check_values(raw)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # whatever the configuration's own class makes of wrong values
         raise UserError(
@@ -89,9 +112,10 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
             f"{flag}: {name_or_path} is quantised (quantization_config in its config.json); expected weights in fp32, "
             "bf16 or fp16"
         )
-    config.use_cache = True
+    config.use_cache = config.return_dict = True
+    config.output_hidden_states = config.output_attentions = False
     for name, value in list(config.to_dict().items()) if disable_dropout else ():
-        if isinstance(value, float) and (name.endswith(("dropout", "pdrop")) or "layerdrop" in name):
+        if isinstance(value, float) and is_dropout(name):
             setattr(config, name, 0.0)
     return config
 

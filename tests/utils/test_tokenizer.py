@@ -85,13 +85,26 @@ def test_code_in_a_tokenizers_folder_is_not_run(tokenizer_folders, tmp_path, cap
     for name, fields in {"only": {"tokenizer_class": "Mine"}, "beside": {}}.items():
         shutil.copytree(tokenizer_folders["llama3"], tmp_path / name)
         (tmp_path / name / "code.py").write_text("raise SystemExit('run')")
-        file = tmp_path / name / "tokenizer_config.json"
-        fields |= {"auto_map": {"AutoTokenizer": ["code.Mine", None]}}
-        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+        change(tmp_path / name / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Mine", None]}, **fields)
     with pytest.raises(UserError, match="only: it needs Python code of its own, which is not run here"):
         load_tokenizer(str(tmp_path / "only"))
     load_tokenizer(str(tmp_path / "beside"))
     assert "has Python code of its own, which is not run" in capsys.readouterr().out
+
+
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_tokenizer_files_with_strange_values_are_one_line(tokenizer_folders, tmp_path):
+    shutil.copytree(tokenizer_folders["llama3"], tmp_path / "length")
+    change(tmp_path / "length" / "tokenizer_config.json", model_max_length="abc")
+    shutil.copytree(tokenizer_folders["llama3"], tmp_path / "panic")
+    model = json.loads((tmp_path / "panic" / "tokenizer.json").read_text())["model"]
+    change(tmp_path / "panic" / "tokenizer.json", model=model | {"continuing_subword_prefix": "abc"})
+    for name in ("length", "panic"):
+        with pytest.raises(UserError, match=f"--m: no usable tokenizer in .*{name}: "):
+            load_tokenizer(str(tmp_path / name), "--m")
 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
