@@ -233,7 +233,12 @@ def known_flags() -> set[str]:
     programs += (PromptEvalArguments, RewardEvalArguments, DoctorArguments)
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     flags = {f.name for arguments in programs for f in fields(arguments)} | set(re.findall(r"\"--(\w+)\"", text))
-    return flags | {"help", "num_gpus", "num_nodes", "hostfile", "master_port", "nproc_per_node"}
+    return flags | {"help"} | OF_OTHERS
+
+
+# Of the deepspeed launcher, torchrun, srun, mpirun, docker and hf, as far as a dash in the name.
+OF_OTHERS = {"num_gpus", "num_nodes", "hostfile", "master_port", "nproc_per_node", "nnodes", "node_rank", "master_addr"}
+OF_OTHERS |= {"gres", "gpus", "ntasks", "bind", "ipc", "shm", "repo"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=short)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Llama-2-7B, ReMax, 32 rows per GPU where run_llama2_7b.sh beside it has one, and nothing offloaded: for GPUs of 80 GB.
 # The hyper-parameters are the same, so an epoch has a thirty-second of the updates, each with less noise. A decode step of
-# a few rows costs nearly what one of 64 does, so an epoch takes a fraction of the time.
+# a few rows costs nearly what one of 64 does, so an epoch takes a fraction of the time; docs/hardware.md has the arithmetic.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/llama2_7b/sft}
