@@ -27,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from remax.models.weights import broken_files, check_files, check_finite, check_report, unpartitioned
 from utils.distributed import device, print0
+from utils.hub import hub_is_reachable
 from utils.run import UserError
 
 
@@ -98,6 +99,8 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
         )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{flag}: the folder {name_or_path} holds no config.json; expected a Hugging Face model folder")
+    if not folder.is_dir():
+        hub_is_reachable()  # or else offline from here on, where the libraries would wait for it
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
         check_values(raw)

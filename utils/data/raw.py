@@ -7,7 +7,6 @@ line or, in a list, row by row; csv, parquet and Arrow files are read by the lib
 import codecs
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,10 @@ from datasets import Dataset, IterableDataset
 
 from utils.data import sources
 from utils.data.shapes import Row
-from utils.data.sources import BadJSON, Shard
+from utils.data.sources import BLOCK, LONGEST_ROW, BadJSON, Shard
 from utils.run import UserError, first_line
 
 AT_ONCE = 1000  # rows that a library decodes together
-BLOCK = 2**20  # bytes of a JSON list
-LONGEST_ROW = 2**26  # characters
 
 
 def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
@@ -46,7 +43,7 @@ def raw_rows(shard: Shard, flag: str) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{flag}: {shard.place}, {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{flag}: {shard.place} holds text that is not UTF-8 ({error.reason})") from error
-    except (*sources.READ_ERRORS, zlib.error) as error:
+    except sources.READ_ERRORS as error:
         raise UserError(f"{flag}: {shard.place} cannot be read: {first_line(error)}") from error
     if empty:
         raise UserError(f"{flag}: {shard.place} has no rows; expected {sources.SHAPES}")
@@ -88,6 +85,8 @@ def json_items(file: Any) -> Iterator[Any]:
             if text.startswith("]", found.end()):
                 return
             item, at = parser.raw_decode(text, found.end())
+        except RecursionError:
+            raise BadJSON(f"row {count + 1}: nested too deep") from None
         except json.JSONDecodeError as error:  # wrong, or not yet read to its end
             text, at = text[at:], 0
             block = file.read(BLOCK) if len(text) < LONGEST_ROW else b""

@@ -7,7 +7,9 @@ import glob
 import gzip
 import json
 import re
+import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
+import pyarrow.parquet
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from utils.data.names import DataName, parse_name
@@ -38,7 +42,16 @@ HUB_REPOSITORIES = {
     "Hello-SimpleAI/HC3-Chinese": ("Hello-SimpleAI/HC3-Chinese", "all"),
 }
 # What the datasets library raises for a file it cannot read; StopIteration where there is no first row.
-READ_ERRORS = (OSError, EOFError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetGenerationError)
+UNREADABLE = (OSError, EOFError, zlib.error)
+READ_ERRORS = (*UNREADABLE, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetGenerationError)
+
+
+BLOCK = 2**20  # bytes that are looked at together
+LONGEST_ROW = 2**26  # bytes
+GROWTH = 200  # times its size that a packed file may have: texts pack to a tenth, a trap to a thousandth
+DEEP = 10_000  # levels of JSON
+NESTING = np.zeros(256, dtype=np.int8)  # by how much a byte of JSON changes the level
+NESTING[list(b"[{")], NESTING[list(b"]}")] = 1, -1
 
 
 @dataclass(frozen=True)
@@ -186,7 +199,8 @@ def read_file(path: Path, cache_dir: str | None, flag: str, streaming: bool = Fa
             raise ValueError("the first row is null")
         if reader == "csv":  # csv has no types: "4" is an answer, and so is "NA"
             options = {"features": Features({c: Value("string") for c in csv_header(path)}), "keep_default_na": False}
-        with quiet_library():
+        check_content(path, reader, flag)
+        with alone():
             rows = datasets.load_dataset(
                 reader, data_files=glob.escape(str(path.resolve())), split="train", cache_dir=cache_dir, **options
             )
@@ -206,14 +220,61 @@ def is_date(kind: Any) -> bool:
 
 
 @contextmanager
-def quiet_library() -> Iterator[None]:
-    """Keeps the datasets library from logging an error that is raised as well."""
-    level = datasets.logging.get_verbosity()
+def alone() -> Iterator[None]:
+    """Keeps the datasets library from logging an error that is raised as well, and from counting a local file's use.
+
+    For the count it asks a host outside, and waits for it where there is no network.
+    """
+    level, offline = datasets.logging.get_verbosity(), datasets.config.HF_HUB_OFFLINE
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def check_content(path: Path, reader: str, flag: str) -> None:
+    """Refuses content that would fill the memory of the library that reads it, or end its process.
+
+    The file is gone through once, in blocks: a .gz for its size, JSON for its depth. In JSON, brackets in texts count
+    as well, so that what seems too deep is parsed.
+
+    Raises:
+        UserError: A file that unpacks to far more than data do.
+        BadJSON: A row is nested too deep.
+    """
+    size, packed = path.stat().st_size, path.suffix.lower() == ".gz"
+    read, depth = 0, 0
+    if reader == "parquet" and not packed:
+        about = pyarrow.parquet.read_metadata(path)
+        read = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        check_growth(path, read, size, flag)
+    if not packed and reader != "json":
+        return
+    with open_file(path) as file:
+        while block := file.read(BLOCK):
+            read += len(block)
+            if packed:
+                check_growth(path, read, size, flag)
+            if reader == "json":
+                reached = depth + np.cumsum(NESTING[np.frombuffer(block, np.uint8)], dtype=np.int64)
+                lowest = np.minimum(np.minimum.accumulate(reached), 0)
+                if (reached - lowest).max() > DEEP:
+                    for _ in json_rows(path):
+                        pass
+                    return
+                depth = int(reached[-1] - lowest[-1])
+
+
+def check_growth(path: Path, unpacked: int, size: int, flag: str) -> None:
+    """Refuses a file of this size that unpacks to so many bytes or more."""
+    if unpacked > GROWTH * size + LONGEST_ROW:
+        raise UserError(
+            f"{flag}: {path} unpacks to more than {GROWTH} times its size, and would fill the memory; where that is "
+            "meant, give it unpacked"
+        )
 
 
 def not_empty(shard: Shard, flag: str) -> Shard:
@@ -246,7 +307,10 @@ def csv_header(path: Path) -> list[str]:
         raise ValueError(f"row 1 has more fields than the header names columns ({len(first.columns)})")
     with open_file(path) as file:
         lines = (line.decode("utf-8-sig") for line in file)
-        return next(csv.reader(lines))
+        names = next(csv.reader(lines))
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"the header names the column {repeated[0]!r} more than once")
+    return names
 
 
 def why_unreadable(path: Path, reader: str, error: Exception) -> str:
@@ -256,7 +320,7 @@ def why_unreadable(path: Path, reader: str, error: Exception) -> str:
             if not any(line.strip() for line in file):
                 return f" is empty; expected rows of {SHAPES}"
         problem = first_bad_row(path) if reader == "json" else None
-    except (OSError, EOFError) as broken:
+    except UNREADABLE as broken:
         return f" cannot be read: {first_line(broken)}"
     if problem:
         return f", {problem}"
@@ -334,8 +398,11 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if is_json_list(file):
             yield from ((f"row {i}", row) for i, row in enumerate(decode_json(file.read(), None), 1))
         else:
-            lines = ((f"line {i}", line) for i, line in enumerate(file, 1) if line.strip())
-            yield from ((place, decode_json(line, place)) for place, line in lines)
+            for i, line in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), 1):
+                if len(line) > LONGEST_ROW:
+                    raise BadJSON(f"line {i}: longer than {LONGEST_ROW:,} bytes")
+                if line.strip():
+                    yield f"line {i}", decode_json(line, f"line {i}")
 
 
 def decode_json(content: bytes, place: str | None) -> Any:
@@ -345,6 +412,8 @@ def decode_json(content: bytes, place: str | None) -> Any:
     except json.JSONDecodeError as error:
         place = place or f"line {error.lineno}"
         raise BadJSON(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise BadJSON(f"{place or 'a row'}: nested too deep") from None
     except UnicodeDecodeError as error:
         line_number = content[: error.start].count(b"\n") + 1
         raise BadJSON(f"{place or f'line {line_number}'}: not UTF-8 ({error.reason})") from None

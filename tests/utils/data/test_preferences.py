@@ -2,9 +2,11 @@ import gzip
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 from utils.data.preferences import load_data_set
@@ -352,6 +354,9 @@ def good(n: int) -> str:
     return "".join(json.dumps(row) + "\n" for row in PAIRS[:n])
 
 
+DEEP = '{"a": ' * 100_000 + "1" + "}" * 100_000  # at which the library's reader ends the process
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -421,11 +426,52 @@ def good(n: int) -> str:
             '{"prompt": "a", "answers": ["b", "c"], "ranks": [1, 2]}\n{"prompt": "a", "answers": ["b"]}\n',
             "a.jsonl, line 2, column 'ranks': found missing or null, expected a list",
         ),
+        ("a.jsonl", good(1) + DEEP.join(['{"prompt": ', "}\n"]), "a.jsonl, line 2: nested too deep"),
+        ("a.json", f"[{DEEP}]", "a.json, a row: nested too deep"),
+        (
+            "a.csv",
+            "prompt,chosen,chosen\na,b,c\n",
+            "a.csv cannot be read as csv: the header names the column 'chosen' more than once",
+        ),
         ("a.csv", "prompt,answers\na,b\n", "a.csv, row 1, column 'answers': found str 'b', expected a list"),
     ],
 )
 def test_bad_files_are_refused_with_the_place(tmp_path, name, content, expected):
     assert expected in refused(write(tmp_path / name, content), tmp_path)
+
+
+def test_files_that_unpack_to_far_more_than_data_are_refused(tmp_path, monkeypatch):
+    unpacked = "unpacks to more than 200 times its size, and would fill the memory"
+    monkeypatch.setattr("utils.data.sources.LONGEST_ROW", 2**20)
+    rows = [{"prompt": "a" * 2**21, "chosen": "b"}, {"prompt": "c", "chosen": "d"}]
+    packed = write(tmp_path / "a.jsonl.gz", rows)
+    assert unpacked in refused(packed, tmp_path)
+    many = [{"prompt": f"{i} {'a' * 2**14}", "chosen": "b"} for i in range(1000)]
+    columns = {name: [row[name] for row in many] for name in ("prompt", "chosen")}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd", use_dictionary=False)
+    assert unpacked in refused(path, tmp_path)
+    with pytest.raises(UserError, match="line 1: longer than 1,048,576 bytes"):
+        open_stream(str(packed), None, cache_dir=None, flag="--data_path", form=Form())
+
+
+def test_brackets_in_texts_are_no_depth(tmp_path):
+    rows = [{"prompt": "[{" * 600 + str(i), "chosen": "}]"} for i in range(20)]
+    train, evaluation = load(write(tmp_path / "a.jsonl", rows), tmp_path)
+    assert len(train) + len(evaluation) == 20
+
+
+def test_local_files_ask_no_host(tmp_path, monkeypatch):
+    asked = []
+
+    def look_up(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    load(write(tmp_path / "a.jsonl", PAIRS), tmp_path)
+    assert not asked and not datasets.config.HF_HUB_OFFLINE  # a name of the hub that follows may be asked for
 
 
 def test_a_broken_archive_is_named(tmp_path):
