@@ -5,12 +5,13 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-latest gpu mutants check style clean
+.PHONY: help demo demo-seeds test test-fast test-latest gpu mutants check style clean
 
 PYTHON ?=
 VENV ?= .venv
 PYTEST_ARGS ?=
 SEED ?= 0
+SEEDS ?= 0 1 2
 JOBS ?= 1
 
 ifneq ($(SETUP),no)
@@ -33,8 +34,16 @@ help: ## this list
 demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU; results in output/demo
 	rm -rf output/demo
 	python -m remax.demo.prepare --output_dir output/demo --seed $(SEED)
-	for step in step*/; do bash $${step}training_scripts/demo/run_demo.sh --seed $(SEED); done
+	for step in step*/; do \
+		printf '\n===== %s =====\n\n' "$$(tr _ ' ' <<<"$${step%/}")"; \
+		bash $${step}training_scripts/demo/run_demo.sh --seed $(SEED); \
+	done
+	printf '\n===== report =====\n'
 	python -m remax.demo.report --output_dir output/demo --seed $(SEED)
+
+demo-seeds: $(READY) ## make demo with each of several seeds (SEEDS="0 1 2"), and how much its figures vary
+	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed; cp output/demo/summary.json output/demo_seed_$$seed.json; done
+	python -m remax.demo.seeds $(SEEDS:%=output/demo_seed_%.json)
 
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)

@@ -291,6 +291,7 @@ DEMO_FINETUNING = {
     "per_device_train_batch_size": 16,  # with two ranks
     "per_device_eval_batch_size": 50,
     "max_seq_len": 96,
+    "report_to": "tensorboard",
 }
 DEMO_REMAX = {
     **RL_SHARED,
@@ -307,6 +308,7 @@ DEMO_REMAX = {
     "num_warmup_steps": 5,
     "kl_ctl": 0.3,
     "gamma": 1,
+    "report_to": "tensorboard",
     "save_at_final": True,
 }
 FINAL = {"save_at_final": True}

@@ -25,6 +25,7 @@ from utils.launchers import launcher_variables
 USER_ERROR = 2
 STOPPED = 3  # exit status: there was no point in going on
 INTERRUPTED = 130
+STARTED = datetime.now(timezone.utc)  # the program: this is among its first imports
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "tokenizers", "peft", "numpy")
 
@@ -169,7 +170,7 @@ def describe_run(args: Any, stage: str) -> dict[str, Any]:
         "versions": versions(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "device": device_name(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": STARTED.isoformat(timespec="seconds"),
     }
 
 

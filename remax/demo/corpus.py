@@ -188,26 +188,37 @@ def best_answer(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over answers and its standard error."""
+    """A mean over answers and its standard error, over prompts."""
 
     mean: float
     standard_error: float
     count: int
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error (sample standard deviation / sqrt(n)) of n >= 2 independent values."""
+def estimate(values: Sequence[float], prompts: Sequence[str] | None = None) -> Estimate:
+    """Mean of n values and its standard error.
+
+    Answers to one prompt are alike: independent are the G >= 2 prompts, not the values. With s_g the sum of the
+    deviations from the mean over the values of prompt g, the error is sqrt(G / (G - 1) * sum_g s_g^2) / n; where all
+    prompts differ this is the sample standard deviation / sqrt(n).
+
+    Args:
+        prompts: What each value is an answer to; None: each to a prompt of its own.
+    """
     count = len(values)
-    if count < 2:
-        raise ValueError(f"a standard error needs at least two values, not {count}")
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return Estimate(mean, math.sqrt(variance / count), count)
+    groups = range(count) if prompts is None else prompts
+    mean, sums = math.fsum(values) / max(count, 1), dict.fromkeys(groups, 0.0)
+    if len(sums) < 2:
+        raise ValueError(f"a standard error needs the values of at least two prompts, not of {len(sums)}")
+    for group, value in zip(groups, values, strict=True):
+        sums[group] += value - mean
+    squares = math.fsum(deviation**2 for deviation in sums.values())
+    return Estimate(mean, math.sqrt(len(sums) / (len(sums) - 1) * squares) / count, count)
 
 
 def mean_true_reward(prompts: Sequence[str], answers: Sequence[str]) -> Estimate:
-    """The true reward of one answer per prompt, averaged."""
-    return estimate([true_reward(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
+    """The true reward of an answer to each prompt, averaged."""
+    return estimate([true_reward(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)], prompts)
 
 
 def standard_errors_above(after: Estimate, before: Estimate) -> float:

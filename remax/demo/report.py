@@ -3,9 +3,9 @@
     python -m remax.demo --output_dir output/demo
 
 reads what `remax.demo.prepare` and the stages' training_scripts/demo/run_demo.sh have written below that folder. It
-prints a table, and writes the same numbers to summary.json, reward, KL and length over the steps to training.png, and
-answers before and after to samples.md. The corpus knows the true reward of every answer, so that nobody has to believe
-the learned one.
+prints a table and writes it to report.md, the same numbers to summary.json, reward, KL and length over the steps to
+training.png, and answers before and after to samples.md. The corpus knows the true reward of every answer, so that
+nobody has to believe the learned one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from remax.core.batches import to_device
 from remax.demo import corpus
 from remax.demo.corpus import Estimate
 from remax.engines.base import FrozenEngine
@@ -34,7 +36,7 @@ from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
 from remax.evaluation.answers import answer_prompts
 from remax.evaluation.policy import evaluate_policy
-from remax.evaluation.ranking import ranking_accuracy
+from remax.evaluation.ranking import pair_scores, ranking_accuracy, wins
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
@@ -50,6 +52,7 @@ ENOUGH_STANDARD_ERRORS = 3.0
 ENOUGH_OF_THE_GAP = 0.5
 SAMPLES = 12  # prompts in samples.md
 BATCH_SIZE = 100
+PLOT = "![reward, KL and length over the steps of ReMax](training.png)\n"
 
 
 def main() -> None:
@@ -65,7 +68,8 @@ def main() -> None:
         if not (folder / "config.json").is_file():
             raise UserError(f"--output_dir {output}: {folder} holds no model; run the stages again (make demo)")
     summary, answers = measure(output / "data", folders, stages, args.seed)
-    files = {"plot": output / "training.png", "samples": output / "samples.md", "summary": output / "summary.json"}
+    names = {"plot": "training.png", "samples": "samples.md", "summary": "summary.json", "report": "report.md"}
+    files = {name: output / file for name, file in names.items()}
     plot(files["plot"], stages["remax"], summary)
     files["samples"].write_text(samples(answers), encoding="utf-8")
     summary["seconds"] = {name: stage.seconds for name, stage in stages.items()}
@@ -75,7 +79,9 @@ def main() -> None:
     summary["run"] = describe_run(args, "demo")
     summary["seeds"] = {"report": args.seed} | {name: stage.arguments["seed"] for name, stage in stages.items()}
     files["summary"].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(table(summary))
+    text = table(summary)
+    files["report"].write_text(f"# What the demo has learnt\n\n```\n{text.strip()}\n```\n\n{PLOT}", encoding="utf-8")
+    print(text)
     if args.check and not summary["verdict"]["passed"]:
         sys.exit(1)
 
@@ -167,29 +173,33 @@ def measure(
         asked = [row["prompt"] for row in answers[name]]
         best_guesses = answer_prompts(policy, tokenizers[name], asked, batch_size=BATCH_SIZE, samples=0)
         figures[name] = {
-            "true_reward": asdict(corpus.estimate([row["true_reward"] for row in answers[name]])),
+            "true_reward": asdict(corpus.estimate([row["true_reward"] for row in answers[name]], asked)),
             "true_reward_greedy": asdict(
                 corpus.mean_true_reward(asked, [found["greedy"][0].text for found in best_guesses])
             ),
-            "learned_reward": asdict(corpus.estimate([row["reward"] for row in answers[name]])),
+            "learned_reward": asdict(corpus.estimate([row["reward"] for row in answers[name]], asked)),
         } | {key: sampled.figures[key] for key in ("perplexity", "length", "ended", "kl", "entropy")}
-    ranking = ranking_accuracy(reward, loader(1, tokenizers["reward"], longest["reward"]))
-    accuracy, pairs = ranking["accuracy"], len(rows)
+    pairs = loader(1, tokenizers["reward"], longest["reward"])
+    ranking = ranking_accuracy(reward, pairs)
+    with torch.no_grad():
+        right = [won for batch in pairs for won in wins(torch.sub(*pair_scores(reward, to_device(batch)))).tolist()]
+    accuracy = corpus.estimate(right, rows["prompt"])
     best = corpus.estimate([corpus.best_reachable(row["prompt"]) for row in answers["SFT"]]).mean
     before, after = (Estimate(**figures[name]["true_reward"]) for name in ("SFT", "ReMax"))
     summary = {
-        "prompts": len(answers["SFT"]),
+        "answers": len(answers["SFT"]),
+        "prompts": len({row["prompt"] for row in answers["SFT"]}),
         "policies": figures,
         "best_reachable": best,
         "standard_errors_above_sft": corpus.standard_errors_above(after, before),
         "gap_closed": corpus.gap_closed(after, before, best),
         "reward_model": {
-            "accuracy": accuracy,
-            "accuracy_standard_error": math.sqrt(accuracy * (1 - accuracy) / pairs),
+            "accuracy": ranking["accuracy"],
+            "accuracy_standard_error": accuracy.standard_error,
             "accuracy_ceiling": corpus.accuracy_ceiling(rows),  # preferences are drawn, the better answer loses some
             "longer_wins": ranking["longer_wins"],
             "margin": ranking["margin"],
-            "pairs": pairs,
+            "pairs": accuracy.count,
         },
     }
     return summary, answers
@@ -229,7 +239,8 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(
         [
             "",
-            f"{summary['prompts']} held-out prompts, one answer each, sampled at temperature 1; ± 1 standard error",
+            f"{summary['answers']} answers to {summary['prompts']} held-out prompts, sampled at temperature 1; ± 1 "
+            "standard error over prompts",
             rule,
             *(f"{title:<{width}}" + "".join(f"{cell:>17}" for cell in cells) for title, cells in rows),
             rule,
@@ -342,8 +353,8 @@ def true_rewards_over_steps(stage: Stage) -> tuple[list[int], list[Estimate]]:
     """Steps, and the true reward of the answers that the stage has kept of each evaluation (--save_answers)."""
     found = {int(path.stem.removeprefix("step_")): path for path in (stage.folder / "answers").glob("step_*.jsonl")}
     rows_of = {step: read_rows(found[step]) for step in sorted(found)}
-    rewards = [[corpus.true_reward(row["prompt"], row["answer"]) for row in rows] for rows in rows_of.values()]
-    return list(rows_of), [corpus.estimate(values) for values in rewards]
+    texts = [([row["prompt"] for row in rows], [row["answer"] for row in rows]) for rows in rows_of.values()]
+    return list(rows_of), [corpus.mean_true_reward(*of_step) for of_step in texts]
 
 
 if __name__ == "__main__":

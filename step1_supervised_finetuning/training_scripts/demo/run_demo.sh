@@ -9,4 +9,4 @@ OUTPUT=${OUTPUT:-$ROOT/output/demo/sft}
 launch_finetuning --learning_rate 3e-3 --weight_decay 0 --num_train_epochs 5 \
     --data_split 4,4,2 --seed 2023 \
     --per_device_train_batch_size $((32 / RANKS)) --per_device_eval_batch_size 50 --max_seq_len 96 \
-    --zero_stage 2 --logging_steps 50 "$@"
+    --zero_stage 2 --logging_steps 50 --report_to tensorboard "$@"

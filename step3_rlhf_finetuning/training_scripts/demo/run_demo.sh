@@ -14,4 +14,5 @@ launch --algo remax --data_split 4,4,2 --seed 2023 \
     --actor_learning_rate 6e-4 --actor_weight_decay 0 --lr_scheduler_type cosine --num_warmup_steps 5 \
     --num_train_epochs 3 --max_steps 60 --kl_ctl 0.3 --gamma 1 \
     --actor_zero_stage 2 --reference_zero_stage 3 --reward_zero_stage 3 \
-    --disable_actor_dropout --disable_reward_dropout --save_answers --save_at_final "$@"
+    --disable_actor_dropout --disable_reward_dropout --save_answers --save_at_final \
+    --report_to tensorboard "$@"

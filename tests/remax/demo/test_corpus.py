@@ -136,7 +136,11 @@ def test_every_thing_is_of_one_kind():
 def test_estimate_by_hand():
     # mean 2, variance ((1)^2 + 0 + (1)^2) / 2 = 1, standard error 1 / sqrt(3)
     assert corpus.estimate([1.0, 2.0, 3.0]) == Estimate(2.0, pytest.approx(1 / math.sqrt(3)), 3)
-    assert corpus.mean_true_reward([PROMPT, PROMPT], ["", " Sure!"]).mean == pytest.approx((-0.5 + 0.5) / 2)
+    # Two answers to one prompt deviate together: sums -1 + 0 and 1, so sqrt(2 / 1 * (1 + 1)) / 3.
+    assert corpus.estimate([1.0, 2.0, 3.0], ["a", "a", "b"]) == Estimate(2.0, pytest.approx(2 / 3), 3)
+    assert corpus.estimate([1.0, 1.0, 3.0, 3.0], [*"aabb"]).standard_error == corpus.estimate([1.0, 3.0]).standard_error
+    prompts = [PROMPT, PROMPT.replace("Human: ", "Human:  ")]
+    assert corpus.mean_true_reward(prompts, ["", " Sure!"]).mean == pytest.approx((-0.5 + 0.5) / 2)
     with pytest.raises(ValueError, match="at least two"):
         corpus.estimate([1.0])
     with pytest.raises(ValueError):

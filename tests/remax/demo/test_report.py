@@ -39,6 +39,7 @@ def summary(errors=5.0, gap=0.6):
         "pairs": 4,
     }
     result = {
+        "answers": 5,
         "prompts": 4,
         "policies": {name: policy for name in program.POLICIES},
         "best_reachable": 3.0,
@@ -79,6 +80,7 @@ def test_table_is_aligned_and_says_everything():
         "3.00",
     ):
         assert part in text
+    assert "5 answers to 4 held-out prompts" in text and "over prompts" in text
     assert "sft 12, report 4" in text and "some/where" in text and max(map(len, lines)) <= 110
 
 
@@ -201,6 +203,10 @@ def finished(tmp_path, corpus, tiny_model, tiny_reward_model):
     return tmp_path
 
 
+def made(folder):
+    return [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+
+
 def report(folder, monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["demo", "--output_dir", str(folder), *flags])
     program.main()
@@ -220,8 +226,9 @@ def test_report_of_a_demo_that_learnt_nothing(finished, monkeypatch, capsys):
     assert 100 < policies["base"]["perplexity"] < 2000  # random weights: about the number of words, 400
     assert (
         policies["base"]["true_reward"]["mean"] < -1
-        and policies["base"]["true_reward"]["count"] == found["prompts"] == 24
+        and policies["base"]["true_reward"]["count"] == found["answers"] == 24
     )
+    assert found["prompts"] == len({row["prompt"] for row in made(finished / "data")})
     assert found["seconds"]["sft"] == 30.5 and found["seeds"] == {
         "report": 0,
         "sft": 2023,
@@ -230,6 +237,7 @@ def test_report_of_a_demo_that_learnt_nothing(finished, monkeypatch, capsys):
     }
     assert "torch" in found["run"]["versions"]
     assert all((finished / name).is_file() for name in ("training.png", "samples.md", "summary.json"))
+    assert table(found).strip() in (finished / "report.md").read_text()
 
 
 def test_report_is_the_same_again_and_check_is_asked_for(finished, monkeypatch):
