@@ -139,7 +139,7 @@ def test_estimate_by_hand():
     # Two answers to one prompt deviate together: sums -1 + 0 and 1, so sqrt(2 / 1 * (1 + 1)) / 3.
     assert corpus.estimate([1.0, 2.0, 3.0], ["a", "a", "b"]) == Estimate(2.0, pytest.approx(2 / 3), 3)
     assert corpus.estimate([1.0, 1.0, 3.0, 3.0], [*"aabb"]).standard_error == corpus.estimate([1.0, 3.0]).standard_error
-    prompts = [PROMPT, PROMPT.replace("Human: ", "Human:  ")]
+    prompts = [PROMPT, Request("two", "fruits", "picnic").prompt]
     assert corpus.mean_true_reward(prompts, ["", " Sure!"]).mean == pytest.approx((-0.5 + 0.5) / 2)
     with pytest.raises(ValueError, match="at least two"):
         corpus.estimate([1.0])
