@@ -26,6 +26,7 @@ MAIN = ROOT / "step3_rlhf_finetuning/main.py"
 # hidden size, feed-forward, layers, heads, key heads, vocabulary: TinyLlama, Llama 3.2 3B, Llama 2 7B; small for CPUs
 SHAPES = {
     "10m": (256, 1024, 6, 8, 8, 8192),
+    "134m": (768, 2048, 12, 12, 12, 32000),
     "1.1b": (2048, 5632, 22, 32, 4, 32000),
     "3.2b": (3072, 8192, 28, 24, 8, 128256),
     "7b": (4096, 11008, 32, 32, 32, 32000),

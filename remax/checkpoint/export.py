@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remax.engines.zero import count_parameters, gathered
+from remax.engines.zero import gathered
+from remax.models.loading import count_parameters
 from remax.models.lora import ADAPTER_FOLDER, adapters_alone, merge_adapters, save_adapter
 from remax.models.policy import PolicyModel
 from remax.models.reward_model import RewardModel
@@ -131,7 +132,7 @@ def refuse_without_room(model: PolicyModel | RewardModel, folder: Path) -> None:
     Raises:
         UserError: On rank 0, there is less free than the model takes.
     """
-    needed = count_parameters(model).parameters * model.hf.dtype.itemsize
+    needed = count_parameters(model) * model.hf.dtype.itemsize
     free = shutil.disk_usage(folder).free
     if is_main() and free < needed:
         raise UserError(

@@ -115,6 +115,7 @@ def ranking_findings(
     if not all(sides):
         return [ranks, Finding(name, SKIPPED, f"the better answer is the longer one in {sides[0]} of {n} pairs")]
     balanced = float(right[longer].mean() + right[shorter].mean()) / 2
+    more = "more" if right[longer].mean() > right[shorter].mean() else "less"
     z = (balanced - 0.5) * 4 / math.sqrt(1 / sides[0] + 1 / sides[1])
     return [
         ranks,
@@ -123,8 +124,8 @@ def ranking_findings(
             z > ONE_SIDED_95,
             f"accuracy {float(right[longer].mean()):.3f} where the better answer is longer, "
             f"{float(right[shorter].mean()):.3f} where it is shorter; 'longer wins' reaches {longer_wins:.3f}",
-            "the policy would learn to write more, not better: balance the lengths in the reward model's training pairs"
-            + ("" if min(sides) >= ENOUGH_PER_SIDE else " (or give more held-out pairs)"),
+            f"the policy would learn to write {more}, not better: balance the lengths in the reward model's training "
+            "pairs" + ("" if min(sides) >= ENOUGH_PER_SIDE else " (or give more held-out pairs)"),
             bad=FAILURE if n >= ENOUGH_PAIRS and min(sides) >= ENOUGH_PER_SIDE else WARNING,
             balanced_accuracy=balanced,
             longer_wins=longer_wins,

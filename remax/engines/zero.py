@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from remax.engines.deepspeed_config import EngineConfig, training_config
+from remax.models.loading import count_parameters
 from utils.distributed import device
 
 
@@ -81,7 +82,6 @@ class Size:
         return f"{self.parameters:,} parameters, of which {self.trained:,} are trained ({self.share:.2%})"
 
 
-def count_parameters(model: nn.Module) -> Size:
+def size_of(model: nn.Module) -> Size:
     """Of the whole model, also where ZeRO-3 spreads it; tied parameters count once."""
-    counts = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
-    return Size(sum(n for n, _ in counts), sum(n for n, trained in counts if trained))
+    return Size(count_parameters(model), count_parameters(model, trained_only=True))

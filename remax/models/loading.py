@@ -177,7 +177,12 @@ def on_the_gpu() -> dict[str, Any]:
 
 
 def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:
-    if gradient_checkpointing:
+    """Recomputes activations where that is wanted, by whichever of its names this version of transformers knows."""
+    if not gradient_checkpointing:
+        return
+    if hasattr(hf, "activation_checkpointing_enable"):
+        hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -197,6 +202,7 @@ def embedded_tokens(hf: PreTrainedModel) -> int:
     return cast(nn.Embedding, hf.get_input_embeddings()).num_embeddings
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters at full size, also under ZeRO-3."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
+    """Parameters at full size, also under ZeRO-3; tied ones count once."""
+    counted = (p for p in model.parameters() if p.requires_grad or not trained_only)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in counted)

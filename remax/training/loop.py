@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from remax.core.batches import groups
-from remax.engines.zero import Size, count_parameters
+from remax.engines.zero import Size, size_of
 from utils.data.loaders import ResumableSampler
 from utils.distributed import peak_memory, print0
 from utils.metrics import MetricsLogger, progress
@@ -163,7 +163,7 @@ def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: Metri
     state, started = TrainState(), time.perf_counter()
     if bound := cadence.bound(len(loader)):
         print0(f"{total} steps: {bound}")
-    sizes = {name: count_parameters(model) for name, model in learner.trained.items()}
+    sizes = {name: size_of(model) for name, model in learner.trained.items()}
     for name, size in sizes.items():
         print0(f"{name}: {size}")
     whole = sum(sizes.values(), Size())

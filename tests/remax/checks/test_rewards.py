@@ -128,6 +128,10 @@ def test_each_reward_model_ranks_by_its_name(corpus, tokenizer):
     ]
     accuracy = [found.numbers["accuracy"] for found in findings[::2]]
     assert accuracy[0] == pytest.approx(1 - accuracy[1])
+    assert [found.remedy.partition(",")[0] for found in findings[1::2]] == [
+        "the policy would learn to write more",
+        "the policy would learn to write less",
+    ]
 
 
 def test_without_a_reward_model_there_is_nothing_to_rank(corpus, tokenizer):

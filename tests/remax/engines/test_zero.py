@@ -2,7 +2,7 @@
 
 import torch
 
-from remax.engines.zero import count_parameters
+from remax.engines.zero import size_of
 
 
 def test_parameters_are_counted_whole_and_tied_ones_once():
@@ -13,6 +13,6 @@ def test_parameters_are_counted_whole_and_tied_ones_once():
     spread = torch.nn.Parameter(torch.zeros(0))  # ZeRO-3 leaves none of a parameter in its place
     spread.ds_numel = 20
     model.register_parameter("spread", spread)
-    size = count_parameters(model)
+    size = size_of(model)
     assert (size.parameters, size.trained) == (8 + 3 + 2 + 20, 3 + 20) and size.share == 23 / 33
     assert str(size) == "33 parameters, of which 23 are trained (69.70%)"
