@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from remax.core.rollout import Rollout
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import FrozenEngine, TrainedEngine
-from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.deepspeed_config import EngineConfig, training_config
 from remax.engines.optimizer import OptimizerConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward, TrainedReward
@@ -81,6 +82,7 @@ class Spread:
     new_pad: bool = False  # a pad token is added to the tokenizer, as in step 2
     new_head: bool = False
     packing: bool = False
+    overlap: bool = False  # DeepSpeed reduces gradients during the backward pass, as on a GPU
 
     @property
     def config(self) -> EngineConfig:
@@ -110,10 +112,16 @@ class Spread:
             return load_reward_model(self.model, "--model", dtype=self.config.torch_dtype, **options)
 
     def actor(self, **options) -> Actor:
-        return with_epsilon(Actor(TrainedEngine(self.policy(), self.config, optimizer()), **options))
+        return with_epsilon(Actor(self.trained(self.policy()), **options))
 
     def trained_reward(self) -> TrainedReward:
-        return with_epsilon(TrainedReward(TrainedEngine(self.scorer(), self.config, optimizer())))
+        return with_epsilon(TrainedReward(self.trained(self.scorer())))
+
+    def trained(self, model) -> TrainedEngine:
+        settings = training_config(self.config)
+        settings["zero_optimization"]["overlap_comm"] = self.overlap
+        with patch("remax.engines.base.training_config", return_value=settings):
+            return TrainedEngine(model, self.config, optimizer())
 
 
 def optimizer() -> OptimizerConfig:
@@ -142,21 +150,29 @@ def save_weights(folder: Path, name: str, trained) -> None:
 
 
 def take_steps(trained, steps: int, loss_of, rows: int, micro_batch: int) -> dict:
-    """Optimizer steps over this rank's share of all rows; loss_of(step, rows) is the rows' share of the loss."""
-    losses, norms, rates = [], [], []
+    """Optimizer steps over this rank's share of all rows; loss_of(step, rows) is the rows' share of the loss.
+
+    In fp16 a step that overflows is taken again, with a lower loss scale.
+    """
+    losses, norms, rates, skipped, scales = [], [], [], [], []
     trained.train()
-    for step in range(steps):
+    while len(losses) < steps:
+        step = len(losses)
         total, parts = torch.zeros(()), mine(range(rows)).split(micro_batch)
         for i, part in enumerate(parts):
             loss = loss_of(step, part)
             trained.backward(loss, last=i == len(parts) - 1)
             total += loss.detach().float()
         result = trained.step()
+        skipped.append(result.skipped)
+        scales.append(float(getattr(trained.engine.wrapped.optimizer, "cur_scale", 0)))
+        if result.skipped:
+            assert trained.engine.config.dtype == "fp16" and len(skipped) < 20
+            continue
         losses.append(sum_across_ranks({"loss": total})["loss"])
         norms.append(result.grad_norm)
         rates.append(result.learning_rate)
-        assert not result.skipped
-    return {"losses": losses, "grad_norms": norms, "learning_rates": rates}
+    return {"losses": losses, "grad_norms": norms, "learning_rates": rates, "skipped": skipped, "scales": scales}
 
 
 # --- training
@@ -534,9 +550,12 @@ def fine_tune(
 
 
 def main() -> None:
+    from deepspeed.accelerator import get_accelerator
+
     job = json.loads(Path(sys.argv[1]).read_text())
     quiet_libraries()
     init_distributed()
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed refuses fp16 on most CPUs, where torch computes it
     folder, results = Path(job["folder"]), {}
     for arguments in job["checks"]:
         function, name = CHECKS[arguments.pop("check")], arguments["name"]

@@ -106,18 +106,23 @@ def stage_checks(models: dict) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def two_ranks(plain, run_ranks):
-    """fp32 and bf16 at every stage, and packed rows at stages 2 and 3, in one launch."""
+    """Every number format at every stage, communication that overlaps, and packed rows, in one launch."""
     models = plain[1]
     packed = [{"zero_stage": stage, "packing": True} for stage in (2, 3)]
     half = [{"zero_stage": stage, "dtype": "bf16"} for stage in (1, 2, 3)]
+    fp16 = [{"zero_stage": stage, "dtype": "fp16"} for stage in (1, 2, 3)]
+    overlap = [{"zero_stage": stage, "overlap": True} for stage in (1, 2, 3)]
     checks = grid({kind: models[kind] for kind in ("llama", "reward")}, half, micro_batch=2)
+    checks += grid({"llama": models["llama"]}, fp16, micro_batch=2)
+    checks += grid({"reward": models["reward"]}, fp16[1:2], micro_batch=2)
+    checks += grid({"overlap": models["llama"]}, overlap, micro_batch=2)
     common = {"check": "not_finite", "model": models["llama"]["model"], "rows": models["llama"]["rows"][0]}
-    broken = [{"zero_stage": stage} for stage in range(4)] + half
+    broken = [{"zero_stage": stage} for stage in range(4)] + half + fp16[2:]
     checks += [
         common | spread | {"name": "-".join(["broken", *map(str, spread.values())]), "micro_batch": 2}
         for spread in broken
     ]
-    return run_ranks(stage_checks(models) + grid(models, packed, micro_batch=4) + checks, 2)
+    return run_ranks(stage_checks(models) + grid(models, packed, micro_batch=4) + checks, 2, timeout=600)
 
 
 def test_every_stage_equals_plain_torch_on_one_rank(plain, run_ranks):
@@ -129,7 +134,8 @@ def test_every_stage_equals_plain_torch_on_one_rank(plain, run_ranks):
 
 def test_every_stage_equals_plain_torch_on_two_ranks(plain, two_ranks):
     results, folder = two_ranks
-    exact = {name: result for name, result in results.items() if "bf16" not in name and "broken" not in name}
+    others = ("bf16", "fp16", "overlap", "broken")
+    exact = {name: result for name, result in results.items() if not any(other in name for other in others)}
     assert len(exact) == 16 + 6  # padded, packed
     compare(exact, folder, plain[0], losses=1e-5, norms=1e-5, weights=1e-5)
 
@@ -145,15 +151,36 @@ def test_bf16_is_close(plain, two_ranks):
         compare(some, folder, plain[0], losses=losses, norms=6e-2, weights=1e-2)
 
 
+def test_fp16_is_close(plain, two_ranks):
+    # The loss is scaled, and the gradient is scaled back: were it one of the two alone, norms or weights would tell.
+    results, folder = two_ranks
+    half = {name: result for name, result in results.items() if "fp16" in name and "broken" not in name}
+    assert len(half) == 4
+    for name, result in half.items():
+        scales = result["scales"]  # after each step, skipped ones included
+        assert any(result["skipped"]) and scales == sorted(scales, reverse=True), name  # 2^16 is too much here
+        assert 2**12 <= scales[-1] < 2**16, name
+    compare(half, folder, plain[0], losses=5e-3, norms=5e-3, weights=2e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_overlapping_communication_changes_no_bit(stage, two_ranks):
+    _, folder = two_ranks
+    overlapping, in_turn = (torch.load(folder / f"{name}-2.pt") for name in (f"overlap-{stage}-True", f"llama-{stage}"))
+    assert all(torch.equal(overlapping[key], weight) for key, weight in in_turn.items())
+
+
 def test_a_step_without_a_finite_gradient_is_skipped(plain, two_ranks):
     results, folder = two_ranks
     broken = {name: result for name, result in results.items() if "broken" in name}
-    assert len(broken) == 7
+    assert len(broken) == 8
     for name, result in broken.items():
-        assert result["skipped"] == [[False, True, False, False]] * 2, name
+        skipped, other = result["skipped"]
+        assert skipped == other and skipped[1], name
+        assert "fp16" in name or skipped == [False, True, False, False], name  # fp16 is looking for its scale
         state = torch.load(folder / f"{name}.pt")
         assert all(weight.isfinite().all() for weight in state.values()), name
-        assert result["finite"] == [True, False, True, True], name
+        assert result["finite"] == [not skip for skip in skipped], name
     same = torch.load(folder / "broken-0.pt")  # three ordinary steps; the schedule waits meanwhile, at every stage
     for stage in (1, 2, 3):
         state = torch.load(folder / f"broken-{stage}.pt")
