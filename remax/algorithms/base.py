@@ -104,9 +104,9 @@ class Algorithm(ABC):
         """The micro-batch's share of the critic's loss, and its figures, where the algorithm has a critic."""
         raise TypeError(f"{type(self).__name__} has no critic")
 
-    def count(self, sequences: Sequences) -> Tensor:
+    def count(self, sequences: Sequences) -> int:
         """This batch's share of the loss's denominator: answers, or answer tokens."""
-        return sequences.answer_lengths.sum() if self.loss_aggregation == "token" else torch.tensor(len(sequences))
+        return sequences.answer_tokens if self.loss_aggregation == "token" else len(sequences)
 
     def update(self, kl: float, answers: float) -> None:
         """After a step, with its KL in nats per answer and its number of answers, over all ranks."""

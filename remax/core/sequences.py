@@ -25,6 +25,24 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
+def places(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(B,) lengths that add up to `total` -> (total,) rows and (total,) columns where their `length_mask` is True.
+
+    They are in the mask's order. An index by the mask itself would wait for a GPU to count, and once more backward.
+    """
+    device = lengths.device
+    rows = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=total)
+    return rows, torch.arange(total, device=device) - (lengths.cumsum(0) - lengths)[rows]
+
+
+def among(ids: Tensor, some: Sequence[int]) -> Tensor:
+    """Ids -> bool of the same shape: whether each is one of `some`, a few that need not be copied to a GPU."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for one in some:
+        found |= ids == one
+    return found
+
+
 def learned_mask(batch: SupervisedBatch, sequences: Sequences) -> Tensor:
     """(B, A) bool: the answer tokens that supervised learning counts: all, or those of the batch's `loss_mask` (B, A).
 
@@ -96,9 +114,34 @@ class Sequences:
         return self.lengths - 1
 
     @cached_property
+    def counts(self) -> list[list[int]]:
+        """The B prompt lengths and the B answer lengths, as numbers. Kept, since reading them waits for a GPU."""
+        return torch.stack([self.prompt_lengths, self.answer_lengths]).tolist()
+
+    def _knowing(self, counts: list[list[int]]) -> Sequences:
+        """The same object, with `counts` that need not be read."""
+        self.__dict__["counts"] = counts
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all prompts and answers."""
+        return sum(map(sum, self.counts))
+
+    @property
+    def answer_tokens(self) -> int:
+        """N, the tokens of all answers."""
+        return sum(self.counts[1])
+
+    @property
     def answer_width(self) -> int:
-        """A, the longest answer of the batch, at least 1. Kept, since reading it waits for a GPU."""
-        return max(int(self.answer_lengths.max()), 1)
+        """A, the longest answer of the batch, at least 1."""
+        return max(*self.counts[1], 1)
+
+    @property
+    def answer_places(self) -> tuple[Tensor, Tensor]:
+        """(N,) rows and (N,) columns of the answer tokens in tensors of shape (B, A), see `places`."""
+        return places(self.answer_lengths, self.answer_tokens)
 
     @property
     def answer_mask(self) -> Tensor:
@@ -133,19 +176,22 @@ class Sequences:
     def ended(self, eos_ids: Sequence[int]) -> Tensor:
         """(B,) bool: whether each answer reached an end token within its limit."""
         last = self.at(self.input_ids, self.end_index)
-        return torch.isin(last, torch.tensor(list(eos_ids), device=last.device))
+        return among(last, eos_ids)
 
     def trim(self) -> Sequences:
         """The same rows, cut to the longest of them."""
-        return replace(self, input_ids=self.input_ids[:, : int(self.lengths.max())])
+        longest = max(map(sum, zip(*self.counts, strict=True)))
+        return replace(self, input_ids=self.input_ids[:, :longest])._knowing(self.counts)
 
     def select(self, rows: Tensor | slice) -> Sequences:
         """Some of the rows, trimmed."""
-        return Sequences(self.input_ids[rows], self.prompt_lengths[rows], self.answer_lengths[rows]).trim()
+        some = Sequences(self.input_ids[rows], self.prompt_lengths[rows], self.answer_lengths[rows])
+        return (some._knowing([lengths[rows] for lengths in self.counts]) if isinstance(rows, slice) else some).trim()
 
     def in_parts(self, parts: int) -> list[Sequences]:
         """The rows in order, in `parts` parts of nearly equal size, each trimmed."""
-        return [self.select(rows) for rows in torch.arange(len(self)).tensor_split(parts)]
+        bounds = [(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(len(self)).tensor_split(parts)]
+        return [self.select(slice(*bound)) for bound in bounds]
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same rows on a device."""
@@ -172,7 +218,7 @@ class Sequences:
                 all A tokens long.
             pad_id: What the rows are filled up with.
         """
-        is_eos = torch.isin(answers, torch.tensor(list(eos_ids), device=answers.device))
+        is_eos = among(answers, eos_ids)
         before_or_at_first_eos = (is_eos.cumsum(1) - is_eos.long()) == 0  # (B, A)
         answer_lengths = before_or_at_first_eos.sum(1)
         joined = torch.cat([prompts.input_ids, answers], 1)  # (B, P + A)
@@ -190,8 +236,11 @@ class Sequences:
             torch.nn.functional.pad(part.input_ids, (0, width - part.input_ids.shape[1]), value=pad_id)
             for part in parts
         ]
-        return cls(
+        joined = cls(
             torch.cat(ids),
             torch.cat([part.prompt_lengths for part in parts]),
             torch.cat([part.answer_lengths for part in parts]),
         )
+        if all("counts" in part.__dict__ for part in parts):
+            joined._knowing([sum((part.counts[side] for part in parts), []) for side in (0, 1)])
+        return joined

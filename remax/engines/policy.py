@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -26,10 +27,12 @@ def _chunks(sequences: Sequences, chunk_size: int, same_on_all_ranks: bool) -> i
 
     Where the ranks must call the head equally often, the largest number among them.
     """
-    chunks = torch.ceil(sequences.answer_lengths.sum() / chunk_size).long().clamp(min=1).to(device())
+    chunks = max(math.ceil(sequences.answer_tokens / chunk_size), 1)
     if same_on_all_ranks and world_size() > 1:
-        dist.all_reduce(chunks, op=dist.ReduceOp.MAX)
-    return int(chunks)
+        most = torch.tensor(chunks, device=device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+    return chunks
 
 
 class _Policy(Role):

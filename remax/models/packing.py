@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from remax.core.sequences import Sequences
+from remax.core.sequences import Sequences, places
 from utils.run import UserError
 
 IN_PIECES = "sdpa_in_pieces"  # transformers makes no mask for an attention that it has no mask function for
@@ -125,9 +125,10 @@ class Packed:
 
     @classmethod
     def join(cls, sequences: Sequences) -> Packed:
-        lengths, mask = sequences.lengths, sequences.mask
-        positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        return cls(sequences.input_ids[mask][None], positions[mask][None], lengths.cumsum(0) - lengths, lengths)
+        lengths = sequences.lengths
+        rows, positions = places(lengths, sequences.tokens)  # (N,)
+        ids = sequences.input_ids[rows, positions]
+        return cls(ids[None], positions[None], lengths.cumsum(0) - lengths, lengths)
 
     def at(self, values: Tensor, columns: Tensor) -> Tensor:
         """(1, N, ...) values of the tokens -> those at some columns of the pieces.
@@ -147,11 +148,11 @@ def last_hidden(hf: PreTrainedModel, sequences: Sequences, columns: Tensor, pack
     packed = Packed.join(sequences)
     pieces: dict[str, Any] = {"position_ids": packed.position_ids}
     if hf.config._attn_implementation == IN_PIECES:
-        pieces["piece_lengths"] = tuple(packed.lengths.tolist())
+        pieces["piece_lengths"] = tuple(map(sum, zip(*sequences.counts, strict=True)))
     states = hf.base_model(input_ids=packed.input_ids, use_cache=False, **pieces).last_hidden_state  # (1, N, H)
     return packed.at(states, columns)
 
 
 def token_slots(sequences: Sequences, packing: bool) -> int:
     """Tokens that `last_hidden` has the model compute, padding included."""
-    return int(sequences.lengths.sum()) if packing else sequences.input_ids.numel()
+    return sequences.tokens if packing else sequences.input_ids.numel()

@@ -132,16 +132,16 @@ class PolicyModel(nn.Module):
         """
         if hidden_only:
             return self.hidden(sequences)
-        mask = sequences.answer_mask  # (B, A)
+        mask, places = sequences.answer_mask, sequences.answer_places  # (B, A), 2 of (N,)
         stats = token_stats(
-            self.hidden(sequences)[mask],
+            self.hidden(sequences)[places],
             self.head,
-            sequences.answer_ids[mask],
+            sequences.answer_ids[places],
             chunks=chunks,
             sampling=sampling or Sampling(),
             entropy=entropy,
             stats_grad=stats_grad,
-            reference_hidden=None if reference_hidden is None else reference_hidden[mask],
+            reference_hidden=None if reference_hidden is None else reference_hidden[places],
             reference_head=reference_head,
         )
         logprobs, h, kl = (

@@ -29,8 +29,11 @@ def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
         Means over what the task counts and, over all token slots that the model computed, the share of padding.
     """
     begin = time.perf_counter()
+    # Counted before they are copied: on a GPU each number would be waited for.
+    rows, counts = [task.sequences(batch) for batch in batches], [task.count(batch) for batch in batches]
+    tokens = Figure(sum(sequences.tokens for sequences in rows), 1)
+    slots = Figure(sum(task.learner.engine.slots(sequences) for sequences in rows), 1)
     batches = [to_device(batch) for batch in batches]
-    counts = [task.count(batch) for batch in batches]
     count = sum_across_ranks({"count": sum(counts)})["count"]
     figures: Figures = {}
     for i, batch in enumerate(batches):
@@ -39,9 +42,6 @@ def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
         figures = add(figures, {k: Figure(v, counts[i]) for k, v in {"loss": loss.detach() * count, **sums}.items()})
     result = task.learner.step()
     seconds = time.perf_counter() - begin
-    rows = [task.sequences(batch) for batch in batches]
-    tokens = Figure(sum(int(sequences.lengths.sum()) for sequences in rows), 1)
-    slots = Figure(sum(task.learner.engine.slots(sequences) for sequences in rows), 1)
     means = reduce(figures | {"tokens of a rank": tokens, "slots of a rank": slots})
     tokens_read, slots_computed = means.pop("tokens of a rank"), means.pop("slots of a rank")
     return (

@@ -67,7 +67,7 @@ class Timer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.tokens: float | Tensor = 0.0
+        self.tokens = 0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -129,8 +129,7 @@ class Trainer:
             with timer("scoring"):
                 reward, baseline, parts = self.score(sampled, greedy, batch.columns)  # r(x, y), r(x, ybar)
                 collected.append(replace(self.annotate(sampled, reward), baseline=baseline))
-            # Left on the device: reading it would wait for the GPU in the middle of a step.
-            timer.tokens = timer.tokens + sum(x.answer_lengths.sum() for x in (sampled, greedy) if x is not None)
+            timer.tokens += sum(x.answer_tokens for x in (sampled, greedy) if x is not None)
             figures = add(figures, parts)
         rollout = Rollout.concatenate(collected, self.pad_id)
         rollout = self.algorithm.prepare(rollout)  # advantages: for ReMax r(x, y) - r(x, ybar)
@@ -243,7 +242,7 @@ class Trainer:
     def learn_plain_text(self, batch: SupervisedBatch) -> Figures:
         """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
         rows = Sequences.from_batch(to_device(batch))
-        tokens = sum_across_ranks({"tokens": rows.answer_lengths.sum()})["tokens"]
+        tokens = sum_across_ranks({"tokens": rows.answer_tokens})["tokens"]
         parts, figures = rows.in_parts(self.forwards(rows)), Figures()
         for i, part in enumerate(parts):
             logprobs = self.actor.logprobs(part, sampling=Sampling()).logprobs  # the model's, at any temperature

@@ -102,7 +102,7 @@ def test_losses_and_metrics_against_a_loop():
     logprobs = (batch.old_logprobs + 0.3 * random(3, 4, seed=6)).requires_grad_()
     values = (batch.values + 0.4 * random(3, 4, seed=7)).requires_grad_()
     tokens = algorithm.count(batch.sequences)
-    assert tokens.item() == 8  # `token` aggregation
+    assert tokens == 8  # `token` aggregation
     loss, metrics = algorithm.loss(batch, PolicyOutput(logprobs), tokens)
     value_loss, value_metrics = algorithm.value_loss(batch, values, tokens)
 

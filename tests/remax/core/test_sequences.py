@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from remax.core.rollout import Rollout
-from remax.core.sequences import Prompts, Sequences, learned_mask, length_mask
+from remax.core.sequences import Prompts, Sequences, learned_mask, length_mask, places
 from utils.data.batches import SupervisedBatch
 
 PAD = 0
@@ -74,6 +74,23 @@ def test_concatenate_pads_to_the_widest():
     joined = Sequences.concatenate(parts, PAD).trim()
     assert torch.equal(joined.input_ids, batch(rows).input_ids)
     assert torch.equal(joined.lengths, batch(rows).lengths)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_places_are_those_of_the_masks(seed):
+    sequences = batch(random_rows(seed), extra_columns=1)
+    of_all = places(sequences.lengths, sequences.tokens)
+    for found, mask in ((sequences.answer_places, sequences.answer_mask), (of_all, sequences.mask)):
+        assert [x.tolist() for x in found] == [x.tolist() for x in mask.nonzero(as_tuple=True)]
+
+
+def test_counts_come_along():
+    # They were read once; whatever is made of these rows need not read them again.
+    first, second = batch(random_rows(3)).trim(), batch(random_rows(4)).trim()
+    joined = Sequences.concatenate([first, second], PAD)
+    for made in (first, joined, joined.select(slice(1, 3)), *joined.in_parts(2), joined.in_parts(3)[2].trim()):
+        assert made.__dict__["counts"] == [made.prompt_lengths.tolist(), made.answer_lengths.tolist()]
+    assert joined.select(torch.tensor([2, 0])).counts == [[side[2], side[0]] for side in joined.counts]
 
 
 # --- generation
