@@ -32,6 +32,15 @@ MORE = {
     "rloo": "--actor_gradient_checkpointing",
     "ppo": "--critic_gradient_checkpointing",
 }
+MODELS = "--actor_model_name_or_path {models}/llama --reward_model_name_or_path {models}/llama-reward"
+# The programs that do not train.
+OTHERS = {
+    "step1_supervised_finetuning/prompt_eval.py": "--model_name_or_path_finetune {models}/opt --num_prompts 2"
+    " --num_return_sequences 2 --num_beams 2 --max_new_tokens 6 --data_path {data} --output {folder}/answers.jsonl",
+    "step2_reward_model_finetuning/rw_eval.py": "--model_name_or_path {models}/llama-reward --max_seq_len 72"
+    " --data_path {data} --output {folder}/scores.jsonl",
+    "remax/doctor.py": f"{MODELS} --max_prompt_seq_len 60 --max_answer_seq_len 10 --data_path {{data}}",
+}
 FEW = "--max_steps 1 --max_eval_batches 1"
 
 
@@ -144,6 +153,10 @@ def main() -> None:
         # Another optimizer's code, and so another rounding.
         lines = differences(outcome(path), recorded[name], exact=False)
         trainings[name] = {"differences": lines, "steps": steps}
+    for program, flags in OTHERS.items():
+        names = {"folder": folder, "models": folder / "models", "data": folder / "data"}
+        with Sim():
+            assert run_program(TESTS.parent / program, flags.format(**names).split(), folder) == 0, program
     faults: dict[str, dict[str, Any]] = {}
     for name, fault in FAULTS.items():
         faults[name] = {}
