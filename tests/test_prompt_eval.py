@@ -177,7 +177,7 @@ def test_an_answer_that_does_not_fit_is_refused_before_loading(run, questions, m
 
 def test_a_file_that_is_not_utf_8_is_refused(run, questions):
     questions.write_bytes(b"What?\n\xff\xfe")
-    with pytest.raises(UserError, match=r"--prompts_file .*: is not UTF-8 \(invalid start byte, byte 7\)"):
+    with pytest.raises(UserError, match=r"--prompts_file .*: line 2 is not UTF-8 \(invalid start byte\)"):
         run("--prompts_file", questions)
 
 

@@ -12,8 +12,9 @@ WHOLE_NUMBERS = {  # with the smallest and the largest that each may be
     "LOCAL_WORLD_SIZE": (1, LARGEST),
     "LOCAL_SIZE": (1, LARGEST),
     "MASTER_PORT": (1, 65535),
-    "OMPI_COMM_WORLD_SIZE": (1, LARGEST),
-    "PMI_SIZE": (1, LARGEST),
+    **{f"OMPI_COMM_WORLD_{name}": (0, LARGEST) for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")},
+    **{name: (0, LARGEST) for name in ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")},
+    **{f"SLURM_{name}": (0, LARGEST) for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS")},
     "SLURM_STEP_NUM_TASKS": (1, LARGEST),
     "SLURM_NTASKS": (1, LARGEST),
 }
@@ -25,7 +26,7 @@ def environment_fault(environment: Mapping[str, str] = os.environ) -> str | None
     """What cannot be a rank, a port, a time-out, a number of threads or an accelerator, and what was expected."""
 
     def refused(name: str, expected: str) -> str:
-        return f"environment variable {name} is {environment[name]!r}; expected {expected}, or unset it"
+        return f"environment variable {name} is {environment[name][:40]!r}; expected {expected}, or unset it"
 
     for name, (smallest, largest) in WHOLE_NUMBERS.items():
         if name in environment and not _is_whole(environment[name], smallest, largest):

@@ -34,6 +34,12 @@ class UserError(Exception):
     """Bad input. The message is one line: what (flag, file, row), what was expected, and the remedy."""
 
 
+def one_line(error: BaseException, longest: int = 2000) -> str:
+    """The whole message on one line; of a very long one, which a library wrote, the middle is left out."""
+    text = " ".join(str(error).split("\n"))
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+
+
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
@@ -56,7 +62,8 @@ def run_main(main: Callable[[], None]) -> None:
         os.environ.update(launcher_variables(os.environ))  # from here on it is known which rank this is
         main()
     except UserError as error:
-        _say(str(error))
+        _leave_as_found()
+        _say(one_line(error))
         sys.exit(USER_ERROR)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -103,6 +110,7 @@ def open_folder(output_dir: str | Path) -> Path:
         UserError: The folder cannot be made or written, or another run is writing to it.
     """
     folder = Path(output_dir)
+    found = _found(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if rank_of_launcher() == 0 and folder.resolve() not in _locks:
@@ -110,9 +118,34 @@ def open_folder(output_dir: str | Path) -> Path:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--output_dir: cannot write to {folder} ({reason}); choose another folder") from error
+    _not_started[folder] = found
     return folder
 
 
+EARLY = (".lock", "data.json")  # written before a training begins
+
+
+def _found(folder: Path) -> tuple[list[Path], dict[Path, bytes | None]]:
+    """The folders that are yet to be made, the innermost first, and what the files of EARLY hold; None: not there."""
+    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    files = [folder / name for name in EARLY]
+    return made, {file: file.read_bytes() if file.is_file() else None for file in files}
+
+
+def _leave_as_found() -> None:
+    """A refused run takes back what it has written before its training."""
+    for folder, (made, files) in _not_started.items():
+        with suppress(OSError):
+            for file, content in files.items() if folder.resolve() in _locks else ():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                elif content != file.read_bytes():
+                    file.write_bytes(content)
+            for place in made:  # as far as they are empty
+                place.rmdir()
+
+
+_not_started: dict[Path, tuple[list[Path], dict[Path, bytes | None]]] = {}  # as the folders were when they were opened
 _locks: dict[Path, IO[str]] = {}  # open as long as the process lives
 
 
@@ -130,6 +163,14 @@ def _lock(folder: Path) -> IO[str]:
         ) from None
     except OSError:
         return file
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            return _signed(file)
+    file.close()  # a refused run has just taken its lock away
+    return _lock(folder)
+
+
+def _signed(file: IO[str]) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
@@ -145,6 +186,7 @@ def start_run(folder: Path, args: Any, stage: str) -> None:
         args: A namespace, dataclass instance or dict with the parsed flags.
         stage: The name that goes into `run.json`, for example "step1".
     """
+    _not_started.pop(folder, None)
     if rank_of_launcher() != 0:
         return
     (folder / "results.json").unlink(missing_ok=True)

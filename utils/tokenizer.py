@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.bounds import BoundsExceeded, bounded
 from utils.distributed import print0
+from utils.files import read_text
 from utils.hub import hub_is_reachable
 from utils.run import UserError, first_line
 
@@ -78,13 +79,7 @@ def read_chat_template(text_or_file: str) -> str:
     """The Jinja text of --chat_template: given as it stands (it holds a brace), or in a file."""
     if "{" in text_or_file:
         return text_or_file
-    try:
-        text = Path(text_or_file).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(
-            f"--chat_template {text_or_file}: {reason}; expected a file with a Jinja template, or its text"
-        ) from error
+    text = read_text(text_or_file, "--chat_template", "a file with a Jinja template, or its text")
     if "{" not in text:
         raise UserError(f"--chat_template {text_or_file}: holds no Jinja template: there is no brace in it")
     return text

@@ -3,9 +3,9 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from utils.files import read_text
 from utils.run import UserError
 
 
@@ -19,6 +19,7 @@ def read_config(file: str) -> tuple[dict[Any, Any], str | None]:
         UserError: no such file, its content is no mapping, or a key is there twice.
     """
     where, is_json = f"--config {file}", file.endswith(".json")
+    text = read_text(file, "--config", "a yaml or json file of flags")
     import yaml  # only runs with a file pay for it
 
     def once(keys: Iterable[Any]) -> None:
@@ -36,12 +37,9 @@ def read_config(file: str) -> tuple[dict[Any, Any], str | None]:
             return super().construct_mapping(node, deep)
 
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=json_mapping) if is_json else yaml.load(text, YamlLoader)
-    except FileNotFoundError:
-        raise UserError(f"{where}: no such file (looked from {Path.cwd()})") from None
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply; expected a mapping from flags to values") from None
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: is no {'json' if is_json else 'yaml'} ({reason})") from None

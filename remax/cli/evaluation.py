@@ -24,6 +24,7 @@ from remax.cli.flags import (
 from remax.cli.model_names import check_model
 from remax.cli.parser import read_flags
 from remax.cli.validate import check_folder, check_reward, import_functions, resolve_dtype
+from utils.files import read_text
 from utils.run import UserError
 
 
@@ -128,12 +129,17 @@ def parse_prompt_eval(argv: Sequence[str] | None = None) -> PromptEvalArguments:
         check_model(name, getattr(args, name))
     if args.prompts_file and args.data_path:
         raise UserError("--prompts_file with --data_path: give one of them")
-    if args.prompts_file and not Path(args.prompts_file).is_file():
-        raise UserError(f"--prompts_file {args.prompts_file}: no such file (looked from {Path.cwd()})")
+    if args.prompts_file:
+        read_prompts_file(args.prompts_file)
     check_output(args)
     check_folder("data_output_path", args.data_output_path)
     args.dtype = resolve_dtype("dtype", args.dtype)
     return args
+
+
+def read_prompts_file(file: str) -> str:
+    """The text of --prompts_file."""
+    return read_text(file, "--prompts_file", "a text file with a question a line")
 
 
 def parse_doctor(argv: Sequence[str] | None = None) -> DoctorArguments:

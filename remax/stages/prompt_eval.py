@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from remax.cli.evaluation import PromptEvalArguments
+from remax.cli.evaluation import PromptEvalArguments, read_prompts_file
 from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
@@ -90,11 +90,7 @@ def read_prompts(args: PromptEvalArguments) -> list[str]:
 
 def read_lines(file: str) -> list[str]:
     """The lines of --prompts_file that are not empty."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts_file {file}: is not UTF-8 ({error.reason}, byte {error.start + 1})") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_prompts_file(file).splitlines() if line.strip()]
 
 
 def write_question(question: str, form: Form) -> str:

@@ -17,6 +17,9 @@ FAULTS = {
     "OMP_NUM_THREADS": ("all", "0", "-4", "1.5"),
     "PMI_SIZE": ("x",),
     "OMPI_COMM_WORLD_SIZE": ("",),
+    "OMPI_COMM_WORLD_RANK": ("x",),
+    "SLURM_PROCID": ("node1",),
+    "SLURM_STEP_NUM_TASKS": ("2(x3)",),
 }
 STAGES = tuple(PROGRAMS)
 
@@ -25,7 +28,7 @@ CASES = [
         f"{name}={value[:10]}",
         STAGES[k % len(STAGES)],
         "",
-        f"environment variable {name} is '{value}'; expected",
+        f"environment variable {name} is '{value[:40]}'; expected",
         environment=(RANKS if name in RANKS else {}) | {name: value},
     )
     for k, (name, value) in enumerate((name, value) for name, values in FAULTS.items() for value in values)

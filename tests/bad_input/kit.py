@@ -51,7 +51,6 @@ class Case:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     alone: bool = False  # without the sound flags
     status: int = 2
-    largest_file: int | None = None  # bytes, beyond which the disk is "full"
 
 
 def lay_out(files: Mapping[str, Content], folder: Path, sound: Mapping[str, str]) -> None:

@@ -170,6 +170,25 @@ def test_what_would_mix_with_a_new_run_goes_when_that_begins(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "actor", "run.json"}
 
 
+@pytest.mark.parametrize("earlier", [None, "of an earlier run"])
+def test_a_refused_run_leaves_the_folder_as_it_was(tmp_path, earlier):
+    folder = tmp_path / "a" / "b"
+    if earlier:
+        folder.mkdir(parents=True)
+        (folder / "data.json").write_text(earlier)
+
+    def main():
+        assert run.open_folder(folder) == folder and (folder / ".lock").is_file()
+        (folder / "data.json").write_text("of the refused run")
+        raise run.UserError("row 7 is empty")
+
+    with pytest.raises(SystemExit):
+        run.run_main(main)
+    left = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == ({"data.json": earlier} if earlier else {})
+    assert folder.exists() == (earlier is not None)
+
+
 def test_a_full_disk_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run.run_main(raises(OSError(errno.ENOSPC, "No space left on device", "output/metrics.jsonl")))

@@ -8,7 +8,7 @@ from itertools import chain, count
 from typing import cast
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -75,6 +75,9 @@ def to_blocks(
     column = next((c for c in COLUMNS if c in rows.column_names), None)
     if column is None:
         raise UserError(f"{FLAG}: {place} has the columns {', '.join(rows.column_names)}; expected `text`")
+    kind = rows.features[column]
+    if not isinstance(kind, Value) or kind.dtype not in ("string", "large_string", "null"):
+        raise UserError(f"{FLAG}: {place}, column {column!r}: found {getattr(kind, 'dtype', 'lists')}, expected text")
     made_by = (BLOCKS_VERSION, column, tokenizer_fingerprint(tokenizer), "text", block)
     fingerprint = fingerprint_of(rows._fingerprint, *made_by)
     return rows.map(
@@ -91,7 +94,8 @@ def blocks(
     batch: dict[str, list[str]], *, column: str, tokenizer: PreTrainedTokenizerBase, block: int
 ) -> dict[str, list]:
     """Documents, tokenized and joined by EOS, in blocks of equal length."""
-    encoded = tokenizer([text for text in batch[column] if text], add_special_tokens=False)["input_ids"]
+    texts = [text for text in batch[column] if text]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     ids = list(chain.from_iterable([*document, tokenizer.eos_token_id] for document in encoded))
     starts = range(0, len(ids) - block + 1, block)
     return {"input_ids": [ids[i : i + block] for i in starts], "prompt_length": [1 for _ in starts]}

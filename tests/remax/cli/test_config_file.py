@@ -115,13 +115,13 @@ def test_a_key_is_there_once_in_json_and_in_yaml_with_merges(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     for file, message in [
         (tmp_path / "none.yaml", r"none.yaml: no such file \(looked from "),
-        (tmp_path, r"cannot be read \(Is a directory\)"),
+        (tmp_path, r"is a folder; expected a yaml or json file"),
         (write(tmp_path, "{", "flags.json"), r"flags.json: is no json \(Expecting property name"),
     ]:
         with pytest.raises(UserError, match=message):
             parse_step1(["--config", str(file)])
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"bytes.yaml: is no yaml"):
+    with pytest.raises(UserError, match=r"bytes.yaml: line 1 is not UTF-8"):
         parse_step1(["--config", str(tmp_path / "bytes.yaml")])
     with pytest.raises(UserError, match=r"--config: expected one argument"):
         parse_step1(["--config"])
