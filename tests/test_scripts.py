@@ -94,6 +94,30 @@ def assert_several_rewards(output: Path) -> None:
         assert part["words"] > 0
 
 
+# Whether a function is given what belongs to each prompt and answer.
+ASKED = """
+def asked(prompts, answers, question, answer, ended, tokens):
+    rows = zip(prompts, question, answer, ended, tokens)
+    return [q[-15:] in p and "####" in a and (e or t == 8) for p, q, a, e, t in rows]  # prompts are cut at their front
+"""
+
+
+def verifiable_rewards(folder: Path) -> list[str]:
+    """Flags for functions alone, on questions with reference answers."""
+    (folder / "asked.py").write_text(ASKED)
+    functions = ROOT / STAGES[2] / "example_rewards.py"
+    return shlex.split(
+        f"--prompt_column question --data_split 0,0,1 --reward_fn {functions}:words {functions}:gsm8k asked.py:asked"
+    )
+
+
+def assert_verifiable_rewards(output: Path) -> None:
+    """Every answer was scored with its own row."""
+    for record in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
+        group = "train" if "train/reward" in record else "eval"
+        assert record[f"{group}/reward/asked"] == 1.0 and record[f"{group}/reward/gsm8k"] <= 1.0
+
+
 def script_flags(script: Path, folder: Path, reward: Path, can_compile: bool) -> list[str]:
     """What is typed behind the script's name."""
     stage, architecture = stage_of(script), ARCHITECTURE[script.parent.name]
@@ -105,8 +129,8 @@ def script_flags(script: Path, folder: Path, reward: Path, can_compile: bool) ->
     flags += ["--packing"] * (stage < 3 and architecture in PACKED)
     if stage == 3 and architecture == "gpt2":
         flags += several_rewards(folder, reward)
-    if stage == 3 and script.parent.name == "demo":  # a function alone
-        flags += ["--reward_fn", f"{ROOT / STAGES[2] / 'example_rewards.py'}:words"]
+    if stage == 3 and script.parent.name == "demo":
+        flags += verifiable_rewards(folder)
     if stage == 2 and architecture == "gpt2":
         flags += ["--ranked_loss", "plackett-luce", "--center_rewards_coefficient", "0.01"]
     return flags
@@ -128,6 +152,8 @@ def prepare_script(tmp_path_factory, corpus, rank_answers, tiny_model, tiny_rewa
             data = rank_answers(corpus, folder / "ranked")
         flags = script_flags(script, folder, reward, can_compile)
         alone = stage == 3 and script.parent.name == "demo"
+        if alone:
+            data = ROOT / "examples/gsm8k.jsonl"
         names = {"MODEL": tiny_model(architecture), "REWARD_MODEL": "" if alone else reward, "DATA": data}
         return folder, flags, {k: str(v) for k, v in names.items()} | {"OUTPUT": "result", "NUM_GPUS": "2"}
 
@@ -244,6 +270,8 @@ def assert_script_did_its_work(script: Path, output: Path, printed: str, tiny_mo
         assert len(padding) == 2 and all(share == 0 if packed else 0 < share < 1 for share in padding)
     if stage == 3 and architecture == "gpt2":
         assert_several_rewards(output)
+    if stage == 3 and script.parent.name == "demo":
+        assert_verifiable_rewards(output)
     assert ("functions score" in printed) == (stage == 3 and script.parent.name == "demo")
     if stage == 2:
         results = json.loads((output / "results.json").read_text())
