@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from remax.rewards.functions import OF_ANSWERS, Columns, SampleError, taken, too_late
 from remax.rewards.sources import Source
@@ -48,6 +48,7 @@ below() { for child in $(cat /proc/$1/task/*/children); do echo $child; below $c
 kill -KILL $(below $0) -$0
 """
 CLOSED = "it closed a descriptor that is not its own, by which its process is connected"
+WRITTEN = "it wrote into a descriptor that is not its own, by which its process is connected"
 OF_LAUNCHERS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -78,7 +79,11 @@ class WorkerFunction:
         request = ("call", self.entry, list(prompts), list(answers), further, timeout)
         # One that calls something blocking stops its loop, and the clock with it.
         limit = timeout + GRACE if timeout and self.asynchronous else timeout
-        reply = _worker.ask(request, limit, too_late(timeout))
+        try:
+            reply = _worker.ask(request, limit, too_late(timeout))
+        except SampleError as error:  # the process may have left any number where the index was
+            known = error.index is not None and 0 <= error.index < len(prompts)
+            raise SampleError(error.index if known else None, str(error)) from None
         if "values" in reply:
             return reply["values"]
         raise SampleError(reply.get("index"), reply.get("error") or reply["refused"])
@@ -145,6 +150,8 @@ class Worker:
                 self._send(pickle.dumps(request))
                 reply = json.loads(self._receive(limit, late))
                 return reply
+            except ValueError:  # no JSON
+                raise SampleError(self._at()[0], WRITTEN) from None
             finally:
                 if reply is None:
                     self.stop(leave=0.0)
@@ -186,8 +193,9 @@ class Worker:
             self._explain()
 
     def _receive(self, limit: float, late: str) -> bytes:
+        """The reply; ValueError where it is none."""
         received = bytearray()
-        while len(received) < LENGTH.size or len(received) < LENGTH.size + LENGTH.unpack_from(received)[0]:
+        while not received.endswith(b"\n"):
             try:
                 block = self._channel.recv(BLOCK)
             except TimeoutError:
@@ -198,7 +206,9 @@ class Worker:
             if not block:
                 self._explain()
             received += block
-        return bytes(received[LENGTH.size :])
+            if not received.startswith(b"{"):
+                raise ValueError
+        return bytes(received)
 
     def _look(self, limit: float, late: str) -> None:
         """Whether the process lives, and the function has time left."""
@@ -206,12 +216,12 @@ class Worker:
         if process.poll() is not None:
             self._explain()
         at = self._at()
-        if limit and time.monotonic() - at[1] > limit:
+        if limit and not time.monotonic() - at[1] <= limit:
             time.sleep(0.01)
             if self._at() == at:  # and is not just going on to the next sample
                 raise SampleError(at[0], late)
 
-    def _explain(self) -> None:
+    def _explain(self) -> NoReturn:
         """Says why the process cannot be reached any more."""
         process, (index, _) = self._running(), self._at()
         try:
@@ -221,7 +231,9 @@ class Worker:
         if status == LOST:
             what = CLOSED
         elif status < 0:
-            what = f"its process was killed by {signal.Signals(-status).name}"
+            known = {*map(int, signal.Signals)}
+            name = signal.Signals(-status).name if -status in known else f"signal {-status}"
+            what = f"its process was killed by {name}"
             what += " (which is also what happens when memory runs out)" * (status == -signal.SIGKILL)
         else:
             what = f"its process ended with status {status} instead of answering"

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import pickle
+import random
 import socket
 import struct
 import sys
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 from remax.rewards.functions import RewardFunction, SampleError, find_function, in_words
 from utils.run import UserError
 
-LENGTH = struct.Struct("<Q")  # of a request or reply, in bytes: it precedes a reply, and announces a request
+LENGTH = struct.Struct("<Q")  # of a request, in bytes
 # In memory that both processes see: what the function works on, and after a page the request. A batch may have
 # megabytes, for which a connection would wake both processes several times.
 INDEX, SINCE = struct.Struct("<q"), struct.Struct("<d")
@@ -32,7 +33,7 @@ def main(channel: int, memory: int) -> None:
     """Answers requests until the rank closes the connection.
 
     Args:
-        channel: Descriptor of the connection. A reply is JSON.
+        channel: Descriptor of the connection. The length of a request comes, a line of JSON goes.
         memory: Descriptor of the memory that both see: which sample the function works on, since when, and the request,
             pickled.
     """
@@ -53,6 +54,7 @@ def main(channel: int, memory: int) -> None:
                 flag, folder = rest
                 os.chdir(folder)
                 functions[entry] = find_function(entry, flag)
+                _seed()
                 return _described(functions[entry])
             prompts, answers, columns, timeout = rest
             return {"values": functions[entry](prompts, answers, columns, timeout, begin)}
@@ -69,9 +71,19 @@ def main(channel: int, memory: int) -> None:
         if os.getpid() != me:  # a child that the function forked, and that came back out of it
             os._exit(0)
         try:
-            connection.sendall(LENGTH.pack(len(reply)) + reply)
+            connection.sendall(reply + b"\n")
         except OSError:
             os._exit(LOST)
+
+
+def _seed() -> None:
+    """A function that draws numbers draws the same ones in every run."""
+    rank = int(os.environ.get("RANK", "0"))
+    random.seed(rank)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(rank)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(rank)
 
 
 def _receive(requests: BinaryIO, memory: int) -> bytes:

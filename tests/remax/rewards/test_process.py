@@ -119,6 +119,16 @@ RULES = """
             time.sleep(30.0)
         return 1.0
 
+    def write_all(prompt, answer):
+        if not answer:
+            for descriptor in range(3, 20):
+                try:
+                    os.write(descriptor, b"\\x07" * 64)
+                except OSError:
+                    pass
+            time.sleep(5.0)
+        return 1.0
+
     def too_much_memory(prompt, answer):
         limits = resource.getrlimit(resource.RLIMIT_AS)
         if not answer:
@@ -246,6 +256,7 @@ def test_the_limit_is_for_a_sample_and_not_for_all_of_them(rules):
         ("raise_anything", 1, "KeyboardInterrupt: no (rules.py, line "),
         ("close_all", None, process.CLOSED),
         ("close_and_stay", 1, process.CLOSED),
+        ("write_all", None, process.WRITTEN),
         ("too_much_memory", 1, "MemoryError (rules.py, line "),
     ],
 )
@@ -274,6 +285,19 @@ def test_one_process_serves_all_functions_and_imports_nothing_heavy(rules):
     finally:
         worker.stop()
     assert seen.batched is False
+
+
+def test_what_it_draws_is_the_same_in_every_run(tmp_path):
+    path = tmp_path / "draws.py"
+    path.write_text(
+        "import random, numpy, torch\ndef f(prompts, answers):\n"
+        "    return [random.random(), numpy.random.rand(), torch.rand(()), random.random()]"
+    )
+    draws = []
+    for _ in range(2):
+        process._worker.stop()
+        draws.append(load_function(f"{path}:f")(["p"] * 4, ["a"] * 4))
+    assert draws[0] == draws[1] and len(set(draws[0])) == 4
 
 
 def test_its_own_print_goes_where_the_runs_does(rules, tmp_path, root):
