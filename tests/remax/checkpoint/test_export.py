@@ -116,8 +116,12 @@ def test_adapters_are_merged_in_the_copy_only(stage, exports):
     name = f"lora-{stage}"
     files = load_file(folder / name / "model.safetensors")
     assert not [key for key in files if "lora" in key or "base_layer" in key]
-    adapters = [x for key, x in torch.load(folder / f"{name}.pt").items() if "lora_B" in key]
-    assert adapters and all(x.any() for x in adapters)  # kept apart in the training model, and no longer zero
+    adapters = {key: x for key, x in torch.load(folder / f"{name}.pt").items() if "lora_" in key}
+    assert all(x.any() for x in adapters.values())  # kept apart in the training model, and no longer zero
+    alone = load_file(folder / name / "adapter" / "adapter_model.safetensors")
+    assert alone.keys() == {f"base_model.model.{key.replace('.default', '')}" for key in adapters} and alone
+    for key, x in adapters.items():
+        assert torch.equal(alone[f"base_model.model.{key.replace('.default', '')}"], x)
     assert_logprobs(folder / name, sequences, results[name]["logprobs"])
     assert results["lora-2"]["losses"] == pytest.approx(results["lora-3"]["losses"], rel=1e-5)
 
