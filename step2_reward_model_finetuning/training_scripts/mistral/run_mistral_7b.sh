@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Mistral-7B, reward model. Part II of the ReMax paper scored with UltraRM-13B; this trains one on the same kind of data,
 # with the settings of the authors' Llama-2-7B script, for 384 + 384 tokens.
+# On eight GPUs of 80 GB nothing need be offloaded (--offload false), which spares time: docs/hardware.md.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-v0.1}
