@@ -30,7 +30,7 @@ setup(
         "pyyaml>=6.0.1",
         "sentencepiece>=0.2",
         "tensorboard>=2.18",
-        "torch>=2.6",
+        "torch>=2.8",
         "tqdm>=4.66.3",
         "transformers>=5.3,<5.24",  # 5.24 wants peft>=0.22, which is not out
     ],
