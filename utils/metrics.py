@@ -28,7 +28,7 @@ UNITS = {
     "peak_memory_gib": "peak memory {:.2f} GiB",
 }
 UNSHOWN = ("run/parameters", "run/trained_share")  # the console has a line of its own for them
-WIDTH = 110  # columns of a console line; what does not fit goes on in the next, indented
+WIDTH = 120  # columns of a console line; what does not fit goes on in the next, indented
 
 
 class MetricsLogger:
