@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from remax.models.weights import broken_files, check_files, check_finite, check_report, unpartitioned
+from remax.models.weights import broken_files, check_files, check_finite, check_report, restore_buffers, unpartitioned
 from utils.distributed import device, print0
 from utils.hub import hub_is_reachable
 from utils.run import UserError
@@ -152,9 +152,11 @@ def from_pretrained(
     load: Any = auto_class.from_pretrained  # whose declared type knows no loading report
     try:
         with unpartitioned(), torch.random.fork_rng(devices=[]):  # names and shapes alone: nothing is allocated
-            _, report = load(name_or_path, **copy.deepcopy(options) | report_only)
+            whole, report = load(name_or_path, **copy.deepcopy(options) | report_only)
         check_report(report, name_or_path, flag, new_head=new_head)
         loaded = load(name_or_path, **options)
+        if is_deepspeed_zero3_enabled():
+            restore_buffers(loaded, whole, flag)
     except UserError:
         raise
     except Exception as error:  # from wrong values in config.json to files that are cut

@@ -100,6 +100,35 @@ def check_finite(model: nn.Module, name_or_path: str, flag: str) -> None:
         )
 
 
+def restore_buffers(model: nn.Module, whole: nn.Module, flag: str) -> None:
+    """Makes buffers anew that ZeRO-3 rounded to 16 bits as the model was built.
+
+    DeepSpeed casts what `torch.arange` gives meanwhile, and with some releases of transformers rotary frequencies come
+    of it: the angle at position 1000 is then off by a radian.
+
+    Args:
+        whole: The same model as it is without ZeRO-3; the number formats of its buffers are right.
+
+    Raises:
+        UserError: A module cannot be built a second time from its config alone.
+    """
+    right = dict(whole.named_buffers())
+    for prefix, module in model.named_modules():
+        own = ((name, f"{prefix}.{name}") for name, buffer in module.named_buffers(recurse=False))
+        rounded = [name for name, full in own if full in right and module._buffers[name].dtype != right[full].dtype]
+        if not rounded:
+            continue
+        try:
+            again = type(module)(module.config)
+        except (AttributeError, TypeError) as error:
+            raise UserError(
+                f"{flag}: ZeRO 3 rounds the buffers {some(f'{prefix}.{name}' for name in rounded)} to 16 bits with "
+                "this release of transformers; install the one of constraints.txt, or use ZeRO 2 or fp32"
+            ) from error
+        for name in rounded:
+            module._buffers[name] = again._buffers[name].to(module._buffers[name].device)
+
+
 def check_files(folder: Path, flag: str) -> None:
     """Refuses an index of weights that names files outside its folder.
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
+from remax.models.weights import restore_buffers
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -202,3 +203,18 @@ def test_an_index_names_files_of_its_own_folder(index, message, make_policy, tmp
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
     with pytest.raises(UserError, match=message):
         policy(folder)
+
+
+def test_buffers_that_zero3_rounded_are_made_anew(make_policy):
+    # Rounded to bfloat16 a frequency has three digits: .01 becomes .010009765625.
+    whole, rounded = (AutoModelForCausalLM.from_pretrained(make_policy("llama")) for _ in range(2))
+    rotary = rounded.model.rotary_emb
+    for name in ("inv_freq", "original_inv_freq"):
+        rotary._buffers[name] = rotary._buffers[name].bfloat16()
+    restore_buffers(rounded, whole, "--model")
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(rounded.get_buffer(name), buffer) and buffer.dtype == torch.float32
+    rotary.inv_freq = rotary.inv_freq.half()
+    del rotary.config  # now nothing tells how to build it
+    with pytest.raises(UserError, match="--model: ZeRO 3 rounds the buffers model.rotary_emb.inv_freq to 16 bits"):
+        restore_buffers(rounded, whole, "--model")
