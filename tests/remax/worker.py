@@ -222,6 +222,20 @@ def not_finite(folder: Path, name: str, rows: str, **spread) -> dict:
 
 
 @check
+def add_up(folder: Path, name: str, rows: str, times: int, **spread) -> dict:
+    """The gradient norm of the same micro-batch once, and of the sum of many."""
+    spread, norms = Spread(**spread), []
+    actor = spread.actor()
+    part = load_rows(rows).select(mine(range(8))[:2])
+    for n in (1, times):  # at a learning rate of 0: the warm-up has not begun
+        for i in range(n):
+            loss = supervised_loss(actor.logprobs(part).logprobs, part.answer_mask, 100)
+            actor.backward(loss, last=i == n - 1)
+        norms.append(actor.step().grad_norm)
+    return {"norms": norms}
+
+
+@check
 def train_reward(folder: Path, name: str, rows: list[str], steps: int, **spread) -> dict:
     """Steps on pairs: even rows of a file are chosen over odd ones."""
     spread = Spread(**spread)

@@ -117,6 +117,8 @@ def two_ranks(plain, run_ranks):
     checks += grid({"reward": models["reward"]}, fp16[1:2], micro_batch=2)
     checks += grid({"overlap": models["llama"]}, overlap, micro_batch=2)
     common = {"check": "not_finite", "model": models["llama"]["model"], "rows": models["llama"]["rows"][0]}
+    sums = common | {"check": "add_up", "times": 128, "micro_batch": 2}
+    checks += [sums | spread | {"name": f"sum-{spread['zero_stage']}"} for spread in half]
     broken = [{"zero_stage": stage} for stage in range(4)] + half + fp16[2:]
     checks += [
         common | spread | {"name": "-".join(["broken", *map(str, spread.values())]), "micro_batch": 2}
@@ -134,7 +136,7 @@ def test_every_stage_equals_plain_torch_on_one_rank(plain, run_ranks):
 
 def test_every_stage_equals_plain_torch_on_two_ranks(plain, two_ranks):
     results, folder = two_ranks
-    others = ("bf16", "fp16", "overlap", "broken")
+    others = ("bf16", "fp16", "overlap", "broken", "sum")
     exact = {name: result for name, result in results.items() if not any(other in name for other in others)}
     assert len(exact) == 16 + 6  # padded, packed
     compare(exact, folder, plain[0], losses=1e-5, norms=1e-5, weights=1e-5)
@@ -149,6 +151,13 @@ def test_bf16_is_close(plain, two_ranks):
     for kind, losses in (("llama", 1e-2), ("reward", 5e-2)):  # a difference of two scores is less exact
         some = {name: result for name, result in half.items() if name.startswith(kind)}
         compare(some, folder, plain[0], losses=losses, norms=6e-2, weights=1e-2)
+
+
+def test_gradients_of_16_bits_are_added_up_in_float32(two_ranks):
+    # 128 g; in bfloat16 the sum of 65 g and g is 65.5 g or 66 g.
+    for stage in (1, 2, 3):
+        once, many = two_ranks[0][f"sum-{stage}"]["norms"]
+        assert many == pytest.approx(128 * once, rel=1e-4), stage
 
 
 def test_fp16_is_close(plain, two_ranks):
