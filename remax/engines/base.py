@@ -32,11 +32,21 @@ class StepResult:
     Attributes:
         grad_norm: Of the whole gradient before clipping; nan where it is not known.
         skipped: No step was taken, since the gradient overflowed.
+        loss_scale: By which the next step's loss is multiplied in fp16; None in other formats.
     """
 
     learning_rate: float
     grad_norm: float
     skipped: bool
+    loss_scale: float | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For the log."""
+        figures = {"grad_norm": self.grad_norm, "lr": self.learning_rate}
+        if self.skipped:
+            figures["skipped"] = 1.0
+        return figures if self.loss_scale is None else figures | {"loss_scale": self.loss_scale}
 
 
 class Engine:
@@ -128,7 +138,9 @@ class TrainedEngine(Engine):
             return StepResult(rate, norm, skipped=True)
         self.wrapped.step()
         norm = self.wrapped.get_global_grad_norm() if norm is None else norm
-        return StepResult(rate, float(norm) if norm is not None else math.nan, not self.wrapped.was_step_applied())
+        scale = float(self.wrapped.optimizer.cur_scale) if self.config.dtype == "fp16" else None
+        norm = float(norm) if norm is not None else math.nan
+        return StepResult(rate, norm, not self.wrapped.was_step_applied(), scale)
 
     def _grad_norm_without_zero(self) -> float:
         """At ZeRO-0 in fp32 each rank has the whole gradient, and DeepSpeed clips it without reporting its norm."""

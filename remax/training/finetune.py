@@ -46,8 +46,7 @@ def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
     tokens_read, slots_computed = means.pop("tokens of a rank"), means.pop("slots of a rank")
     return (
         means
-        | {"grad_norm": result.grad_norm, "lr": result.learning_rate}
-        | ({"skipped": 1.0} if result.skipped else {})
+        | result.figures
         | {"padding_share": 1 - tokens_read / slots_computed}
         | {"seconds_per_step": seconds, "tokens_per_second": tokens_read * world_size() / seconds}
     )

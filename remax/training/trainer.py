@@ -274,8 +274,7 @@ class Trainer:
             means
             | {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
             | {"kl_coefficient": self.algorithm.kl.coefficient}
-            | {"grad_norm": result.grad_norm, "lr": result.learning_rate}
-            | ({"skipped": 1.0} if result.skipped else {})
+            | result.figures
         )
 
     # --------------------------------------------------------------------------------------------------------- the loop

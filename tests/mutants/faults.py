@@ -409,6 +409,8 @@ ENGINES = [
         ("engine-not-finite", "if norm is not None and not math.isfinite(norm):", "if False:",
          "weights become not a number",
          f"{ROOM}/engines/test_base.py::test_a_step_without_a_finite_gradient_is_skipped"),
+        ("engine-skipped", '            figures["skipped"] = 1.0\n', "            pass\n",
+         "the sentinel sees no overflow", f"{ROOM}/training/test_trainer.py"),
         ("engine-rate", "rate = float(self.wrapped.get_lr()[0])", "rate = float(min(self.wrapped.get_lr()))",
          "the logged learning rate is the adapters'", (1, "reinforce")),
         ("engine-frozen-learns", "model.requires_grad_(False).eval()", "model.eval()", "a reference keeps gradients",
@@ -774,8 +776,6 @@ TRAINING = [
          "an entropy bonus has no gradient"),
         ("trainer-head-lost", "self.reference.head() if self.algorithm.kl.needs_full_kl else None", "None",
          "the full KL has no reference", (1, "remax, full KL, rewards")),
-        ("trainer-skipped", '            | ({"skipped": 1.0} if result.skipped else {})\n        )\n\n    # ---',
-         "        )\n\n    # ---", "the sentinel sees no overflow", f"{ROOM}/training/test_trainer.py"),
     ),
     *faults(
         "remax/training/finetune.py",

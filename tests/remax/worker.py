@@ -165,7 +165,7 @@ def take_steps(trained, steps: int, loss_of, rows: int, micro_batch: int) -> dic
             total += loss.detach().float()
         result = trained.step()
         skipped.append(result.skipped)
-        scales.append(float(getattr(trained.engine.wrapped.optimizer, "cur_scale", 0)))
+        scales.append(result.loss_scale)
         if result.skipped:
             assert trained.engine.config.dtype == "fp16" and len(skipped) < 20
             continue

@@ -185,9 +185,10 @@ def test_figures_of_a_step_that_was_skipped(sequences_of):
     timer = Timer()
     timer.seconds, timer.tokens = {"update": 2.0}, 10
     for skipped in (False, True):
-        result = StepResult(learning_rate=0.1, grad_norm=7.0, skipped=skipped)
+        result = StepResult(learning_rate=0.1, grad_norm=7.0, skipped=skipped, loss_scale=64.0 if skipped else None)
         figures = Trainer.summarise(trainer, Rollout(answers, torch.ones(4)), {}, timer, result)
         assert figures.get("skipped") == (1.0 if skipped else None)
+        assert figures.get("loss_scale") == (64.0 if skipped else None)
         assert (figures["grad_norm"], figures["lr"], figures["tokens_per_second"]) == (7.0, 0.1, 5.0)
 
 
