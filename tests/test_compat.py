@@ -113,6 +113,37 @@ def test_an_adapted_layer_holds_its_base_its_factors_and_their_scale(llama):
 # ----------------------------------------------------------------------------------------------------------- deepspeed
 
 
+def test_the_switch_for_zero_3_can_be_put_aside_and_back():
+    # remax/models/weights.py: unpartitioned
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+    from remax.models.weights import unpartitioned
+
+    switch = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        assert is_deepspeed_zero3_enabled() and switch.is_zero3()
+        with unpartitioned():
+            assert not is_deepspeed_zero3_enabled()
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
+    with unpartitioned():
+        pass
+    assert not is_deepspeed_zero3_enabled()
+
+
+def test_a_model_is_compared_with_its_weights_without_memory_or_random_numbers(llama, tmp_path):
+    # remax/models/loading.py: from_pretrained
+    llama.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with torch.random.fork_rng(devices=[]):
+        hf, report = type(llama).from_pretrained(tmp_path, num_hidden_layers=3, **options)
+    assert all(parameter.is_meta for parameter in hf.parameters())
+    assert report["missing_keys"] and {name.split(".")[2] for name in report["missing_keys"]} == {"2"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_shared_memory_collective_can_be_left_out():
     # utils/distributed.py: init_distributed
     import deepspeed
