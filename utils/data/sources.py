@@ -258,7 +258,10 @@ def check_content(path: Path, reader: str, flag: str) -> None:
             read += len(block)
             if packed:
                 check_growth(path, read, size, flag)
-            if reader == "json":
+            opened, closed = (sum(block.count(b) for b in pair) for pair in (b"[{", b"]}"))
+            if reader == "json" and depth + opened <= DEEP:  # `depth` may be too large, but not too small
+                depth = max(depth + opened - closed, opened)
+            elif reader == "json":
                 reached = depth + np.cumsum(NESTING[np.frombuffer(block, np.uint8)], dtype=np.int64)
                 lowest = np.minimum(np.minimum.accumulate(reached), 0)
                 if (reached - lowest).max() > DEEP:
