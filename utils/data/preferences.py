@@ -127,7 +127,7 @@ def kept_columns(form: Form, columns: Iterable[str]) -> dict[str, str]:
 
 def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Conversion:
     """The conversion of a data set, found from its first file."""
-    lists = ("prompt", "chosen", "rejected", "completion", "messages")
+    lists = ("prompt", "chosen", "rejected", "completion", "messages", "conversations")
     of_messages = any(isinstance(shard.table.features.get(column), List) for column in lists)
     answers = shard.table.features.get("answers")
     of_messages |= isinstance(answers, List) and isinstance(answers.feature, List)
@@ -142,14 +142,16 @@ def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Convers
             f"{flag}: {shard.place} has the columns {found}; expected {SHAPES}: rename the columns, or name them with "
             "--prompt_column, --chosen_column and --rejected_column"
         )
-    if of_messages and shape != "messages":
+    written = of_messages or shape.startswith("instruction")
+    if of_messages and shape not in ("messages", "conversations"):
         shape += " of messages"
     if shape.startswith("prompt"):
         bare = prompts_are_bare(shard.table)
         convert = partial(convert, bare=bare)
         shape += f", bare prompts {how}" if bare else ""
-    shape += f", {how}" if of_messages else ""
-    if not of_messages and "bare prompts" not in shape:
+        written |= bare
+    shape += f", {how}" if written and "bare prompts" not in shape else ""
+    if not written:
         form = replace(form, template=None)  # nothing for it to write
     if "answers" in shard.table.column_names and "chosen/rejected" in shape:
         shape += "; the column answers is not read (to learn from it, leave out chosen and rejected)"

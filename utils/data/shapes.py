@@ -319,6 +319,31 @@ def last_answer(row: Row) -> Conversation:
     return conversation(row, ["messages"])
 
 
+def alpaca(row: Row) -> Conversation:
+    """An instruction, what it is about (`input`, which may be missing or empty), and the answer in `output`."""
+    question = text(row, "instruction")
+    if row.get("input") not in (None, ""):
+        question += "\n\n" + text(row, "input")
+    return ask(question, text(row, "output"))
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+
+
+def sharegpt(row: Row) -> Conversation:
+    """One dialogue in the column conversations, of {from, value}; one that does not end in an answer is left out."""
+    messages = []
+    for message in listed(row, "conversations"):
+        if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+            raise RowRefused("conversations", 'expected messages like {"from": "human", "value": "..."}')
+        messages.append({"role": SPEAKERS.get(message["from"], message["from"]), "content": message["value"]})
+    messages = turns({"conversations": messages}, "conversations")
+    roles = [message["role"] for message in messages]
+    if roles[-2:] != ["user", "assistant"]:
+        raise RowSkipped("that do not end in a question and its answer")
+    return conversation({"conversations": messages}, ["conversations"])
+
+
 def plain_text(row: Row) -> Example:
     """A document in the column text, without prompt and answer."""
     return Example(None, text(row, "text"), None)
@@ -341,6 +366,10 @@ def find_shape(columns: list[str]) -> tuple[str, Callable[..., Example | Convers
             return f"prompt/{answer}", partial(prompt_and_answers, answer=answer)
     if "messages" in columns:
         return "messages", last_answer
+    if {"instruction", "output"} <= set(columns):
+        return "instruction/input/output", alpaca
+    if "conversations" in columns:
+        return "conversations", sharegpt
     if "prompt" in columns:
         return "prompts", partial(prompt_and_answers, answer=None)
     if "text" in columns:

@@ -33,7 +33,8 @@ TRAIN_SPLITS = ("train", "train_prefs", "train_sft")
 EVAL_SPLITS = ("test", "eval", "validation", "valid", "dev", "test_prefs", "test_sft")
 SHAPES = (
     "prompt/chosen/rejected, chosen/rejected (whole dialogues), prompt/answers (the best first, or with ranks or "
-    "scores), prompt/completion, messages, prompt alone, or text"
+    "scores), prompt/completion, messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt alone, "
+    "or text"
 )
 # Where the hub's repository or configuration is not simply the name.
 HUB_REPOSITORIES = {

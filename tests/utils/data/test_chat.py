@@ -179,13 +179,18 @@ def test_written_text_is_no_matter_of_the_template(tmp_path, chatty):
     assert encode(tmp_path, chatty, pairs, "prompts")["prompt"] == "\n\nHuman: Hi\n\nAssistant:"
 
 
-@pytest.mark.parametrize("shape", ["completion", "answers", "adapter"])
+@pytest.mark.parametrize("shape", ["completion", "answers", "adapter", "alpaca", "sharegpt"])
 def test_bare_questions_are_messages_of_a_user(tmp_path, chatty, shape, capsys):
     # Whatever names them: a prompt without any form, one with several answers, a question of a known data set.
     rows = [{"prompt": f"What is {i}?", "completion": "It is."} for i in range(4)]
     name = tmp_path / "a.jsonl"
     if shape == "answers":
         rows = [{"prompt": row["prompt"], "answers": ["It is.", "No."]} for row in rows]
+    elif shape == "alpaca":
+        rows = [{"instruction": row["prompt"], "input": "", "output": "It is."} for row in rows]
+    elif shape == "sharegpt":
+        turns = (("human", "prompt"), ("gpt", "completion"))
+        rows = [{"conversations": [{"from": who, "value": row[column]} for who, column in turns]} for row in rows]
     elif shape == "adapter":
         name = tmp_path / "wangrui6" / "Zhihu-KOL" / "train.jsonl"
         name.parent.mkdir(parents=True)
@@ -199,7 +204,7 @@ def test_bare_questions_are_messages_of_a_user(tmp_path, chatty, shape, capsys):
     assert train[0]["prompt"] == prompt and "Human:" not in prompt
     whole = chatty.apply_chat_template([*question, {"role": "assistant", "content": "It is."}], tokenize=False)
     assert whole.startswith(prompt + train[0]["chosen"])
-    assert "bare prompts written by the chat template; 3 training rows" in capsys.readouterr().out or shape == "adapter"
+    assert "written by the chat template; 3 training rows" in capsys.readouterr().out or shape == "adapter"
 
 
 def test_rows_that_the_template_refuses_are_skipped_with_its_words(tokenizer_folders):

@@ -46,6 +46,7 @@ OPTIONS = [
 GOLDEN = {
     "READING_VERSION": {
         2: {
+            "alpaca.jsonl": "eae588a5de675a13",
             "best_first.json": "8201bee6801a59ff",
             "completions.csv": "595509e6f359d944",
             "conversations.jsonl": "370158e2962d75fc",
@@ -59,6 +60,7 @@ GOLDEN = {
             "pairs.parquet": "61275122235d9119",
             "prompts.jsonl": "64f6064ff6b706ab",
             "ranked.jsonl": "fb46bbf01242712e",
+            "sharegpt.jsonl": "f4b9417d03b1ed6d",
             "text.jsonl": "624fe45f5717d7c7",
             "whole_conversations.jsonl": "5f5c808eca8e6477",
             "edges.jsonl": "8da0fb3d7f8b0e3c",
@@ -67,16 +69,16 @@ GOLDEN = {
     },
     "ENCODING_VERSION": {
         2: {
-            "supervised cut last": "4fdcd1c2ec2eadaa",
-            "supervised cut all": "86cdddaf27d1c91f",
-            "supervised drop last": "e6df1a9e7422790a",
-            "supervised drop all": "d8b0902f0c29f9ba",
-            "ranking cut": "5d7bcb08301827e4",
-            "ranking drop": "bcae75c2896b2e18",
-            "ranked cut": "083fb43c8a761cdd",
-            "ranked drop": "043ca32b8094ccdb",
-            "prompts cut": "ad523d656c338681",
-            "prompts drop": "487fe3e31e930efa",
+            "supervised cut last": "2398bb98877904ae",
+            "supervised cut all": "6a0cc54328ead01e",
+            "supervised drop last": "978b9fd259a8db46",
+            "supervised drop all": "2c7b8f8ad31fd2c4",
+            "ranking cut": "98a45d304f69f7cf",
+            "ranking drop": "202d4a8b1e607f53",
+            "ranked cut": "f25212af0bec9744",
+            "ranked drop": "a4882e16726dd3f7",
+            "prompts cut": "4852dc06186e4ab8",
+            "prompts drop": "b936f43f717b5af3",
         }
     },
     "BLOCKS_VERSION": {1: {"3": "08dcee9ac1c61348", "8": "de451cbc5e2f41d8"}},

@@ -71,9 +71,44 @@ def test_ranked_dialogues_with_other_prompts_are_skipped():
         example({"prompt": messages("Q"), "answers": [messages("Q", "A"), messages("Q", "B"), messages("R", "C")]})
 
 
+@pytest.mark.parametrize("about", [None, "", "oak, robin"])
+def test_alpaca_by_hand(about):
+    question = "Which is a bird?" + ("\n\noak, robin" if about else "")
+    found = example({"instruction": "Which is a bird?", "input": about, "output": "A robin."})
+    assert found == Example(f"\n\nHuman: {question}\n\nAssistant:", " A robin.", None)
+    assert about or example({"instruction": "Which is a bird?", "output": "A robin."}) == found
+
+
+def said(*turns: tuple[str, str]) -> dict:
+    return {"conversations": [{"from": who, "value": what} for who, what in turns]}
+
+
+def test_sharegpt_by_hand():
+    dialogue = (("system", "Be brief."), ("human", "Why?"), ("gpt", "So."), ("human", "Sure?"), ("gpt", "Yes."))
+    found = example(said(*dialogue))
+    assert found.prompt == "Be brief.\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: Sure?\n\nAssistant:"
+    assert found.chosen == " Yes." and len(found.earlier) == 1
+    assert found == example(
+        {"messages": [{"role": "system", "content": "Be brief."}, *messages("Why?", "So.", "Sure?", "Yes.")]}
+    )
+    for turns in (dialogue[:4], dialogue[4:], (*dialogue, ("gpt", "Or no."))):
+        with pytest.raises(RowSkipped, match="do not end in a question and its answer"):
+            example(said(*turns))
+
+
 @pytest.mark.parametrize(
     ("row", "column", "expected"),
     [
+        ({"instruction": None, "output": "a"}, "instruction", "found missing or null, expected text"),
+        ({"instruction": "a", "input": 3, "output": "a"}, "input", "found int '3', expected text"),
+        ({"conversations": "a"}, "conversations", "found str 'a', expected a list"),
+        (
+            {"conversations": messages("a", "b")},
+            "conversations",
+            'expected messages like {"from": "human", "value": "..."}',
+        ),
+        (said(("human", "a"), ("bot", "b")), "conversations", "role 'bot' is not supported"),
+        (said(("human", "a"), ("gpt", None)), "conversations", "the content of a message is NoneType"),
         ({"prompt": [{"role": "tool", "content": "a"}]}, "prompt", "role 'tool' is not supported"),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
