@@ -22,7 +22,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.8.5",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.8",
         "matplotlib>=3.9",
         "ninja>=1.11.1",  # DeepSpeed compiles its CPU optimizer with it (--offload without a GPU)
         "numpy>=2.0",
