@@ -124,6 +124,16 @@ def test_the_report_keeps_the_prose(modules, tmp_path):
     assert text.index("What it means.") < text.index("added")
 
 
+def test_the_cost_of_a_reward_functions_process_is_the_difference_of_both_ways(root, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["reward_functions.py", "--repeats", "1"])
+    runpy.run_path(str(root / "benchmarks/reward_functions.py"), run_name="__main__")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == ["`words`"] * 5 + ["`gsm8k`"] * 5
+    for *_, here, apart, more in rows:
+        here, apart, more = (float(found.split()[0]) for found in (here, apart, more))
+        assert more == pytest.approx(apart - here, abs=0.02) and here > 0
+
+
 def test_packing_prints_its_tables(root, corpus, monkeypatch, capsys):
     arguments = f"--data_path {corpus} --max_seq_len 96 --rows 4 --batches 2 --runs 1 --hidden 16 --layers 1 --heads 2"
     monkeypatch.setattr("sys.argv", ["packing.py", *arguments.split(), "--vocabulary", "300"])
