@@ -5,12 +5,24 @@
 The checks are in `remax.checks`; step 3 runs them on its own engines before the first step.
 """
 
-from remax.cli.evaluation import parse_doctor
-from utils.run import run_main
+import sys
+
+try:
+    from utils.run import run_main
+except ModuleNotFoundError:  # `python -m` looks into the working folder first
+    import utils
+
+    place = getattr(utils, "__file__", None) or list(utils.__path__)
+    print(
+        f"error: {place} hides the package `utils` of remax; start from another folder, or rename it", file=sys.stderr
+    )
+    sys.exit(2)
 
 
 def main() -> None:
     """Prints the report; exits with status 1 after a failure."""
+    from remax.cli.evaluation import parse_doctor
+
     args = parse_doctor()
     from remax.stages.doctor import run_doctor  # seconds of imports, which a wrong flag need not wait for
 

@@ -3,12 +3,13 @@
 `deepspeed main.py --help` lists the flags; `remax/stages/finetune.py` holds the way from them to the trained model.
 """
 
-from remax.cli.validate import parse_step1
 from utils.run import run_main
 
 
 def main() -> None:
     """Parses the flags and runs the stage."""
+    from remax.cli.validate import parse_step1  # here, where Ctrl-C ends it without a traceback
+
     args = parse_step1()
     from remax.stages.finetune import run_finetuning  # seconds of imports, which a wrong flag need not wait for
 

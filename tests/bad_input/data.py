@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from pathlib import Path
 
 from tests.bad_input.kit import Case, Content, Maker, copy_of, fifo, folder, link, packed, pairs, table
 
@@ -27,6 +29,10 @@ def dialogue(*messages: object) -> list:
 
 def nested(depth: int, inside: str = "") -> str:
     return f'{{"prompt": {"[" * depth}{inside}{"]" * depth}}}\n'
+
+
+def bomb(path: Path, sound: object) -> None:
+    path.write_bytes(gzip.compress(bytes(100_000_000), compresslevel=1))
 
 
 JSON_LINES = [
@@ -628,4 +634,42 @@ MESSAGES = [
     ),
 ]
 
-CASES = [*JSON_LINES, *JSON_LISTS, *CSV, *TABLES, *PLACES, *MESSAGES]
+DEEP = [
+    of_file("nested 100,000 deep", "d.jsonl", nested(100_000), "--data_path: d.jsonl, line 1: nested too deep"),
+    of_file(
+        "nested 100,000 deep, step 1",
+        "d.jsonl",
+        nested(100_000),
+        "--data_path: d.jsonl, line 1: nested too deep",
+        "sft",
+    ),
+    of_file("nested 2,000 deep", "d.jsonl", nested(2_000), "--data_path: d.jsonl, line 1: nested too deep"),
+    of_file(
+        "objects 100,000 deep",
+        "d.jsonl",
+        '{"prompt": ' * 100_000 + "1" + "}" * 100_000,
+        "--data_path: d.jsonl, line 1: nested too deep",
+    ),
+    of_file("open brackets alone", "d.jsonl", "[" * 100_000, "--data_path: d.jsonl"),
+    of_file(
+        "list nested 100,000 deep", "d.json", "[" + nested(100_000) + "]", "--data_path: d.json ... nested too deep"
+    ),
+    of_file(
+        "nested deep, streamed",
+        "d.jsonl",
+        nested(100_000),
+        "--data_path: d.jsonl, line 1: nested too deep",
+        "sft",
+        "--streaming",
+    ),
+    of_file(
+        "number of 5000 digits",
+        "d.jsonl",
+        f'{{"prompt": {"9" * 5000}}}',
+        "--data_path: d.jsonl, line 1: Exceeds the limit",
+    ),
+    of_file("csv with a column twice", "d.csv", "prompt,chosen,chosen\na,b,c\n", "--data_path: d.csv ... chosen"),
+    of_file("gz of 100 megabytes of zeros", "d.jsonl.gz", bomb, "--data_path: d.jsonl.gz, line 1: longer than"),
+]
+
+CASES = [*DEEP, *JSON_LINES, *JSON_LISTS, *CSV, *TABLES, *PLACES, *MESSAGES]

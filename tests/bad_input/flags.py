@@ -198,6 +198,7 @@ CASES = [
     Case("answers below a file", "prompt_eval", "--output taken/a.jsonl", "--output", {"taken": "text"}),
     Case("scores onto a full disk", "rw_eval", "--output /dev/full", "--output /dev/full"),
     Case("answers onto a full disk", "prompt_eval", "--output /dev/full", "--output /dev/full"),
+    Case("LoRA beyond the layer", "sft", "--lora_dim 4096 --lora_module_name q_proj", "--lora_dim 4096"),
     Case(
         "LoRA of no module",
         "sft",

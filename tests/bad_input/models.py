@@ -414,6 +414,8 @@ REWARDS = [
         "no answer within 1 s",
         flags="--reward_fn_timeout 1",
     ),
+    of_function("function that exits at once", "import os\ndef f(prompt, answer): os._exit(0)", ""),
+    of_function("function that takes all", "def f(prompt, answer): raise KeyboardInterrupt", ""),
     of_function("function that recurses", "def f(prompt, answer): return f(prompt, answer)", "RecursionError"),
     of_function(
         "function with a weight of a word",

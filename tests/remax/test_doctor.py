@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +93,14 @@ def test_remedies_name_flags_that_exist():
     known = set(Step3Arguments.__dataclass_fields__) | set(DoctorArguments.__dataclass_fields__)
     rooms = (doctor, program, examination, findings, generation, models, rewards)
     assert set(re.findall(r"--(\w+)", "".join(map(inspect.getsource, rooms)))) <= known
+
+
+def test_a_utils_of_the_users_own_is_named(tmp_path):
+    (tmp_path / "utils.py").write_text("")
+    command = [sys.executable, "-m", "remax.doctor", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path / 'utils.py'} hides the package `utils` of remax; start from another folder, or rename it\n"
+    )

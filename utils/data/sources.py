@@ -44,7 +44,10 @@ HUB_REPOSITORIES = {
 }
 # What the datasets library raises for a file it cannot read; StopIteration where there is no first row.
 UNREADABLE = (OSError, EOFError, zlib.error)
-READ_ERRORS = (*UNREADABLE, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetGenerationError)
+READ_ERRORS = (
+    *(*UNREADABLE, ValueError, TypeError, RecursionError, StopIteration),
+    datasets.exceptions.DatasetGenerationError,
+)
 
 
 BLOCK = 2**20  # bytes that are looked at together
@@ -421,6 +424,8 @@ def decode_json(content: bytes, place: str | None) -> Any:
     except UnicodeDecodeError as error:
         line_number = content[: error.start].count(b"\n") + 1
         raise BadJSON(f"{place or f'line {line_number}'}: not UTF-8 ({error.reason})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadJSON(f"{place or 'a row'}: {first_line(error)}") from None
 
 
 def is_json_list(file: Any) -> bool:

@@ -436,6 +436,17 @@ def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message
     assert done.stderr == f"error: {message}\n"
 
 
+def test_programs_import_what_takes_time_where_ctrl_c_is_caught():
+    programs = [*MAIN, "step1_supervised_finetuning/prompt_eval.py", "step2_reward_model_finetuning/rw_eval.py"]
+    code = (
+        "import runpy, sys\n"
+        f"for program in {[*programs, 'remax/doctor.py']}: runpy.run_path(program, run_name='imported')\n"
+        "print([name for name in sys.modules if name.startswith(('remax', 'torch', 'numpy'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_what_the_algorithm_refuses_costs_torch_alone():
     line = f"{MODELS} --algo rloo --samples_per_prompt 1"
     code = (
