@@ -31,7 +31,7 @@ CASES = [
     Case("steps that are no whole number", "sft", "--max_steps 1.5", "--max_steps: invalid int value: '1.5'"),
     Case("seed in hexadecimal", "sft", "--seed 0x10", "--seed: invalid int value"),
     Case("empty number", "sft", "--max_steps ''", "--max_steps: invalid int value: ''"),
-    Case("number of 5000 digits", "sft", "--max_steps " + "9" * 5000, "--max_steps"),
+    Case("steps of 5000 digits", "sft", "--max_steps " + "9" * 5000, "--max_steps"),
     Case("zero bytes are no flag", "sft", "--dtype=fp33", "--dtype: invalid choice"),
     Case("choice in capitals", "sft", "--lr_scheduler_type Cosine", "--lr_scheduler_type: invalid choice: 'Cosine'"),
     Case("unknown algorithm", "remax", "--algo dqn", "--algo: invalid choice: 'dqn'"),
