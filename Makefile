@@ -48,13 +48,13 @@ demo-seeds: $(READY) ## make demo with each of several seeds (SEEDS="0 1 2"), an
 test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 	python -m pytest $(PYTEST_ARGS)
 
-test-fast: $(READY) ## those that start no further processes, under three minutes
+test-fast: $(READY) ## the quick tests: they start no further processes; under three minutes
 	python -m pytest -m "not ranks and not compiled" $(PYTEST_ARGS)
 
 gpu: $(READY) ## what a machine with GPUs can show: tests, demo, what a step costs; writes docs/results/gpu.md
 	python benchmarks/gpu.py
 
-test-latest: ## the same with the newest releases of all but torch, in .venv-latest (LATEST="transformers": beyond setup.py)
+test-latest: ## the quick tests with the newest releases of all but torch, in .venv-latest (LATEST="transformers": beyond setup.py)
 	PYTHON=$(PYTHON) PYTEST_ARGS="$(PYTEST_ARGS)" .ci/latest $(abspath $(VENV)-latest) $(LATEST)
 
 mutants: $(READY) ## hand-made faults, each of which some test must notice: half an hour (JOBS=2: two at a time)

@@ -27,7 +27,9 @@ def make_demo(output_dir: str | Path, seed: int = 0, train_rows: int = 8000, tes
 
 def main() -> None:
     """Makes what the flags ask for and says where it is."""
-    parser = argparse.ArgumentParser(description="Writes the built-in corpus, its tokenizer and small models.")
+    parser = argparse.ArgumentParser(
+        prog="python -m remax.demo.prepare", description="Writes the built-in corpus, its tokenizer and small models."
+    )
     parser.add_argument("--output_dir", default="output/demo", help="folder to write to (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus and the weights (default: %(default)s)")
     parser.add_argument("--train_rows", type=int, default=8000, help="preference pairs (default: %(default)s)")

@@ -1,6 +1,6 @@
 """What the demo has learnt: base, fine-tuned and ReMax model on prompts that none of them was trained on.
 
-    python -m remax.demo --output_dir output/demo
+    python -m remax.demo.report --output_dir output/demo
 
 reads what `remax.demo.prepare` and the stages' training_scripts/demo/run_demo.sh have written below that folder. It
 prints a table and writes it to report.md, the same numbers to summary.json, reward, KL and length over the steps to
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m remax.demo", description="Reports what the demo has learnt.")
+    parser = argparse.ArgumentParser(prog="python -m remax.demo.report", description="Reports what the demo has learnt.")
     parser.add_argument("--output_dir", default="output/demo", help="the demo's folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="exit with status 1 when the goals are not reached")

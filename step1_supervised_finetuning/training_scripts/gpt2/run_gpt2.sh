@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPT-2 (137M), supervised, for the short texts of the ReMax paper's GPT-2 experiment: 64 + 48 tokens. The paper took its
+# GPT-2 (124M), supervised, for the short texts of the ReMax paper's GPT-2 experiment: 64 + 48 tokens. The paper took its
 # prompts from IMDB; that set holds no answers, so an instruction set with short ones stands here.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPT-2 (137M), reward model, for texts of 64 + 48 tokens as in the ReMax paper's GPT-2 experiment (which took a ready-made
+# GPT-2 (124M), reward model, for texts of 64 + 48 tokens as in the ReMax paper's GPT-2 experiment (which took a ready-made
 # sentiment classifier as reward).
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"

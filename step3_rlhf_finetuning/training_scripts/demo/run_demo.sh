@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The built-in corpus (python -m remax.demo.prepare), ReMax: two minutes on two CPU cores.
+# The built-in corpus (python -m remax.demo.prepare), ReMax: about a minute on two CPU cores.
 # Extra flags are passed on and win; variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/demo/sft}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPT-2 (137M), ReMax, with the 64 + 48 tokens of the ReMax paper's GPT-2 experiment; the rest as in the authors' scripts.
+# GPT-2 (124M), ReMax, with the 64 + 48 tokens of the ReMax paper's GPT-2 experiment; the rest as in the authors' scripts.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/gpt2/sft}
