@@ -180,7 +180,7 @@ class OptimizerFlags(Flags, group="optimizer (AdamW)"):
 class MemoryFlags(Flags, group="memory"):
     offload: bool = usual(False, "optimizer states of every trained model in CPU memory (ZeRO 1-3)")
     offload_parameters: bool = flag(False, "parameters of the trained model in CPU memory too (ZeRO 3)")
-    tf32: bool = flag(False, "fp32 matrix products of GPUs with ten bits behind the point: several times faster")
+    tf32: bool = flag(False, "fp32 on GPUs: factors of matrix products rounded to ten bits; several times faster")
     attn_implementation: Attention | None = flag(None, "attention kernel; without it transformers chooses")
 
 
