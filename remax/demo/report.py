@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m remax.demo.report", description="Reports what the demo has learnt.")
+    parser = argparse.ArgumentParser("python -m remax.demo.report", description="Reports what the demo has learnt.")
     parser.add_argument("--output_dir", default="output/demo", help="the demo's folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="exit with status 1 when the goals are not reached")
