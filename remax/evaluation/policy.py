@@ -140,18 +140,37 @@ def evaluate_policy(
             for name, value in additions.items():
                 sums[name] += value.double().sum()
             found = read_answers(sequences, tokenizer, eos_ids)
+            numbers = {name: values.tolist() for name, values in scores.items()}
             for i in weight.nonzero().flatten().tolist():
-                rounded = {name: round(float(values[i]), 4) for name, values in scores.items()}
+                rounded = {name: round(values[i], 4) for name, values in numbers.items()}
                 answer = {"answer": found[i].text, "length": found[i].tokens}
                 readable.append({"prompt": batch.prompts[i]} | answer | rounded)
         if also_greedy and first is not None:  # behind all draws, so that they are what they would be without it
-            _, best = actor.rollout(Prompts(first.input_ids, first.lengths), samples=0, greedy=True)
-            sequences = present(best, "the greedy rollout")
-            score, _ = reward.score_parts(sequences)
-            found = read_answers(sequences, tokenizer, eos_ids)
-            for row, i in zip(readable, first.weight.nonzero().flatten().tolist(), strict=False):
-                row |= {"greedy": found[i].text, "greedy_reward": round(float(score[i]), 4)}
-    total = sum_across_ranks(sums)
+            _add_greedy_answers(readable, actor, reward, first, tokenizer)
+    figures = _means(sum_across_ranks(sums))
+    if answers is not None:
+        figures["perplexity"] = perplexity(actor, answers)["perplexity"]
+    return PolicyEvaluation(figures, [row for rows in gather_objects(readable) for row in rows])
+
+
+def _add_greedy_answers(
+    rows: list[dict[str, Any]],
+    actor: Actor,
+    reward: Reward | CompositeReward,
+    batch: PromptBatch,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Adds to the first rows, which are those of this batch, the greedy answer and its reward."""
+    _, best = actor.rollout(Prompts(batch.input_ids, batch.lengths), samples=0, greedy=True)
+    sequences = present(best, "the greedy rollout")
+    scores = reward.score_parts(sequences, columns=batch.columns)[0].tolist()
+    found = read_answers(sequences, tokenizer, actor.model.hf.generation_config.eos_token_id)
+    for row, i in zip(rows, batch.weight.nonzero().flatten().tolist(), strict=False):
+        row |= {"greedy": found[i].text, "greedy_reward": round(scores[i], 4)}
+
+
+def _means(total: dict[str, float]) -> dict[str, float]:
+    """The figures of `evaluate_policy`, from sums over the answers of all ranks."""
     n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
     mean = total["reward"] / n
     variance = max(total["reward_squares"] / n - mean**2, 0.0) * n / max(n - 1, 1)
@@ -165,7 +184,4 @@ def evaluate_policy(
         "entropy": total["entropy"] / tokens,
         "reference_perplexity": math.exp(min(total["reference_nll"] / tokens, 700.0)),
     }
-    figures |= {name: total[name] / n for name in names if name.startswith("reward/")}
-    if answers is not None:
-        figures["perplexity"] = perplexity(actor, answers)["perplexity"]
-    return PolicyEvaluation(figures, [row for rows in gather_objects(readable) for row in rows])
+    return figures | {name: total[name] / n for name in total if name.startswith("reward/")}

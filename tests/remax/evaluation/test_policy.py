@@ -23,6 +23,8 @@ from remax.evaluation.ranking import pair_scores
 from remax.generation.decode import GenerationSettings, rollout
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
+from remax.rewards.composite import CompositeReward, FunctionReward, Part
+from remax.rewards.functions import reward_function
 from utils.data.batches import PairBatch, PromptBatch, SupervisedBatch
 from utils.tokenizer import load_tokenizer
 
@@ -139,6 +141,7 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
             lengths=torch.tensor(lengths),
             weight=torch.tensor(weight),
             prompts=[f"prompt {i}" for i in lengths],
+            columns={"solution": [f"solution {i}" for i in lengths]},
         )
         for ids, lengths, weight in batches
     ]
@@ -174,13 +177,20 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
     assert [row["length"] for row in result.answers] == tokens
     assert [row["prompt"] for row in result.answers] == ["prompt 1", "prompt 2", "prompt 2"]
     assert result.sample().startswith("--- prompt: prompt 1")
+
     # Sampled, and the first batch's greedy answers beside: those of above, and no figure moves.
+    def ten(prompts, answers, solution):
+        assert solution in (["solution 1", "solution 2"], ["solution 2", "solution 2"])
+        return [10.0] * len(answers)
+
+    function = Part("ten", FunctionReward(reward_function(ten), tokenizer))
+    total = CompositeReward([Part("model", reward), function])
     sampled, both = (
-        evaluate_policy(actor, reference, reward, loader, tokenizer, also_greedy=also) for also in (False, True)
+        evaluate_policy(actor, reference, total, loader, tokenizer, also_greedy=also) for also in (False, True)
     )
     assert both.figures == sampled.figures and ["greedy" in row for row in both.answers] == [True, True, False]
     for row, alone, expected in zip(both.answers[:2], result.answers, scores, strict=False):
-        assert row["greedy"] == alone["answer"] and row["greedy_reward"] == pytest.approx(expected, abs=1e-3)
+        assert row["greedy"] == alone["answer"] and row["greedy_reward"] == pytest.approx(10 + expected, abs=1e-3)
 
 
 def test_first_is_the_same_every_time():
