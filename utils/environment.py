@@ -14,7 +14,7 @@ WHOLE_NUMBERS = {  # with the smallest and the largest that each may be
     "MASTER_PORT": (1, 65535),
     **{f"OMPI_COMM_WORLD_{name}": (0, LARGEST) for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")},
     **{name: (0, LARGEST) for name in ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")},
-    **{f"SLURM_{name}": (0, LARGEST) for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS")},
+    **{f"SLURM_{name}": (0, LARGEST) for name in ("PROCID", "LOCALID")},
     "SLURM_STEP_NUM_TASKS": (1, LARGEST),
     "SLURM_NTASKS": (1, LARGEST),
 }

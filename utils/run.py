@@ -36,7 +36,7 @@ class UserError(Exception):
 
 def one_line(error: BaseException, longest: int = 2000) -> str:
     """The whole message on one line; of a very long one, which a library wrote, the middle is left out."""
-    text = " ".join(str(error).split("\n"))
+    text = " ".join(line for raw in str(error).splitlines() if (line := raw.strip()))
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
 
 
@@ -81,6 +81,10 @@ def _say(error: str) -> None:
     print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
 
 
+FOLDERS = ("answers", "tensorboard")  # of texts and event files
+OF_A_RUN = ("results.json", "metrics.jsonl", *FOLDERS)  # what would mix with that of another run
+
+
 def refuse_to_overwrite(folder: Path, models: Iterable[str]) -> None:
     """What a run would replace must not be there.
 
@@ -88,12 +92,13 @@ def refuse_to_overwrite(folder: Path, models: Iterable[str]) -> None:
         models: The subfolders in which the run will write models; "" for the folder itself.
 
     Raises:
-        UserError: There is a run, or a model.
+        UserError: There is a run, a model, or something else by a name that the run needs.
     """
-    found = [name for name in ("run.json", *(f"{model}/config.json".lstrip("/") for model in models))]
-    found = [name for name in found if (folder / name).is_file()]
+    of_models = {f"{model}/{name}".lstrip("/"): "a model" for model in models for name in ("config.json", "adapter")}
+    replaced = {"run.json": "another run"} | of_models | dict.fromkeys(OF_A_RUN, "what a run would replace")
+    found = [name for name in replaced if (folder / name).exists()]
     if found:
-        what = "another run" if found[0] == "run.json" else "a model"
+        what = replaced[found[0]]
         raise UserError(
             f"--output_dir {folder}: holds {what} already ({found[0]}); choose another folder, or add "
             "--overwrite_output_dir to replace it"
@@ -190,7 +195,7 @@ def start_run(folder: Path, args: Any, stage: str) -> None:
     if rank_of_launcher() != 0:
         return
     (folder / "results.json").unlink(missing_ok=True)
-    for name in ("answers", "tensorboard"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     text = json.dumps(describe_run(args, stage), indent=2, default=str)
     (folder / "run.json").write_text(text + "\n", encoding="utf-8")

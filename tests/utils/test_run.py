@@ -160,6 +160,18 @@ def test_what_a_folder_holds_is_not_overwritten(tmp_path):
         run.refuse_to_overwrite(tmp_path, [""])
 
 
+@pytest.mark.parametrize("name", ["answers", "tensorboard", "results.json", "metrics.jsonl", "actor/adapter"])
+def test_no_folder_or_file_of_the_users_is_taken_for_that_of_a_run(tmp_path, name):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(run.UserError, match=rf"holds .* already \({name}\).* --overwrite_output_dir"):
+        run.refuse_to_overwrite(tmp_path, ["actor"])
+
+
+def test_a_message_of_several_lines_becomes_one():
+    assert run.one_line(ValueError("bad yaml:\n  line 1\n\n\tline 2\u2028end\n")) == "bad yaml: line 1 line 2 end"
+    assert run.one_line(ValueError("a" * 5 + "b" * 5), longest=4) == "aa ... bb"
+
+
 def test_what_would_mix_with_a_new_run_goes_when_that_begins(tmp_path):
     for name in ("answers/step_000060.jsonl", "tensorboard/events", "results.json", "actor/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
