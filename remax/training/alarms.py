@@ -126,6 +126,12 @@ def rollout_figures(
 # ------------------------------------------------------------------------------------------------------------ judgement
 
 
+def start_again(critic: bool) -> str:
+    """The remedy where weights are lost; a critic's estimates, where there is one, may have done it."""
+    rates = "--actor_learning_rate" + " and --critic_learning_rate" * critic
+    return f"start again from the last good model with a tenth of {rates}; bf16 instead of fp16"
+
+
 def fatal_alarms(
     figures: dict[str, float], overflows: int, nonfinite: int, kl_excess: float, limits: Thresholds
 ) -> Iterator[Alarm]:
@@ -138,7 +144,7 @@ def fatal_alarms(
             "not finite",
             numbers + (": the update was applied, the weights are lost" if lost else f", {nonfinite} steps in a row"),
             "a reward that is not finite (--reward_dtype), or a learning rate that is too high",
-            "start again from the last good model with a tenth of --actor_learning_rate; bf16 instead of fp16",
+            start_again("value_loss" in figures),
             fatal=True,
         )
     if overflows >= limits.overflow_warning:

@@ -26,6 +26,7 @@ from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward, TrainedReward
 from remax.evaluation.policy import PolicyEvaluation
 from remax.rewards.composite import CompositeReward
+from remax.training.alarms import start_again
 from remax.training.loop import Cadence, TrainState, train
 from remax.training.sentinel import Sentinel
 from utils.data.batches import PromptBatch, SupervisedBatch
@@ -339,8 +340,7 @@ class Trainer:
         if not math.isfinite(evaluation.figures["kl_per_token"]):
             raise TrainingStopped(
                 f"step {state.step}: evaluation KL is {evaluation.figures['kl_per_token']}. Likely cause: the weights "
-                "are lost, by a learning rate that is too high. Remedy: start again from the last good model with a "
-                "tenth of --actor_learning_rate; bf16 instead of fp16"
+                f"are lost, by a learning rate that is too high. Remedy: {start_again(self.critic is not None)}"
             )
         self.on_evaluation(state.step, evaluation, best)
         kl = evaluation.figures["kl_per_token"]

@@ -15,7 +15,7 @@ import torch
 
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
-from remax.training.alarms import Thresholds, distinct_ngrams, rollout_figures
+from remax.training.alarms import Thresholds, distinct_ngrams, fatal_alarms, rollout_figures
 from remax.training.sentinel import Sentinel
 from utils.run import TrainingStopped
 
@@ -218,6 +218,15 @@ def test_the_first_steps_kl_is_the_zero():
 @pytest.mark.parametrize("figures", [{"loss": math.nan}, {"reward": math.inf}, {"loss": -math.inf}])
 def test_an_applied_update_that_is_not_finite_is_fatal_at_once(figures):
     assert judged(figures, steps=1) == {"not finite"}
+
+
+def test_where_there_is_a_critic_its_rate_is_named_too():
+    for figures, rates in (
+        ({}, "--actor_learning_rate;"),
+        ({"value_loss": 1.0}, "--actor_learning_rate and --critic_"),
+    ):
+        (alarm,) = fatal_alarms({"loss": math.nan} | figures, 0, 1, 0.0, Thresholds())
+        assert f"with a tenth of {rates}" in alarm.remedy
 
 
 def test_an_overflow_that_was_skipped_is_not():
