@@ -1,12 +1,14 @@
 """A bound on what a piece of somebody else's Python may take."""
 
 import contextlib
+import re
 import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 LOOK_EVERY = 0.05  # seconds
@@ -26,12 +28,12 @@ def bounded(seconds: float, megabytes: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    until, most = time.monotonic() + seconds, peak_megabytes() + megabytes
+    until, most = time.monotonic() + seconds, peak_resident() + megabytes * 2**20
 
     def look(number: int, frame: FrameType | None) -> None:
         if time.monotonic() > until:
             raise BoundsExceeded(f"it takes longer than {seconds:g} s")
-        if peak_megabytes() > most:
+        if peak_resident() > most:
             raise BoundsExceeded(f"it takes more than {megabytes:g} MB")
 
     former = signal.signal(signal.SIGALRM, look)
@@ -45,7 +47,9 @@ def bounded(seconds: float, megabytes: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-def peak_megabytes() -> float:
-    """The most memory that this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+def peak_resident() -> int:
+    """The most bytes of memory that this process has held."""
+    status = Path("/proc/self/status")  # getrusage would count the process that this one was forked from
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

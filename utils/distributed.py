@@ -5,9 +5,7 @@ Every function works before `init_distributed` too, as rank 0 of 1 (or with the 
 
 import os
 import random
-import re
 import socket
-import sys
 import zlib
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,8 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from utils.bounds import peak_resident
 from utils.launchers import launcher_variables
-from utils.run import UserError
+from utils.run import UserError, first_line, rank_of_launcher
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _patience: timedelta | None = None  # of `barrier`, which would take torch's default, whatever the group was told
@@ -63,7 +62,7 @@ def init_distributed(local_rank: int = -1, timeout: timedelta | None = None) -> 
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"--master_port: the ranks cannot meet at {address} ({str(error).splitlines()[0]}); if another run uses "
+            f"--master_port: the ranks cannot meet at {address} ({first_line(error)}); if another run uses "
             "this port, choose a free one: `deepspeed --master_port 29600 main.py ...`"
         ) from error
     global _patience
@@ -151,7 +150,7 @@ def _share_cores() -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else rank_of_launcher()
 
 
 def world_size() -> int:
@@ -236,17 +235,8 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         here = torch.cuda.max_memory_allocated()
     else:
-        here = _peak_resident()
+        here = peak_resident()
     return max(gather_objects(here))
-
-
-def _peak_resident() -> int:
-    status = Path("/proc/self/status")  # getrusage would count the process that this one was forked from
-    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(peak[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def set_seed(seed: int) -> None:
