@@ -1,7 +1,10 @@
-"""Text files that flags name."""
+"""Text files that flags name, and those that a run writes."""
 
 import errno
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from utils.run import UserError
 
@@ -37,3 +40,19 @@ def read_text(file: str, flag: str, expected: str) -> str:
         line = error.object[: error.start].count(b"\n") + 1
         reason = f"line {line} is not UTF-8 ({error.reason})"
     raise UserError(f"{flag} {file}: {reason}; expected {expected}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a UTF-8 file that appears when it is complete: what was there stays until then, also on a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One json object a line, see `write_whole`."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))

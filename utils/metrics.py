@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.distributed import is_main
+from utils.files import write_whole
 from utils.run import UserError, first_line
 
 # How the console shows the values that have a unit; the others get four significant digits.
@@ -68,7 +69,7 @@ class MetricsLogger:
         path.parent.mkdir(parents=True, exist_ok=True)
         if drop_after is not None and path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= drop_after]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_whole(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # a second of start-up, paid only when asked for

@@ -12,7 +12,7 @@ from utils.bounds import BoundsExceeded, bounded
 from utils.distributed import print0
 from utils.files import read_text
 from utils.hub import hub_is_reachable
-from utils.run import UserError, first_line
+from utils.run import UserError, first_line, one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*")
 TEMPLATE_SECONDS, TEMPLATE_MEGABYTES, TEMPLATE_CHARACTERS = 5.0, 500.0, 1_000_000  # for one question and its answer
@@ -130,8 +130,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     try:
         asked, whole = probe_texts(tokenizer)
     except Exception as error:  # whatever an expression in it ends in
-        reason = " ".join(str(error).split())
-        raise UserError(f"--chat_template: cannot write a question and its answer: {reason}") from error
+        raise UserError(f"--chat_template: cannot write a question and its answer: {one_line(error)}") from error
     if "QUESTION" not in asked or "ANSWER" not in whole or not whole.startswith(asked):
         raise UserError(
             f"--chat_template: writes a question as {asked!r} and with its answer as {whole!r}; expected the second to "

@@ -28,6 +28,7 @@ from remax.models.lora import ADAPTER_FOLDER, adapters_alone, merge_adapters, sa
 from remax.models.policy import PolicyModel
 from remax.models.reward_model import RewardModel
 from utils.distributed import barrier, is_main, print0, shutdown
+from utils.files import write_whole
 from utils.run import DISK_FULL, STOPPED, UserError
 
 ATTEMPTS, WAIT = 30, 30  # how often a full disk is tried again, and after how many seconds
@@ -196,4 +197,4 @@ def export_and_exit(
 def write_note(folder: str | Path, name: str, values: Mapping[str, Any]) -> None:
     """A small json file beside an export, on rank 0: why it was saved and how good it is."""
     if is_main():
-        (Path(folder) / name).write_text(json.dumps(values, indent=2) + "\n")
+        write_whole(Path(folder) / name, json.dumps(values, indent=2) + "\n")

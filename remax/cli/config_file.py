@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from utils.files import read_text
-from utils.run import UserError
+from utils.run import UserError, one_line
 
 
 def read_config(file: str) -> tuple[dict[Any, Any], str | None]:
@@ -41,8 +41,7 @@ def read_config(file: str) -> tuple[dict[Any, Any], str | None]:
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply; expected a mapping from flags to values") from None
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: is no {'json' if is_json else 'yaml'} ({reason})") from None
+        raise UserError(f"{where}: is no {'json' if is_json else 'yaml'} ({one_line(error)})") from None
     if isinstance(content, dict) and isinstance(content.get("arguments"), dict):
         return content["arguments"], str(content.get("stage"))
     if not isinstance(content, dict):

@@ -7,14 +7,13 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from remax.cli.config_file import read_config
 from remax.cli.flags import WHY_RETIRED, Range
-from utils.run import UserError
+from utils.run import UserError, rank_of_launcher
 
 AnyArguments = TypeVar("AnyArguments")
 USAGE = "deepspeed main.py [flags]"
@@ -171,7 +170,7 @@ class _Help(argparse.Action):
         self.text = text
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if rank_of_launcher() == 0:
             print(self.text(values == "all"), end="")
         parser.exit()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from remax.generation.decode import beam_search
 from utils.data.collate import pad
 from utils.data.tokens import encode_prompts
 from utils.distributed import device, is_main
+from utils.files import write_rows
 from utils.metrics import progress
 from utils.present import present
 
@@ -32,9 +32,8 @@ class Answer:
 
 def read_answers(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[Answer]:
     """The answers of B sequences."""
-    columns = (sequences.input_ids, sequences.prompt_lengths, sequences.answer_lengths)
     found = []
-    for ids, start, length in zip(*(column.tolist() for column in columns), strict=True):
+    for ids, start, length in zip(sequences.input_ids.tolist(), *sequences.counts, strict=True):
         answer = ids[start : start + length]
         text = str(tokenizer.decode(answer, skip_special_tokens=True))
         found.append(Answer(text, length, answer[-1] in eos_ids))
@@ -45,7 +44,7 @@ def write_answers(path: Path, answers: Iterable[Mapping[str, Any]]) -> None:
     """One json object a line, on rank 0."""
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers), encoding="utf-8")
+        write_rows(path, answers)
 
 
 def as_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Prompts:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,18 +89,6 @@ def scored_rows(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> 
             own = {"answer_scores": None if reason else [found[i, k] for k in answers_of(row.example)]}
         result.append(row.original | own | ({"not_scored": reason} if reason else {}))
     return result
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """One json object a line; the file appears when it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    try:
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
-    except OSError:  # such as a full disk
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def report(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor, config: PreTrainedConfig) -> str:

@@ -28,7 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from remax.models.weights import broken_files, check_files, check_finite, check_report, restore_buffers, unpartitioned
 from utils.distributed import device, print0
 from utils.hub import hub_is_reachable
-from utils.run import UserError
+from utils.run import UserError, one_line
 
 
 def quiet_libraries() -> None:
@@ -51,7 +51,7 @@ SIZES = (  # of a configuration: what must be 1 at least
 
 def reason_of(error: BaseException) -> str:
     """What a library says of a failure, on one line."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if "trust_remote_code" in text:
         return "it needs Python code of its own, which is not run here"
     if isinstance(error, KeyError):

@@ -67,7 +67,7 @@ class FunctionReward:
         if "ended" in self.takes:
             columns["ended"] = sequences.ended(present(self.eos_ids, "the end tokens")).tolist()
         if "tokens" in self.takes:
-            columns["tokens"] = sequences.answer_lengths.tolist()
+            columns["tokens"] = list(sequences.counts[1])
         values = self.score_texts(*self.texts(sequences), columns)
         return torch.tensor(values, dtype=torch.float32, device=device())
 
@@ -79,9 +79,9 @@ class FunctionReward:
 
     def texts(self, sequences: Sequences) -> tuple[list[str], list[str]]:
         """B prompts and B answers."""
-        columns = (sequences.input_ids, sequences.prompt_lengths, sequences.lengths)
-        rows = list(zip(*(column.tolist() for column in columns), strict=True))
-        prompts, answers = [row[:start] for row, start, _ in rows], [row[start:end] for row, start, end in rows]
+        rows = list(zip(sequences.input_ids.tolist(), *sequences.counts, strict=True))
+        prompts = [ids[:start] for ids, start, _ in rows]
+        answers = [ids[start : start + length] for ids, start, length in rows]
         decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decode(prompts), decode(answers)
 

@@ -17,7 +17,7 @@ import time
 from typing import Any, BinaryIO
 
 from remax.rewards.functions import RewardFunction, SampleError, find_function, in_words
-from utils.run import UserError
+from utils.run import UserError, rank_of_launcher
 
 LENGTH = struct.Struct("<Q")  # of a request, in bytes
 # In memory that both processes see: what the function works on, and after a page the request. A batch may have
@@ -78,7 +78,7 @@ def main(channel: int, memory: int) -> None:
 
 def _seed() -> None:
     """A function that draws numbers draws the same ones in every run."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = rank_of_launcher()
     random.seed(rank)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(rank)

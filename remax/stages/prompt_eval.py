@@ -13,7 +13,6 @@ from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
 from remax.evaluation.answers import Answer, answer_prompts
-from remax.evaluation.rows import write_rows
 from remax.generation.decode import GenerationSettings
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.policy import check_policy_config, load_policy
@@ -23,6 +22,7 @@ from utils.data.rows import read_rows
 from utils.data.shapes import Form, RowSkipped, ask, finish
 from utils.data.tokens import encode_prompts
 from utils.distributed import set_seed
+from utils.files import write_rows
 from utils.present import present
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer

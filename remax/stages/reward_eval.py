@@ -8,7 +8,7 @@ from remax.cli.evaluation import RewardEvalArguments
 from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import DTYPES, EngineConfig
 from remax.engines.scorer import Reward
-from remax.evaluation.rows import describe_rows, encode_rows, report, scored_rows, show, write_rows
+from remax.evaluation.rows import describe_rows, encode_rows, report, scored_rows, show
 from remax.evaluation.texts import score_texts
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.reward_model import load_reward_model
@@ -17,6 +17,7 @@ from utils.data.loaders import local_rank_zero_first
 from utils.data.rows import TextRow, read_rows
 from utils.data.shapes import Form, ask, finish
 from utils.distributed import init_distributed, is_main, print0, shutdown, world_size
+from utils.files import write_rows
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 

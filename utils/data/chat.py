@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from utils.run import one_line
+
 ASSISTANT = "\n\nAssistant:"
 EARLIER = re.compile(r"\n\nAssistant:(.*?)(?=\n\nHuman:)", re.DOTALL)
 MARK = "\ue000{}\ue001"  # private characters: no text holds them
@@ -54,7 +56,7 @@ class ChatTemplate:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
         except (TemplateError, TypeError) as error:  # the template's own refusal, or something that it misses
-            raise TemplateRefuses(" ".join(str(error).split()) or type(error).__name__) from error
+            raise TemplateRefuses(one_line(error) or type(error).__name__) from error
 
     def prompt(self, messages: Messages) -> tuple[str, Spans | None]:
         """The messages as a prompt, and where its earlier answers stand, each with the token that ends it.
