@@ -221,10 +221,8 @@ def test_an_applied_update_that_is_not_finite_is_fatal_at_once(figures):
 
 
 def test_where_there_is_a_critic_its_rate_is_named_too():
-    for figures, rates in (
-        ({}, "--actor_learning_rate;"),
-        ({"value_loss": 1.0}, "--actor_learning_rate and --critic_"),
-    ):
+    both = "--actor_learning_rate and --critic_learning_rate;"
+    for figures, rates in (({}, "--actor_learning_rate;"), ({"value_loss": 1.0}, both)):
         (alarm,) = fatal_alarms({"loss": math.nan} | figures, 0, 1, 0.0, Thresholds())
         assert f"with a tenth of {rates}" in alarm.remedy
 
