@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Llama-2-7B, ReMax, with the settings of the ReMax authors' script of this name.
-# On eight GPUs of 80 GB nothing need be offloaded (--offload false), which spares time: docs/hardware.md.
+# On eight GPUs of 80 GB nothing need be offloaded, which spares time: docs/hardware.md has the flags.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/llama2_7b/sft}

@@ -2,7 +2,7 @@
 # Mistral-7B-Instruct-v0.2, ReMax, with the settings of Part II of the ReMax paper and of the model card of its
 # Mistral-7B-ReMax-v0.1: KL over the rest of the answer, differences clipped at 1, 32 rows per GPU. The prompts there came
 # from lmsys-chat-1m and the reward from UltraRM-13B; here both come from UltraFeedback.
-# On eight GPUs of 80 GB nothing need be offloaded (--offload false), which spares time: docs/hardware.md.
+# On eight GPUs of 80 GB nothing need be offloaded, which spares time: docs/hardware.md has the flags.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.2}
