@@ -7,6 +7,7 @@ of means, and the rows that fill up a rank's last batch carry weight 0.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,10 +111,11 @@ def evaluate_policy(
         - `perplexity`: the policy's, of the data's own answers, where `answers` gives some: what it forgets.
     """
     names = [f"reward/{name}" for name in reward.part_names]
-    names += ("prompts", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
+    names += ("answers", "tokens", "reward", "reward_squares", "ended", "kl", "entropy", "reference_nll")
     sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=device()) for name in names}
     eos_ids = actor.model.hf.generation_config.eos_token_id
     readable: list[dict[str, Any]] = []
+    rewards: list[float] = []  # of the rows of `readable`, not rounded
     first: PromptBatch | None = None
     with evaluating(actor.model), isolated_rng(seed):
         for batch in map(to_device, loader):
@@ -127,7 +129,7 @@ def evaluate_policy(
             weight = batch.weight  # (B,)
             token_weight = weight[:, None] * sequences.answer_mask  # (B, A)
             additions = {
-                "prompts": weight,
+                "answers": weight,
                 "tokens": token_weight,
                 "reward_squares": weight * score**2,
                 "ended": weight * sequences.ended(eos_ids),
@@ -145,12 +147,14 @@ def evaluate_policy(
                 rounded = {name: round(values[i], 4) for name, values in numbers.items()}
                 answer = {"answer": found[i].text, "length": found[i].tokens}
                 readable.append({"prompt": batch.prompts[i]} | answer | rounded)
+                rewards.append(numbers["reward"][i])
         if also_greedy and first is not None:  # behind all draws, so that they are what they would be without it
             _add_greedy_answers(readable, actor, reward, first, tokenizer)
-    figures = _means(sum_across_ranks(sums))
+    rows = [row for of_rank in gather_objects(list(zip(readable, rewards, strict=True))) for row in of_rank]
+    figures = _figures(sum_across_ranks(sums), [(row["prompt"], reward) for row, reward in rows])
     if answers is not None:
         figures["perplexity"] = perplexity(actor, answers)["perplexity"]
-    return PolicyEvaluation(figures, [row for rows in gather_objects(readable) for row in rows])
+    return PolicyEvaluation(figures, [row for row, _ in rows])
 
 
 def _add_greedy_answers(
@@ -169,11 +173,22 @@ def _add_greedy_answers(
         row |= {"greedy": found[i].text, "greedy_reward": round(scores[i], 4)}
 
 
-def _means(total: dict[str, float]) -> dict[str, float]:
-    """The figures of `evaluate_policy`, from sums over the answers of all ranks."""
-    n, tokens = max(total["prompts"], 1.0), max(total["tokens"], 1.0)
+def _figures(total: dict[str, float], rewards: list[tuple[str, float]]) -> dict[str, float]:
+    """The figures of `evaluate_policy`, from sums over the answers of all ranks, and each prompt with its reward.
+
+    Answers to one prompt are alike: independent are the G prompts, not the n answers. So the variance of the mean is
+    G / (G - 1) * sum_g s_g^2 / n^2, with s_g the deviations from the mean added up over the answers to prompt g.
+    """
+    n, tokens = max(total["answers"], 1.0), max(total["tokens"], 1.0)
     mean = total["reward"] / n
-    variance = max(total["reward_squares"] / n - mean**2, 0.0) * n / max(n - 1, 1)
+    deviations, squares = defaultdict[str, float](float), defaultdict[str, float](float)
+    for prompt, reward in rewards:
+        deviations[prompt] += reward - mean
+        squares[prompt] += (reward - mean) ** 2
+    prompts = max(len(deviations), 1)
+    shared = math.fsum(deviations[prompt] ** 2 - squares[prompt] for prompt in deviations)  # 0 where all differ
+    spread = max(total["reward_squares"] / n - mean**2 + shared / n, 0.0)
+    variance = spread * prompts / max(prompts - 1, 1)
     figures = {
         "reward": mean,
         "reward_standard_error": math.sqrt(variance / n),

@@ -161,10 +161,12 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
         nll.append(-logq[drawn].sum().item())
         ended.append(ids[-1] == eos)
     n, total = 3, sum(tokens)
+    mean = sum(scores) / n
+    first, second = scores[0] - mean, scores[1] + scores[2] - 2 * mean  # two prompts, of which one has two answers
     assert result.figures == pytest.approx(
         {
-            "reward": sum(scores) / n,
-            "reward_standard_error": torch.tensor(scores).std().item() / n**0.5,
+            "reward": mean,
+            "reward_standard_error": math.sqrt(2 / (2 - 1) * (first**2 + second**2)) / n,
             "length": total / n,
             "ended": sum(ended) / n,
             "kl": sum(kls) / n,
