@@ -116,7 +116,7 @@ def available_cores() -> int:
 
 
 def _hosts() -> dist.ProcessGroup | None:
-    """The group in which the ranks wait for one another: all of them, by gloo (None: the default group is that).
+    """The group in which the ranks wait for one another and swap objects: all, by gloo (None: the default one is that).
 
     nccl aborts the process when a rank keeps the others waiting, before anybody could say why, and it waits on the GPU.
     """
@@ -135,9 +135,7 @@ def _share_cores() -> None:
     OMP_NUM_THREADS to 1 where nobody has set it, which would leave an offloaded optimizer one thread.
     """
     mine = (socket.gethostname(), usable_cores())
-    everyone: list[Any] = [mine] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(everyone, mine, group=_hosts())  # by all, also where OMP_NUM_THREADS is set
+    everyone = gather_objects(mine)  # by all ranks, also where OMP_NUM_THREADS is set
     of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if "OMP_NUM_THREADS" in os.environ and not of_torchrun:
         return
@@ -222,11 +220,11 @@ def sum_across_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, fl
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """Every rank's object, in rank order, on every rank (pickled: for small things)."""
+    """Every rank's object, in rank order, on every rank (pickled: for small things); waits for no GPU."""
     if _alone():
         return [obj]
     gathered = [None] * world_size()
-    dist.all_gather_object(gathered, obj)
+    dist.all_gather_object(gathered, obj, group=_hosts())
     return gathered
 
 

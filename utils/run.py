@@ -95,7 +95,7 @@ def refuse_to_overwrite(folder: Path, models: Iterable[str]) -> None:
         UserError: There is a run, a model, or something else by a name that the run needs.
     """
     of_models = {f"{model}/{name}".lstrip("/"): "a model" for model in models for name in ("config.json", "adapter")}
-    replaced = {"run.json": "another run"} | of_models | dict.fromkeys(OF_A_RUN, "what a run would replace")
+    replaced = {"run.json": "another run"} | of_models | dict.fromkeys(OF_A_RUN, "a part of a run")
     found = [name for name in replaced if (folder / name).exists()]
     if found:
         what = replaced[found[0]]

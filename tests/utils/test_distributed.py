@@ -180,13 +180,11 @@ def test_a_rank_without_a_gpu_is_refused(no_launcher):
 def test_ranks_of_a_machine_share_its_cores(no_launcher, capsys, mine, quota, others, threads):
     asked = []
 
-    def gather(everyone, own, group):
-        everyone[:] = [own, *((host, frozenset(cores)) for host, cores in others)]
+    def gather(own):
+        return [own, *((host, frozenset(cores)) for host, cores in others)]
 
     no_launcher.setattr(os, "environ", dict(os.environ))
-    no_launcher.setattr(distributed.dist, "all_gather_object", gather)
-    no_launcher.setattr(distributed, "_hosts", lambda: None)
-    no_launcher.setattr(distributed, "world_size", lambda: 1 + len(others))
+    no_launcher.setattr(distributed, "gather_objects", gather)
     no_launcher.setattr(socket, "gethostname", lambda: "here")
     no_launcher.setattr(distributed, "usable_cores", lambda: frozenset(mine))
     no_launcher.setattr(distributed, "available_cores", lambda: quota)
