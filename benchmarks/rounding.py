@@ -8,6 +8,8 @@ vocabulary of 32,000 and logits whose largest are near 25. Packing is compared a
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -61,6 +63,7 @@ def packing_difference(shape: tuple[int, int, int, int], dtype: torch.dtype) -> 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("| number format | logits rounded: mean error of log p | logits in float32 |")
     print("|---|---|---|")
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):

@@ -46,7 +46,7 @@ from remax.training.finetune import finetune
 from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Ranking, Supervised
 from remax.training.trainer import Trainer, TrainerSettings
-from utils.data.batches import SupervisedBatch
+from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
@@ -314,14 +314,14 @@ def trainer_update(
 
     saved: list[Rollout] = []
 
-    def answer(batch: tuple[str, torch.Tensor]) -> tuple[Sequences, None]:
-        rollout = fixed_rollout(*batch)
+    def answer(batch: PromptBatch) -> tuple[Sequences, None]:
+        rollout = fixed_rollout(batch.prompts[0], batch.input_ids)
         sequences = rollout.sequences
         wide = torch.nn.functional.pad(sequences.input_ids, (0, extra_columns), value=7)
         saved.append(replace(rollout, sequences=replace(sequences, input_ids=wide)))
         return saved[-1].sequences, None
 
-    def score(sampled: Sequences, greedy: None) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def score(sampled: Sequences, greedy: None, columns: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
         return saved[-1].rewards, saved[-1].baseline, {}
 
     def annotate(sampled: Sequences, rewards: torch.Tensor) -> Rollout:
@@ -338,7 +338,10 @@ def trainer_update(
     for path in rollouts:
         rows = len(torch.load(path)["rewards"])
         shares = mine(order or range(rows)).tensor_split(rollouts_per_step)
-        _, step_figures = trainer.step([(path, share) for share in shares])
+        # In the place of prompts: a saved rollout, and which of its rows.
+        ones = torch.ones(rows)
+        batches = [PromptBatch(input_ids=part, lengths=part, weight=ones, prompts=[path]) for part in shares]
+        _, step_figures = trainer.step(batches)
         figures.append({k: v for k, v in step_figures.items() if "second" not in k})
     save_weights(folder, name, actor)
     if value_model is not None:
