@@ -84,15 +84,102 @@ launch() {
     mkdir -p "$OUTPUT"
     local log=$OUTPUT/training.log status=0
     if [[ -f $log ]]; then mv "$log" "$log.before"; fi
-    # tee outlives Ctrl-C, so that the last words of the ranks are kept as well.
-    "${launcher[@]}" "$STAGE/main.py" "${data[@]}" --output_dir "$OUTPUT" "$@" 2>&1 | tee -i "$log" || status=$?
-    if ((status > 192)); then # the launcher's way to say that a signal ended a rank: 256 - its number
-        echo "error: a rank was killed by signal $((256 - status))$(why_killed $((256 - status)))" | tee -a "$log"
-    fi
+    start_launcher "$log" "${launcher[@]}" "$STAGE/main.py" "${data[@]}" --output_dir "$OUTPUT" "$@"
+    await_launcher || status=$?
     if [[ -f $log.before ]]; then # a run that was refused leaves that of the run before
         if ((status == 2)); then mv "$log.before" "$log"; else rm "$log.before"; fi
     fi
     return "$status"
+}
+
+# The launcher has a process group of its own: Ctrl-C comes to this script alone, which hands it on to the ranks. (set -m
+# would do so too, and stop a script that runs in a terminal's background.) tee outlives all, so that the last words of the
+# ranks are kept as well.
+OWN_GROUP='import os, signal, sys
+os.setpgid(0, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # the shell has it ignored in the background
+os.execvp(sys.argv[1], sys.argv[1:])'
+PATIENCE=60 # seconds from a signal to SIGKILL
+
+start_launcher() { # LOG COMMAND...
+    local name
+    RANK_FILES=$(mktemp -d) # what the ranks leave there is said in utils/stopping.py
+    export RANK_FILES SCRIPT_PID=$$
+    exec {OUT}> >(trap '' HUP INT TERM USR1 && exec tee "$1")
+    TEE=$!
+    STOPPED_BY=''
+    "$PYTHON" -c "$OWN_GROUP" "${@:2}" >&"$OUT" 2>&1 </dev/null {OUT}>&- &
+    LAUNCHER=$!
+    for name in HUP INT TERM USR1; do
+        # shellcheck disable=SC2064
+        trap "stop_ranks $name" "$name"
+    done
+}
+
+rank_pids() { cat "$RANK_FILES"/rank.* 2>/dev/null || true; }
+
+stop_ranks() { # SIGNAL
+    local pids
+    if [[ -z $STOPPED_BY ]]; then
+        STOPPED_BY=$1 DEADLINE=$((SECONDS + PATIENCE))
+        pids=$(rank_pids)
+        # shellcheck disable=SC2086
+        if [[ -z $pids ]] || ! kill -s "$1" $pids 2>/dev/null; then # the ranks are still to come, or on other machines
+            kill -TERM -- "-$LAUNCHER" 2>/dev/null || kill -TERM "$LAUNCHER" 2>/dev/null || true
+        fi
+    elif [[ $1 == INT ]]; then
+        DEADLINE=0
+    fi
+}
+
+await_launcher() { # says what ended the ranks, if it was not their own doing; the script's exit status
+    local status=0 name rank number=0 words='' leftover
+    { # without the shell's own words about processes that a signal has ended
+        while
+            wait "$LAUNCHER" && status=0 || status=$?
+            kill -0 "$LAUNCHER" # or else a signal to this script has ended the wait
+        do
+            while [[ -n $STOPPED_BY ]] && kill -0 "$LAUNCHER"; do
+                if ((SECONDS >= DEADLINE)); then kill -KILL -- "-$LAUNCHER" || true; fi
+                sleep 0.2 || true
+            done
+        done
+    } 2>/dev/null
+    leftover=$(cd "$RANK_FILES" && compgen -G 'rank.*' | sed 's/rank\.//' | paste -sd, | sed 's/,/ or /g') || true
+    read -r name rank 2>/dev/null <"$RANK_FILES/signal" || true
+    if [[ -n $STOPPED_BY ]]; then
+        number=$(kill -l "$STOPPED_BY") words="stopped by SIG$STOPPED_BY, which was sent to this script"
+    elif ((status > 192)); then # the launcher's way to say that a signal ended a rank: 256 - its number
+        number=$((256 - status)) words="${leftover:+rank $leftover}"
+        words="${words:-a rank} was killed by signal $number$(why_killed "$number")"
+    elif ((status > 128)) && [[ -n ${name:-} ]]; then
+        number=$(kill -l "$name") words="stopped by $name, which was sent to rank $rank"
+    elif ((status > 128)) && launcher_left_ranks; then
+        number=$((status - 128)) words="the launcher was killed by signal $number"
+    elif ((status == 1)) && [[ -n ${name:-} && ! -e $RANK_FILES/left ]]; then # with 1 it ends when it was told to
+        number=$(kill -l "$name") words="the launcher was told to stop, and sent $name to the ranks"
+    elif ((status == 0)) && { [[ -n $leftover ]] || { [[ ! -e $RANK_FILES/left ]] && launcher_left_ranks; }; }; then
+        number=9 words="the launcher was killed" # its lower half; the upper one sees no harm in that
+    fi
+    trap - HUP INT TERM USR1
+    if ((number)); then
+        end_all
+        status=$((128 + number))
+        echo "error: $words" >&"$OUT"
+    fi
+    exec {OUT}>&-
+    wait "$TEE" || true
+    rm -rf "$RANK_FILES"
+    return "$status"
+}
+
+launcher_left_ranks() { kill -0 -- "-$LAUNCHER" 2>/dev/null; }
+
+end_all() { # what a dead launcher has left
+    local end=$((SECONDS + PATIENCE / 4))
+    kill -TERM -- "-$LAUNCHER" 2>/dev/null || true
+    while launcher_left_ranks && ((SECONDS < end)); do sleep 0.2; done
+    kill -KILL -- "-$LAUNCHER" 2>/dev/null || true
 }
 
 # By itself the launcher hands few variables on to other machines. It reads the others from a file, which is readable by its

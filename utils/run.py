@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from utils.environment import environment_fault
 from utils.launchers import launcher_variables
+from utils.stopping import stoppable
 
 USER_ERROR = 2
 STOPPED = 3  # exit status: there was no point in going on
@@ -60,7 +61,8 @@ def run_main(main: Callable[[], None]) -> None:
         if fault := environment_fault():
             raise UserError(fault)
         os.environ.update(launcher_variables(os.environ))  # from here on it is known which rank this is
-        main()
+        with stoppable():
+            main()
     except UserError as error:
         _leave_as_found()
         _say(one_line(error))
