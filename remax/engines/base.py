@@ -132,7 +132,7 @@ class TrainedEngine(Engine):
     def step(self) -> StepResult:
         """One optimizer step and one step of the schedule; none where the gradient is not finite."""
         rate = float(self.wrapped.get_lr()[0])
-        norm = self._grad_norm_without_zero() if self.config.zero_stage == 0 and self.config.dtype == "fp32" else None
+        norm = self._grad_norm_without_zero() if self.config.zero_stage == 0 else None
         if norm is not None and not math.isfinite(norm):  # ZeRO 1 to 3 skip such a step by themselves
             self.wrapped.zero_grad()
             return StepResult(rate, norm, skipped=True)

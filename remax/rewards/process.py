@@ -211,7 +211,7 @@ class Worker:
         return bytes(received)
 
     def _look(self, limit: float, late: str) -> None:
-        """Whether the process lives, and the function has time left."""
+        """Raises SampleError where the process has gone, or the function has no time left."""
         process = self._running()
         if process.poll() is not None:
             self._explain()
