@@ -190,8 +190,8 @@ def in_one_start(tmp_path_factory, prepare_script, run_command):
         printed = Path(job["log"]).read_text() if Path(job["log"]).exists() else ""
         results[script] = (
             Path(job["folder"]),
-            end["status"] if end else None,
-            printed + (done.stdout if not end else ""),
+            end.get("status") if end else None,
+            printed + (done.stdout if not end or "status" not in end else ""),
         )
     return results
 
