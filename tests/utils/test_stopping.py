@@ -126,7 +126,8 @@ def test_a_signal_ends_all_with_one_line(start):
     runs = [start() for _ in CASES]
     end = time.monotonic() + 300
     while not all((run.folder / f"ready.{rank}").exists() for run in runs for rank in "01"):
-        assert time.monotonic() < end and all(run.script.poll() is None for run in runs)
+        for run in runs:
+            assert run.script.poll() is None and time.monotonic() < end, (run.folder / "console").read_text()
         time.sleep(0.1)
     for run, (who, name, _, _) in zip(runs, CASES, strict=True):
         assert any("remax.rewards.worker" in " ".join(line) for line in run.processes().values())
