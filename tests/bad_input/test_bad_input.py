@@ -33,6 +33,7 @@ TRIED = CASES if os.environ.get("BAD_INPUT") == "all" else [case for case in CAS
 def run_job(tmp_path_factory) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
     """run_job(job) -> the zygote's answer."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # Python's cache beside a user's file is no trace of ours
     command = [sys.executable, str(ROOT / "tests/bad_input/zygote.py")]
     zygote = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
