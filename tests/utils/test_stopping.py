@@ -80,6 +80,8 @@ def start(tmp_path_factory) -> Iterator[Callable[[], Run]]:
     runs: list[Run] = []
 
     def start() -> Run:
+        # Below the range that the system takes free ports from, which so many starts at once may be given twice.
+        port = 21000 + os.getpid() % 500 * 16 + len(runs)
         folder = tmp_path_factory.mktemp("run")
         stage = folder / "step/training_scripts"
         stage.mkdir(parents=True)
@@ -93,7 +95,8 @@ def start(tmp_path_factory) -> Iterator[Callable[[], Run]]:
             script = subprocess.Popen(
                 ["bash", stage / "run.sh"],
                 cwd=folder,
-                env=inherited | {"MARK": mark, "NUM_GPUS": "2", "PATH": path, "DS_ACCELERATOR": "cpu"},
+                env=inherited
+                | {"MARK": mark, "NUM_GPUS": "2", "MASTER_PORT": str(port), "PATH": path, "DS_ACCELERATOR": "cpu"},
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
