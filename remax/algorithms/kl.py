@@ -3,12 +3,17 @@
 All algorithms share this file. A step t in state s_t (prompt and answer so far) that drew token y_t costs beta * c_t,
 where c_t is one of
 
-    k1    log pi(y_t|s_t) - log rho(y_t|s_t)       E[c_t] = KL_t(pi || rho)
-    k2    k1^2 / 2                                 biased in value, small variance
-    k3    rho/pi - 1 + k1  =  exp(-k1) - 1 + k1    E[c_t] = KL_t(pi || rho), never negative (*)
-    full  sum_v pi(v|s_t) log(pi/rho)(v|s_t)       is KL_t(pi || rho): the whole vocabulary, no sampling noise
+    k1          log pi(y_t|s_t) - log rho(y_t|s_t)        E[c_t] = KL_t(pi || rho)
+    k2          k1^2 / 2                                  biased in value, small variance
+    k3          rho/pi - 1 + k1  =  exp(-k1) - 1 + k1     E[c_t] = KL_t(pi || rho), never negative (*)
+    bregman     pi/rho - 1 - k1  =  exp(k1) - 1 - k1      E[c_t] = chi2_t(pi || rho) - KL_t(pi || rho), never negative
+    js          (log(pi/m) + rho/pi log(rho/m)) / 2       E[c_t] = JS_t(pi, rho), never negative; m = (pi + rho) / 2 (*)
+    clamped_js  (max(0, log(pi/m)) + max(0, log(rho/m))) / 2     between 0 and log(2) / 2, and no estimate of JS_t
+    full        sum_v pi(v|s_t) log(pi/rho)(v|s_t)        is KL_t(pi || rho): the whole vocabulary, no sampling noise
 
-(k1, k2, k3: J. Schulman, "Approximating KL divergence", 2020.)
+(k1, k2, k3: J. Schulman, "Approximating KL divergence", 2020. k2, bregman and clamped_js are the squared error, Bregman
+and Jensen-Shannon term of S. Sun et al., arXiv 2309.09055, as their code has them, in the reward of PPO; js is what the
+last one stands for. chi2(pi || rho) = sum_v (pi - rho)^2 / rho.)
 The gradient of the exact objective E[R] - beta E[sum_t c_t] is
 
     E[ sum_t grad log pi(y_t|s_t) (R - beta sum_{h>=t} c_h)  -  beta sum_t grad c_t ]
@@ -18,12 +23,14 @@ A choice of `where` and `reach` keeps some of these terms, and this table says w
 
     where   reach      estimates the gradient of (E_sg: expectation over states that are held fixed)
     reward  full_step  k1: the exact objective, whose penalty is beta KL(pi || rho) of whole answers, since the local
-                       term has expectation zero. k2, k3, full: that term is missing, a bias of +beta E[sum_t grad c_t].
+                       term has expectation zero. The others: that term is missing, a bias of +beta E[sum_t grad c_t].
     reward  one_step   k1: the penalty beta E_sg[sum_t KL_t(pi || rho)]: each step is pulled to the reference but not
-                       held responsible for where it leads. k2, k3: beta E_sg[sum_t E[c_t]], with the bias above.
-    loss    full_step  k2, k3, full: the exact objective; its penalty is beta KL(pi || rho) for k3 and full.
-    loss    one_step   k2, full: the penalty beta E_sg[sum_t KL_t(pi || rho)], as k1 one_step in the reward with less
-                       noise. k3: in the other direction, beta E_sg[sum_t KL_t(rho || pi)].
+                       held responsible for where it leads. The others: beta E_sg[sum_t E[c_t]], with the bias above.
+    loss    full_step  the exact objective: its penalty is beta KL(pi || rho) for k3, full; beta E[sum_t JS_t] for js.
+    loss    one_step   the penalty beta E_sg[sum_t D_t]. D_t = KL_t(pi || rho) for k2 and full, as k1 one_step in the
+                       reward with less noise; in the other direction KL_t(rho || pi) for k3; chi2_t(pi || rho) / 2 for
+                       bregman; (TV_t(pi, rho) - KL_t(rho || m)) / 2 for clamped_js, TV_t = sum_v max(0, rho - pi); and
+                       sum_v rho G(pi/rho) for js, G(w) = integral from 1 to w of log((1 + x) / 2) / (2 x) dx.
 
 `reward` puts detached numbers into the advantage, `loss` a differentiable term into the loss (and for full_step the
 detached future into the advantage). Two settings have expected gradient zero, so they would only add noise, and are
@@ -38,17 +45,20 @@ longer cancel. For k1 in the reward the local term (1/T) sum_t grad log pi no lo
 is no longer the gradient of a stated objective.
 
 With temperature or top-p/top-k replayed, pi is the sampling distribution, and everything above holds for it.
-(*) Where pi is truncated, E[k3_t] is KL_t minus the mass that rho has outside of pi's words; k1 and full stay exact.
+(*) Where pi is truncated, E[c_t] lacks what rho has outside of pi's words: their mass for k3, log(2) / 2 times it for
+js. k1, bregman and full stay exact.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-ESTIMATORS = ("k1", "k2", "k3", "full")
+ESTIMATORS = ("k1", "k2", "k3", "bregman", "js", "clamped_js", "full")
 WHERE = ("reward", "loss")
 REACHES = ("one_step", "full_step")
 
@@ -80,6 +90,12 @@ def token_kl(
         return k1
     if estimator == "k2":
         return k1.square() / 2
+    if estimator == "bregman":
+        return torch.expm1(k1) - k1
+    if estimator == "js":  # log(pi/m) = log 2 - log(1 + rho/pi)
+        return (math.log(2) - softplus(-k1) + (-k1).exp() * (math.log(2) - softplus(k1))) / 2
+    if estimator == "clamped_js":  # only the larger of pi and rho is above m
+        return (math.log(2) - softplus(-k1.abs())) / 2
     return torch.expm1(-k1) + k1
 
 
@@ -123,7 +139,9 @@ class KLPenalty:
         if self.coefficient < 0:
             raise ValueError(f"the KL coefficient is {self.coefficient}; it must not be negative")
         if self.where == "loss" and self.estimator == "k1":
-            raise ValueError("k1 in the loss has expected gradient zero; use k2, k3 or full there, or k1 in the reward")
+            raise ValueError(
+                "k1 in the loss has expected gradient zero; use another estimator there, or k1 in the reward"
+            )
         if self.where == "reward" and self.estimator == "full" and self.reach == "one_step":
             raise ValueError(
                 "the full-vocabulary KL, one_step and in the reward, has expected gradient zero; put it in the loss"

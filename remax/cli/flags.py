@@ -369,10 +369,11 @@ class KlFlags(Flags, group="KL to the reference"):
         None, "weight of the KL, reward per nat; full_step needs about a tenth of one_step's; default 0.1 (grpo 0.04)"
     )
     kl_in: Literal["reward", "loss"] | None = flag(None, "where the KL enters; default: reward for k1, loss for others")
-    kl_estimator: Literal["k1", "k2", "k3", "full"] | None = flag(
+    kl_estimator: Literal["k1", "k2", "k3", "bregman", "js", "clamped_js", "full"] | None = flag(
         None,
-        "k1: -log r, k2: (log r)^2/2, k3: r - 1 - log r, with r = reference/policy of the drawn token; full: over the "
-        "vocabulary; default: k3 (grpo), k1 (others)",
+        "k1: -log r, k2: (log r)^2/2, k3: r - 1 - log r, bregman: 1/r - 1 + log r, with r = reference/policy of the "
+        "drawn token; js: Jensen-Shannon, clamped_js: as of arXiv 2309.09055; full: over the vocabulary; default: k3 "
+        "(grpo), k1 (others)",
     )
     normalize_kl: bool = flag(False, "charge the mean of an answer's KL over its tokens instead of the sum")
     target_kl: NonNegative = usual(1.0, "stop when the KL in evaluation, in nats per token, reaches this; 0: never")

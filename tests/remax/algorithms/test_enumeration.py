@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from remax.algorithms.grpo import GRPO
-from remax.algorithms.kl import KLPenalty
+from remax.algorithms.kl import ESTIMATORS, REACHES, WHERE, KLPenalty
 from remax.algorithms.ppo import PPO
 from remax.algorithms.reinforce import Reinforce
 from remax.algorithms.remax import ReMax
@@ -96,6 +97,12 @@ class World:
     reverse_kl: Tensor  # sum_v rho log(rho / q) over the kept words
     expected_k2: Tensor  # sum_v q k1^2 / 2
     expected_k3: Tensor  # sum_v q (rho/q - 1 + k1)
+    expected_bregman: Tensor  # sum_v q (q/rho - 1 - k1)
+    half_chi2: Tensor  # sum_v (q - rho)^2 / rho / 2
+    js: Tensor  # sum_v (q log(q/m) + rho log(rho/m)) / 2 over the kept words, m = (q + rho)/2
+    js_pull: Tensor  # sum_v rho G(q/rho), see kl.py
+    expected_clamped_js: Tensor  # sum_v q (max(0, log(q/m)) + max(0, log(rho/m))) / 2
+    clamped_js_pull: Tensor  # sum_v (max(0, rho - q) - rho log(rho/m)) / 2
     entropy: Tensor
 
     @property
@@ -107,12 +114,40 @@ class World:
         return self.probability.detach()
 
     def costs(self, estimator: str) -> Tensor:
-        ratio = self.sequences.answer_mask * (-self.k1).exp() - self.sequences.answer_mask.double()
-        return {"k1": self.k1, "k2": self.k1**2 / 2, "k3": ratio + self.k1, "full": self.kl}[estimator]
+        w = self.k1.exp()  # q/rho; 1 behind an answer, where all costs are 0
+        above = [(2 * w / (1 + w)).log(), (2 / (1 + w)).log()]  # log(q/m), log(rho/m)
+        return {
+            "k1": self.k1,
+            "k2": self.k1**2 / 2,
+            "k3": 1 / w - 1 + self.k1,
+            "bregman": w - 1 - self.k1,
+            "js": (above[0] + above[1] / w) / 2,
+            "clamped_js": (above[0].clamp(min=0) + above[1].clamp(min=0)) / 2,
+            "full": self.kl,
+        }[estimator]
 
     def expected_costs(self, estimator: str) -> Tensor:
         """E_{y_t ~ q}[c_t | s_t] over the vocabulary."""
-        return {"k1": self.kl, "k2": self.expected_k2, "k3": self.expected_k3, "full": self.kl}[estimator]
+        return {
+            "k1": self.kl,
+            "k2": self.expected_k2,
+            "k3": self.expected_k3,
+            "bregman": self.expected_bregman,
+            "js": self.js,
+            "clamped_js": self.expected_clamped_js,
+            "full": self.kl,
+        }[estimator]
+
+    def pull(self, estimator: str) -> Tensor:
+        """D_t of kl.py: its gradient is E_{y_t ~ q}[grad c_t | s_t]."""
+        return {
+            "k2": self.kl,
+            "k3": self.reverse_kl,
+            "bregman": self.half_chi2,
+            "js": self.js_pull,
+            "clamped_js": self.clamped_js_pull,
+            "full": self.kl,
+        }[estimator]
 
     def gradient(self, objective: Tensor) -> Tensor:
         grads = torch.autograd.grad(objective / self.prompts, list(self.policy.parameters()), retain_graph=True)
@@ -197,8 +232,23 @@ def exact_steps(
         steps["reverse_kl"].append(-(rho * k1).sum())
         steps["expected_k2"].append((q * k1**2).sum() / 2)
         steps["expected_k3"].append((rho - q + q * k1).sum())
+        m = (q + rho) / 2
+        q_above, rho_above = (q / m).log(), (rho / m).log()
+        steps["expected_bregman"].append((q * (q / rho - 1 - k1)).sum())
+        steps["half_chi2"].append(((q - rho) ** 2 / rho).sum() / 2)
+        steps["js"].append((q * q_above + rho * rho_above).sum() / 2)
+        steps["js_pull"].append((rho * dilogarithm(k1)).sum())
+        steps["expected_clamped_js"].append((q * (q_above.clamp(min=0) + rho_above.clamp(min=0))).sum() / 2)
+        steps["clamped_js_pull"].append(((rho - q).clamp(min=0) - rho * rho_above).sum() / 2)
         steps["entropy"].append(-(q * logq[kept]).sum())
     return {name: torch.stack(values) for name, values in steps.items()}
+
+
+def dilogarithm(log_w: Tensor) -> Tensor:
+    """G(w) = integral from 1 to w of log((1 + x) / 2) / (2 x) dx; with x = exp(u) that of log((1 + e^u) / 2) / 2 du."""
+    nodes, weights = (torch.tensor(x) for x in np.polynomial.legendre.leggauss(48))  # on (-1, 1)
+    u = log_w[:, None] * (nodes + 1) / 2
+    return ((((1 + u.exp()) / 2).log() / 2) * weights).sum(1) * log_w / 2
 
 
 def forward(model: TinyLM, sequences: Sequences, sampling: Sampling, reference: TinyLM | None = None) -> PolicyOutput:
@@ -337,14 +387,9 @@ def test_no_kl_is_the_gradient_of_the_expected_reward(w_key, name):
 
 
 def penalties() -> list[KLPenalty]:
-    reward = [
-        KLPenalty(BETA, e, "reward", r)
-        for e in ("k1", "k2", "k3", "full")
-        for r in ("one_step", "full_step")
-        if (e, r) != ("full", "one_step")
-    ]
-    loss = [KLPenalty(BETA, e, "loss", r) for e in ("k2", "k3", "full") for r in ("one_step", "full_step")]
-    return reward + loss
+    refused = [("k1", "loss", "one_step"), ("k1", "loss", "full_step"), ("full", "reward", "one_step")]
+    every = [choice for choice in product(ESTIMATORS, WHERE, REACHES) if choice not in refused]
+    return [KLPenalty(BETA, *choice) for choice in every]
 
 
 def stated_objective(w: World, kl: KLPenalty) -> Tensor:
@@ -356,8 +401,7 @@ def stated_objective(w: World, kl: KLPenalty) -> Tensor:
     if kl.where == "loss" and kl.reach == "full_step":
         return exact
     if kl.where == "loss":
-        direction = w.reverse_kl if kl.estimator == "k3" else w.kl
-        return reward - BETA * (w.fixed * direction.sum(1)).sum()
+        return reward - BETA * (w.fixed * w.pull(kl.estimator).sum(1)).sum()
     if kl.reach == "full_step":
         return exact + local
     return reward - BETA * (w.fixed * w.expected_costs(kl.estimator).sum(1)).sum() + local
@@ -380,6 +424,19 @@ def test_full_step_is_the_exact_kl_regularised_gradient(w_key, estimator):
     assert close(expected_estimate(ReMax(gamma=1.0, kl=kl, clip_reward_value=0.0), w_key), exact)
 
 
+@pytest.mark.parametrize("estimator", ["bregman", "js"])
+def test_full_step_is_the_exact_gradient_of_other_divergences(w_key, estimator):
+    # E[R] - beta E[ sum_t JS_t ], and E[R] - beta E[ sum_t chi2_t - KL_t ], which rho's other words leave alone: with K
+    # the kept ones sum_K (q - rho)^2 / rho = sum_K q^2 / rho - 2 + rho(K), and chi2 adds their mass, 1 - rho(K).
+    w = world(*w_key)
+    kl = KLPenalty(BETA, estimator, "loss", "full_step")
+    outside = w.kl - w.expected_k3  # rho's mass outside of the kept words
+    divergence = w.js if estimator == "js" else 2 * w.half_chi2 + outside - w.kl
+    assert w.sampling.truncates or outside.abs().max() < 1e-12
+    exact = w.gradient((w.probability * (w.rewards - BETA * divergence.sum(1))).sum())
+    assert close(expected_estimate(ReMax(gamma=1.0, kl=kl, clip_reward_value=0.0), w_key), exact)
+
+
 def test_k1_one_step_is_not_the_exact_gradient():
     w = world()
     exact = w.gradient((w.probability * (w.rewards - BETA * w.k1.sum(1))).sum())
@@ -387,7 +444,7 @@ def test_k1_one_step_is_not_the_exact_gradient():
     assert (one_step - exact).norm() > 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("estimator, where", [("k1", "reward"), ("k2", "loss"), ("k3", "loss"), ("full", "loss")])
+@pytest.mark.parametrize("estimator, where", [(e, "reward" if e == "k1" else "loss") for e in ESTIMATORS])
 def test_normalized_full_step_is_exact_for_the_mean_over_the_answer(w_key, estimator, where):
     # J = E[ R - beta (1/T) sum_t c_t ]
     w = world(*w_key)
@@ -502,7 +559,7 @@ def test_rloo_is_exact_with_the_kl_in_its_return(k, vocabulary, sampling):
 
 @pytest.mark.parametrize(
     "kl",
-    [kl for kl in penalties() if kl.estimator in ("k1", "k3")],
+    [kl for kl in penalties() if kl.estimator in ("k1", "k3", "js")],
     ids=lambda kl: f"{kl.estimator}-{kl.where}-{kl.reach}",
 )
 def test_rloo_with_every_other_kl(kl):
@@ -617,6 +674,10 @@ def test_ppo_normalized_kl_and_kl_in_the_loss(w_key):
         (
             KLPenalty(BETA, "k2", "reward", "full_step"),
             stated_objective(w, KLPenalty(BETA, "k2", "reward", "full_step")),
+        ),
+        *(  # as in arXiv 2309.09055
+            (penalty, stated_objective(w, penalty))
+            for penalty in (KLPenalty(BETA, name, "reward", "full_step") for name in ("bregman", "clamped_js"))
         ),
     ]:
         assert close(expected_estimate(ppo(kl=kl), w_key, values=values), w.gradient(objective)), kl

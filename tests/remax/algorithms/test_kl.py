@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from remax.algorithms import ALGORITHMS
-from remax.algorithms.kl import PENALTIES, KLPenalty, build_penalty, reverse_cumsum, token_kl
+from remax.algorithms.kl import ESTIMATORS, PENALTIES, KLPenalty, build_penalty, reverse_cumsum, token_kl
 from remax.core.sequences import length_mask
 
 LENGTHS = torch.tensor([3, 1])
@@ -21,11 +21,30 @@ def test_token_kl_by_hand():
     assert token_kl(logp, logq, "k1").item() == pytest.approx(0.5)
     assert token_kl(logp, logq, "k2").item() == pytest.approx(0.125)
     assert token_kl(logp, logq, "k3").item() == pytest.approx(math.exp(-0.5) - 1 + 0.5)
+    assert token_kl(logp, logq, "bregman").item() == pytest.approx(math.exp(0.5) - 1 - 0.5)
+    pi, rho, m = math.exp(-1.0), math.exp(-1.5), (math.exp(-1.0) + math.exp(-1.5)) / 2
+    js = (math.log(pi / m) + rho / pi * math.log(rho / m)) / 2
+    assert token_kl(logp, logq, "js").item() == pytest.approx(js, abs=1e-7)
+    for x, y in [(logp, logq), (logq, logp)]:  # the larger probability is above the mean, the other is not
+        assert token_kl(x, y, "clamped_js").item() == pytest.approx(math.log(pi / m) / 2, abs=1e-7)
     full = torch.tensor([[0.7]])
     assert token_kl(logp, None, "full", full) is full
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_equal_policies_cost_nothing_and_far_ones_a_number(estimator):
+    k1 = torch.tensor([[0.0, 30.0, -30.0]], requires_grad=True)
+    costs = token_kl(k1, torch.zeros(1, 3), estimator, k1.abs())
+    assert costs[0, 0].item() == 0 and costs.isfinite().all()
+    (gradient,) = torch.autograd.grad(costs.sum(), k1)
+    assert gradient.isfinite().all()
+    if estimator != "k1":
+        assert gradient[0, 0].item() == pytest.approx(0, abs=1e-6) and (costs > -1e-6).all()
+    if estimator == "clamped_js":
+        assert costs.max().item() == pytest.approx(math.log(2) / 2)
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "full"])
 def test_a_penalty_without_reference_says_so(estimator):
     with pytest.raises(ValueError, match="reference"):
         token_kl(torch.zeros(1, 1), None, estimator)
@@ -87,7 +106,7 @@ def test_per_answer_sums():
     [
         ({"estimator": "k1", "where": "loss"}, "k1 in the loss"),
         ({"estimator": "full", "where": "reward", "reach": "one_step"}, "full-vocabulary"),
-        ({"estimator": "k4"}, "k1, k2, k3, full"),
+        ({"estimator": "k4"}, "k1, k2, k3, bregman, js, clamped_js, full"),
         ({"where": "critic"}, "reward, loss"),
         ({"reach": "two_step"}, "one_step, full_step"),
         ({"coefficient": -0.1}, "negative"),
@@ -127,6 +146,8 @@ def test_adaptive_coefficient_moves_towards_its_target():
         ("remax", {"penalty": "full_kl_full_step"}, "full", "loss", "full_step", 0.1),
         ("remax", {"penalty": "full_kl_full_step", "kl_in": "reward"}, "full", "reward", "full_step", 0.1),
         ("remax", {"kl_estimator": "k3"}, "k3", "loss", "one_step", 0.1),
+        ("remax", {"kl_estimator": "js", "penalty": "full_step"}, "js", "loss", "full_step", 0.1),
+        ("ppo", {"kl_estimator": "clamped_js", "kl_in": "reward"}, "clamped_js", "reward", "full_step", 0.1),
         ("rloo", {}, "k1", "reward", "full_step", 0.1),
         ("grpo", {}, "k3", "loss", "one_step", 0.04),
         ("grpo", {"kl_estimator": "k1"}, "k1", "reward", "one_step", 0.04),

@@ -639,6 +639,13 @@ def test_the_choices_of_penalty_are_those_of_the_algorithms():
         ("--penalty full_kl --kl_in reward", "full_kl_full_step", "reward", "full", 0.1),
         ("--penalty full_step --kl_estimator full --kl_ctl 0.01", "full_kl_full_step", "loss", "full", 0.01),
         ("--kl_estimator k3", "one_step", "loss", "k3", 0.1),
+        (
+            "--algo ppo --kl_estimator clamped_js --kl_in reward --kl_ctl 0.02",
+            "full_step",
+            "reward",
+            "clamped_js",
+            0.02,
+        ),
     ],
 )
 def test_kl_flags_by_name_and_algorithm(line, penalty, kl_in, estimator, kl_ctl):
