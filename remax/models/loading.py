@@ -123,6 +123,12 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
     return config
 
 
+def has_both_heads(config: PreTrainedConfig) -> bool:
+    """Whether a folder holds a language model and a reward model in one, as step 2 writes it with --loss hydra."""
+    kinds = config.architectures or []
+    return 0 < sum("SequenceClassification" in kind for kind in kinds) < len(kinds)
+
+
 def check_length(config: PreTrainedConfig, tokens: int, flags: str, model_flag: str = "--model_name_or_path") -> None:
     """Refuses sequences longer than the model has positions for, where it says how many that is."""
     positions = getattr(config, "max_position_embeddings", None)
@@ -131,16 +137,17 @@ def check_length(config: PreTrainedConfig, tokens: int, flags: str, model_flag: 
 
 
 def from_pretrained(
-    auto_class: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    auto_class: type[AutoModelForCausalLM | AutoModelForSequenceClassification | PreTrainedModel],
     name_or_path: str,
     flag: str,
     *,
     new_head: bool = False,
+    spare_head: bool = False,
     **options: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """`auto_class.from_pretrained`, refusing weights that are not the model's; and the names of those that are new.
 
-    Code of the model's own is never run. See `check_report` for `new_head`.
+    Code of the model's own is never run. See `check_report` for `new_head` and `spare_head`.
 
     Raises:
         UserError: What is wrong, on one line naming the flag.
@@ -153,7 +160,7 @@ def from_pretrained(
     try:
         with unpartitioned(), torch.random.fork_rng(devices=[]):  # names and shapes alone: nothing is allocated
             whole, report = load(name_or_path, **copy.deepcopy(options) | report_only)
-        check_report(report, name_or_path, flag, new_head=new_head)
+        check_report(report, name_or_path, flag, new_head=new_head, spare_head=spare_head)
         loaded = load(name_or_path, **options)
         if is_deepspeed_zero3_enabled():
             restore_buffers(loaded, whole, flag)

@@ -24,6 +24,7 @@ from remax.core.sequences import Sequences
 from remax.models.loading import (
     embedded_tokens,
     from_pretrained,
+    has_both_heads,
     load_config,
     on_the_gpu,
     prepare_training,
@@ -130,20 +131,24 @@ class PolicyModel(nn.Module):
             Log-probs, entropy, KL to the reference over the whole vocabulary; each (B, A), 0 beyond an answer's end.
             With `hidden_only` the (B, A, H) hidden states instead.
         """
+        hidden = self.hidden(sequences)
         if hidden_only:
-            return self.hidden(sequences)
-        mask, places = sequences.answer_mask, sequences.answer_places  # (B, A), 2 of (N,)
-        stats = token_stats(
-            self.hidden(sequences)[places],
-            self.head,
-            sequences.answer_ids[places],
+            return hidden
+        return self.stats(
+            hidden,
+            sequences,
             chunks=chunks,
             sampling=sampling or Sampling(),
             entropy=entropy,
             stats_grad=stats_grad,
-            reference_hidden=None if reference_hidden is None else reference_hidden[places],
+            reference_hidden=None if reference_hidden is None else reference_hidden[sequences.answer_places],
             reference_head=reference_head,
         )
+
+    def stats(self, hidden: Tensor, sequences: Sequences, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, A, H) hidden states of the sequences -> what `forward` returns, with the options of `token_stats`."""
+        mask, places = sequences.answer_mask, sequences.answer_places  # (B, A), 2 of (N,)
+        stats = token_stats(hidden[places], self.head, sequences.answer_ids[places], **options)
         logprobs, h, kl = (
             torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in stats
         )
@@ -171,7 +176,7 @@ def load_policy(
     options |= on_the_gpu()
     check_policy_config(config, name_or_path, flag)
     own = read_generation_config(name_or_path, flag)
-    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, **options)
+    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, spare_head=has_both_heads(config), **options)
     if len(tokenizer) > embedded_tokens(hf):
         raise UserError(
             f"{flag}: the tokenizer of {name_or_path} has {len(tokenizer)} tokens, the model only embeds "

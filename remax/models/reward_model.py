@@ -34,7 +34,7 @@ class RewardModel(nn.Module):
         self.hf, self.packing = hf, packing
         if packing:
             prepare_packing(hf)
-        self.head.forward = MethodType(_score_in_float32, self.head)
+        self.head.forward = MethodType(score_in_float32, self.head)
 
     @property
     def head(self) -> nn.Module:
@@ -50,7 +50,7 @@ class RewardModel(nn.Module):
         return scores * sequences.answer_mask if every_token else scores
 
 
-def _score_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
+def score_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
     """(..., H) -> (..., 1). In bf16 a score near 3 has steps of 1/64, and ReMax learns from differences of scores."""
     bias = None if head.bias is None else head.bias.float()
     return F.linear(hidden.float(), head.weight.float(), bias)

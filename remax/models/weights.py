@@ -46,12 +46,15 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN]) + more
 
 
-def check_report(report: dict[str, Any], name_or_path: str, flag: str, *, new_head: bool = False) -> None:
+def check_report(
+    report: dict[str, Any], name_or_path: str, flag: str, *, new_head: bool = False, spare_head: bool = False
+) -> None:
     """Refuses a checkpoint that does not hold exactly the weights of its model.
 
     Args:
         report: As `from_pretrained(..., output_loading_info=True)` gives it.
         new_head: A score head may be missing, and the output embedding of a language model is left out.
+        spare_head: The checkpoint holds a score head too, for which this model has no place.
 
     Raises:
         UserError: Weights are missing, have no place in the model, or another shape than its configuration says.
@@ -60,7 +63,9 @@ def check_report(report: dict[str, Any], name_or_path: str, flag: str, *, new_he
     unexpected = {
         name
         for name in report["unexpected_keys"]
-        if not OLD_BUFFERS.search(name) and not (new_head and OUTPUT_HEAD.match(name))
+        if not OLD_BUFFERS.search(name)
+        and not (new_head and OUTPUT_HEAD.match(name))
+        and not (spare_head and name.startswith("score."))
     }
     shapes = {f"{name} {tuple(held)} instead of {tuple(asked)}" for name, held, asked in report["mismatched_keys"]}
     faults = {"lack": missing, "hold without a place in the model": unexpected, "hold in another shape": shapes}
