@@ -99,7 +99,8 @@ OWN_GROUP='import os, signal, sys
 os.setpgid(0, 0)
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # the shell has it ignored in the background
 os.execvp(sys.argv[1], sys.argv[1:])'
-PATIENCE=60 # seconds from a signal to SIGKILL
+PATIENCE=60 # seconds from a signal to SIGKILL, and those that ranks ask for which are saving
+asked_for() { cat "$RANK_FILES/patience" 2>/dev/null || echo 0; }
 
 start_launcher() { # LOG COMMAND...
     local name
@@ -129,6 +130,7 @@ stop_ranks() { # SIGNAL
         fi
     elif [[ $1 == INT ]]; then
         DEADLINE=0
+        rm -f "$RANK_FILES/patience"
     fi
 }
 
@@ -140,7 +142,7 @@ await_launcher() { # says what ended the ranks, if it was not their own doing; t
             kill -0 "$LAUNCHER" # or else a signal to this script has ended the wait
         do
             while [[ -n $STOPPED_BY ]] && kill -0 "$LAUNCHER"; do
-                if ((SECONDS >= DEADLINE)); then kill -KILL -- "-$LAUNCHER" || true; fi
+                if ((SECONDS >= DEADLINE + $(asked_for))); then kill -KILL -- "-$LAUNCHER" || true; fi
                 sleep 0.2 || true
             done
         done
@@ -178,7 +180,7 @@ launcher_left_ranks() { kill -0 -- "-$LAUNCHER" 2>/dev/null; }
 end_all() { # what a dead launcher has left
     local end=$((SECONDS + PATIENCE / 4))
     kill -TERM -- "-$LAUNCHER" 2>/dev/null || true
-    while launcher_left_ranks && ((SECONDS < end)); do sleep 0.2; done
+    while launcher_left_ranks && ((SECONDS < end + $(asked_for))); do sleep 0.2; done
     kill -KILL -- "-$LAUNCHER" 2>/dev/null || true
 }
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from utils import stopping
+
 ROOT = Path(__file__).resolve().parents[2]
 # Rank 0 waits in a collective, where Python answers no signal, for rank 1, which never comes. Before that, each rank
 # has seen that a signal to a child, and the end of a program that it has started, leave it alone.
@@ -37,9 +39,36 @@ def main():
 
 run_main(main)
 """
+# Stands in for a training's loop: a step takes a tenth of a second, a rank tells the other one that it is to stop, by a
+# file, and both wait for one another before they leave. The script has less patience than the saving takes.
+LOOP = """
+import os, sys, time
+from pathlib import Path
+from utils import stopping
+from utils.run import run_main
+
+RANK, STOP = os.environ["RANK"], Path("stop")
+
+def main():
+    with stopping.deferring():
+        stopping.allow(9.0)
+        Path("ready." + RANK).touch()
+        while not (reason := stopping.asked_to_stop() or (STOP.exists() and STOP.read_text())):
+            time.sleep(0.1)
+        whole = Path("stop." + RANK)
+        whole.write_text(reason)
+        whole.replace(STOP)
+        time.sleep(4)
+        Path("saved." + RANK).touch()
+        while not all(Path("saved." + rank).exists() for rank in "01"):
+            time.sleep(0.1)
+        stopping.leave(reason)
+
+run_main(main)
+"""
 SCRIPT = f"""
 source {ROOT}/utils/launch.sh
-DATA=data OUTPUT=result
+DATA=data OUTPUT=result PATIENCE=${{PATIENCE_FOR_TEST:-$PATIENCE}}
 launch
 """
 LIMIT = 30  # seconds within which all must have ended
@@ -73,19 +102,19 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Iterator[Callable[[], Run]]:
-    """start(): a script that has come so far that its ranks wait."""
+def start(tmp_path_factory) -> Iterator[Callable[..., Run]]:
+    """start(program): a script of two ranks that run the program."""
     if not Path("/proc/self/environ").is_file():
         pytest.skip("no /proc")
     runs: list[Run] = []
 
-    def start() -> Run:
+    def start(program: str, **environment: str) -> Run:
         # Below the range that the system takes free ports from, which so many starts at once may be given twice.
         port = 21000 + os.getpid() % 500 * 16 + len(runs)
         folder = tmp_path_factory.mktemp("run")
         stage = folder / "step/training_scripts"
         stage.mkdir(parents=True)
-        (folder / "step/main.py").write_text(PROGRAM)
+        (folder / "step/main.py").write_text(program)
         (stage / "run.sh").write_text(SCRIPT)
         (folder / "rules.py").write_text("def fair(prompt, answer):\n    return 1.0\n")
         mark = uuid.uuid4().hex
@@ -96,7 +125,8 @@ def start(tmp_path_factory) -> Iterator[Callable[[], Run]]:
                 ["bash", stage / "run.sh"],
                 cwd=folder,
                 env=inherited
-                | {"MARK": mark, "NUM_GPUS": "2", "MASTER_PORT": str(port), "PATH": path, "DS_ACCELERATOR": "cpu"},
+                | {"MARK": mark, "NUM_GPUS": "2", "MASTER_PORT": str(port), "PATH": path, "DS_ACCELERATOR": "cpu"}
+                | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -126,12 +156,8 @@ CASES = [
 
 @pytest.mark.ranks
 def test_a_signal_ends_all_with_one_line(start):
-    runs = [start() for _ in CASES]
-    end = time.monotonic() + 300
-    while not all((run.folder / f"ready.{rank}").exists() for run in runs for rank in "01"):
-        for run in runs:
-            assert run.script.poll() is None and time.monotonic() < end, (run.folder / "console").read_text()
-        time.sleep(0.1)
+    runs = [start(PROGRAM) for _ in CASES]
+    until_ready(runs)
     for run, (who, name, _, _) in zip(runs, CASES, strict=True):
         assert any("remax.rewards.worker" in " ".join(line) for line in run.processes().values())
         if "hang" in who:
@@ -143,10 +169,24 @@ def test_a_signal_ends_all_with_one_line(start):
         if "twice" in who:
             assert run.script.poll() is None
             os.kill(run.pid("script"), signal.Signals[name])
-    end = time.monotonic() + LIMIT
-    for run, (who, name, status, last) in zip(runs, CASES, strict=True):
+    for console in ends_of(runs, CASES):
+        assert "saved after" not in console
+
+
+def until_ready(runs: list[Run]) -> None:
+    end = time.monotonic() + 300
+    while not all((run.folder / f"ready.{rank}").exists() for run in runs for rank in "01"):
+        for run in runs:
+            assert run.script.poll() is None and time.monotonic() < end, (run.folder / "console").read_text()
+        time.sleep(0.1)
+
+
+def ends_of(runs: list[Run], cases: list[tuple[str, str, int, str]]) -> list[str]:
+    """The consoles of runs that end as the cases say, and leave nothing behind."""
+    end, consoles = time.monotonic() + LIMIT, []
+    for run, (who, name, status, last) in zip(runs, cases, strict=True):
         case = f"{name} to the {who}"
-        assert run.script.wait(end - time.monotonic()) == status, case
+        assert run.script.wait(end - time.monotonic()) == status, (case, (run.folder / "console").read_text())
         while left := run.processes():
             assert time.monotonic() < end, (case, left)
             time.sleep(0.1)
@@ -155,3 +195,137 @@ def test_a_signal_ends_all_with_one_line(start):
         if last:
             assert console.splitlines()[-1].startswith(last), (case, console)
         assert "Traceback" not in console and console.count("error:") == bool(last), (case, console)
+        consoles.append(console)
+    return consoles
+
+
+# The last one's ranks cannot both save.
+IN_A_LOOP = [
+    ("script", "SIGUSR1", 138, "error: stopped by SIGUSR1, which was sent to this script"),
+    ("runner", "SIGTERM", 143, "error: the launcher was killed by signal 15"),
+    ("launcher", "SIGTERM", 143, "error: the launcher was told to stop, and sent SIGTERM to the ranks"),
+    ("launcher", "SIGKILL", 137, "error: the launcher was killed"),
+    ("rank 1", "SIGHUP", 129, "error: stopped by SIGHUP, which was sent to rank 1"),
+    ("rank 1", "SIGKILL", 137, "error: rank 1 was killed by signal 9 (by hand, or by the system"),
+]
+
+
+@pytest.mark.ranks
+def test_a_loop_is_left_when_all_have_saved(start):
+    runs = [start(LOOP, PATIENCE_FOR_TEST="1") for _ in IN_A_LOOP]
+    until_ready(runs)
+    for run, (who, name, _, _) in zip(runs, IN_A_LOOP, strict=True):
+        os.kill(run.pid(who), signal.Signals[name])
+    consoles = ends_of(runs, IN_A_LOOP)
+    for run, (who, name, _, _) in zip(runs, IN_A_LOOP, strict=True):
+        saved = [(run.folder / f"saved.{rank}").exists() for rank in "01"]
+        assert saved == [True, (who, name) != ("rank 1", "SIGKILL")], (who, name)
+    assert "SIGUSR1: saved after this step, within 60 s; a second Ctrl-C ends it at once" in consoles[0]
+
+
+# --------------------------------------------------------------------------------- a rank alone, and no launcher at all
+
+ALONE = """
+import os, sys, time
+from utils import stopping
+from utils.run import run_main
+
+stopping.GRACE, stopping.SAVING, stopping.LOOK = 0.3, float(sys.argv[1]), 0.1
+
+def main():
+    with stopping.deferring(float(sys.argv[2])):
+        stopping.allow(float(sys.argv[3]))
+        print("ready", flush=True)
+        while not (reason := stopping.asked_to_stop()):
+            time.sleep(0.01)
+        print("saving", flush=True)
+        time.sleep(float(sys.argv[4]))
+        stopping.leave(reason)
+
+run_main(main)
+"""
+
+
+def alone(*, saving=60.0, hours=0.0, allowed=0.0, takes=0.0, launched: Path | None = None) -> subprocess.Popen[str]:
+    """A process in a loop, which torchrun seems to have started where it is `launched`, with that folder for files."""
+    arguments = map(str, (saving, hours, allowed, takes))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    if launched:
+        environment |= {"RANK": "0", "TORCHELASTIC_RUN_ID": "none", "RANK_FILES": str(launched)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", ALONE, *arguments], cwd=ROOT, env=environment, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("launched", [True, False])
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1"])
+def test_the_loop_hears_of_the_signal_and_leaves_by_it(tmp_path, launched, name):
+    process = alone(launched=tmp_path if launched else None)
+    process.send_signal(signal.Signals[name])
+    output, errors = process.communicate(timeout=30)
+    assert (output, process.returncode) == ("saving\n", 128 + signal.Signals[name])
+    said = [f"{name}: saved after this step", *([] if launched else [f"error: stopped by {name}"])]
+    assert [line.startswith(words) for line, words in zip(errors.splitlines(), said, strict=True)] == [True] * len(said)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_second_interrupt_ends_it_at_once(tmp_path, launched):
+    process = alone(takes=60.0, launched=tmp_path if launched else None)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)  # it is leaving already
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+
+
+def test_a_rank_that_does_not_come_to_save_ends_after_what_it_was_allowed(tmp_path):
+    process, began = alone(saving=0.1, allowed=1.0, takes=60.0, launched=tmp_path), time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143 and time.monotonic() - began >= 1.0
+    assert (tmp_path / "patience").read_text() == "1\n" and (tmp_path / "signal").read_text() == "SIGTERM 0\n"
+
+
+@pytest.mark.parametrize("trace", ["a dead rank", "one that left"])
+def test_it_does_not_wait_for_a_rank_that_has_ended(tmp_path, trace):
+    process = alone(takes=60.0, launched=tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / ("left" if "left" in trace else "rank.1")).write_text(f"{dead.pid}\n")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+
+
+def test_the_hours_leave_room_for_what_the_loop_may_need():
+    began = time.monotonic()
+    process = alone(hours=3602 / 3600, allowed=3600.5)
+    output, errors = process.communicate(timeout=30)
+    assert (output, errors, process.returncode) == ("saving\n", "", stopping.UNFINISHED)
+    assert 1.0 < time.monotonic() - began
+
+
+def test_outside_of_a_loop_nothing_is_asked():
+    assert stopping.asked_to_stop() is None
+    with stopping.deferring(1e-9):
+        assert stopping.asked_to_stop() == "--max_hours"
+    assert stopping.asked_to_stop() is None
+
+
+def test_a_signal_after_the_last_look_ends_it_at_the_end_of_the_loop():
+    answer = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(SystemExit) as stop, stopping.deferring():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.value.code == 138
+    assert signal.getsignal(signal.SIGUSR1) == answer and stopping.asked_to_stop() is None
+
+
+def test_a_forked_child_of_a_loop_answers_signals_as_any_process():
+    with stopping.deferring():
+        if not (child := os.fork()):
+            time.sleep(60)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
