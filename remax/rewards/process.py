@@ -1,8 +1,8 @@
 """Reward functions in a process of their own, one for each rank, which is started once and serves all of them.
 
 Whatever a function does, the rank goes on or ends with one line: a time-out kills the process with all that it started,
-its death is named with the sample that it worked on, and it does not outlive the rank. It is started anew and not
-forked, so it holds no copy of what the rank has on the GPU.
+its death is named with the sample that it worked on, where a second process dies of the same batch, and it does not
+outlive the rank. It is started anew and not forked, so it holds no copy of what the rank has on the GPU.
 
 Nothing heavy is imported here: a wrong name is refused before torch is.
 """
@@ -31,7 +31,7 @@ from typing import Any, NoReturn, TextIO
 from remax.rewards.functions import OF_ANSWERS, Columns, SampleError, taken, too_late
 from remax.rewards.sources import Source
 from remax.rewards.worker import INDEX, LENGTH, LOST, PROGRESS, REQUEST, SINCE, WHOLE
-from utils.run import UserError
+from utils.run import UserError, rank_of_launcher
 
 IMPORT_LIMIT = 600.0  # seconds that a function's module may take to import
 LOOK = 0.1  # seconds after which a process that does not answer is looked at
@@ -50,6 +50,10 @@ kill -KILL $(below $0) -$0
 CLOSED = "it closed a descriptor that is not its own, by which its process is connected"
 WRITTEN = "it wrote into a descriptor that is not its own, by which its process is connected"
 OF_LAUNCHERS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Died(SampleError):
+    """The process has ended by itself, or was killed."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,24 @@ class WorkerFunction:
     ) -> list[float]:
         """As a `RewardFunction`, of any of which `timeout` limits a sample, or the call where it takes lists.
 
+        A process that dies may not be the function's fault: its batch is given to a new one, once.
+
         Raises:
-            SampleError: As there, or its process died, or could not be reached any more.
+            SampleError: As there, or its process died twice, or could not be reached any more.
         """
+        try:
+            return self._ask(prompts, answers, columns, timeout)
+        except Died as error:
+            on_rank = f" on rank {rank_of_launcher()}" if "RANK" in os.environ else ""
+            print(f"warning{on_rank}: --reward_fn {self.entry}: {error}; started again", file=sys.stderr, flush=True)
+        try:
+            return self._ask(prompts, answers, columns, timeout)
+        except Died as error:
+            raise SampleError(error.index, f"{error}, twice in a row") from None
+
+    def _ask(
+        self, prompts: Sequence[str], answers: Sequence[str], columns: Columns | None, timeout: float
+    ) -> list[float]:
         _worker.find(self.entry)  # again, where the process is a new one
         further = {name: list(values) for name, values in taken(columns, self.takes, self.batched).items()}
         request = ("call", self.entry, list(prompts), list(answers), further, timeout)
@@ -83,7 +102,7 @@ class WorkerFunction:
             reply = _worker.ask(request, limit, too_late(timeout))
         except SampleError as error:  # the process may have left any number where the index was
             known = error.index is not None and 0 <= error.index < len(prompts)
-            raise SampleError(error.index if known else None, str(error)) from None
+            raise type(error)(error.index if known else None, str(error)) from None
         if "values" in reply:
             return reply["values"]
         raise SampleError(reply.get("index"), reply.get("error") or reply["refused"])
@@ -237,7 +256,7 @@ class Worker:
             what += " (which is also what happens when memory runs out)" * (status == -signal.SIGKILL)
         else:
             what = f"its process ended with status {status} instead of answering"
-        raise SampleError(index, what)
+        raise (SampleError if status == LOST else Died)(index, what)
 
     def _at(self) -> tuple[int | None, float]:
         """The sample that the function works on, None for the whole batch, and since when."""

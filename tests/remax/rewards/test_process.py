@@ -260,10 +260,29 @@ def test_the_limit_is_for_a_sample_and_not_for_all_of_them(rules):
         ("too_much_memory", 1, "MemoryError (rules.py, line "),
     ],
 )
-def test_a_death_is_named_with_its_sample(rules, name, index, words):
+def test_a_death_is_named_with_its_sample(rules, name, index, words, capsys):
     error = failure(f"{rules}:{name}")
     assert str(error).startswith(words) and (error.index == index or name == "close_all")
+    died = words.startswith("its process")
+    assert str(error).endswith(", twice in a row") == died
+    warned = f"warning: --reward_fn {rules}:{name}: {words}; started again\n" if died else ""
+    assert capsys.readouterr().err == warned
     assert load_function(f"{rules}:length")(PROMPTS, ANSWERS) == [1.0, 0.0, 3.0]  # the next one starts anew
+
+
+@pytest.mark.parametrize("how", ["os._exit(3)", "os.kill(os.getpid(), signal.SIGKILL)", "ctypes.string_at(0)"])
+def test_a_death_that_does_not_come_again_costs_nothing_but_time(tmp_path, how, capsys):
+    path, trace = tmp_path / "dies.py", tmp_path / "dead"
+    path.write_text(
+        "import ctypes, os, signal\nfrom pathlib import Path\ncalls = []\n"
+        "def f(prompt, answer):\n    calls.append(answer)\n"
+        f"    if len(calls) == 3 and not Path({str(trace)!r}).exists():\n"
+        f"        Path({str(trace)!r}).touch()\n        {how}\n    return len(answer)\n"
+    )
+    function = load_function(f"{path}:f")
+    assert function(PROMPTS, ANSWERS) == [1.0, 0.0, 3.0] and trace.exists()
+    assert function(PROMPTS, ANSWERS) == [1.0, 0.0, 3.0]
+    assert capsys.readouterr().err.count("started again\n") == 1
 
 
 @pytest.mark.parametrize("name", ["fork", "fork_that_stays", "close_output", "alarm", "rubbish", "threads"])
