@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remax.checks.findings import SKIPPED, TOLERANCE, WARNING, Finding, combine, finding, gap
 from remax.checks.rewards import label_of
@@ -180,7 +180,10 @@ def check_batching(actor: Actor, reward: CompositeReward, probe: Probe) -> Findi
 
 
 def check_dropout(actor: Actor, probe: Probe) -> Finding:
-    """Log-probs in training mode equal those in evaluation mode, in which answers are generated."""
+    """Log-probs in training mode equal those in evaluation mode, in which answers are generated.
+
+    Adapters that have learned nothing yet add zero with and without dropout: they are asked for its rate.
+    """
     name = "no dropout in the update"
     if isinstance(actor.engine, FrozenEngine):
         return Finding(name, SKIPPED, "step 3 looks at it: --disable_actor_dropout")
@@ -188,11 +191,15 @@ def check_dropout(actor: Actor, probe: Probe) -> Finding:
     actor.train()
     size = gap(actor.logprobs(probe.sampled).logprobs, actor.old_logprobs(probe.sampled), probe.sampled.answer_mask)
     actor.train(was_training)
+    modules = actor.model.named_modules()
+    rate = max((m.p for stem, m in modules if ".lora_dropout." in stem and isinstance(m, nn.Dropout)), default=0.0)
     return finding(
         name,
-        size.mean <= TOLERANCE[actor.engine.config.dtype],
-        f"log-probs in training and in evaluation mode differ by {size} nats",
-        "answers come from the model without dropout, the update learns with it: --disable_actor_dropout",
+        size.mean <= TOLERANCE[actor.engine.config.dtype] and rate == 0,
+        f"log-probs in training and in evaluation mode differ by {size} nats"
+        + (f"; adapters have dropout {rate:g}" if rate else ""),
+        "answers come from the model without dropout, the update learns with it: --disable_actor_dropout"
+        + (", --actor_lora_dropout 0" if rate else ""),
         bad=WARNING,
         mean=size.mean,
     )

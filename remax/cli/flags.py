@@ -281,6 +281,9 @@ class ActorLoraFlags(Flags, group="LoRA"):
     actor_lora_dim: CountOrZero = usual(0, "rank of the adapters; 0: no LoRA")
     actor_lora_module_name: str = flag("all-linear", WHICH_LAYERS)
     actor_lora_alpha: Count | None = flag(None, LORA_SCALE)
+    actor_lora_dropout: BelowOne = flag(
+        0.0, "dropout on what the adapters read, in the update alone: answers are written without it"
+    )
     actor_lora_learning_rate: Positive = flag(5e-4, "peak learning rate of the adapters")
     only_optimize_lora: bool = usual(False, "train the LoRA adapters alone, nothing else")
 

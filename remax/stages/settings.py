@@ -111,8 +111,8 @@ def reward_engine(args: Step3Arguments) -> EngineConfig:
 
 def actor_model(args: Step3Arguments) -> ModelSpec:
     flag = "--actor_lora_module_name"
-    only, alpha = args.only_optimize_lora, args.actor_lora_alpha
-    lora = LoraSpec(args.actor_lora_dim, args.actor_lora_module_name, only, flag, alpha)
+    only, alpha, dropout = args.only_optimize_lora, args.actor_lora_alpha, args.actor_lora_dropout
+    lora = LoraSpec(args.actor_lora_dim, args.actor_lora_module_name, only, flag, alpha, dropout)
     return ModelSpec(
         args.actor_model_name_or_path,
         "--actor_model_name_or_path",

@@ -903,8 +903,8 @@ STAGES = [
          "sampling(args), 0, args.two_pass_rollout)", "--max_greedy_seq_len is ignored"),
         ("settings-stop", "_cadence(args, args.rollout_batches, args.stop_step)",
          "_cadence(args, args.rollout_batches, args.max_steps)", "--enable_test_mode never stops"),
-        ("settings-lora-only", "only, alpha = args.only_optimize_lora, args.actor_lora_alpha",
-         "only, alpha = False, args.actor_lora_alpha", "--only_optimize_lora is ignored"),
+        ("settings-lora-only", "only, alpha, dropout = args.only_optimize_lora,",
+         "only, alpha, dropout = False,", "--only_optimize_lora is ignored"),
     ),
     *faults(
         "remax/stages/models.py",

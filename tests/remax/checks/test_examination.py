@@ -22,6 +22,7 @@ from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
 from remax.generation.decode import GenerationSettings, GreedyRows
+from remax.models.lora import add_lora
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
@@ -339,6 +340,17 @@ def test_dropout_in_the_update_raises_a_warning(disable_dropout, training, load,
     assert results(report)["no dropout in the update"] == (OK if disable_dropout else WARNING)
     assert not report.failures, report.table()
     assert model.training == training
+
+
+def test_dropout_of_adapters_that_add_nothing_yet_is_seen(load, make_policy):
+    patient = load()
+    model = load_policy(str(make_policy("llama")), "--a", dtype=torch.float32, tokenizer=patient["tokenizer"])
+    add_lora(model.hf, 2, "all-linear", True, "--lora_module_name", dropout=0.25)
+    patient["actor"] = PlainActor(model, patient["actor"].generation)
+    report = examine(**patient)
+    (found,) = [x for x in report.findings if x.check == "no dropout in the update"]
+    assert found.result == WARNING and found.numbers["mean"] == 0 and "dropout 0.25" in found.figure
+    assert "--actor_lora_dropout 0" in found.remedy
 
 
 def test_an_export_that_differs_is_found(load, monkeypatch):

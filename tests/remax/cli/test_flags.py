@@ -139,6 +139,7 @@ def lora(prefix: str, base: str) -> dict[tuple[str, str], dict[str, Any]]:
         (f"--{prefix}lora_dim 8", base): {f"{model}.lora.dim": 8},
         (f"--{prefix}lora_module_name attn", base): {f"{model}.lora.module_name": "attn"},
         (f"--{prefix}lora_alpha 32", base): {f"{model}.lora.alpha": 32},
+        (f"--{prefix}lora_dropout 0.25", base): {f"{model}.lora.dropout": 0.25},
         ("--only_optimize_lora", base): {f"{model}.lora.only": True},
     }
 
@@ -160,7 +161,6 @@ def optimizers(*names: str) -> dict[tuple[str, str], dict[str, Any]]:
 FINETUNE = EVERYWHERE | {
     **cadence("cadence"),
     **lora("", ""),
-    ("--lora_dropout 0.25", "--lora_dim 4"): {"model.lora.dropout": 0.25},
     ("--attn_implementation eager", ""): {"model.attn_implementation": "eager"},
     ("--model_name_or_path me/other", ""): {"model.name": "me/other"},
     ("--disable_dropout", ""): {"model.disable_dropout": True},

@@ -120,6 +120,7 @@ STEP3_DEFAULTS = {
     "actor_lora_dim": 0,
     "actor_lora_module_name": "all-linear",
     "actor_lora_alpha": None,
+    "actor_lora_dropout": 0.0,
     "only_optimize_lora": False,
     "actor_lora_learning_rate": 5e-4,
     "enable_ema": False,
