@@ -19,6 +19,7 @@ import torch.distributed as dist
 from utils.bounds import peak_resident
 from utils.launchers import launcher_variables
 from utils.run import UserError, first_line, rank_of_launcher
+from utils.whereabouts import close_board, open_board
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _patience: timedelta | None = None  # of `barrier`, which would take torch's default, whatever the group was told
@@ -69,6 +70,8 @@ def init_distributed(local_rank: int = -1, timeout: timedelta | None = None) -> 
     _patience = timeout
     _hosts()
     _share_cores()
+    if world_size() > 1:
+        open_board(rank(), world_size(), timeout)
 
 
 def _complete_environment(local_rank: int) -> None:
@@ -183,6 +186,7 @@ def barrier() -> None:
 def shutdown() -> None:
     """Leaves the process group, where there is one."""
     global _beside_nccl
+    close_board()
     if dist.is_initialized():
         dist.destroy_process_group()
     _beside_nccl = None

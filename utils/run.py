@@ -22,6 +22,7 @@ from typing import IO, Any
 from utils.environment import environment_fault
 from utils.launchers import launcher_variables
 from utils.stopping import stoppable
+from utils.whereabouts import waited_in_vain
 
 USER_ERROR = 2
 STOPPED = 3  # exit status: there was no point in going on
@@ -51,7 +52,9 @@ class TrainingStopped(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs `main` and turns a UserError into one line on stderr and exit status 2, a full disk into 3, Ctrl-C into 130.
+    """Runs `main`: a UserError becomes one line on stderr and exit status 2, Ctrl-C 130.
+
+    A full disk, and a rank that others have waited for in vain, become one line and status 3.
 
     Rank 0 speaks for all. The launchers stop every rank as soon as one has failed (within a second), so the other
     ranks wait for that; one that is still alive failed alone and speaks for itself. Any other exception passes through
@@ -72,6 +75,12 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         _say(f"{error.strerror}{f': {error.filename}' if error.filename else ''}; make room, and start again")
         sys.exit(STOPPED)
+    except RuntimeError as error:
+        if (line := waited_in_vain(error)) is None:
+            raise
+        _say(line)
+        sys.stdout.flush()
+        os._exit(STOPPED)  # the collectives' own threads would turn it into an abortion
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

@@ -34,6 +34,7 @@ from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 from utils.present import present
 from utils.run import TrainingStopped
+from utils.whereabouts import at
 
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
@@ -74,9 +75,10 @@ class Timer:
     def __call__(self, name: str) -> Iterator[None]:
         """Measures what happens inside."""
         begin = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with at(name):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 

@@ -14,7 +14,7 @@ import torch
 
 from utils import distributed
 from utils.distributed import LAUNCHER_VARIABLES
-from utils.run import UserError
+from utils.run import STOPPED, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -276,6 +276,34 @@ d.shutdown()
     done = run_ranks(tmp_path, body)
     assert [p.returncode for p in done] == [0, 0], done
     assert "named" in done[0].stdout
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("does", "has"), [("time.sleep(8)", "not come"), ("time.sleep(0.5), os._exit(1)", "ended")], ids=["late", "gone"]
+)
+def test_a_rank_that_waits_in_vain_says_where_the_other_one_was(tmp_path, does, has):
+    body = f"""
+import datetime, os, time
+from utils import whereabouts
+whereabouts.EVERY = 0.1
+d.init_distributed(timeout=datetime.timedelta(seconds=3))
+with whereabouts.at("step 12"):
+    with whereabouts.at("generation"):
+        if d.rank():
+            {does}
+    with whereabouts.at("update"):
+        d.sum_across_ranks({{"a": 1.0}})
+"""
+    waiting, _ = run_ranks(tmp_path, body)
+    *notes, error = [line for line in waiting.stderr.splitlines() if line.startswith(("error", "note"))]
+    assert waiting.returncode == STOPPED and "Traceback" not in waiting.stderr, waiting
+    assert error.startswith("error: rank 0 waited ") and error.endswith(
+        f" s in update of step 12 for a rank that has {has}; rank 1 was last seen in generation of step 12"
+    )
+    if has == "not come":  # before nccl, which says nothing, would end it
+        expected = "note: rank 0 has been in update of step 12 for 3 s; rank 1 was last seen in generation of step 12"
+        assert notes == [expected]
 
 
 @pytest.mark.ranks
