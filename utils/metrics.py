@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from utils.distributed import is_main
 from utils.files import write_whole
-from utils.run import UserError, first_line
+from utils.run import DISK_FULL, UserError, describe_again, first_line
 
 # How the console shows the values that have a unit; the others get four significant digits.
 UNITS = {
@@ -59,7 +59,8 @@ class MetricsLogger:
         quiet: Sequence[str] = (),
         drop_after: int | None = None,
     ):
-        self.active, self.tensorboard, self.wandb = is_main(), None, None
+        self.active, self.wandb = is_main(), None
+        self.tensorboard: Any = None
         self.takes_samples = tensorboard_dir is not None or wandb is not None  # on every rank
         self.console_every, self.total_steps = max(1, console_every), total_steps
         self.console, self.quiet = console, quiet
@@ -70,13 +71,16 @@ class MetricsLogger:
         if drop_after is not None and path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= drop_after]
             write_whole(path, "".join(line + "\n" for line in kept))
-        self.file = path.open("a", encoding="utf-8")
-        if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter  # a second of start-up, paid only when asked for
-
-            self.tensorboard = SummaryWriter(str(tensorboard_dir))
+        self.file, self.tensorboard_dir = RecordFile(path), tensorboard_dir
+        self._open_tensorboard()
         if wandb is not None:
             self.wandb = _start_wandb(Path(output_dir), wandb)
+
+    def _open_tensorboard(self) -> None:
+        if self.tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter  # a second of start-up, paid only when asked for
+
+            self.tensorboard = SummaryWriter(str(self.tensorboard_dir))
 
     def log(self, step: int, values: Mapping[str, Any], epoch: float | None = None) -> None:
         """Records `values` (numbers or one-element tensors) under `step`; rank 0 only.
@@ -89,11 +93,9 @@ class MetricsLogger:
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         record |= {} if epoch is None else {"epoch": epoch}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.tensorboard is not None:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, step)
+        if self.file.append(json.dumps(record)):  # the folder was removed, and the events with it
+            self._open_tensorboard()
+        self._to_tensorboard(lambda events: [events.add_scalar(name, value, step) for name, value in numbers.items()])
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
         if step % self.console_every == 0 or step == self.total_steps or any(n.startswith("eval/") for n in numbers):
@@ -105,22 +107,87 @@ class MetricsLogger:
         if not rows:
             return
         columns = list(rows[0])
-        if self.tensorboard is not None:
-            table = [columns, *(list(row.values()) for row in rows)]
-            self.tensorboard.add_text("samples", _markdown(table), step)
+        table = [columns, *(list(row.values()) for row in rows)]
+        self._to_tensorboard(lambda events: events.add_text("samples", _markdown(table), step))
         if self.wandb is not None:
             import wandb
 
             table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
             self.wandb.log({"samples": table}, step=step)
 
+    def _to_tensorboard(self, write: Callable[[Any], object]) -> None:
+        """Hands TensorBoard something; where it cannot write, such as on a full disk, the training goes on without."""
+        if self.tensorboard is None:
+            return
+        try:
+            write(self.tensorboard)
+        except OSError as error:
+            self.tensorboard = self.tensorboard_dir = None
+            warn(f"warning: TensorBoard gets no more figures ({error.strerror or error}); metrics.jsonl has them all")
+
     def close(self) -> None:
         if self.active:
             self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self._to_tensorboard(lambda events: events.close())
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class RecordFile:
+    """A file of one record a line, continued, that loses none: neither on a full disk nor when somebody removes it.
+
+    What a full disk does not take waits in memory for the next record. A file that has gone is written again, from its
+    start, as it is still open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting, self.full = path, bytearray(), False
+        self.descriptor = self._open()
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def append(self, record: str) -> bool:
+        """Writes a line, at once; whether the file had been removed."""
+        self.waiting += f"{record}\n".encode()
+        if removed := not self.path.exists():
+            self._begin_again()
+        self._write()
+        return removed
+
+    def _begin_again(self) -> None:
+        self.waiting[:0] = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)
+        os.close(self.descriptor)
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self.descriptor = self._open()
+        again = f"{self.path.name} and run.json are" if describe_again(folder) else f"{self.path.name} is"
+        warn(f"warning: files of this run were removed from {folder}; {again} written again, but nothing else")
+
+    def _write(self) -> None:
+        try:
+            while self.waiting:
+                del self.waiting[: os.write(self.descriptor, self.waiting)]
+            self.full = False
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            if not self.full:
+                warn(f"warning: no space left for {self.path}; make room: until then its records are kept in memory")
+            self.full = True
+
+    def close(self) -> None:
+        """The end, until which a full disk has time."""
+        self._write()
+        if self.waiting:
+            warn(f"warning: {self.path} lacks its last {self.waiting.count(10)} records, as there is no space left")
+        os.close(self.descriptor)
+
+
+def warn(message: str) -> None:
+    """Prints one line on rank 0 without tearing a progress bar."""
+    if is_main():
+        tqdm.write(message)
 
 
 def _start_wandb(folder: Path, config: Mapping[str, Any]) -> Any:

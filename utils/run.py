@@ -208,8 +208,18 @@ def start_run(folder: Path, args: Any, stage: str) -> None:
     (folder / "results.json").unlink(missing_ok=True)
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    text = json.dumps(describe_run(args, stage), indent=2, default=str)
-    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+    _described[folder] = json.dumps(describe_run(args, stage), indent=2, default=str)
+    describe_again(folder)
+
+
+_described: dict[Path, str] = {}  # what run.json holds
+
+
+def describe_again(folder: Path) -> bool:
+    """Writes `run.json`, which somebody may have removed; False: no run has started in the folder."""
+    if folder in _described:
+        (folder / "run.json").write_text(_described[folder] + "\n", encoding="utf-8")
+    return folder in _described
 
 
 def rank_of_launcher() -> int:

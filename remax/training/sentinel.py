@@ -17,18 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from remax.core.rollout import Rollout
 from remax.training.alarms import COMPARED, Alarm, Thresholds, drift_alarms, fatal_alarms, rollout_figures
-from utils.distributed import is_main, sum_across_ranks
+from utils.distributed import sum_across_ranks
+from utils.metrics import warn
 from utils.run import TrainingStopped
-
-
-def warn(message: str) -> None:
-    """Prints one line on rank 0 without tearing a progress bar."""
-    if is_main():
-        tqdm.write(message)
 
 
 @dataclass

@@ -1,14 +1,17 @@
 """The console line, metrics.jsonl, TensorBoard and progress without a terminal."""
 
+import errno
 import json
 import math
+import os
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from utils import metrics
+from utils import metrics, run
 from utils.metrics import MetricsLogger, ProgressLines, console_line, progress
 from utils.run import UserError
 
@@ -97,6 +100,68 @@ def test_an_existing_file_is_continued_or_cut_back(tmp_path):
     assert records(tmp_path) == [{"step": 1}]
     MetricsLogger(tmp_path, drop_after=-1).close()
     assert records(tmp_path) == []
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path, monkeypatch, capsys):
+    room, write = [30], os.write
+
+    def full(descriptor, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = min(room[0], len(data))
+        room[0] -= taken
+        return write(descriptor, data[:taken])
+
+    monkeypatch.setattr(metrics.os, "write", full)
+    logger = MetricsLogger(tmp_path)
+    for step in (1, 2):
+        logger.log(step, {"a": 0.5})
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 30
+    room[0] = 10**6
+    logger.log(3, {"a": 0.5})
+    assert [(record["step"], record["a"]) for record in records(tmp_path)] == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    room[0] = 0
+    logger.log(4, {"a": 0.5})
+    logger.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    space = f"warning: no space left for {tmp_path}/metrics.jsonl; make room: until then its records are kept in memory"
+    lost = f"warning: {tmp_path}/metrics.jsonl lacks its last 1 records, as there is no space left"
+    assert said == [space, space, lost]
+
+
+def test_a_folder_that_is_removed_in_the_middle_is_made_again(tmp_path, capsys):
+    folder = run.open_folder(tmp_path / "run")
+    run.start_run(folder, {"seed": 1}, "step1")
+    logger = MetricsLogger(folder, tensorboard_dir=folder / "tb")
+    logger.log(1, {"a": 0.5})
+    logger.tensorboard.flush()
+    shutil.rmtree(folder)
+    logger.log(2, {"a": 0.5})
+    logger.log(3, {"a": 0.5})
+    logger.close()
+    assert [record["step"] for record in records(folder)] == [1, 2, 3]
+    assert json.loads((folder / "run.json").read_text())["seed"] == 1
+    assert any((folder / "tb").iterdir())
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == [
+        f"warning: files of this run were removed from {folder}; metrics.jsonl and run.json are written again, "
+        "but nothing else"
+    ]
+
+
+def test_a_disk_that_is_full_for_tensorboard_does_not_end_the_run(tmp_path, capsys):
+    logger = MetricsLogger(tmp_path)
+
+    class Full:
+        def add_scalar(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger.tensorboard = Full()
+    for step in (1, 2):
+        logger.log(step, {"a": 0.5})
+    logger.close()
+    assert len(records(tmp_path)) == 2
+    assert capsys.readouterr().out.count("TensorBoard gets no more figures (No space left on device)") == 1
 
 
 def test_off_rank_0_nothing_happens(tmp_path, monkeypatch, capsys):
