@@ -225,16 +225,22 @@ class LoraFlags(Flags, group="LoRA"):
 
 @dataclass(kw_only=True)
 class PreferenceFlags(Flags, group="loss"):
-    loss: Literal["ranking", "dpo", "r-dpo"] = usual(
+    loss: Literal["ranking", "hydra", "dpo", "r-dpo"] = usual(
         "ranking",
-        "ranking: a reward model; dpo, r-dpo: no reward model but a policy straight from the pairs, against its start",
+        "ranking: a reward model; hydra: a reward model and a policy in one, from a pretrained model (steps 1 and 2 at "
+        "once); dpo, r-dpo: no reward model but a policy straight from the pairs, against its start",
+    )
+    ranking_weight: Positive = usual(
+        1.0, "hydra: weight of the ranking loss beside the chosen answers' cross-entropy", only="hydra"
     )
     use_margin: bool = flag(
-        False, "ranking: the data's column `margin` is how much more the chosen answer must score", only="ranking"
+        False,
+        "ranking, hydra: the data's column `margin` is how much more the chosen answer must score",
+        only="ranking hydra",
     )
     label_smoothing: BelowOne = flag(0.0, "share of the preferences taken to be wrong (with dpo: conservative DPO)")
     center_rewards_coefficient: NonNegative = flag(
-        0.0, "ranking: weight of (chosen + rejected score)^2", only="ranking"
+        0.0, "ranking, hydra: weight of (chosen + rejected score)^2", only="ranking hydra"
     )
     ranked_loss: Literal["pairs", "plackett-luce"] = flag(
         "pairs",

@@ -153,6 +153,19 @@ class Actor(_Policy, Learner):
         return self._frozen_logprobs(sequences)
 
 
+class TrainedHydra(Actor):
+    """A policy and a reward model in one while both learn (step 2), on the engine of a `HydraModel`."""
+
+    def score(self, sequences: Sequences) -> Tensor:
+        """(B,) float32 with gradient."""
+        return self.engine(sequences, head="score")
+
+    def logprobs_and_scores(self, sequences: Sequences, rows: int) -> tuple[Tensor, Tensor]:
+        """(rows, A) log-probs of the first rows' answers, and (B,) scores of all, with gradient."""
+        chunks = _chunks(sequences.select(slice(0, rows)), self.chunk_size, self.zero3)
+        return self.engine(sequences, head="both", rows=rows, chunks=chunks, sampling=self.sampling)
+
+
 class Reference(_Policy):
     """The frozen policy that KL is measured against."""
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 
 from remax.core.sequences import Sequences
 from remax.models.loading import embedded_tokens, from_pretrained, load_config, on_the_gpu, prepare_training
-from remax.models.packing import last_hidden, prepare_packing
+from remax.models.packing import Reader, last_hidden, prepare_packing
 from utils.run import UserError
 from utils.tokenizer import distinct_pad
 
@@ -125,7 +125,7 @@ def load_reward_model(
     return RewardModel(hf, packing=packing)
 
 
-def store_score_statistics(model: RewardModel, figures: dict[str, float]) -> None:
+def store_score_statistics(model: Reader, figures: dict[str, float]) -> None:
     """Keeps mean and spread of the held-out scores in the model's config: what is a large score, what a small one."""
     model.hf.config.score_mean, model.hf.config.score_std = figures["score_mean"], figures["score_std"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,18 +12,18 @@ from remax.checkpoint.export import export, export_and_exit, refuse_without_room
 from remax.cli.flags import FinetuneArguments, Step1Arguments, Step2Arguments
 from remax.core.batches import First
 from remax.engines.base import FrozenEngine
-from remax.engines.policy import Reference
+from remax.engines.policy import Reference, TrainedHydra
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.ranking import SIDES
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.policy import check_policy_config
 from remax.models.reward_model import prepare_pad_token, store_score_statistics
 from remax.stages.data import finetune_loaders
-from remax.stages.models import Tokenizer, load_policy_model, trained_policy, trained_reward
+from remax.stages.models import Tokenizer, load_policy_model, trained_hydra, trained_policy, trained_reward
 from remax.stages.settings import finetune_cadence, finetune_model, finetune_optimizer, finetune_reference
 from remax.training.finetune import finetune
 from remax.training.loop import Cadence
-from remax.training.tasks import DirectPreference, Ranking, Supervised
+from remax.training.tasks import DirectPreference, Hydra, Ranking, Supervised
 from utils.distributed import init_distributed, print0, set_seed, shutdown
 from utils.metrics import MetricsLogger
 from utils.run import TrainingStopped, open_folder, start_run
@@ -38,7 +39,7 @@ def run_finetuning(args: Step1Arguments | Step2Arguments) -> None:
     if isinstance(args, Step1Arguments) or args.loss != "ranking":
         check_policy_config(config, name, flag)
     tokenizer = load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)
-    if isinstance(args, Step2Arguments) and args.loss == "ranking":
+    if isinstance(args, Step2Arguments) and args.loss in ("ranking", "hydra"):
         prepare_pad_token(tokenizer)
     init_distributed(args.local_rank)
     set_seed(args.seed)
@@ -55,20 +56,22 @@ def run_finetuning(args: Step1Arguments | Step2Arguments) -> None:
 
 def build_task(
     args: Step1Arguments | Step2Arguments, tokenizer: Tokenizer, held_out: First, steps: int
-) -> Supervised | Ranking | DirectPreference:
+) -> Supervised | Ranking | Hydra | DirectPreference:
     """What the flags say is learned, with its models loaded; `steps` are the optimizer's."""
     trained, optimizer = finetune_model(args), finetune_optimizer(args, steps)
     if isinstance(args, Step1Arguments):
         return Supervised(trained_policy(trained, optimizer, tokenizer, args.max_seq_len), held_out)
+    of_pairs: dict[str, Any] = {
+        "use_margin": args.use_margin,
+        "label_smoothing": args.label_smoothing,
+        "centring": args.center_rewards_coefficient,
+    }
     if args.loss == "ranking":
-        return Ranking(
-            trained_reward(trained, optimizer, tokenizer, args.max_seq_len),
-            held_out,
-            use_margin=args.use_margin,
-            label_smoothing=args.label_smoothing,
-            centring=args.center_rewards_coefficient,
-            ranked_loss=args.ranked_loss,
-        )
+        reward = trained_reward(trained, optimizer, tokenizer, args.max_seq_len)
+        return Ranking(reward, held_out, ranked_loss=args.ranked_loss, **of_pairs)
+    if args.loss == "hydra":
+        both = trained_hydra(trained, optimizer, tokenizer, args.max_seq_len)
+        return Hydra(both, held_out, args.ranking_weight, **of_pairs)
     frozen = finetune_reference(args)
     reference = Reference(FrozenEngine(load_policy_model(frozen, tokenizer), frozen.engine))
     policy = trained_policy(trained, optimizer, tokenizer, args.max_seq_len)
@@ -78,7 +81,7 @@ def build_task(
 
 def train_and_export(
     args: FinetuneArguments,
-    task: Supervised | Ranking | DirectPreference,
+    task: Supervised | Ranking | Hydra | DirectPreference,
     loader: DataLoader,
     cadence: Cadence,
     tokenizer: Tokenizer,
@@ -106,7 +109,7 @@ def train_and_export(
         metrics.close()
         export_and_exit(stopped, learner.model, tokenizer, output / "last", zero3=learner.zero3)
     metrics.close()
-    if isinstance(learner, TrainedReward):
+    if isinstance(learner, (TrainedReward, TrainedHydra)):
         store_score_statistics(learner.model, results["after"])
     export(learner.model, tokenizer, output, zero3=learner.zero3)
     write_note(output, "results.json", results)

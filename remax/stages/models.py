@@ -13,9 +13,10 @@ from remax.cli.flags import Step3Arguments
 from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
-from remax.engines.policy import Actor, Reference
+from remax.engines.policy import Actor, Reference, TrainedHydra
 from remax.engines.scorer import Reward, TrainedReward
 from remax.engines.zero import loading
+from remax.models.hydra import HydraModel, load_hydra
 from remax.models.loading import check_length, load_config
 from remax.models.lora import add_lora
 from remax.models.policy import PolicyModel, check_policy_config, load_policy
@@ -58,6 +59,15 @@ def load_scorer(spec: ModelSpec, tokenizer: Tokenizer, *, new_head: bool = False
     return model
 
 
+def load_hydra_model(spec: ModelSpec, tokenizer: Tokenizer, *, new_head: bool = False) -> HydraModel:
+    """Both in one, in the same way. See `load_hydra` for `new_head`."""
+    with loading(spec.engine):
+        model = load_hydra(spec.name, spec.flag, tokenizer=tokenizer, new_head=new_head, **spec.options)
+    if spec.lora is not None:
+        add_lora(model.hf, *astuple(spec.lora))
+    return model
+
+
 def trained_policy(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokenizer, max_len: int) -> Actor:
     """A policy that learns given answers, of rows of at most `max_len` tokens."""
     engine = TrainedEngine(load_policy_model(spec, tokenizer), spec.engine, optimizer)
@@ -72,6 +82,14 @@ def trained_reward(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Token
     if spec.packing:
         check_packing(engine, max_len, every_token=True)
     return TrainedReward(engine)
+
+
+def trained_hydra(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokenizer, max_len: int) -> TrainedHydra:
+    """A policy and reward model in one that learns; its score head may be new."""
+    engine = TrainedEngine(load_hydra_model(spec, tokenizer, new_head=True), spec.engine, optimizer)
+    if spec.packing:
+        check_packing(engine, max_len, hidden_only=True)
+    return TrainedHydra(engine)
 
 
 @dataclass(frozen=True)

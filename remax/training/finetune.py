@@ -23,7 +23,7 @@ from utils.run import TrainingStopped
 
 
 def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
-    """One optimizer step over several micro-batches, normalised by one count over all of them and all ranks.
+    """One optimizer step over several micro-batches, normalised by counts over all of them and all ranks.
 
     Returns:
         Means over what the task counts and, over all token slots that the model computed, the share of padding.
@@ -34,12 +34,13 @@ def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
     tokens = Figure(sum(sequences.tokens for sequences in rows), 1)
     slots = Figure(sum(task.learner.engine.slots(sequences) for sequences in rows), 1)
     batches = [to_device(batch) for batch in batches]
-    count = sum_across_ranks({"count": sum(counts)})["count"]
+    totals = sum_across_ranks({name: sum(count[name] for count in counts) for name in counts[0]})
     figures: Figures = {}
     for i, batch in enumerate(batches):
-        loss, sums = task.loss(batch, count)
+        loss, more = task.loss(batch, totals)
         task.learner.backward(loss, last=i == len(batches) - 1)
-        figures = add(figures, {k: Figure(v, counts[i]) for k, v in {"loss": loss.detach() * count, **sums}.items()})
+        name, total = next(iter(totals.items()))  # the batches' losses add up, whichever count they are weighed by
+        figures = add(figures, {"loss": Figure(loss.detach() * total, counts[i][name]), **more})
     result = task.learner.step()
     seconds = time.perf_counter() - begin
     means = reduce(figures | {"tokens of a rank": tokens, "slots of a rank": slots})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,7 +19,8 @@ from remax.core.losses import (
     supervised_loss,
 )
 from remax.core.sequences import Sequences, learned_mask
-from remax.engines.policy import Actor, Reference
+from remax.core.sums import Figure, Figures
+from remax.engines.policy import Actor, Reference, TrainedHydra
 from remax.engines.scorer import TrainedReward
 from remax.evaluation.policy import perplexity
 from remax.evaluation.ranking import pair_scores, ranking_accuracy
@@ -48,12 +49,12 @@ class Task(Protocol):
         """The rows that the model reads: both answers of a pair."""
         ...
 
-    def count(self, batch: Any) -> int:
-        """What the loss is a mean of, in this batch: answer tokens, pairs, or prompts with their answers."""
+    def count(self, batch: Any) -> dict[str, int]:
+        """What the loss is a mean of, in this batch: tokens of answers, pairs, rankings; or a sum of several means."""
         ...
 
-    def loss(self, batch: Any, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch's summed loss over `denominator`, and sums of other figures over what `count` counts."""
+    def loss(self, batch: Any, totals: Mapping[str, float]) -> tuple[Tensor, Figures]:
+        """The batch's summed loss over the optimizer step's `totals` of what `count` counts, and other figures."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -74,15 +75,15 @@ class Supervised:
         """Prompts with their answers."""
         return Sequences.from_batch(batch)
 
-    def count(self, batch: SupervisedBatch) -> int:
+    def count(self, batch: SupervisedBatch) -> dict[str, int]:
         """Answer tokens that are learned."""
-        return int(learned_mask(batch, self.sequences(batch)).sum())
+        return {"tokens": int(learned_mask(batch, self.sequences(batch)).sum())}
 
-    def loss(self, batch: SupervisedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: SupervisedBatch, totals: Mapping[str, float]) -> tuple[Tensor, Figures]:
         """See `supervised_loss`."""
         sequences = self.sequences(batch)
         output = self.learner.logprobs(sequences)
-        return supervised_loss(output.logprobs, learned_mask(batch, sequences), denominator), {}
+        return supervised_loss(output.logprobs, learned_mask(batch, sequences), totals["tokens"]), {}
 
     def evaluate(self) -> dict[str, float]:
         """See `perplexity`."""
@@ -113,24 +114,21 @@ class Ranking:
         """All answers, each with its prompt."""
         return Sequences.from_batch(batch) if isinstance(batch, RankedBatch) else Sequences.from_pairs(batch)
 
-    def count(self, batch: PairBatch | RankedBatch) -> int:
+    def count(self, batch: PairBatch | RankedBatch) -> dict[str, int]:
         """Pairs, or rankings."""
-        return len(batch)
+        return {"rows": len(batch)}
 
-    def loss(self, batch: PairBatch | RankedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: PairBatch | RankedBatch, totals: Mapping[str, float]) -> tuple[Tensor, Figures]:
         """See `ranking_loss` and `loss_of_rankings`."""
         if isinstance(batch, RankedBatch):
-            return self.loss_of_rankings(batch, denominator)
+            return self.loss_of_rankings(batch, totals["rows"])
         chosen, rejected = pair_scores(self.learner, batch)
-        figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).detach().sum()}
-        margin = batch.margin if self.use_margin else None
-        options = {"label_smoothing": self.label_smoothing, "centring": self.centring}
-        return ranking_loss(chosen, rejected, denominator, margin, **options), figures
+        return loss_of_pairs(self, batch, chosen, rejected, totals["rows"]), preferred(chosen, rejected)
 
-    def loss_of_rankings(self, batch: RankedBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of_rankings(self, batch: RankedBatch, denominator: float) -> tuple[Tensor, Figures]:
         """A prompt with its answers counts once, however many they are; the figures are means over its pairs."""
         scores = self.learner.score(self.sequences(batch))  # (N,)
-        row, ranks, rows = batch.row, batch.ranks, self.count(batch)
+        row, ranks, rows = batch.row, batch.ranks, len(batch)
         if self.ranked_loss == "plackett-luce":
             losses = plackett_luce_losses(scores, row, ranks, rows, centring=self.centring)
         else:
@@ -139,12 +137,73 @@ class Ranking:
         better, worse = ordered_pairs(row, ranks)
         difference = (scores[better] - scores[worse]).detach()
         figures = {"accuracy": (difference > 0).float(), "margin": difference}
-        means = {name: mean_over_pairs(values, row[better], rows).sum() for name, values in figures.items()}
-        return losses.sum() / denominator, means
+        sums = {name: mean_over_pairs(values, row[better], rows).sum() for name, values in figures.items()}
+        return losses.sum() / denominator, {name: Figure(total, rows) for name, total in sums.items()}
 
     def evaluate(self) -> dict[str, float]:
         """See `ranking_accuracy`."""
         return ranking_accuracy(self.learner, self.eval_loader)
+
+
+@dataclass
+class Hydra:
+    """Steps 1 and 2 at once: next-token loss on the chosen answers + weight * ranking loss of the pairs.
+
+    The first is a mean over the chosen answers' tokens, the second over pairs. One forward of the backbone gives both.
+
+    Attributes:
+        use_margin: See `Ranking`.
+    """
+
+    learner: TrainedHydra
+    eval_loader: Iterable[PairBatch]
+    ranking_weight: float = 1.0
+    use_margin: bool = False
+    label_smoothing: float = 0.0
+    centring: float = 0.0
+    headline: str = "accuracy"
+    sign: int = 1
+
+    def sequences(self, batch: PairBatch) -> Sequences:
+        """Both answers of each pair."""
+        return Sequences.from_pairs(batch)
+
+    def count(self, batch: PairBatch) -> dict[str, int]:
+        """Tokens of the chosen answers, and pairs."""
+        return {"tokens": Sequences.from_batch(batch.of_chosen).answer_tokens, "pairs": len(batch)}
+
+    def loss(self, batch: PairBatch, totals: Mapping[str, float]) -> tuple[Tensor, Figures]:
+        """See `supervised_loss` and `ranking_loss`."""
+        both, pairs = self.sequences(batch), len(batch)
+        logprobs, scores = self.learner.logprobs_and_scores(both, rows=pairs)  # (B, A), (2B,)
+        learned, (chosen, rejected) = both.select(slice(0, pairs)), scores.chunk(2)
+        likelihood = supervised_loss(logprobs, learned.answer_mask, totals["tokens"])
+        ranking = loss_of_pairs(self, batch, chosen, rejected, totals["pairs"])
+        figures = {
+            "cross_entropy": Figure(likelihood.detach() * totals["tokens"], learned.answer_tokens),
+            "ranking_loss": Figure(ranking.detach() * totals["pairs"], pairs),
+        }
+        return likelihood + self.ranking_weight * ranking, figures | preferred(chosen, rejected)
+
+    def evaluate(self) -> dict[str, float]:
+        """See `perplexity`, here of the chosen answers, and `ranking_accuracy`."""
+        chosen = (batch.of_chosen for batch in self.eval_loader)
+        return perplexity(self.learner, chosen) | ranking_accuracy(self.learner, self.eval_loader)
+
+
+def loss_of_pairs(
+    task: Ranking | Hydra, batch: PairBatch, chosen: Tensor, rejected: Tensor, denominator: float
+) -> Tensor:
+    """(B,) scores of the two answers -> `ranking_loss` as the task wants it."""
+    margin = batch.margin if task.use_margin else None
+    options = {"label_smoothing": task.label_smoothing, "centring": task.centring}
+    return ranking_loss(chosen, rejected, denominator, margin, **options)
+
+
+def preferred(chosen: Tensor, rejected: Tensor) -> Figures:
+    """(B,) scores of the two answers -> how often the chosen one's is the higher, and by how much."""
+    sums = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).detach().sum()}
+    return {name: Figure(total, len(chosen)) for name, total in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -193,11 +252,11 @@ class DirectPreference:
         """Both answers of each pair."""
         return Sequences.from_pairs(batch)
 
-    def count(self, batch: PairBatch) -> int:
+    def count(self, batch: PairBatch) -> dict[str, int]:
         """Pairs."""
-        return len(batch)
+        return {"pairs": len(batch)}
 
-    def loss(self, batch: PairBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: PairBatch, totals: Mapping[str, float]) -> tuple[Tensor, Figures]:
         """See `dpo_losses`."""
         both = self.sequences(batch)
         policy, reference = self.implicit_reward.logprobs(both)  # (2B,)
@@ -216,8 +275,7 @@ class DirectPreference:
             rejected_lengths=rejected_lengths,
         )
         chosen, rejected = (self.beta * (policy.detach() - reference)).chunk(2)
-        figures = {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum()}
-        return losses.sum() / denominator, figures
+        return losses.sum() / totals["pairs"], preferred(chosen, rejected)
 
     def evaluate(self) -> dict[str, float]:
         """See `ranking_accuracy`."""

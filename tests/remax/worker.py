@@ -30,12 +30,13 @@ from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig, training_config
 from remax.engines.optimizer import OptimizerConfig
-from remax.engines.policy import Actor, Reference
+from remax.engines.policy import Actor, Reference, TrainedHydra
 from remax.engines.scorer import Reward, TrainedReward
 from remax.engines.zero import loading
 from remax.evaluation.policy import evaluate_policy, perplexity
 from remax.evaluation.ranking import ranking_accuracy
 from remax.generation.decode import GenerationSettings
+from remax.models.hydra import load_hydra
 from remax.models.loading import evaluating, quiet_libraries
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
@@ -44,7 +45,7 @@ from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.functions import RewardFunction
 from remax.training.finetune import finetune
 from remax.training.loop import Cadence
-from remax.training.tasks import DirectPreference, Ranking, Supervised
+from remax.training.tasks import DirectPreference, Hydra, Ranking, Supervised
 from remax.training.trainer import Trainer, TrainerSettings
 from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.data.config import DataConfig
@@ -110,6 +111,18 @@ class Spread:
         options = {"tokenizer": self.tokenizer, "new_head": self.new_head, "packing": self.packing}
         with loading(self.config):
             return load_reward_model(self.model, "--model", dtype=self.config.torch_dtype, **options)
+
+    def hydra(self):
+        options = {"tokenizer": self.tokenizer, "new_head": True, "packing": self.packing}
+        options |= {"gradient_checkpointing": self.gradient_checkpointing}
+        with loading(self.config):
+            model = load_hydra(self.model, "--model", dtype=self.config.torch_dtype, **options)
+        if self.lora:
+            add_lora(model.hf, 3, self.lora, True, "--lora_module_name")
+        return model
+
+    def trained_hydra(self, **options) -> TrainedHydra:
+        return with_epsilon(TrainedHydra(self.trained(self.hydra()), **options))
 
     def actor(self, **options) -> Actor:
         return with_epsilon(Actor(self.trained(self.policy()), **options))
@@ -250,6 +263,27 @@ def train_reward(folder: Path, name: str, rows: list[str], steps: int, **spread)
 
     figures = take_steps(reward, steps, loss_of, pairs, spread.micro_batch)
     save_weights(folder, name, reward)
+    return figures
+
+
+@check
+def train_hydra(folder: Path, name: str, rows: list[str], steps: int, **spread) -> dict:
+    """Steps on both heads: even rows of a file are learned, and chosen over odd ones."""
+    spread = Spread(**spread)
+    hydra = spread.trained_hydra(chunk_size=16)
+    files = [load_rows(path) for path in rows]
+    pairs = len(files[0]) // 2
+
+    def loss_of(step: int, part: torch.Tensor) -> torch.Tensor:
+        everything = files[step % len(files)]
+        tokens = int(everything.answer_lengths[::2].sum())
+        logprobs, scores = hydra.logprobs_and_scores(everything.select(torch.cat([2 * part, 2 * part + 1])), len(part))
+        chosen, rejected = scores.chunk(2)
+        likelihood = supervised_loss(logprobs, everything.select(2 * part).answer_mask, tokens)
+        return likelihood + 0.3 * ranking_losses(chosen, rejected).sum() / pairs
+
+    figures = take_steps(hydra, steps, loss_of, pairs, spread.micro_batch)
+    save_weights(folder, name, hydra)
     return figures
 
 
@@ -558,6 +592,8 @@ def fine_tune(
         frozen_part = replace(spread, zero_stage=3)
         reference = Reference(FrozenEngine(frozen_part.policy(), frozen_part.config))
         job = DirectPreference(spread.actor(), reference, eval_loader, beta=0.5)
+    elif task == "hydra":
+        job = Hydra(spread.trained_hydra(), eval_loader, ranking_weight=0.3)
     else:
         job = Ranking(spread.trained_reward(), eval_loader)
     metrics = MetricsLogger(folder / name, drop_after=-1)

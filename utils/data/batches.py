@@ -56,6 +56,12 @@ class PairBatch(Batch):
     prompt_lengths: Tensor  # (B,)
     margin: Tensor | None = None  # (B,) by how much the chosen answer is better, 0 where unknown; None: nowhere known
 
+    @property
+    def of_chosen(self) -> SupervisedBatch:
+        """The prompts with their chosen answers, as rows to learn."""
+        lengths = {"lengths": self.chosen_lengths, "prompt_lengths": self.prompt_lengths}
+        return SupervisedBatch(input_ids=self.chosen_ids, **lengths, weight=self.weight)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankedBatch(Batch):

@@ -338,7 +338,7 @@ READ = {
         "name, flag = (args.model_name_or_path, '--model_name_or_path')",
         "check_length(config, args.max_seq_len, '--max_seq_len')",
         "load_tokenizer(args.model_name_or_path, chat_template=args.chat_template)",
-        "args.loss == 'ranking'",
+        "args.loss in ('ranking', 'hydra')",
         "init_distributed(args.local_rank)",
         "set_seed(args.seed)",
         "torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')",
@@ -351,11 +351,13 @@ READ = {
     f"{FINETUNING}:build_task": [
         "trained_policy(trained, optimizer, tokenizer, args.max_seq_len)",
         "trained_reward(trained, optimizer, tokenizer, args.max_seq_len)",
+        "trained_hydra(trained, optimizer, tokenizer, args.max_seq_len)",
+        "{'use_margin': args.use_margin, 'label_smoothing': args.label_smoothing, 'centring': "
+        "args.center_rewards_coefficient}",
         "if args.loss == 'ranking'",
-        "use_margin=args.use_margin",
-        "label_smoothing=args.label_smoothing",
-        "centring=args.center_rewards_coefficient",
+        "if args.loss == 'hydra'",
         "ranked_loss=args.ranked_loss",
+        "Hydra(both, held_out, args.ranking_weight, **of_pairs)",
         "alpha = args.length_alpha if args.loss == 'r-dpo' else 0.0",
         "DirectPreference(policy, reference, held_out, args.dpo_beta, alpha, args.label_smoothing)",
     ],
@@ -548,25 +550,26 @@ def test_every_model_of_step_3_gets_its_own_settings(monkeypatch, line):
         (2, "--label_smoothing 0.1 --center_rewards_coefficient 0.2", "Ranking"),
         (2, "--ranked_loss plackett-luce", "Ranking"),
         (2, "--use_margin", "Ranking"),
+        (2, "--loss hydra --ranking_weight 0.3 --center_rewards_coefficient 0.2 --use_margin", "Hydra"),
         (2, "--loss dpo --dpo_beta 0.3 --label_smoothing 0.1 --reference_zero_stage 3", "DirectPreference"),
         (2, "--loss r-dpo --length_alpha 0.4", "DirectPreference"),
     ],
 )
 def test_every_task_gets_its_own_settings(monkeypatch, stage, line, task):
     record(monkeypatch, finetune, "load_policy_model", "trained_policy", "trained_reward", "FrozenEngine", "Reference")
-    record(monkeypatch, finetune, "Supervised", "Ranking", "DirectPreference")
+    record(monkeypatch, finetune, "Supervised", "Ranking", "Hydra", "DirectPreference", "trained_hydra")
     args = parse(stage, f"--max_seq_len 99 {line}")
     learned = (settings.finetune_model(args), settings.finetune_optimizer(args, 50), "tokenizer", 99)
     policy = recorded("trained_policy", *learned)
     expected = recorded("Supervised", policy, "held out")
-    if task == "Ranking":
-        terms = {
-            "use_margin": args.use_margin,
-            "label_smoothing": args.label_smoothing,
-            "ranked_loss": args.ranked_loss,
-        }
+    if task in ("Ranking", "Hydra"):
+        terms = {"use_margin": args.use_margin, "label_smoothing": args.label_smoothing}
         terms["centring"] = args.center_rewards_coefficient
-        expected = recorded("Ranking", recorded("trained_reward", *learned), "held out", **terms)
+        if task == "Ranking":
+            terms["ranked_loss"] = args.ranked_loss
+            expected = recorded("Ranking", recorded("trained_reward", *learned), "held out", **terms)
+        else:
+            expected = recorded("Hydra", recorded("trained_hydra", *learned), "held out", 0.3, **terms)
     elif task == "DirectPreference":
         spec = settings.finetune_reference(args)
         model = recorded("load_policy_model", spec, "tokenizer")

@@ -234,7 +234,11 @@ def test_no_flag_has_two_owners():
             "--ranked_loss plackett-luce --label_smoothing .1",
             r"--label_smoothing with --ranked_loss plackett-luce: .* use --ranked_loss pairs",
         ),
-        ("--loss dpo --use_margin", r"--use_margin with --loss dpo: only --loss ranking"),
+        ("--loss dpo --use_margin", r"--use_margin with --loss dpo: only --loss ranking and hydra read it"),
+        ("--ranking_weight 2", r"--ranking_weight with --loss ranking: only --loss hydra read"),
+        ("--loss hydra --ranked_loss plackett-luce", r"--ranked_loss with --loss hydra: only --loss ranking"),
+        ("--loss hydra --dpo_beta .2", r"--dpo_beta with --loss hydra: only --loss dpo"),
+        ("--loss hydra --ranking_weight 0", r"--ranking_weight 0.0: must be above 0"),
         ("--label_smoothing 1", r"--label_smoothing 1.0: must be at least 0 and below 1"),
     ],
 )

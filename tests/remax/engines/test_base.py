@@ -10,6 +10,7 @@ from remax.core.losses import ranking_losses, supervised_loss
 from remax.core.sampling import Sampling
 from remax.core.sequences import Sequences
 from remax.engines.optimizer import optimizer_groups
+from remax.models.hydra import load_hydra
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from utils.tokenizer import load_tokenizer
@@ -38,13 +39,13 @@ def plain_training(model: torch.nn.Module, loss_of, steps: int = STEPS, checkpoi
     return figures | {"weights": {name: p.detach().clone() for name, p in model.hf.named_parameters()}}
 
 
-def load(folder, loader=load_policy):
+def load(folder, loader=load_policy, **options):
     tokenizer = load_tokenizer(str(folder))
-    return loader(str(folder), "--model", dtype=torch.float32, tokenizer=tokenizer)
+    return loader(str(folder), "--model", dtype=torch.float32, tokenizer=tokenizer, **options)
 
 
 @pytest.fixture(scope="module")
-def plain(make_policy, make_scorer, save_rows):
+def plain(make_policy, make_scorer, save_rows, tmp_path_factory):
     """{model: figures of plain training}, and the checks that the worker must do to be compared with them."""
     files = [save_rows(seed, ROWS, 300) for seed in range(2)]
     rows = [Sequences(**torch.load(path)) for path in files]
@@ -66,6 +67,19 @@ def plain(make_policy, make_scorer, save_rows):
         return ranking_losses(scores[0::2], scores[1::2]).mean()
 
     figures["reward"] = plain_training(scorer, reward_loss)
+    torch.manual_seed(0)
+    hydra, folder = load(make_policy("qwen2"), load_hydra, new_head=True), tmp_path_factory.mktemp("hydra")
+    hydra.hf.save_pretrained(folder)
+    load_tokenizer(str(make_policy("qwen2"))).save_pretrained(folder)
+    models["hydra"] = {"check": "train_hydra", "model": str(folder), "rows": files, "steps": STEPS}
+
+    def joint_loss(step: int) -> torch.Tensor:
+        chosen, rejected = (rows[step % 2].select(torch.arange(side, ROWS, 2)) for side in (0, 1))
+        likelihood = -hydra(chosen)[0][chosen.answer_mask].mean()
+        scores = [hydra(side, head="score") for side in (chosen, rejected)]
+        return likelihood + 0.3 * ranking_losses(*scores).mean()
+
+    figures["hydra"] = plain_training(hydra, joint_loss)
     assert all(max(f["grad_norms"]) > 1.5 for f in figures.values())  # clipping acts
     return figures, models
 
@@ -75,7 +89,7 @@ def grid(models: dict, spreads: list[dict], micro_batch: int, **extra) -> list[d
     for kind, check in models.items():
         for spread in spreads:
             name = "-".join([kind, *map(str, spread.values()), str(micro_batch)])
-            rows = micro_batch // 2 if kind == "reward" else micro_batch
+            rows = micro_batch // 2 if kind in ("reward", "hydra") else micro_batch
             checks.append(check | spread | extra | {"name": name, "micro_batch": max(rows, 1)})
     return checks
 
@@ -130,7 +144,7 @@ def two_ranks(plain, run_ranks):
 def test_every_stage_equals_plain_torch_on_one_rank(plain, run_ranks):
     figures, models = plain
     results, folder = run_ranks(stage_checks(models), 1)
-    assert len(results) == 16
+    assert len(results) == 20
     compare(results, folder, figures, losses=1e-5, norms=1e-5, weights=1e-5)
 
 
@@ -138,7 +152,7 @@ def test_every_stage_equals_plain_torch_on_two_ranks(plain, two_ranks):
     results, folder = two_ranks
     others = ("bf16", "fp16", "overlap", "broken", "sum")
     exact = {name: result for name, result in results.items() if not any(other in name for other in others)}
-    assert len(exact) == 16 + 6  # padded, packed
+    assert len(exact) == 20 + 8  # padded, packed
     compare(exact, folder, plain[0], losses=1e-5, norms=1e-5, weights=1e-5)
 
 
@@ -201,7 +215,8 @@ def test_a_step_without_a_finite_gradient_is_skipped(plain, two_ranks):
 def test_offload_equals_plain_torch(ranks, plain, run_ranks):
     # Optimizer states, and at stage 3 parameters, in CPU memory. The first use compiles for minutes.
     figures, models = plain
-    checks = grid(models, OFFLOAD, micro_batch=2) + grid({"llama": models["llama"]}, OFFLOAD[1:2], micro_batch=8)
+    others = {kind: check for kind, check in models.items() if kind != "hydra"}
+    checks = grid(others, OFFLOAD, micro_batch=2) + grid({"llama": models["llama"]}, OFFLOAD[1:2], micro_batch=8)
     results, folder = run_ranks(checks, ranks, timeout=900)
     compare(results, folder, figures, losses=1e-5, norms=1e-5, weights=1e-5)
 

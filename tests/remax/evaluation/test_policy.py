@@ -219,7 +219,8 @@ def on_ranks(make_policy, make_scorer, rank_answers, run_ranks, tmp_path_factory
     data = make_corpus(tmp_path_factory.mktemp("data"), seed=0, train_rows=36, test_rows=7)
     common = {"data": str(data), "cache": str(tmp_path_factory.mktemp("cache")), "zero_stage": 2}
     ranked = str(rank_answers(data, tmp_path_factory.mktemp("ranked")))
-    policy, scorer = str(make_policy("llama")), str(make_scorer("llama"))
+    policy, scorer, padless = str(make_policy("llama")), str(make_scorer("llama")), str(make_policy("gpt2", "none"))
+    zero_3 = {"zero_stage": 3, "new_pad": True, "packing": True, "lora": "attn.c_"}
     found = {}
     for ranks in (1, 2):
         tune = {"check": "fine_tune", "batch": 4 // ranks, "accumulation": 2}
@@ -231,6 +232,8 @@ def on_ranks(make_policy, make_scorer, rank_answers, run_ranks, tmp_path_factory
             tune | {"name": "ranking", "task": "ranking", "model": scorer, "max_steps": 3},
             tune | {"name": "rankings", "task": "ranking", "data": ranked, "model": scorer, "max_steps": 3},
             tune | {"name": "preference", "task": "preference", "model": policy, "max_steps": 3},
+            tune | {"name": "hydra", "task": "hydra", "model": policy, "max_steps": 3},
+            tune | zero_3 | {"name": "hydra at ZeRO-3", "task": "hydra", "model": padless, "max_steps": 3},
         ]
         found[ranks] = run_ranks([common | check for check in checks], ranks)
     return found
@@ -257,7 +260,7 @@ def test_a_reward_function_that_fails_on_one_rank_stops_all_with_its_error(on_ra
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("task", ["supervised", "ranking", "rankings", "preference"])
+@pytest.mark.parametrize("task", ["supervised", "ranking", "rankings", "preference", "hydra", "hydra at ZeRO-3"])
 def test_fine_tuning_does_not_depend_on_the_number_of_ranks(task, on_ranks):
     lines = {}
     for ranks, (results, folder) in on_ranks.items():

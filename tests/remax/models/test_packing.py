@@ -143,7 +143,7 @@ def loss_and_gradient(kind: str, folder, batch, *, packing: bool, checkpointing:
     loss, figures = task.loss(batch, task.count(batch))
     loss.backward()
     gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradient, {name: float(value) for name, value in figures.items()}
+    return loss.detach(), gradient, {name: float(figure.total) for name, figure in figures.items()}
 
 
 CASES = [(kind, family) for kind in ("supervised", "loss_mask", "ranking", "dpo") for family in FAMILIES[:4]]

@@ -43,6 +43,7 @@ def described(config: DataConfig) -> dict:
         (parse_step2, "model", "--use_margin", {"need_margin": True}),
         (parse_step2, "model", "--loss dpo", {"best_and_worst": True}),
         (parse_step2, "model", "--loss r-dpo", {"best_and_worst": True}),
+        (parse_step2, "model", "--loss hydra --use_margin", {"best_and_worst": True, "need_margin": True}),
         (parse_step3, "actor_model", "--reward_model_name_or_path m/r", {}),
         (parse_step3, "actor_model", "--reward_fn {rules}:plain", {}),
         (parse_step3, "actor_model", "--reward_fn {rules}:plain {rules}:right", {"keep": frozenset({"solution"})}),
