@@ -53,3 +53,11 @@ def peak_resident() -> int:
     if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory() -> float:
+    """Bytes of this machine's memory that a process may still take; infinity where the system does not say."""
+    table = Path("/proc/meminfo")
+    if table.is_file() and (free := re.search(r"MemAvailable:\s*(\d+) kB", table.read_text())):
+        return int(free[1]) * 1024
+    return float("inf")

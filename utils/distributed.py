@@ -158,6 +158,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_of_machine() -> int:
+    """Ranks that share this machine's memory, as the launcher says; all of them, where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
 def is_main() -> bool:
     """True on rank 0, which prints and writes for all."""
     return rank() == 0
@@ -247,6 +252,33 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # all devices
+
+
+def random_state() -> dict[str, Any]:
+    """Where the random generators of this rank stand, as json can say it."""
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    of_numpy = {**numpy, "state": {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}}
+    state = {"python": python, "numpy": of_numpy, "torch": _hex(torch.get_rng_state())}
+    return state | ({"cuda": _hex(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Goes on from what `random_state` gave, also where that was on another kind of device."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    words = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": words}})
+    torch.set_rng_state(_from_hex(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]))
+
+
+def _hex(numbers: torch.Tensor) -> str:
+    return bytes(numbers.tolist()).hex()
+
+
+def _from_hex(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
 def print0(*args: Any) -> None:

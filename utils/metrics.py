@@ -72,6 +72,7 @@ class MetricsLogger:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= drop_after]
             write_whole(path, "".join(line + "\n" for line in kept))
         self.file, self.tensorboard_dir = RecordFile(path), tensorboard_dir
+        self.first_step = 1 + drop_after if drop_after is not None and drop_after >= 0 else None
         self._open_tensorboard()
         if wandb is not None:
             self.wandb = _start_wandb(Path(output_dir), wandb)
@@ -80,7 +81,7 @@ class MetricsLogger:
         if self.tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # a second of start-up, paid only when asked for
 
-            self.tensorboard = SummaryWriter(str(self.tensorboard_dir))
+            self.tensorboard = SummaryWriter(str(self.tensorboard_dir), purge_step=self.first_step)
 
     def log(self, step: int, values: Mapping[str, Any], epoch: float | None = None) -> None:
         """Records `values` (numbers or one-element tensors) under `step`; rank 0 only.
@@ -114,6 +115,12 @@ class MetricsLogger:
 
             table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
             self.wandb.log({"samples": table}, step=step)
+
+    def flush(self) -> None:
+        """Returns when the disk has what was logged so far: a checkpoint may rest on it."""
+        if self.active:
+            self.file.sync()
+        self._to_tensorboard(lambda events: events.flush())
 
     def _to_tensorboard(self, write: Callable[[Any], object]) -> None:
         """Hands TensorBoard something; where it cannot write, such as on a full disk, the training goes on without."""
@@ -154,6 +161,10 @@ class RecordFile:
             self._begin_again()
         self._write()
         return removed
+
+    def sync(self) -> None:
+        """Returns when the disk has what was written."""
+        os.fsync(self.descriptor)
 
     def _begin_again(self) -> None:
         self.waiting[:0] = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)
@@ -270,9 +281,9 @@ class ProgressLines:
     Same use as tqdm: `update(n)`, `set_postfix(**values)`, `close()`, or as a context manager.
     """
 
-    def __init__(self, total: int, desc: str, unit: str, *, silent: bool = False, every: float = 30.0):
+    def __init__(self, total: int, desc: str, unit: str, *, done: int = 0, silent: bool = False, every: float = 30.0):
         self.total, self.desc, self.unit, self.silent, self.every = total, desc, unit, silent, every
-        self.n, self.postfix = 0, ""
+        self.n, self.done, self.postfix = done, done, ""
         self.started = self.printed = time.monotonic()
 
     def update(self, n: int = 1) -> None:
@@ -294,9 +305,9 @@ class ProgressLines:
     def _print(self, now: float) -> None:
         self.printed = now
         seconds = max(now - self.started, 1e-9)
-        rate = self.n / seconds
+        rate = (self.n - self.done) / seconds
         times = f"{tqdm.format_interval(seconds)} so far"
-        if 0 < self.n < self.total:
+        if self.done < self.n < self.total:
             times += f", {tqdm.format_interval((self.total - self.n) / rate)} to go"
         shown = f"{rate:.3g}" if rate < 999.5 else f"{rate:.0f}"
         line = f"{self.desc}: {self.n}/{self.total} {self.unit}, {times}, {shown} {self.unit}/s"
@@ -309,11 +320,11 @@ class ProgressLines:
         self.close()
 
 
-def progress(total: int, desc: str, unit: str) -> "tqdm | ProgressLines":
+def progress(total: int, desc: str, unit: str, done: int = 0) -> "tqdm | ProgressLines":
     """ETA and throughput on rank 0: a tqdm bar on a terminal, otherwise a line every half minute; elsewhere nothing.
 
-    The `unit` is in the plural: "steps", "prompts".
+    The `unit` is in the plural: "steps", "prompts". `done` are those of an earlier start.
     """
     if is_main() and sys.stderr.isatty():
-        return tqdm(total=total, desc=desc, unit=f" {unit}", dynamic_ncols=True, smoothing=0.1)
-    return ProgressLines(total, desc, unit, silent=not is_main())
+        return tqdm(total=total, initial=done, desc=desc, unit=f" {unit}", dynamic_ncols=True, smoothing=0.1)
+    return ProgressLines(total, desc, unit, done=done, silent=not is_main())

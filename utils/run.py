@@ -92,8 +92,11 @@ def _say(error: str) -> None:
     print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
 
 
-FOLDERS = ("answers", "tensorboard")  # of texts and event files
+FOLDERS = ("answers", "tensorboard", "checkpoints")  # of texts, event files and states
 OF_A_RUN = ("results.json", "metrics.jsonl", *FOLDERS)  # what would mix with that of another run
+
+
+GO_ON = "--resume auto to go on from its checkpoint"
 
 
 def refuse_to_overwrite(folder: Path, models: Iterable[str]) -> None:
@@ -112,7 +115,7 @@ def refuse_to_overwrite(folder: Path, models: Iterable[str]) -> None:
         what = replaced[found[0]]
         raise UserError(
             f"--output_dir {folder}: holds {what} already ({found[0]}); choose another folder, or add "
-            "--overwrite_output_dir to replace it"
+            "--overwrite_output_dir to replace it" + (f", or {GO_ON}" if (folder / "checkpoints").is_dir() else "")
         )
 
 
@@ -193,7 +196,7 @@ def _signed(file: IO[str]) -> IO[str]:
     return file
 
 
-def start_run(folder: Path, args: Any, stage: str) -> None:
+def start_run(folder: Path, args: Any, stage: str, resumed: int | None = None) -> None:
     """The training begins: rank 0 writes `run.json` (arguments, versions, seed, git commit, ...).
 
     Until then nothing of an earlier run is touched; what would mix with this one's goes now.
@@ -201,14 +204,24 @@ def start_run(folder: Path, args: Any, stage: str) -> None:
     Args:
         args: A namespace, dataclass instance or dict with the parsed flags.
         stage: The name that goes into `run.json`, for example "step1".
+        resumed: After which step the run in this folder goes on; `run.json` keeps a list of its starts.
     """
     _not_started.pop(folder, None)
     if rank_of_launcher() != 0:
         return
     (folder / "results.json").unlink(missing_ok=True)
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    _described[folder] = json.dumps(describe_run(args, stage), indent=2, default=str)
+    starts = []
+    if resumed is None:
+        for name in FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    elif (folder / "run.json").is_file():
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        starts = [
+            *before.get("starts", []),
+            {name: before.get(name) for name in ("command", "started", "resumed_after")},
+        ]
+    resumption = {} if resumed is None else {"resumed_after": resumed, "starts": starts}
+    _described[folder] = json.dumps(describe_run(args, stage) | resumption, indent=2, default=str)
     describe_again(folder)
 
 

@@ -6,6 +6,8 @@ communication at any ZeRO stage. The shares are put together for the export.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,6 +42,27 @@ class WeightAverage:
         """Every rank must call it."""
         for name, average in self.average.items():
             average.lerp_(self._share(self.hf.get_parameter(name)).float(), 1 - self.decay)
+
+    def tensors(self) -> dict[tuple[str, int], Tensor]:
+        """(parameter, start) -> this rank's numbers of it from `start` on; not copies."""
+        parts = {}
+        for name, average in self.average.items():
+            start = rank() * len(average)
+            if (length := min(len(average), self._size(name) - start)) > 0:
+                parts[name, start] = average[:length]
+        return parts
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Goes on from what `tensors` gave on all ranks; `read` takes a parameter, a start and a length."""
+        for name, average in self.average.items():
+            start = rank() * len(average)
+            if (length := min(len(average), self._size(name) - start)) > 0:
+                average[:length] = read(name, start, length)
+
+    def _size(self, name: str) -> int:
+        parameter = self.hf.get_parameter(name)
+        return getattr(parameter, "ds_numel", parameter.numel())
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights in the model's dtype, on rank 0; empty elsewhere. Every rank must call it."""

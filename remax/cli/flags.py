@@ -141,6 +141,14 @@ class DataFlags(Flags, group="data"):
 class RunFlags(Flags, group="run"):
     output_dir: str = usual("output", "folder for the models, metrics.jsonl and run.json")
     overwrite_output_dir: bool = usual(False, "replace the run or model that --output_dir holds")
+    resume: str = usual(
+        "never",
+        "auto: go on from the newest checkpoint in --output_dir, where there is one; a folder: from that checkpoint; "
+        "never: start afresh",
+    )
+    save_steps: CountOrZero = usual(0, "optimizer steps between checkpoints; 0: by --save_minutes alone")
+    save_minutes: NonNegative = usual(30.0, "minutes between checkpoints; 0: by --save_steps alone")
+    save_total_limit: CountOrZero = usual(1, "how many checkpoints are kept, the newest; 0: all")
     seed: CountOrZero = usual(2023, "seed of everything but the data split; each rank adds its number")
     local_rank: Rank = flag(-1, "set by the launcher")
     num_train_epochs: Count | None = usual(

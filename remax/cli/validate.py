@@ -154,7 +154,22 @@ def check_output_dir(args: StageArguments, models: Iterable[str]) -> None:
         for model in [source.name for source in reward_sources(value, [])[0]] if isinstance(value, list) else [value]:
             if model and Path(model).is_dir() and Path(model).resolve() in written:
                 raise UserError(f"--output_dir {output}: is where --{name} {model} lies; choose another folder")
-    if not args.overwrite_output_dir:
+    check_resume(args, output)
+
+
+def check_resume(args: StageArguments, output: Path) -> None:
+    """--resume names something; and what lies in the output's folder is that run, or may be replaced."""
+    if args.resume not in ("auto", "never") and not Path(args.resume).is_dir():
+        raise UserError(
+            f"--resume {args.resume}: no such folder (looked from {Path.cwd()}); expected auto, never, the folder of a "
+            "run, or one of its checkpoints"
+        )
+    if args.resume != "never" and args.overwrite_output_dir:
+        raise UserError(f"--resume {args.resume} with --overwrite_output_dir: contradict one another; give one")
+    same_run = (output / "run.json").is_file() and (
+        args.resume == "auto" or Path(args.resume).resolve().is_relative_to(output.resolve())
+    )
+    if not (same_run or args.overwrite_output_dir):
         refuse_to_overwrite(output, args.models_in)
 
 

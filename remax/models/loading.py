@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import math
 import warnings
 from collections.abc import Iterator
@@ -215,3 +216,22 @@ def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
     """Parameters at full size, also under ZeRO-3; tied ones count once."""
     counted = (p for p in model.parameters() if p.requires_grad or not trained_only)
     return sum(getattr(p, "ds_numel", p.numel()) for p in counted)
+
+
+SAMPLES, SAMPLE = 32, 65536  # pieces of each file of weights that its fingerprint reads, and their bytes
+
+
+def fingerprint(name_or_path: str) -> str:
+    """Tells weights from others: by their files' sizes and pieces of them; on the hub by their commit."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return str(getattr(PreTrainedConfig.from_pretrained(name_or_path), "_commit_hash", None))
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("pytorch_model*.bin")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as weights:
+            for k in range(SAMPLES):
+                weights.seek(k * max(size - SAMPLE, 0) // (SAMPLES - 1))
+                digest.update(weights.read(SAMPLE))
+    return digest.hexdigest()[:24]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from remax.checkpoint.checkpoints import Checkpoints
 from remax.checkpoint.export import export, export_and_exit, refuse_without_room, write_note
 from remax.cli.flags import FinetuneArguments, Step1Arguments, Step2Arguments
 from remax.core.batches import First
@@ -18,6 +19,7 @@ from remax.evaluation.ranking import SIDES
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.policy import check_policy_config
 from remax.models.reward_model import prepare_pad_token, store_score_statistics
+from remax.stages import resume
 from remax.stages.data import finetune_loaders
 from remax.stages.models import Tokenizer, load_policy_model, trained_hydra, trained_policy, trained_reward
 from remax.stages.settings import finetune_cadence, finetune_model, finetune_optimizer, finetune_reference
@@ -44,14 +46,18 @@ def run_finetuning(args: Step1Arguments | Step2Arguments) -> None:
     init_distributed(args.local_rank)
     set_seed(args.seed)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    open_folder(args.output_dir)
+    output = open_folder(args.output_dir)
+    if resume.complete(args, output):
+        print0(f"the run in {output} has come to its end: nothing is left to do")
+        return shutdown()
+    found = resume.find(args, output)
     for notice in args.notices:
         print0(notice)
 
     train_loader, held_out = finetune_loaders(args, tokenizer)
-    cadence = finetune_cadence(args)
+    cadence, checkpoints = finetune_cadence(args), resume.checkpoints(args, output, found)
     task = build_task(args, tokenizer, held_out, cadence.total_steps(len(train_loader)))
-    train_and_export(args, task, train_loader, cadence, tokenizer)
+    train_and_export(args, task, train_loader, cadence, tokenizer, checkpoints)
 
 
 def build_task(
@@ -85,6 +91,7 @@ def train_and_export(
     loader: DataLoader,
     cadence: Cadence,
     tokenizer: Tokenizer,
+    checkpoints: Checkpoints,
 ) -> None:
     """Trains and writes model, tokenizer and results to --output_dir.
 
@@ -93,7 +100,8 @@ def train_and_export(
     """
     output, learner = Path(args.output_dir), task.learner
     refuse_without_room(learner.model, output)
-    start_run(output, args, args.stage)
+    resumed = checkpoints.found.step if checkpoints.found else None
+    start_run(output, args, args.stage, resumed)
     metrics = MetricsLogger(
         output,
         tensorboard_dir=args.tensorboard_dir,
@@ -101,10 +109,10 @@ def train_and_export(
         console_every=args.console_every,
         total_steps=cadence.total_steps(len(loader)),
         quiet=[f"pairs_{side}" for side in SIDES],
-        drop_after=-1,
+        drop_after=-1 if resumed is None else resumed,
     )
     try:
-        results = finetune(task, loader, cadence, metrics)
+        results = finetune(task, loader, cadence, metrics, checkpoints)
     except TrainingStopped as stopped:
         metrics.close()
         export_and_exit(stopped, learner.model, tokenizer, output / "last", zero3=learner.zero3)

@@ -19,6 +19,7 @@ from remax.evaluation.answers import write_answers
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
 from remax.models.loading import quiet_libraries
 from remax.rewards.composite import try_functions
+from remax.stages import resume
 from remax.stages.data import PromptData, columns_of, data_config, load_data
 from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, reward_functions
 from remax.stages.settings import trainer_settings
@@ -44,21 +45,26 @@ def run_rlhf(args: Step3Arguments) -> None:
     set_seed(args.seed)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     output = open_folder(args.output_dir)
+    if resume.complete(args, output):
+        print0(f"the run in {output} has come to its end: nothing is left to do")
+        return shutdown()
+    found = resume.find(args, output)
     for notice in args.notices:
         print0(notice)
 
     data = load_data(args, tokenizer, output)
+    checkpoints = resume.checkpoints(args, output, found, best=output / "actor")
     try_reward_functions(args, tokenizer, data.evaluation)
     algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)
     settings = trainer_settings(args)
     steps = settings.cadence.total_steps(len(data.train))
     models = build_models(args, tokenizers, steps * settings.optimizer_steps(algorithm))
-    if not args.skip_doctor:
+    if not (args.skip_doctor or found):  # the start was examined, and the actor is no longer its reference
         report = examine_models(args, models, tokenizer, data)
         print0(report.table())
         report.refuse_failures()
     actor, reward = models.actor, models.reward
-    start_run(output, args, args.stage)
+    start_run(output, args, args.stage, found.step if found else None)
     metrics = MetricsLogger(
         output,
         tensorboard_dir=args.tensorboard_dir,
@@ -66,7 +72,7 @@ def run_rlhf(args: Step3Arguments) -> None:
         console_every=args.logging_steps,
         total_steps=steps,
         console=("reward", *(f"reward/{name}" for name in reward.part_names), *CONSOLE),
-        drop_after=-1,
+        drop_after=found.step if found else -1,
     )
 
     def measure() -> PolicyEvaluation:
@@ -112,7 +118,7 @@ def run_rlhf(args: Step3Arguments) -> None:
         watchers=watchers,
     )
     try:
-        state = trainer.train(data.train)
+        state = trainer.train(data.train, checkpoints)
     except TrainingStopped as stopped:
         metrics.close()
         export_and_exit(stopped, actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)

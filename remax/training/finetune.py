@@ -10,11 +10,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader
 
+from remax.checkpoint.checkpoints import Checkpoints
+from remax.checkpoint.state import Stateful
 from remax.core.batches import to_device
 from remax.core.sums import Figure, Figures, add, reduce
+from remax.engines.base import TrainedEngine
 from remax.training.loop import Cadence, Evaluation, TrainState, train
 from remax.training.tasks import Task
 from utils.distributed import sum_across_ranks, world_size
@@ -78,9 +80,18 @@ class Finetuning:
         return self.task.sign
 
     @property
-    def trained(self) -> dict[str, nn.Module]:
+    def engines(self) -> dict[str, TrainedEngine]:
         """The one model that learns."""
-        return {"model": self.task.learner.model}
+        return {"model": self.task.learner.engine}
+
+    @property
+    def average(self) -> None:
+        """None is kept."""
+
+    @property
+    def values(self) -> dict[str, Stateful]:
+        """Nothing else moves."""
+        return {}
 
     def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
         """See `optimizer_step`."""
@@ -100,13 +111,11 @@ class Finetuning:
         """Nothing is done: steps 1 and 2 keep the last model."""
 
 
-def finetune(task: Task, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger) -> dict[str, dict[str, float]]:
-    """Trains and returns the evaluation before and after: {"before": {...}, "after": {...}}.
-
-    Args:
-        loader: Batches of this rank; its sampler has `set_epoch`.
-    """
-    state = train(Finetuning(task), loader, cadence, metrics)
+def finetune(
+    task: Task, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger, checkpoints: Checkpoints | None = None
+) -> dict[str, dict[str, float]]:
+    """Trains, see `train`, and returns the evaluation before and after: {"before": {...}, "after": {...}}."""
+    state = train(Finetuning(task), loader, cadence, metrics, checkpoints)
     return {"before": state.before, "after": state.after}
 
 

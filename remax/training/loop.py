@@ -9,17 +9,20 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, Protocol, cast
 
-from torch import nn
 from torch.utils.data import DataLoader
 
+from remax.checkpoint.checkpoints import Checkpoints
+from remax.checkpoint.ema import WeightAverage
+from remax.checkpoint.state import RunState, Stateful
 from remax.core.batches import groups
+from remax.engines.base import TrainedEngine
 from remax.engines.zero import Size, size_of
 from utils.data.loaders import ResumableSampler
-from utils.distributed import peak_memory, print0
+from utils.distributed import is_main, peak_memory, print0, sum_across_ranks
 from utils.metrics import MetricsLogger, progress
 from utils.run import TrainingStopped, UserError
 
@@ -67,11 +70,13 @@ class TrainState:
 
     Attributes:
         epoch: Passes over the data that are complete.
+        seconds: Spent until the last checkpoint, over all starts.
         best: Figures of the best evaluation, that of the start (step 0) included.
     """
 
     step: int = 0
     epoch: int = 0
+    seconds: float = 0.0
     evaluated: int = 0
     best_step: int = 0
     before: dict[str, float] = field(default_factory=dict)
@@ -94,6 +99,14 @@ class TrainState:
         before, after, best = (figures[headline] for figures in (self.before, self.after, self.best))
         text = f"{headline} {before:.4g} -> {after:.4g}"
         return text if self.best_step == self.step else f"{text} (best: {best:.4g} at step {self.best_step})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        vars(self).update(state)
 
     @property
     def results(self) -> dict[str, dict[str, float]]:
@@ -129,8 +142,18 @@ class Learner(Protocol):
         ...
 
     @property
-    def trained(self) -> Mapping[str, nn.Module]:
+    def engines(self) -> Mapping[str, TrainedEngine]:
         """The models that learn, by name."""
+        ...
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """A moving average of the weights of the first of them."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, Stateful]:
+        """What else moves while it learns, by name."""
         ...
 
     def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
@@ -150,80 +173,164 @@ class Learner(Protocol):
         ...
 
 
-def train(learner: Learner, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger) -> TrainState:
-    """The whole training, with an evaluation before it, at every cadence, and at its end.
+def train(
+    learner: Learner,
+    loader: DataLoader,
+    cadence: Cadence,
+    metrics: MetricsLogger,
+    checkpoints: Checkpoints | None = None,
+) -> TrainState:
+    """The whole training, with an evaluation before it, at every cadence, and at its end; or the rest of it.
 
     Args:
         loader: Batches of this rank; its sampler has `set_epoch`.
+        checkpoints: Those to write, and the one to go on from.
 
     Raises:
         TrainingStopped: See `Learner.check`; or a row of streamed data is faulty; on every rank at the same step.
     """
-    epoch_steps, total = cadence.steps_per_epoch(len(loader)), cadence.total_steps(len(loader))
-    state, started = TrainState(), time.perf_counter()
-    if bound := cadence.bound(len(loader)):
-        print0(f"{total} steps: {bound}")
-    sizes = {name: size_of(model) for name, model in learner.trained.items()}
-    for name, size in sizes.items():
-        print0(f"{name}: {size}")
-    whole = sum(sizes.values(), Size())
+    run = _Run(learner, loader, cadence, metrics, checkpoints)
+    try:
+        run.all_steps()
+    except TrainingStopped:
+        if checkpoints:
+            checkpoints.finish()
+        raise
+    return run.state
 
-    def evaluate() -> str | None:
-        with error_context(f"evaluation at step {state.step}"):
-            evaluation = learner.evaluate()
-        figures = evaluation.figures
-        spent = {"seconds": time.perf_counter() - started, "peak_memory_gib": peak_memory() / 2**30}
+
+class _Run:
+    """One start of a training, until its end or its interruption."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        loader: DataLoader,
+        cadence: Cadence,
+        metrics: MetricsLogger,
+        checkpoints: Checkpoints | None,
+    ):
+        self.learner, self.loader, self.cadence, self.metrics = learner, loader, cadence, metrics
+        self.checkpoints, self.state = checkpoints, TrainState()
+        self.epoch_steps = cadence.steps_per_epoch(len(loader))
+        self.total, self.bound = cadence.total_steps(len(loader)), cadence.bound(len(loader))
+        self.started = time.perf_counter()
+        self.pause = 0.0  # seconds that the last checkpoint has taken
+
+    @property
+    def seconds(self) -> float:
+        """Of this start and those before it."""
+        return self.state.seconds + time.perf_counter() - self.started
+
+    def all_steps(self) -> None:
+        state, learner, total = self.state, self.learner, self.total
+        if self.bound:
+            print0(f"{total} steps: {self.bound}")
+        sizes = {name: size_of(engine.model) for name, engine in learner.engines.items()}
+        for name, size in sizes.items():
+            print0(f"{name}: {size}")
+        self.begin()
         if state.step == 0:
-            spent |= {"parameters": whole.parameters, "trained_share": whole.share}
-        values = {f"eval/{k}": v for k, v in figures.items()} | {f"run/{k}": v for k, v in spent.items()}
-        metrics.log(state.step, values, epoch=state.step / epoch_steps)
-        return learner.evaluated(state, evaluation, state.record(figures, learner.headline, learner.sign))
-
-    evaluate()
-    with progress(total, desc=learner.label, unit="steps") as bar:
-        for batches in batches_of_steps(loader, cadence, state):
-            state.step += 1
-            with error_context(f"step {state.step}"):
-                figures = learner.learn(state.step, batches)
-            metrics.log(state.step, {f"train/{k}": v for k, v in figures.items()}, epoch=state.step / epoch_steps)
-            bar.update(1)
-            learner.check(state.step, figures)
-            if state.step % (cadence.evaluate_every or epoch_steps) == 0 or state.step == total:
-                if reason := evaluate():
-                    print0(f"stopped at step {state.step}: {reason}")
+            whole = sum(sizes.values(), Size())
+            self.evaluate({"parameters": whole.parameters, "trained_share": whole.share})
+        with progress(total, desc=learner.label, unit="steps", done=state.step) as bar:
+            for batches in batches_of_steps(self.loader, self.cadence, state) if state.step < total else ():
+                self.step(batches)
+                bar.update(1)
+                if state.step % (self.cadence.evaluate_every or self.epoch_steps) == 0 or state.step == total:
+                    if reason := self.evaluate():
+                        print0(f"stopped at step {state.step}: {reason}")
+                        break
+                if state.step >= total:
                     break
-            if state.step == total:
-                break
-    if state.evaluated < state.step:  # of a stream nobody knew that it would end here
-        evaluate()
-    ended = ""
-    if total > state.step and state.epoch == cadence.epochs:
-        ended = (
-            f" (of --max_steps {total}: the data ended with --num_train_epochs {cadence.epochs}, before the learning "
-            "rate had run its course)"
-        )
-    elif bound and total == state.step:
-        ended = f" ({bound})"
-    seconds = time.perf_counter() - started
-    print0(f"{state.step} steps in {seconds:.0f} s{ended}; {state.course(learner.headline)}")
-    return state
+                self.keep()
+        if state.evaluated < state.step:  # of a stream nobody knew that it would end here
+            self.evaluate()
+        if self.checkpoints:
+            self.checkpoints.finish()
+        print0(f"{state.step} steps in {self.seconds:.0f} s{self.ended()}; {state.course(learner.headline)}")
+
+    def begin(self) -> None:
+        """Goes on from a checkpoint, where there is one to go on from."""
+        if self.checkpoints is None:
+            return
+        values: dict[str, Stateful] = {
+            "training": self.state,
+            "rows": cast(ResumableSampler, self.loader.sampler),
+            **self.learner.values,
+        }
+        self.checkpoints.begin(RunState(self.learner.engines, values, self.learner.average))
+        if self.state.step:
+            print0(f"goes on after step {self.state.step} of {self.total}")
+
+    def step(self, batches: list[Any]) -> None:
+        """One step of the learner, with its figures."""
+        state = self.state
+        state.step += 1
+        with error_context(f"step {state.step}"):
+            figures = self.learner.learn(state.step, batches)
+        shown = {f"train/{k}": v for k, v in figures.items()}
+        if self.pause:
+            shown["train/seconds_checkpoint"], self.pause = self.pause, 0.0
+        self.metrics.log(state.step, shown, epoch=state.step / self.epoch_steps)
+        self.learner.check(state.step, figures)
+
+    def evaluate(self, more: Mapping[str, float] | None = None) -> str | None:
+        """Measures and logs; why to stop now, or None."""
+        state = self.state
+        with error_context(f"evaluation at step {state.step}"):
+            evaluation = self.learner.evaluate()
+        figures = evaluation.figures
+        spent = {"seconds": self.seconds, "peak_memory_gib": peak_memory() / 2**30, **(more or {})}
+        values = {f"eval/{k}": v for k, v in figures.items()} | {f"run/{k}": v for k, v in spent.items()}
+        self.metrics.log(state.step, values, epoch=state.step / self.epoch_steps)
+        best = state.record(figures, self.learner.headline, self.learner.sign)
+        return self.learner.evaluated(state, evaluation, best)
+
+    def keep(self) -> None:
+        """A checkpoint after a step, where one is due; the end of this start, where a signal asks for it."""
+        if self.checkpoints is None:
+            return
+        asked = sum_across_ranks({"save": is_main() and self.checkpoints.due(self.state.step)})
+        if asked["save"]:
+            self.save()
+
+    def save(self) -> None:
+        state, seconds = self.state, self.seconds
+        self.started, state.seconds = time.perf_counter(), seconds
+        assert self.checkpoints is not None
+        self.metrics.flush()
+        self.pause = self.checkpoints.save(state.step)
+
+    def ended(self) -> str:
+        """Why the training ended where it did, if that is worth a word."""
+        state = self.state
+        if self.total > state.step and state.epoch == self.cadence.epochs:
+            return (
+                f" (of --max_steps {self.total}: the data ended with --num_train_epochs {self.cadence.epochs}, before "
+                "the learning rate had run its course)"
+            )
+        return f" ({self.bound})" if self.bound and self.total == state.step else ""
 
 
 def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) -> Iterator[list[Any]]:
-    """The batches of one step after the other, epoch by epoch; counts the epochs in `state`.
+    """The batches of one step after the other, epoch by epoch; counts the epochs in `state`, and begins where it is.
 
     Raises:
         TrainingStopped: A row of streamed data is faulty; on every rank at the same step, as each reads all rows.
     """
-    for epoch in range(cadence.epochs) if cadence.epochs else count():
-        cast(ResumableSampler, loader.sampler).set_epoch(epoch)
-        before = state.step
+    sampler = cast(ResumableSampler, loader.sampler)
+    for epoch in count(state.epoch):
+        if epoch == cadence.epochs and cadence.epochs:
+            return
+        sampler.set_epoch(epoch)
+        before, begun = state.step, sampler.resume_at
         try:
             yield from groups(loader, cadence.batches_per_step)
         except UserError as error:
             raise TrainingStopped(f"The training data cannot be read any further: {error}") from error
         state.epoch = epoch + 1
-        if state.step == before:
+        if state.step == before and not begun:
             return  # no rows: another pass would not find any
 
 

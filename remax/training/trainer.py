@@ -10,18 +10,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from remax.algorithms import Algorithm
+from remax.checkpoint.checkpoints import Checkpoints
 from remax.checkpoint.ema import WeightAverage
+from remax.checkpoint.state import Stateful
 from remax.core.batches import to_device
 from remax.core.losses import supervised_loss
 from remax.core.rollout import Rollout
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.core.sums import Figure, Figures, add, reduce
-from remax.engines.base import StepResult
+from remax.engines.base import StepResult, TrainedEngine
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward, TrainedReward
 from remax.evaluation.policy import PolicyEvaluation
@@ -282,15 +284,15 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------------- the loop
 
-    def train(self, loader: DataLoader) -> TrainState:
-        """The whole training.
+    def train(self, loader: DataLoader, checkpoints: Checkpoints | None = None) -> TrainState:
+        """The whole training, see `loop.train`.
 
         Raises:
             TrainingStopped: On every rank at the same step, when the sentinel sees no point in going on.
         """
         cadence = self.settings.cadence
         print0(f"{cadence.total_steps(len(loader))} steps; answers come from {self.actor.backend}")
-        return train(self, loader, cadence, self.metrics)
+        return train(self, loader, cadence, self.metrics, checkpoints)
 
     @property
     def label(self) -> str:
@@ -308,10 +310,21 @@ class Trainer:
         return 1
 
     @property
-    def trained(self) -> dict[str, nn.Module]:
+    def engines(self) -> dict[str, TrainedEngine]:
         """The actor, and the critic where there is one."""
-        critic = {"critic": self.critic.model} if self.critic is not None else {}
-        return {"actor": self.actor.model} | critic
+        critic = {"critic": self.critic.engine} if self.critic is not None else {}
+        return {"actor": self.actor.engine} | critic
+
+    @property
+    def values(self) -> dict[str, Stateful]:
+        """The algorithm, those who watch, and the position in the plain text."""
+        found: dict[str, Any] = {
+            "algorithm": self.algorithm,
+            "sentinel": self.sentinel,
+            "plain text": self.unsupervised,
+        }
+        found |= {type(watcher).__name__: watcher for watcher in self.watchers}
+        return {name: value for name, value in found.items() if hasattr(value, "state_dict")}
 
     def learn(self, step: int, batches: list[PromptBatch]) -> dict[str, float]:
         """A step, and what those who watch make of it."""

@@ -35,14 +35,23 @@ def weights_of(folder: Path) -> dict[str, str | float]:
     return {"digest": digest.hexdigest()[:16], "norm": norm**0.5, "probe": probe}
 
 
+def files_of(output: Path) -> list[Path]:
+    """All files of a run but those of its checkpoints."""
+    return [file for file in output.rglob("*") if "checkpoints" not in file.relative_to(output).parts]
+
+
 def outcome(output: Path) -> dict:
     """What a run left behind, without its times and its size."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     metrics = [{k: v for k, v in record.items() if not k.rpartition("/")[2].startswith(TIMES)} for record in records]
     metrics = [{k: v for k, v in record.items() if not k.startswith("run/")} for record in metrics]
-    folders = sorted({file.parent for file in output.rglob("*.safetensors")})
+    folders = sorted({file.parent for file in files_of(output) if file.suffix == ".safetensors"})
     results = json.loads((output / "results.json").read_text())
-    notes = {str(file.relative_to(output)): json.loads(file.read_text()) for file in output.rglob("evaluation.json")}
+    notes = {
+        str(file.relative_to(output)): json.loads(file.read_text())
+        for file in files_of(output)
+        if file.name == "evaluation.json"
+    }
     answers = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(output.glob("answers/*")))).hexdigest()[:16]
     scores = {}
     if (output / "config.json").is_file():

@@ -38,7 +38,7 @@ def plain_text_batches(
     cache_dir: str | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[SupervisedBatch]:
+) -> EndlessLoader:
     """Endless batches of blocks of `block` tokens, in a new order every epoch; supervised batches with prompt length 1.
 
     The first token of a block is its context, and all others are learned; documents are joined by the EOS token.
@@ -58,14 +58,35 @@ def plain_text_batches(
         )
     print0(f"{FLAG} {name}: {len(rows)} blocks of {block} tokens")
     order = EpochSampler(len(rows), batch_size, rank=rank, world_size=world_size, seed=seed)
-    return endless(make_loader(rows, order, batch_size, partial(collate_supervised, pad_id=tokenizer.pad_token_id)))
+    return EndlessLoader(
+        make_loader(rows, order, batch_size, partial(collate_supervised, pad_id=tokenizer.pad_token_id))
+    )
 
 
-def endless(loader: DataLoader) -> Iterator[SupervisedBatch]:
-    """The loader's batches, epoch after epoch."""
-    for epoch in count():
-        cast(EpochSampler, loader.sampler).set_epoch(epoch)
-        yield from loader
+class EndlessLoader:
+    """The loader's batches, epoch after epoch; its state is its sampler's."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader, self.sampler = loader, cast(EpochSampler, loader.sampler)
+        self.batches = self._all()
+
+    def _all(self) -> Iterator[SupervisedBatch]:
+        for epoch in count(self.sampler.epoch):  # read at the first batch, after a state was loaded
+            self.sampler.set_epoch(epoch)
+            yield from self.loader
+
+    def __iter__(self) -> EndlessLoader:
+        return self
+
+    def __next__(self) -> SupervisedBatch:
+        return next(self.batches)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Before the first batch: goes on from what `state_dict` gave."""
+        self.sampler.load_state_dict(state)
 
 
 def to_blocks(
