@@ -342,10 +342,10 @@ READ = {
         "init_distributed(args.local_rank)",
         "set_seed(args.seed)",
         "torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')",
-        "open_folder(args.output_dir)",
+        "output = open_folder(args.output_dir)",
         "for notice in args.notices",
         "train_loader, held_out = finetune_loaders(args, tokenizer)",
-        "cadence = finetune_cadence(args)",
+        "(finetune_cadence(args), resume.checkpoints(args, output, found))",
         "task = build_task(args, tokenizer, held_out, cadence.total_steps(len(train_loader)))",
     ],
     f"{FINETUNING}:build_task": [
@@ -363,7 +363,7 @@ READ = {
     ],
     f"{FINETUNING}:train_and_export": [
         "output, learner = (Path(args.output_dir), task.learner)",
-        "start_run(output, args, args.stage)",
+        "start_run(output, args, args.stage, resumed)",
         "tensorboard_dir=args.tensorboard_dir",
         "wandb=vars(args) if 'wandb' in args.reports else None",
         "console_every=args.console_every",
@@ -426,11 +426,11 @@ READ = {
         "set_seed(args.seed)",
         "torch.set_float32_matmul_precision('high' if args.tf32 else 'highest')",
         "output = open_folder(args.output_dir)",
-        "start_run(output, args, args.stage)",
+        "start_run(output, args, args.stage, found.step if found else None)",
         "for notice in args.notices",
         "algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)",
         "settings = trainer_settings(args)",
-        "if not args.skip_doctor",
+        "if not (args.skip_doctor or found)",
         "tensorboard_dir=args.tensorboard_dir",
         "wandb=vars(args) if 'wandb' in args.reports else None",
         "console_every=args.logging_steps",
@@ -444,7 +444,14 @@ READ = {
     f"{LEARNING}:examine_models": [f"max_len={LONGEST}", "max_prompt_tokens=args.max_prompt_seq_len"],
     f"{LEARNING}:save_final": ["if args.save_at_final"],
     "remax/cli/validate.py:make_algorithm": ["ALGORITHMS[args.algo]"],
-    "remax/cli/validate.py:check_output_dir": ["if not args.overwrite_output_dir"],
+    "remax/cli/validate.py:check_resume": [
+        "if args.resume not in ('auto', 'never') and (not Path(args.resume).is_dir())",
+        "if args.resume != 'never' and args.overwrite_output_dir",
+        "if not (same_run or args.overwrite_output_dir)",
+    ],
+    f"{RESUME}:complete": ["if args.resume != 'auto' or not (output / 'results.json').is_file()"],
+    f"{RESUME}:find": ["if args.resume == 'never'", "if args.resume == 'auto'", "folder = Path(args.resume)"],
+    f"{RESUME}:checkpoints": ["Saving(args.save_steps, args.save_minutes, args.save_total_limit)"],
 }
 
 

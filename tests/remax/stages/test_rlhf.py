@@ -38,7 +38,8 @@ def stubbed(monkeypatch):
     )
     note("examine_models", Report([Finding("a check", FAILURE, "0 of 1", "mend it")]))
     note("MetricsLogger", SimpleNamespace(close=lambda: None))
-    note("Trainer", SimpleNamespace(train=lambda _: called.append("train") or STATE))
+    note("Trainer", SimpleNamespace(train=lambda *_: called.append("train") or STATE))
+    monkeypatch.setattr(rlhf.resume, "checkpoints", lambda *_, **__: None)  # which reads the data's record
     monkeypatch.setattr(rlhf, "set_seed", lambda seed: called.append(f"seed {seed}"))
     return called
 

@@ -288,7 +288,7 @@ class Loader(list):
 
     def __init__(self, batches):
         super().__init__(batches)
-        self.sampler, self.epochs = self, []
+        self.sampler, self.epochs, self.resume_at = self, [], 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)

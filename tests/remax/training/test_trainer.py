@@ -217,7 +217,7 @@ class Epochs(torch.utils.data.Sampler):
     """A loader's sampler that notes the epochs that it is told."""
 
     def __init__(self, rows: int, length: int | None = None):
-        self.rows, self.length, self.epochs = rows, length or rows, []
+        self.rows, self.length, self.epochs, self.resume_at = rows, length or rows, [], 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
@@ -249,7 +249,7 @@ def run_loop(
     sampler = Epochs(batches, length)
     loader = torch.utils.data.DataLoader(torch.arange(batches), sampler=sampler)
     loop = Loop(
-        actor=type("NoActor", (), {"backend": "nothing", "model": torch.nn.Linear(3, 2)}),
+        actor=SimpleNamespace(backend="nothing", engine=SimpleNamespace(model=torch.nn.Linear(3, 2))),
         reference=None,
         reward=None,
         algorithm=build_algorithm("remax", kl=KLPenalty(0.2, reach="one_step")),
