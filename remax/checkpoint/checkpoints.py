@@ -45,6 +45,7 @@ from utils.run import UserError, one_line
 FORMAT = 1
 FOLDER, PARTIAL, MANIFEST, BEST = "checkpoints", ".partial", "manifest.json", "best"
 NAME = re.compile(r"step_(\d{6,})")
+SLOW_DISK = 50e6  # bytes a second; how long the first one may take is not known
 LOOK, PATIENCE = 0.1, 3600.0  # seconds: between two looks for the other ranks' notes, and until they are given up
 
 
@@ -56,12 +57,14 @@ class Saving:
         steps: Optimizer steps between two of them; 0: none by steps.
         minutes: Minutes between two of them; 0: none by time.
         keep: Of the newest, how many; 0: all.
+        max_hours: Since the start of the program, after which it saves and leaves; 0: no limit.
         beside: Written by a thread, from a copy in memory, while the training goes on.
     """
 
     steps: int = 0
     minutes: float = 0.0
     keep: int = 1
+    max_hours: float = 0.0
     beside: bool = True
 
 
@@ -167,9 +170,9 @@ class Checkpoints:
         self.state: RunState | None = None
         self.snapshot, self.beside = Snapshot(), saving.beside
         self.writer: threading.Thread | None = None
-        self.failure: str | None = None  # of the last one
         self.last: Path | None = found.folder if found else None
-        self.saved_at, self.size, self.slowest = time.monotonic(), 0, 0.0
+        self.saved_at, self.size = time.monotonic(), 0
+        self.slowest = 0.0  # seconds that writing one has taken
 
     def begin(self, state: RunState) -> None:
         """Restores `state` from what was found, or leaves it as it is; every rank must call it."""
@@ -190,7 +193,7 @@ class Checkpoints:
         if self.beside and here * ranks_of_machine() > free_memory() / 2:
             self.beside = False
             print0(f"checkpoints: the training waits for each, as {here / 2**30:.1f} GiB of memory are not to spare")
-        self.saved_at = time.monotonic()
+        self.slowest, self.saved_at = self.size / SLOW_DISK, time.monotonic()
         barrier()
 
     def _restore_best(self) -> None:
@@ -236,9 +239,7 @@ class Checkpoints:
                 self._write(*job)
         elif refusal:
             self._fail(step, refusal)
-        seconds = time.perf_counter() - begin
-        self.slowest = max(self.slowest, seconds)
-        return seconds
+        return time.perf_counter() - begin
 
     def finish(self) -> None:
         """Waits until everything is written; every rank must call it."""
@@ -281,7 +282,7 @@ class Checkpoints:
         self, folder: Path, step: int, tensors: Mapping[str, Tensor], note: dict[str, Any], numbers: dict[str, Any]
     ) -> None:
         """This rank's file and note; on rank 0, when all are there, the manifest, and the name."""
-        partial, number = folder.with_name(folder.name + PARTIAL), rank()
+        partial, number, begin = folder.with_name(folder.name + PARTIAL), rank(), time.perf_counter()
         try:
             written = write_shard(partial / file_of(number), tensors)
             write_whole(partial / f"{number}.json", json.dumps(note | {"file": asdict(written)}))
@@ -305,7 +306,8 @@ class Checkpoints:
             else:
                 _tell(partial / f"{number}.failed", f"rank {number}: {text}")
         else:
-            self.last, self.failure = folder, None
+            self.last = folder
+        self.slowest = max(self.slowest, time.perf_counter() - begin)
 
     def _notes(self, partial: Path) -> list[dict[str, Any]]:
         """What the ranks have left beside their files, in rank order.
@@ -328,7 +330,6 @@ class Checkpoints:
         return notes
 
     def _fail(self, step: int, why: str) -> None:
-        self.failure = why
         before = f"the last one is {self.last}" if self.last else "there is none yet"
         print0(f"warning: no checkpoint of step {step}: {why}; {before}; the training goes on")
 

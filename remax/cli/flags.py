@@ -146,7 +146,10 @@ class RunFlags(Flags, group="run"):
         "auto: go on from the newest checkpoint in --output_dir, where there is one; a folder: from that checkpoint; "
         "never: start afresh",
     )
-    save_steps: CountOrZero = usual(0, "optimizer steps between checkpoints; 0: by --save_minutes alone")
+    max_hours: NonNegative = flag(
+        0.0, "save and leave with status 75 so long after the start, for another start to go on; 0: no limit"
+    )
+    save_steps: CountOrZero = flag(0, "optimizer steps between checkpoints; 0: by --save_minutes alone")
     save_minutes: NonNegative = flag(30.0, "minutes between checkpoints; 0: by --save_steps alone")
     save_total_limit: CountOrZero = flag(1, "how many checkpoints are kept, the newest; 0: all")
     seed: CountOrZero = usual(2023, "seed of everything but the data split; each rank adds its number")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from torch.utils.data import DataLoader
 
@@ -22,9 +22,11 @@ from remax.core.batches import groups
 from remax.engines.base import TrainedEngine
 from remax.engines.zero import Size, size_of
 from utils.data.loaders import ResumableSampler
-from utils.distributed import is_main, peak_memory, print0, sum_across_ranks
+from utils.distributed import gather_objects, is_main, peak_memory, print0, sum_across_ranks
 from utils.metrics import MetricsLogger, progress
 from utils.run import TrainingStopped, UserError
+from utils.stopping import allow, asked_to_stop, deferring, leave
+from utils.whereabouts import at
 
 
 @dataclass(frozen=True)
@@ -188,14 +190,18 @@ def train(
 
     Raises:
         TrainingStopped: See `Learner.check`; or a row of streamed data is faulty; on every rank at the same step.
+        SystemExit: With `checkpoints`, a signal or --max_hours ended it; the state is saved.
     """
     run = _Run(learner, loader, cadence, metrics, checkpoints)
-    try:
+    if checkpoints is None:
         run.all_steps()
-    except TrainingStopped:
-        if checkpoints:
+        return run.state
+    with deferring(checkpoints.saving.max_hours):
+        try:
+            run.all_steps()
+        except TrainingStopped:
             checkpoints.finish()
-        raise
+            raise
     return run.state
 
 
@@ -216,6 +222,10 @@ class _Run:
         self.total, self.bound = cadence.total_steps(len(loader)), cadence.bound(len(loader))
         self.started = time.perf_counter()
         self.pause = 0.0  # seconds that the last checkpoint has taken
+        self.asked, self.longest = (
+            self.started,
+            0.0,
+        )  # when the loop last asked whether to stop, and its longest way there
 
     @property
     def seconds(self) -> float:
@@ -243,9 +253,10 @@ class _Run:
                         break
                 if state.step >= total:
                     break
-                self.keep()
+                self.keep(self.checkpoints is not None and self.checkpoints.due(state.step))
         if state.evaluated < state.step:  # of a stream nobody knew that it would end here
             self.evaluate()
+        self.keep(False)
         if self.checkpoints:
             self.checkpoints.finish()
         print0(f"{state.step} steps in {self.seconds:.0f} s{self.ended()}; {state.course(learner.headline)}")
@@ -267,7 +278,7 @@ class _Run:
         """One step of the learner, with its figures."""
         state = self.state
         state.step += 1
-        with error_context(f"step {state.step}"):
+        with error_context(f"step {state.step}"), at(f"step {state.step}"):
             figures = self.learner.learn(state.step, batches)
         shown = {f"train/{k}": v for k, v in figures.items()}
         if self.pause:
@@ -278,7 +289,8 @@ class _Run:
     def evaluate(self, more: Mapping[str, float] | None = None) -> str | None:
         """Measures and logs; why to stop now, or None."""
         state = self.state
-        with error_context(f"evaluation at step {state.step}"):
+        place = f"evaluation at step {state.step}"
+        with error_context(place), at(place):
             evaluation = self.learner.evaluate()
         figures = evaluation.figures
         spent = {"seconds": self.seconds, "peak_memory_gib": peak_memory() / 2**30, **(more or {})}
@@ -287,20 +299,41 @@ class _Run:
         best = state.record(figures, self.learner.headline, self.learner.sign)
         return self.learner.evaluated(state, evaluation, best)
 
-    def keep(self) -> None:
-        """A checkpoint after a step, where one is due; the end of this start, where a signal asks for it."""
+    def keep(self, due: bool) -> None:
+        """A checkpoint after a step, where one is due by the clock of rank 0; the end, where something asks for it."""
         if self.checkpoints is None:
             return
-        asked = sum_across_ranks({"save": is_main() and self.checkpoints.due(self.state.step)})
-        if asked["save"]:
+        reason = asked_to_stop()
+        told = sum_across_ranks({"save": due and is_main(), "stop": reason is not None})
+        if told["save"] or told["stop"]:
             self.save()
+        if told["stop"]:
+            self.stop(next(filter(None, gather_objects(reason))))
+        now = time.perf_counter()
+        self.asked, self.longest = now, max(self.longest, now - self.asked)
+        allow(2 * (self.longest + self.checkpoints.slowest))
 
     def save(self) -> None:
+        """Everything until here, on the disk or on its way there."""
+        assert self.checkpoints is not None
         state, seconds = self.state, self.seconds
         self.started, state.seconds = time.perf_counter(), seconds
+        with at(f"the checkpoint of step {state.step}"):
+            self.metrics.flush()
+            self.pause = self.checkpoints.save(state.step)
+
+    def stop(self, reason: str) -> NoReturn:
+        """Leaves when the checkpoint is written.
+
+        Raises:
+            SystemExit: Its status says why, see `utils.stopping.leave`.
+        """
         assert self.checkpoints is not None
-        self.metrics.flush()
-        self.pause = self.checkpoints.save(state.step)
+        self.checkpoints.finish()
+        last = self.checkpoints.last
+        state = f"its state is in {last}, and --resume auto goes on from there" if last else "no state could be saved"
+        print0(f"stopped by {reason} after step {self.state.step}: {state}")
+        leave(reason)
 
     def ended(self) -> str:
         """Why the training ended where it did, if that is worth a word."""

@@ -329,7 +329,9 @@ def test_the_algorithm_arrives():
 # ---------------------------------------------------------------------------------------- flags that are read elsewhere
 # file:function -> the expressions that read flags there; FOLLOWED functions make what CASES looks at
 
-DATA, MODELS, FINETUNING, LEARNING = (f"remax/stages/{name}.py" for name in ("data", "models", "finetune", "rlhf"))
+DATA, MODELS, FINETUNING, LEARNING, RESUME = (
+    f"remax/stages/{name}.py" for name in ("data", "models", "finetune", "rlhf", "resume")
+)
 FOLLOWED = {f"{DATA}:data_config"}
 LONGEST = "args.max_prompt_seq_len + args.max_answer_seq_len"
 REWARDS = "reward_sources(args.reward_model_name_or_path, args.reward_fn)"
@@ -451,7 +453,7 @@ READ = {
     ],
     f"{RESUME}:complete": ["if args.resume != 'auto' or not (output / 'results.json').is_file()"],
     f"{RESUME}:find": ["if args.resume == 'never'", "if args.resume == 'auto'", "folder = Path(args.resume)"],
-    f"{RESUME}:checkpoints": ["Saving(args.save_steps, args.save_minutes, args.save_total_limit)"],
+    f"{RESUME}:checkpoints": ["Saving(args.save_steps, args.save_minutes, args.save_total_limit, args.max_hours)"],
 }
 
 
