@@ -31,6 +31,7 @@ from remax.rewards.composite import CompositeReward
 from remax.training.alarms import start_again
 from remax.training.loop import Cadence, TrainState, train
 from remax.training.sentinel import Sentinel
+from remax.training.suspects import Decode, Part, suspects
 from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
@@ -38,6 +39,7 @@ from utils.present import present
 from utils.run import TrainingStopped
 from utils.whereabouts import at
 
+OF_ROWS = ("rewards", "baseline", "reference_logprobs", "old_logprobs", "values")  # of a rollout, one for each row
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
 
@@ -96,6 +98,7 @@ class Trainer:
         on_evaluation: (step, evaluation, best), called on every rank.
         sentinel: Warns of a training that goes wrong, or ends it.
         watchers: (step, rollout, figures) -> further figures to log, equal on every rank.
+        decode: Token ids as text, for messages.
     """
 
     actor: Actor
@@ -112,9 +115,12 @@ class Trainer:
     on_evaluation: Callable[[int, PolicyEvaluation, bool], None] = lambda step, evaluation, best: None
     sentinel: Sentinel | None = None
     watchers: list[Watcher] = field(default_factory=list)
+    decode: Decode = str
 
     def __post_init__(self) -> None:
         self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
+        self.losses: list[Part] = []  # of the present step's micro-batches, where they were computed
+        self.suspects = ""
 
     # ------------------------------------------------------------------------------------------------------ Algorithm 1
 
@@ -125,6 +131,7 @@ class Trainer:
             The rollout, and figures reduced over ranks.
         """
         timer, figures, collected = Timer(), Figures(), []
+        self.losses.clear()
         self.actor.train()
         if self.critic is not None:
             self.critic.train()
@@ -231,6 +238,7 @@ class Trainer:
                 reference_head=self.reference_head,
             )
             loss, of_batch = self.algorithm.loss(batch, output, denominator)
+            self.losses.append((batch.sequences, {"loss": loss.detach()}))
             self.actor.backward(loss, last=i == len(parts) - 1 and self.unsupervised is None)
             figures = add(figures, of_batch)
         if self.unsupervised is not None:
@@ -332,12 +340,15 @@ class Trainer:
         watchers: list[Watcher] = [*self.watchers, *([self.sentinel] if self.sentinel else [])]
         for watch in watchers:
             figures |= watch(step, rollout, figures)
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["reward"])):
+            of_rows = {name.replace("_", " "): getattr(rollout, name) for name in OF_ROWS}
+            self.suspects = suspects([(rollout.sequences, of_rows), *self.losses], self.decode)
         return figures
 
     def check(self, step: int, figures: dict[str, float]) -> None:
         """Asks the sentinel."""
         if self.sentinel:
-            self.sentinel.stop_if_fatal()
+            self.sentinel.stop_if_fatal(self.suspects)
 
     def evaluate(self) -> PolicyEvaluation:
         """Measures the policy; its `objective` is the reward minus the price of its KL."""
