@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -74,11 +74,9 @@ class Finetuning:
     """A task on the training loop."""
 
     task: Task
-    decode: Decode = str
+    decode: Decode = str  # token ids as text
     label: str = "training"
-
-    def __post_init__(self) -> None:
-        self.losses: list[Part] = []  # of the present step's micro-batches
+    losses: list[Part] = field(default_factory=list, init=False)  # of the present step's micro-batches
 
     @property
     def headline(self) -> str:
@@ -124,10 +122,15 @@ class Finetuning:
 
 
 def finetune(
-    task: Task, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger, checkpoints: Checkpoints | None = None
+    task: Task,
+    loader: DataLoader,
+    cadence: Cadence,
+    metrics: MetricsLogger,
+    checkpoints: Checkpoints | None = None,
+    decode: Decode = str,
 ) -> dict[str, dict[str, float]]:
     """Trains, see `train`, and returns the evaluation before and after: {"before": {...}, "after": {...}}."""
-    state = train(Finetuning(task), loader, cadence, metrics, checkpoints)
+    state = train(Finetuning(task, decode), loader, cadence, metrics, checkpoints)
     return {"before": state.before, "after": state.after}
 
 

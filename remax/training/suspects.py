@@ -11,7 +11,7 @@ from remax.rewards.composite import beginning
 from utils.distributed import gather_objects
 
 NAMED = 3  # rows, at most, of each rank, and ranks
-Decode = Callable[[list[int]], str]
+Decode = Callable[[list[int]], str | list[str]]  # of a tokenizer
 Part = tuple[Sequences, Mapping[str, Tensor | None]]
 
 
@@ -46,4 +46,4 @@ def _named(parts: Sequence[Part], decode: Decode) -> Iterator[str]:
 
 
 def _begin(sequences: Sequences, row: int, decode: Decode) -> str:
-    return beginning(decode(sequences.input_ids[row, : sequences.prompt_lengths[row]].tolist()))
+    return beginning(str(decode(sequences.input_ids[row, : sequences.prompt_lengths[row]].tolist())))

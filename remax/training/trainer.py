@@ -116,11 +116,11 @@ class Trainer:
     sentinel: Sentinel | None = None
     watchers: list[Watcher] = field(default_factory=list)
     decode: Decode = str
+    losses: list[Part] = field(default_factory=list, init=False)  # of the present step's micro-batches
+    suspects: str = field(default="", init=False)  # what was not finite in it
 
     def __post_init__(self) -> None:
         self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
-        self.losses: list[Part] = []  # of the present step's micro-batches, where they were computed
-        self.suspects = ""
 
     # ------------------------------------------------------------------------------------------------------ Algorithm 1
 
