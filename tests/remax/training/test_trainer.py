@@ -371,7 +371,7 @@ class StopAt:
         self.seen.append(step)
         return {"sign": float(step)}
 
-    def stop_if_fatal(self) -> None:
+    def stop_if_fatal(self, further: str = "") -> None:
         if self.at in self.seen:
             raise TrainingStopped(f"step {self.at}")
 
