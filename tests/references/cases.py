@@ -55,6 +55,11 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
             2,
             "--model_name_or_path {models}/llama --data_path {ranked} --ranked_loss plackett-luce --packing",
         ),
+        "hydra": (
+            2,
+            "--model_name_or_path {models}/opt --loss hydra --ranking_weight 0.4 --label_smoothing 0.1"
+            " --center_rewards_coefficient 0.05 --gradient_accumulation_steps 2 --data_path {margins} --use_margin",
+        ),
         "dpo, dropout": (2, "--model_name_or_path {models}/gpt2 --loss dpo --dpo_beta 0.3"),
         "r-dpo, streamed": (
             2,
@@ -98,6 +103,11 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         ),
         "ranking, ZeRO 3, packed": (2, "--model_name_or_path {models}/llama --zero_stage 3 --packing"),
         "ranking, several answers": (2, "--model_name_or_path {models}/gpt2 --data_path {ranked} --zero_stage 2"),
+        "hydra, ZeRO 3, LoRA": (
+            2,
+            "--model_name_or_path {models}/llama --loss hydra --data_path {ranked} --zero_stage 3 --packing"
+            " --lora_dim 3 --only_optimize_lora --lora_learning_rate 2e-2",
+        ),
         "dpo, ZeRO 2": (
             2,
             "--model_name_or_path {models}/llama --loss dpo --zero_stage 2 --reference_zero_stage 3"
