@@ -234,6 +234,7 @@ SHARED = {"gradient_accumulation_steps": 1, "lr_scheduler_type": "cosine", "num_
 AUTHORS = {"data_split": "2,4,4", "report_to": "tensorboard"}
 STEP_1 = SHARED | AUTHORS | {"weight_decay": 0, "seed": 2023, "print_loss": True}
 STEP_2 = SHARED | AUTHORS | {"weight_decay": 0.1, "seed": 1234, "print_loss": True}
+HYDRA = {"loss": "hydra", "data_split": "0,6,4"}  # steps 1 and 2 at once, of the rows of both
 COLUMNS = ("per_device_train_batch_size", "max_seq_len", "learning_rate", "num_train_epochs", "data_path")
 RM_STATIC, FULL_HH, ULTRA = "Dahoas/rm-static", "Dahoas/full-hh-rlhf", "HuggingFaceH4/ultrafeedback_binarized"
 SHORT_TEXTS = "Dahoas/synthetic-instruct-gptj-pairwise"
@@ -326,6 +327,7 @@ TABLE = {
     (2, "llama2_7b"): finetuning(STEP_2, 16, 512, 1e-5, 2, RM_STATIC, **CHECKPOINTING),
     (2, "llama2_7b_hh"): finetuning(STEP_2, 36, 512, 1e-5, 2, FULL_HH, **CHECKPOINTING),
     (2, "mistral_7b"): finetuning(STEP_2, 8, 768, 1e-5, 2, ULTRA, **CHECKPOINTING, **OFFLOAD),
+    (2, "hydra_7b"): finetuning(STEP_2 | HYDRA, 16, 512, 1e-5, 2, RM_STATIC, **CHECKPOINTING, **OFFLOAD),
     (3, "gpt2"): remax(16, 64, 48, 1e-6, 0.05, 0.99, 5, 1, SHORT_TEXTS),
     (3, "opt_1.3b"): remax(4, 256, 256, 1e-6, 0.05, 0.99, 5, 1, RM_STATIC, **RL_CHECKPOINTING),
     (3, "llama2_7b"): remax(
@@ -352,6 +354,7 @@ MODELS = {
     "opt_1.3b": "facebook/opt-1.3b",
     "opt_350m": "facebook/opt-350m",
     "llama2_7b": "meta-llama/Llama-2-7b-hf",
+    "hydra_7b": "meta-llama/Llama-2-7b-hf",
     "llama2_7b_hh": "meta-llama/Llama-2-7b-hf",
     "mistral_7b": "mistralai/Mistral-7B-v0.1",
 }
@@ -372,7 +375,7 @@ def test_script_has_the_papers_settings(script, call):
     assert done.status == 0
     assert done.main == done.clone / STAGES[stage - 1] / "main.py"
     flags = effective([word.removeprefix(f"{done.clone}/") for word in done.words])
-    result = {1: "sft", 2: "reward", 3: "remax"}[stage]
+    result = {1: "sft", 2: "hydra_sft" if name == "hydra_7b" else "reward", 3: "remax"}[stage]
     assert flags.pop("output_dir") == f"output/{name}/{result}"
     if stage == 3:
         family = name.removesuffix("_large_batch")

@@ -2,7 +2,8 @@
 
     python -m remax.demo.report --output_dir output/demo
 
-reads what `remax.demo.prepare` and the stages' training_scripts/demo/run_demo.sh have written below that folder. It
+reads what `remax.demo.prepare` and the stages' training_scripts/demo/run_demo.sh have written below that folder, or
+step 2 alone in the place of steps 1 and 2 (`hydra_sft`, one model that is both their results). It
 prints a table and writes it to report.md, the same numbers to summary.json, reward, KL and length over the steps to
 training.png, and answers before and after to samples.md. The corpus knows the true reward of every answer, so that
 nobody has to believe the learned one.
@@ -61,9 +62,11 @@ def main() -> None:
     quiet_libraries()
     started = time.perf_counter()
     output = Path(args.output_dir)
-    stages = {name: read_stage(output / name) for name in ("sft", "reward", "remax")}
-    places = {"base": "models/actor", "SFT": "sft", "reward": "reward", "ReMax": "remax/actor"}
-    folders = {name: output / place for name, place in places.items()}
+    hydra = (output / "hydra_sft").is_dir()
+    stage_places = {name: "hydra_sft" if hydra and name != "remax" else name for name in ("sft", "reward", "remax")}
+    stages = {name: read_stage(output / place) for name, place in stage_places.items()}
+    places = {"base": "models/actor", "SFT": stage_places["sft"], "reward": stage_places["reward"]}
+    folders = {name: output / place for name, place in (places | {"ReMax": "remax/actor"}).items()}
     for folder in folders.values():
         if not (folder / "config.json").is_file():
             raise UserError(f"--output_dir {output}: {folder} holds no model; run the stages again (make demo)")
@@ -72,7 +75,7 @@ def main() -> None:
     files = {name: output / file for name, file in names.items()}
     plot(files["plot"], stages["remax"], summary)
     files["samples"].write_text(samples(answers), encoding="utf-8")
-    summary["seconds"] = {name: stage.seconds for name, stage in stages.items()}
+    summary["seconds"] = {stage.folder.name: stage.seconds for stage in stages.values()}
     summary["seconds"]["report"] = round(time.perf_counter() - started, 1)
     summary["verdict"] = dict(zip(("passed", "text"), verdict(summary), strict=True))
     summary["paths"] = {name: str(path) for name, path in (folders | files).items()}
