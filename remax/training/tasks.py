@@ -186,7 +186,7 @@ class Hydra:
         return likelihood + self.ranking_weight * ranking, figures | preferred(chosen, rejected)
 
     def evaluate(self) -> dict[str, float]:
-        """See `perplexity`, here of the chosen answers and with its `loss` as `cross_entropy`, and `ranking_accuracy`."""
+        """See `perplexity`, of the chosen answers and its `loss` as `cross_entropy`, and `ranking_accuracy`."""
         figures = perplexity(self.learner, (batch.of_chosen for batch in self.eval_loader))
         of_chosen = {"cross_entropy": figures["loss"], "perplexity": figures["perplexity"]}
         return of_chosen | ranking_accuracy(self.learner, self.eval_loader)
