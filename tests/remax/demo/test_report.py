@@ -5,7 +5,9 @@ import shutil
 import sys
 
 import pytest
+import torch
 
+from remax.checkpoint.export import export
 from remax.demo import report as program
 from remax.demo.corpus import best_answer, make_rows, true_reward
 from remax.demo.report import (
@@ -18,7 +20,9 @@ from remax.demo.report import (
     true_rewards_over_steps,
     verdict,
 )
+from remax.models.hydra import load_hydra
 from utils.run import UserError
+from utils.tokenizer import load_tokenizer
 
 ROWS = make_rows(seed=0, train_rows=1, test_rows=4)[1]
 
@@ -238,6 +242,20 @@ def test_report_of_a_demo_that_learnt_nothing(finished, monkeypatch, capsys):
     assert "torch" in found["run"]["versions"]
     assert all((finished / name).is_file() for name in ("training.png", "samples.md", "summary.json"))
     assert table(found).strip() in (finished / "report.md").read_text()
+
+
+def test_one_model_may_be_policy_and_reward_model(finished, monkeypatch, tiny_model):
+    for name in ("sft", "reward"):
+        shutil.rmtree(finished / name)
+    tokenizer = load_tokenizer(str(tiny_model("llama")))
+    model = load_hydra(str(tiny_model("llama")), "--model", dtype=torch.float32, tokenizer=tokenizer, new_head=True)
+    export(model, tokenizer, finished / "hydra_sft", zero3=False)
+    write_stage(finished / "hydra_sft", {"max_seq_len": 96}, RECORDS)
+    report(finished, monkeypatch)
+    found = json.loads((finished / "summary.json").read_text())
+    assert found["policies"]["base"] == found["policies"]["SFT"]  # the same weights under both names
+    assert found["seconds"].keys() == {"hydra_sft", "remax", "report"} and found["reward_model"]["pairs"] == 24
+    assert found["paths"]["SFT"] == found["paths"]["reward"] == str(finished / "hydra_sft")
 
 
 def test_report_is_the_same_again_and_check_is_asked_for(finished, monkeypatch):
