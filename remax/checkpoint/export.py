@@ -20,9 +20,10 @@ from typing import Any, NoReturn, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.engines.zero import gathered
+from remax.models.hydra import HydraModel
 from remax.models.loading import count_parameters
 from remax.models.lora import ADAPTER_FOLDER, adapters_alone, merge_adapters, save_adapter
 from remax.models.policy import PolicyModel
@@ -60,7 +61,8 @@ def export(
 ) -> None:
     """Writes weights (safetensors), config, generation config and tokenizer.
 
-    Adapters are merged; where nothing else was trained, they also lie in a folder of their own, `ADAPTER_FOLDER`.
+    Adapters are merged; where nothing else was trained, they also lie in a folder of their own, `ADAPTER_FOLDER`. A
+    policy that learned them beside a frozen score head is written without: that head scores for the start's weights.
     Every rank must call it; it returns when all is written. `state` replaces the model's own weights (an average of
     them). All files are written to a folder of their own first and then moved into `folder`, which may hold other files
     (the run's logs).
@@ -69,14 +71,18 @@ def export(
     state = full_state_dict(hf, zero3) if state is None else state
     if is_main():
         partial = folder / ".partial"
-        merged = merge_adapters(state, hf)
+        kind: type[PreTrainedModel] = type(hf)
+        if isinstance(model, HydraModel) and adapters_alone(hf) and not model.score_head.weight.requires_grad:
+            kind = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING)[type(hf.config)]
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("score.")}
+        merged, of_adapters = merge_adapters(state, hf), state
 
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             _remove(partial)  # of an interrupted export
-            _without_adapters(hf).save_pretrained(partial, state_dict=merged)
+            _without_adapters(hf, kind).save_pretrained(partial, state_dict=merged)
             if adapters_alone(hf):
-                save_adapter(state, hf, partial / ADAPTER_FOLDER)
+                save_adapter(of_adapters, hf, partial / ADAPTER_FOLDER)
             if isinstance(model, PolicyModel):
                 # As it came: save_pretrained of older transformers refuses what the first Llama-2 folders say.
                 model.own_generation_config.to_json_file(partial / "generation_config.json")
@@ -142,10 +148,10 @@ def refuse_without_room(model: PolicyModel | RewardModel, folder: Path) -> None:
         )
 
 
-def _without_adapters(hf: PreTrainedModel) -> PreTrainedModel:
+def _without_adapters(hf: PreTrainedModel, kind: type[PreTrainedModel]) -> PreTrainedModel:
     """An empty model of the same configuration, so that saving neither sees adapters nor moves any weight."""
     with torch.device("meta"):
-        plain = type(hf)(hf.config)
+        plain = kind(hf.config)
         cast(nn.Module, plain).to(hf.dtype)  # the config will name this number format
     if hf.can_generate():
         plain.generation_config = hf.generation_config

@@ -73,7 +73,7 @@ def score_logprobs(scores: list[Tensor], ids: Tensor) -> Tensor:
 def logprobs_under(role: Role, sequences: Sequences, sampling: Sampling) -> Tensor:
     """(B, A) log-probs by the training forward, without dropout."""
     with evaluating(role.model):
-        return role.engine(sequences, sampling=sampling)[0]
+        return role.ask(sequences, sampling=sampling)[0]
 
 
 def check_greedy(actor: Actor, probe: Probe) -> Finding:
@@ -142,7 +142,7 @@ def check_padding(actor: Actor, probe: Probe) -> Finding:
 def check_noise(actor: Actor, probe: Probe, vocabulary: int) -> Finding:
     """The policy knows something: its entropy is well below that of drawing words at random."""
     with evaluating(actor.model):
-        entropy = actor.engine(probe.sampled, entropy=True)[1]
+        entropy = actor.ask(probe.sampled, entropy=True)[1]
     mean, top = combine(entropy.double()[probe.sampled.answer_mask]).mean, math.log(vocabulary)
     return finding(
         "answers are not noise",

@@ -108,6 +108,11 @@ class RewardSourceFlags(Flags, group="reward (models, functions, or both; at lea
         60.0, "seconds that such a function may take for a sample, or for its batch if it takes lists; 0: no limit"
     )
 
+    @property
+    def reward_models(self) -> list[str]:
+        """The models that score, as --reward_model_name_or_path names them."""
+        return self.reward_model_name_or_path
+
 
 @dataclass(kw_only=True)
 class DataFlags(Flags, group="data"):
@@ -306,6 +311,17 @@ class ActorLoraFlags(Flags, group="LoRA"):
 
 
 @dataclass(kw_only=True)
+class ShareFlags(Flags, group="shared weights"):
+    share: Literal["none", "reference", "all"] = usual(
+        "none",
+        "with --only_optimize_lora, whose actor is its start without the adapters: reference: that is the reference, "
+        "which is not loaded; and with --critic_lora_dim the critic without its adapters is the reward model. all: the "
+        "reward model too, whose score head lies in the actor's folder (step 2 --loss hydra), and the critic",
+    )
+    joint_critic: bool = of_critic(False, "--share all: actor and critic learn one set of adapters, not a set each")
+
+
+@dataclass(kw_only=True)
 class RewardFlags(RewardSourceFlags):
     reward_dtype: Dtype = flag("auto", "number format of reward models; auto: bf16 where the GPU has it, else fp32")
     reward_bf16: bool = flag(False, "the same as --reward_dtype bf16")
@@ -414,7 +430,12 @@ class PpoFlags(Flags, group="ppo only"):
         0.95, "lambda of generalised advantages", only="lam"
     )
     critic_model_name_or_path: str | None = of_critic(None, "start of the critic; default: the first reward model")
-    critic_learning_rate: Positive = of_critic(5e-6, "peak learning rate")
+    critic_lora_dim: CountOrZero = of_critic(
+        0,
+        "rank of the critic's adapters, on the layers of --actor_lora_module_name; they and its head are then all that "
+        "learns. 0: its whole model learns, or with --share all adapters of the actor's rank",
+    )
+    critic_learning_rate: Positive = of_critic(5e-6, "peak learning rate, of adapters too")
     critic_weight_decay: NonNegative = of_critic(0.0, "AdamW weight decay, not on biases and norms")
     critic_zero_stage: ZeroStage | None = of_critic(None, "default: the actor's")
     critic_dtype: Dtype | None = of_critic(None, "default: the actor's")
@@ -527,6 +548,7 @@ class Step3Arguments(
     Arguments,
     RetiredInStep3,
     ActorLoraFlags,
+    ShareFlags,
     WatchFlags,
     PpoFlags,
     KlFlags,
@@ -538,6 +560,22 @@ class Step3Arguments(
 ):
     stage = "step3"
     models_in = ("actor", "actor_last", "actor_final", "actor_ema", "critic")
+
+    @property
+    def reward_models(self) -> list[str]:
+        """With --share all the actor's folder."""
+        return [self.actor_model_name_or_path] if self.share == "all" else self.reward_model_name_or_path
+
+    @property
+    def critic_is_reward(self) -> bool:
+        """Whether the first reward model is the critic without its adapters (--share reference)."""
+        own_start = self.critic_model_name_or_path or not self.reward_model_name_or_path
+        return self.share == "reference" and self.critic_lora_dim > 0 and not own_start
+
+    @property
+    def reward_is_shared(self) -> bool:
+        """Whether no reward model is loaded for itself, though there is one."""
+        return self.share == "all" or (self.critic_is_reward and len(self.reward_model_name_or_path) == 1)
 
     @property
     def rollout_batches(self) -> int:

@@ -65,7 +65,9 @@ def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
     args = read_flags(Step3Arguments, argv, "Step 3: reinforcement learning from human feedback")
     check_data(args, stage=2)
     check_step3(args)
-    check_reward(args)
+    check_share(args)
+    if args.share != "all":
+        check_reward(args)
     models = ("actor_model_name_or_path", "critic_model_name_or_path", "reward_model_name_or_path")
     check_output_dir(args, models)
     check_algorithm(args)
@@ -337,6 +339,35 @@ def check_reward(args: RewardSourceFlags) -> None:
         raise UserError("--reward_fn_timeout: has no effect without --reward_fn")
 
 
+def check_share(args: Step3Arguments) -> None:
+    """What cannot be shared, and flags of models that are not loaded: they must be at their defaults."""
+    share = f"--share {args.share}"
+    if args.joint_critic and args.share != "all":
+        raise UserError(f"--joint_critic with {share}: the actor's adapters can only serve the critic with --share all")
+    if args.joint_critic and args.critic_lora_dim:
+        raise UserError("--joint_critic with --critic_lora_dim: the critic has no adapters of its own; leave one out")
+    if args.share == "none":
+        return
+    if not args.only_optimize_lora:
+        raise UserError(
+            f"{share}: needs --actor_lora_dim and --only_optimize_lora, since what models share must not learn"
+        )
+    without = {"reference": ["reference_zero_stage", "offload_reference_model"]}
+    of_reward = ["reward_zero_stage", "offload_reward_model", "reward_dtype", "reward_bf16"]
+    if args.share == "all":
+        without["reward model"] = ["reward_model_name_or_path", *of_reward]
+        of_critic = ["model_name_or_path", "zero_stage", "dtype", "gradient_checkpointing"]
+        without["critic"] = [f"critic_{name}" for name in of_critic] + ["offload_critic", "disable_reward_dropout"]
+    elif args.reward_is_shared:
+        without["reward model"] = of_reward
+    defaults = Step3Arguments(actor_model_name_or_path="")
+    for model, names in without.items():
+        for name in names:
+            if getattr(args, name) != getattr(defaults, name):
+                trunk = "critic" if args.critic_is_reward and model == "reward model" else "actor"
+                raise UserError(f"--{name} with {share}: the {model} has no weights but the {trunk}'s; leave one out")
+
+
 def import_functions(args: RewardSourceFlags) -> None:
     """Has the worker process import what --reward_fn names, which may take seconds: it imports what it likes."""
     for function in reward_sources(args.reward_model_name_or_path, args.reward_fn)[1]:
@@ -367,13 +398,14 @@ def check_algorithm(args: Step3Arguments) -> None:
             f"--algo {' or '.join(several)}"
         )
     if ALGORITHMS[args.algo].critic:
-        if not (args.critic_model_name_or_path or args.reward_model_name_or_path):
+        if args.share != "all" and not (args.critic_model_name_or_path or args.reward_model_name_or_path):
             raise UserError(
                 f"--algo {args.algo} with --reward_fn alone: there is no reward model to make the critic from; give "
                 "--critic_model_name_or_path"
             )
         stage = args.actor_zero_stage if args.critic_zero_stage is None else args.critic_zero_stage
-        check_offload("critic_zero_stage", stage, offload_critic=args.offload_critic, offload=args.offload)
+        if args.share != "all":
+            check_offload("critic_zero_stage", stage, offload_critic=args.offload_critic, offload=args.offload)
 
 
 def resolve_algorithm(args: Step3Arguments) -> None:
@@ -442,16 +474,17 @@ def check_batches(args: Step3Arguments) -> None:
 
 
 def resolve_models(args: Step3Arguments) -> None:
-    """ZeRO stages, offloading and number formats, model by model. A run without a critic keeps None for its own."""
+    """ZeRO stages, offloading and number formats, model by model; models that a run does not load keep the defaults."""
     from remax.algorithms import ALGORITHMS
 
-    critic = ALGORITHMS[args.algo].critic
+    critic = ALGORITHMS[args.algo].critic and args.share != "all"
     if args.test_stop_step and not args.enable_test_mode:
         args.notices.append("--test_stop_step: without effect, as --enable_test_mode is not set")
     for model in ("reference", "reward"):
         resolve_frozen(args, f"{model}_zero_stage", f"offload_{model}_model")
     args.actor_dtype = resolve_dtype("actor_dtype", args.actor_dtype, args.actor_bf16)
-    args.reward_dtype = resolve_dtype("reward_dtype", args.reward_dtype, args.reward_bf16)
+    if not args.reward_is_shared:
+        args.reward_dtype = resolve_dtype("reward_dtype", args.reward_dtype, args.reward_bf16)
     if critic:
         args.critic_zero_stage = args.actor_zero_stage if args.critic_zero_stage is None else args.critic_zero_stage
         args.critic_dtype = resolve_dtype("critic_dtype", args.critic_dtype or args.actor_dtype)

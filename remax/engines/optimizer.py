@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from remax.models.trunk import Trunk, learns_as_critic
 from utils.distributed import print0
 from utils.run import UserError
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule; steps are optimizer steps, not micro-batches."""
+    """AdamW and its schedule; steps are optimizer steps, not micro-batches.
+
+    Attributes:
+        lora_learning_rate: Of adapters, where they have one of their own.
+        critic: Learning rate and weight decay of a critic that shares the actor's trunk.
+    """
 
     learning_rate: float
     total_steps: int
@@ -24,6 +30,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     lora_learning_rate: float | None = None
+    critic: tuple[float, float] | None = None
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) -> torch.optim.Optimizer:
@@ -31,7 +38,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
 
     The latter needs no compiler.
     """
-    groups = optimizer_groups(model, config.weight_decay, config.lora_learning_rate)
+    groups = optimizer_groups(model, config.weight_decay, config.lora_learning_rate, config.critic)
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -50,25 +57,33 @@ def announce_compilation(operator: str) -> None:
 
 
 def optimizer_groups(
-    model: nn.Module, weight_decay: float, lora_learning_rate: float | None = None
+    model: nn.Module,
+    weight_decay: float,
+    lora_learning_rate: float | None = None,
+    critic: tuple[float, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups of the trained parameters.
 
-    There is no weight decay on biases and normalisation (1-dimensional weights), and adapters learn at their own rate.
+    There is no weight decay on biases and normalisation (1-dimensional weights), and adapters learn at their own rate;
+    so does a `critic` on the same trunk, see `OptimizerConfig`.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Under ZeRO-3 a partitioned parameter is flat; DeepSpeed keeps its true shape in ds_shape.
             one_dimensional = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
-            groups.setdefault((one_dimensional or name.endswith(".bias"), "lora_" in name), []).append(parameter)
+            kind = "lora" if "lora_" in name else ""
+            kind = "critic" if critic and isinstance(model, Trunk) and learns_as_critic(name) else kind
+            groups.setdefault((one_dimensional or name.endswith(".bias"), kind), []).append(parameter)
     if not groups:
         raise UserError("no parameter is trainable: check --only_optimize_lora and --lora_module_name")
+    rates = {"lora": lora_learning_rate, "critic": critic and critic[0]}
+    decays = {"critic": critic[1]} if critic else {}
     return [
         {
             "params": params,
-            "weight_decay": 0.0 if undecayed else weight_decay,
-            **({"lr": lora_learning_rate} if lora and lora_learning_rate is not None else {}),
+            "weight_decay": 0.0 if undecayed else decays.get(kind, weight_decay),
+            **({"lr": rate} if (rate := rates.get(kind)) is not None else {}),
         }
-        for (undecayed, lora), params in groups.items()
+        for (undecayed, kind), params in groups.items()
     ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from remax.core.linear import linear_in_float32
 from remax.core.logprobs import Head, PolicyOutput
@@ -18,6 +20,7 @@ from remax.engines.roles import Learner, Role
 from remax.engines.zero import gathered
 from remax.generation.decode import HUGGING_FACE, Decoder, GenerationSettings, rollout
 from remax.models.loading import evaluating
+from remax.models.trunk import REFERENCE_AND_REWARD, REWARD, Use
 from utils.distributed import device, world_size
 from utils.present import present
 
@@ -43,8 +46,8 @@ class _Policy(Role):
         chunk_size: Answer tokens whose logits are in memory at once.
     """
 
-    def __init__(self, engine: Engine, sampling: Sampling, chunk_size: int):
-        super().__init__(engine)
+    def __init__(self, engine: Engine, sampling: Sampling, chunk_size: int, use: Use | None):
+        super().__init__(engine, use)
         self.sampling, self.chunk_size = sampling, chunk_size
 
     @torch.no_grad()
@@ -52,7 +55,7 @@ class _Policy(Role):
         """(B, A) log-probs without gradient, in eval mode."""
         chunks = _chunks(sequences, self.chunk_size, self.zero3)
         with evaluating(self.model):
-            return self.engine(sequences, chunks=chunks, sampling=self.sampling)[0]
+            return self.ask(sequences, chunks=chunks, sampling=self.sampling)[0]
 
 
 class Actor(_Policy, Learner):
@@ -67,6 +70,7 @@ class Actor(_Policy, Learner):
         chunk_size: int = 1024,
         gather_for_generation: bool = True,
         decoder: Decoder = HUGGING_FACE,
+        use: Use | None = None,
     ):
         """Gives an engine the role.
 
@@ -75,10 +79,11 @@ class Actor(_Policy, Learner):
             sampling: The distribution that log-probs are evaluated in; by default the one that answers are drawn from.
             chunk_size: Answer tokens whose logits are in memory at once.
             gather_for_generation: See `Engine.generating`.
+            use: See `Role`.
         """
         if sampling is None:
             sampling = generation.sampling if generation is not None else Sampling()
-        super().__init__(engine, sampling, chunk_size)
+        super().__init__(engine, sampling, chunk_size, use)
         self._generation, self.gather_for_generation, self.decoder = generation, gather_for_generation, decoder
 
     @property
@@ -100,9 +105,11 @@ class Actor(_Policy, Learner):
         decodes = "two decodes" if self.generation.two_pass else "sampled and greedy rows in one decode"
         return f"{self.decoder.name} ({decodes}{how})"
 
-    def generating(self) -> AbstractContextManager[bool]:
-        """See `Engine.generating`."""
-        return self.engine.generating(self.gather_for_generation)
+    @contextmanager
+    def generating(self) -> Iterator[bool]:
+        """See `Engine.generating`; inside, the model itself is the actor."""
+        with self.switched(), self.engine.generating(self.gather_for_generation) as synced:
+            yield synced
 
     def rollout(
         self, prompts: Prompts, *, samples: int = 1, greedy: bool = True
@@ -137,7 +144,7 @@ class Actor(_Policy, Learner):
             reference_head: From `Reference.head`, for the KL.
             sampling: Another distribution than the actor's own, for texts that it did not draw.
         """
-        logprobs, h, kl = self.engine(
+        logprobs, h, kl = self.ask(
             sequences,
             chunks=_chunks(sequences, self.chunk_size, self.zero3),
             sampling=sampling or self.sampling,
@@ -169,10 +176,12 @@ class TrainedHydra(Actor):
 class Reference(_Policy):
     """The frozen policy that KL is measured against."""
 
-    def __init__(self, engine: Engine, *, sampling: Sampling | None = None, chunk_size: int = 1024):
+    def __init__(
+        self, engine: Engine, *, sampling: Sampling | None = None, chunk_size: int = 1024, use: Use | None = None
+    ):
         # The reference needs support wherever the policy has some, so it is tempered like the policy but never
         # truncated.
-        super().__init__(engine, (sampling or Sampling()).without_truncation(), chunk_size)
+        super().__init__(engine, (sampling or Sampling()).without_truncation(), chunk_size, use)
 
     def logprobs(self, sequences: Sequences) -> Tensor:
         """(B, A) log-probs of the answers."""
@@ -181,7 +190,8 @@ class Reference(_Policy):
     @torch.no_grad()
     def hidden(self, sequences: Sequences) -> Tensor:
         """(B, A, H) hidden states, from which `head` makes the reference's full distribution chunk by chunk."""
-        return self.engine(sequences, hidden_only=True)
+        with evaluating(self.model):
+            return self.ask(sequences, hidden_only=True)
 
     @torch.no_grad()
     def head(self) -> Head:
@@ -196,3 +206,35 @@ class Reference(_Policy):
             weight = layer.weight.detach().clone()
             bias = layer.bias.detach().clone() if getattr(layer, "bias", None) is not None else None
         return lambda hidden: self.model.scale_logits(linear_in_float32(hidden, weight, bias))
+
+
+class Judge(_Policy):
+    """Reference and reward in one, where a `Trunk` is both: what each says of an answer, by a single forward."""
+
+    def __init__(self, reference: Reference):
+        super().__init__(reference.engine, reference.sampling, reference.chunk_size, REFERENCE_AND_REWARD)
+
+    @torch.no_grad()
+    def read(self, sequences: Sequences, first: int, forwards: int = 1) -> tuple[Tensor, Tensor]:
+        """The reference's log-probs of the first rows' answers, and the scores of all.
+
+        Args:
+            forwards: See `Reward.score`.
+
+        Returns:
+            (first, A), where A is the width of these rows' answers alone, and (B,) float32.
+        """
+        logprobs, scores, begin = [], [], 0
+        width = sequences.select(slice(0, first)).answer_width
+        with evaluating(self.model):
+            for part in sequences.in_parts(forwards):
+                of_part = min(max(first - begin, 0), len(part))
+                if of_part:
+                    chunks = _chunks(part.select(slice(0, of_part)), self.chunk_size, self.zero3)
+                    found, score = self.ask(part, rows=of_part, chunks=chunks, sampling=self.sampling)
+                    logprobs.append(pad(found, (0, width - found.shape[1])))
+                else:
+                    score = self.engine(part, use=REWARD)
+                scores.append(score)
+                begin += len(part)
+        return torch.cat(logprobs), torch.cat(scores)

@@ -1,24 +1,43 @@
-"""What all roles have in common. A role asks an engine for something; several roles may hold the same engine."""
+"""What all roles have in common. A role asks an engine for something; several roles may hold the same engine.
+
+Where that engine's model is a `Trunk`, a role says what it uses of it.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from remax.engines.base import Engine, StepResult
+from remax.models.trunk import Use
 
 
 class Role:
     """A use that a model is put to."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, use: Use | None = None):
+        """Gives an engine the role.
+
+        Args:
+            use: Of a `Trunk`.
+        """
         self.engine: Any = engine  # a TrainedEngine where the role learns
+        self.use = use
+
+    def ask(self, *args: Any, **options: Any) -> Any:
+        """The model's forward, as the role uses it."""
+        return self.engine(*args, **options, **({} if self.use is None else {"use": self.use}))
+
+    def switched(self) -> AbstractContextManager[None]:
+        """Inside, what asks the model itself finds the role's adapters on."""
+        return nullcontext() if self.use is None else self.engine.model.switched(self.use.adapters)
 
     @property
     def model(self) -> Any:
         """The `PolicyModel` or `RewardModel`: weights, configuration, generation settings."""
-        return self.engine.model
+        return self.engine.model if self.use is None else self.engine.model.reader
 
     @property
     def zero3(self) -> bool:

@@ -25,13 +25,21 @@ class Reward(Role):
         Args:
             forwards: How many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
         """
-        return torch.cat([self.engine(part) for part in sequences.in_parts(forwards)])
+        with evaluating(self.model):
+            return torch.cat([self.ask(part) for part in sequences.in_parts(forwards)])
 
     def score_parts(
-        self, sequences: Sequences, forwards: int = 1, columns: Mapping[str, Sequence[Any]] | None = None
+        self,
+        sequences: Sequences,
+        forwards: int = 1,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        of_trunk: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `score`, and the scores of the parts that it is made of: none. A model reads no `columns` of the data."""
-        return self.score(sequences, forwards), {}
+        """As `score`, and the scores of the parts that it is made of: none. See `CompositeReward.score_parts`.
+
+        A model reads no `columns` of the data.
+        """
+        return self.score(sequences, forwards) if of_trunk is None else of_trunk, {}
 
 
 class TrainedReward(Learner):
@@ -39,11 +47,11 @@ class TrainedReward(Learner):
 
     def score(self, sequences: Sequences) -> Tensor:
         """(B,) float32 with gradient."""
-        return self.engine(sequences)
+        return self.ask(sequences)
 
     def values(self, sequences: Sequences) -> Tensor:
         """(B, A) float32 with gradient: the value before each answer token."""
-        return self.engine(sequences, every_token=True)
+        return self.ask(sequences, every_token=True)
 
     @torch.no_grad()
     def old_values(self, sequences: Sequences) -> Tensor:

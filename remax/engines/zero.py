@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import nn
+from torch.nn.utils import skip_init
 
 from remax.engines.deepspeed_config import EngineConfig, training_config
 from remax.models.loading import count_parameters
@@ -61,6 +64,18 @@ def gathered(parameters: Iterable[nn.Parameter], zero3: bool) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(parameters)):
         yield
+
+
+def copied_head(head: nn.Module, config: EngineConfig) -> nn.Linear:
+    """A linear head with the weights of another, whole also where ZeRO-3 spreads those."""
+    with gathered(head.parameters(), config.zero_stage == 3):
+        weight = cast(nn.Linear, head).weight
+        out, width = weight.shape
+        # Without drawing weights first, so that a run's random state does not tell how its models share theirs.
+        copy = skip_init(nn.Linear, width, out, bias=False, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            copy.weight.copy_(weight)
+    return copy
 
 
 @dataclass(frozen=True)

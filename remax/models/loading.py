@@ -11,7 +11,7 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,14 +186,23 @@ def on_the_gpu() -> dict[str, Any]:
     return {"device_map": {"": device()}} if whole else {}
 
 
-def prepare_training(hf: PreTrainedModel, gradient_checkpointing: bool) -> None:
-    """Recomputes activations where that is wanted, by whichever of its names this version of transformers knows."""
+def prepare_training(
+    hf: PreTrainedModel, gradient_checkpointing: bool, contexts: Callable[[], Any] | None = None
+) -> None:
+    """Recomputes activations where that is wanted, by whichever of its names this version of transformers knows.
+
+    Args:
+        contexts: Gives the contexts of a layer's forward and of its recomputation, see `torch.utils.checkpoint`.
+    """
     if not gradient_checkpointing:
         return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if contexts is not None:
+        options["context_fn"] = contexts
     if hasattr(hf, "activation_checkpointing_enable"):
-        hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        hf.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ ALL_LINEAR = "all-linear"
 ADAPTER_FOLDER = "adapter"
 
 
-def adaptable_layers(hf: PreTrainedModel) -> list[str]:
-    """Names of all linear layers but the output embedding and a score head."""
+def adaptable_layers(hf: PreTrainedModel) -> dict[str, nn.Module]:
+    """All linear layers by name, but for the output embedding and a score head; also those that have adapters."""
     heads = [hf.get_output_embeddings(), getattr(hf, "score", None)]
-    return [
-        name
-        for name, module in hf.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not any(module is head for head in heads)
-    ]
+    layers = {name: getattr(module, "base_layer", module) for name, module in hf.named_modules()}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, (nn.Linear, Conv1D)) and not any(layer is head for head in heads)
+        if ".base_layer" not in name and ".lora_" not in name
+    }
 
 
 def add_lora(
@@ -34,6 +37,7 @@ def add_lora(
     flag: str,
     alpha: int | None = None,
     dropout: float = 0.0,
+    adapter: str = "default",
 ) -> None:
     """Adds LoRA adapters of rank `dim` to every linear layer whose name contains `module_name`.
 
@@ -45,6 +49,7 @@ def add_lora(
         flag: The flag of `module_name`, which errors name.
         alpha: The product B A is scaled by alpha / dim; without it by 1.
         dropout: On what the adapters read, in training.
+        adapter: Name of this set of them; a model's own is the first that it gets.
 
     Raises:
         UserError: No layer has that name; adapters that train nothing must not pass for training. Or a layer's matrix
@@ -53,13 +58,13 @@ def add_lora(
     from peft import LoraConfig
 
     layers = adaptable_layers(hf)
-    targets = layers if module_name == ALL_LINEAR else [name for name in layers if module_name in name]
+    targets = [name for name in layers if module_name == ALL_LINEAR or module_name in name]
     if not targets:
         raise UserError(
             f"{flag} {module_name!r} is part of no linear layer's name in this model; its layers are named like "
-            f"{layers[0]!r}; {ALL_LINEAR} takes all of them"
+            f"{next(iter(layers))!r}; {ALL_LINEAR} takes all of them"
         )
-    modules: dict[str, Any] = {name: hf.get_submodule(name) for name in targets}
+    modules: dict[str, Any] = {name: layers[name] for name in targets}
     ranks = {name: min(getattr(m.weight, "ds_shape", m.weight.shape)) for name, m in modules.items()}
     smallest = min(ranks, key=lambda name: ranks[name])
     if dim > ranks[smallest]:
@@ -67,15 +72,16 @@ def add_lora(
             f"{flag.replace('module_name', 'dim')} {dim}: the matrix of {smallest} has rank {ranks[smallest]} at most; "
             f"expected no more, or layers without it ({flag})"
         )
-    hf.add_adapter(
-        LoraConfig(
-            r=dim,
-            lora_alpha=dim if alpha is None else alpha,
-            lora_dropout=dropout,
-            target_modules=targets,
-            fan_in_fan_out=all(isinstance(module, Conv1D) for module in modules.values()),
-        )
+    settings = LoraConfig(
+        r=dim,
+        lora_alpha=dim if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        fan_in_fan_out=all(isinstance(module, Conv1D) for module in modules.values()),
     )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several sets are meant
+        hf.add_adapter(settings, adapter)
     for name, parameter in hf.named_parameters():
         parameter.requires_grad = not only_lora or "lora_" in name or name.startswith("score.")
 
@@ -95,7 +101,7 @@ def save_adapter(state: dict[str, Tensor], hf: PreTrainedModel, folder: Path) ->
     from peft import TaskType
     from safetensors.torch import save_file
 
-    (adapter,) = hf.peft_config
+    adapter = own_adapters(hf)
     config: Any = copy.copy(hf.peft_config[adapter])
     scorer = any(name.startswith("score.") for name in state)
     config.inference_mode, config.task_type = True, TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM
@@ -104,13 +110,18 @@ def save_adapter(state: dict[str, Tensor], hf: PreTrainedModel, folder: Path) ->
     kept = {
         f"base_model.model.{name.replace(f'.{adapter}.', '.')}": tensor.contiguous()
         for name, tensor in state.items()
-        if ".lora_" in name or name.startswith("score.")
+        if (".lora_" in name and f".{adapter}." in name) or name.startswith("score.")
     }
     save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def own_adapters(hf: PreTrainedModel) -> str:
+    """Name of the set of adapters that the model got first."""
+    return next(iter(hf.peft_config))
+
+
 def merge_adapters(state: dict[str, Tensor], hf: PreTrainedModel) -> dict[str, Tensor]:
-    """Folds LoRA into the weights, W + scale * B A, under the names of the model without adapters.
+    """Folds the model's own LoRA set into the weights, W + scale * B A, under the names of the model without adapters.
 
     The given state dict is left as it is.
     """
@@ -122,7 +133,7 @@ def merge_adapters(state: dict[str, Tensor], hf: PreTrainedModel) -> dict[str, T
         if name.endswith(".base_layer.weight"):
             stem = name[: -len(".base_layer.weight")]
             layer: Any = hf.get_submodule(stem)  # peft's, of one of its classes
-            for adapter in layer.active_adapters:
+            if (adapter := own_adapters(hf)) in layer.scaling:
                 a, b = state[f"{stem}.lora_A.{adapter}.weight"], state[f"{stem}.lora_B.{adapter}.weight"]
                 delta = layer.scaling[adapter] * (b.float() @ a.float())  # (out, in)
                 delta = delta.T if layer.fan_in_fan_out else delta  # GPT-2's Conv1D stores (in, out)

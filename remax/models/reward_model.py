@@ -45,9 +45,16 @@ class RewardModel(nn.Module):
 
         With `every_token`: (B, A) values at the positions before each answer token.
         """
-        columns = sequences.predictor_columns if every_token else sequences.end_index
-        scores = self.head(last_hidden(self.hf, sequences, columns, self.packing)).squeeze(-1)
-        return scores * sequences.answer_mask if every_token else scores
+        return read_scores(self.hf, self.head, sequences, every_token, self.packing)
+
+
+def read_scores(
+    hf: PreTrainedModel, head: nn.Module, sequences: Sequences, every_token: bool = False, packing: bool = False
+) -> Tensor:
+    """As `RewardModel` gives them, by any head on any backbone."""
+    columns = sequences.predictor_columns if every_token else sequences.end_index
+    scores = head(last_hidden(hf, sequences, columns, packing)).squeeze(-1)
+    return scores * sequences.answer_mask if every_token else scores
 
 
 def score_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ class FunctionReward:
             i = error.index or 0
             which = "sample" if error.index is not None else f"a batch of {len(prompts)} whose first sample is"
             failure = (
-                f"--reward_fn {self.function.entry}: {error}. On rank {rank()}, {which}: "
-                f"prompt {beginning(prompts[i])}, answer {beginning(answers[i])}"
+                f"--reward_fn {self.function.entry}: {error}. On rank {rank()}, {which}: prompt {_begin(prompts[i])}, "
+                f"answer {_begin(answers[i])}"
             )
         if sum_across_ranks({"failed": float(failure is not None)})["failed"]:
             raise UserError(next(failure for failure in gather_objects(failure) if failure))
@@ -117,8 +117,7 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-def beginning(text: str) -> str:
-    """As much of a text as errors show."""
+def _begin(text: str) -> str:
     return repr(text if len(text) <= BEGINNING else text[:BEGINNING] + "...")
 
 
@@ -152,6 +151,11 @@ class CompositeReward:
         return [part for part in self.parts if not isinstance(part.scorer, FunctionReward)]
 
     @property
+    def trunk(self) -> Reward | None:
+        """The part that shares its weights with another role."""
+        return next((part.model for part in self.models if part.model.use is not None), None)
+
+    @property
     def part_names(self) -> tuple[str, ...]:
         """Names of what `score_parts` gives beside the total: of all parts where there are several."""
         return tuple(part.name for part in self.parts) if len(self.parts) > 1 else ()
@@ -161,14 +165,23 @@ class CompositeReward:
         return self.score_parts(sequences, forwards, columns)[0]
 
     def score_parts(
-        self, sequences: Sequences, forwards: int = 1, columns: Columns | None = None
+        self,
+        sequences: Sequences,
+        forwards: int = 1,
+        columns: Columns | None = None,
+        of_trunk: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) rewards, and where there are several parts the (B,) score of each as it gave it, by name.
 
         See `Reward.score` for `forwards`, `FunctionReward.score` for `columns`.
+
+        Args:
+            of_trunk: (B,) scores of the part that is the actor's trunk, where a `Judge` has given them already.
         """
 
         def score(part: Part) -> Tensor:
+            if of_trunk is not None and part.scorer is self.trunk:
+                return of_trunk
             if isinstance(part.scorer, FunctionReward):
                 return part.scorer.score(sequences, forwards, columns)
             return part.scorer.score(sequences, forwards)

@@ -7,20 +7,29 @@ from dataclasses import astuple, dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from remax.algorithms import ALGORITHMS
 from remax.checks.packing import check_packing
 from remax.cli.evaluation import DoctorArguments
 from remax.cli.flags import Step3Arguments
 from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
-from remax.engines.policy import Actor, Reference, TrainedHydra
+from remax.engines.policy import Actor, Judge, Reference, TrainedHydra
 from remax.engines.scorer import Reward, TrainedReward
-from remax.engines.zero import loading
-from remax.models.hydra import HydraModel, load_hydra
+from remax.engines.zero import copied_head, loading
+from remax.models.hydra import HydraModel, check_hydra_config, load_hydra
 from remax.models.loading import check_length, load_config
 from remax.models.lora import add_lora
 from remax.models.policy import PolicyModel, check_policy_config, load_policy
 from remax.models.reward_model import RewardModel, check_reward_config, load_reward_model, score_statistics
+from remax.models.trunk import (
+    ACTOR,
+    CRITIC,
+    JOINT_CRITIC,
+    REFERENCE,
+    REWARD,
+    Trunk,
+)
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.process import load_function
 from remax.rewards.sources import reward_sources
@@ -28,6 +37,7 @@ from remax.stages.settings import (
     ModelSpec,
     actor_model,
     actor_optimizer,
+    critic_adapters,
     critic_model,
     critic_optimizer,
     evaluated_distribution,
@@ -94,7 +104,10 @@ def trained_hydra(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokeni
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of step 3: the actor's and reference's, each reward model's in the order of their flag, PPO's."""
+    """The tokenizers of step 3: the actor's and reference's, each reward model's in the order of their flag, PPO's.
+
+    None is PPO's where its critic shares the actor's trunk.
+    """
 
     actor: Tokenizer
     rewards: list[Tokenizer]
@@ -103,24 +116,28 @@ class Tokenizers:
 
 @dataclass(frozen=True)
 class Models:
-    """The roles of step 3; the critic is PPO's."""
+    """The roles of step 3; the critic is PPO's, the judge there where one trunk is reference and reward."""
 
     actor: Actor
     reference: Reference
     reward: CompositeReward
     critic: TrainedReward | None = None
+    judge: Judge | None = None
 
 
 def check_models(args: Step3Arguments) -> Tokenizers:
     """Reads configurations and tokenizers before any weights, and refuses models that do not go together."""
-    from remax.algorithms import ALGORITHMS
-
-    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    models, _ = reward_sources(args.reward_models, args.reward_fn)
     config = _check_length(args, args.actor_model_name_or_path, "--actor_model_name_or_path")
     check_policy_config(config, args.actor_model_name_or_path, "--actor_model_name_or_path")
     tokenizer = load_tokenizer(
         args.actor_model_name_or_path, "--actor_model_name_or_path", chat_template=args.chat_template
     )
+    if args.share == "all":
+        check_hydra_config(config, args.actor_model_name_or_path, "--share all: --actor_model_name_or_path")
+        if args.normalize_reward:
+            score_statistics(config, args.actor_model_name_or_path, "--actor_model_name_or_path")
+        return Tokenizers(tokenizer, [tokenizer], None)
     rewards = [_check_scorer(args, model.name, "--reward_model_name_or_path", tokenizer) for model in models]
     critic = None
     if ALGORITHMS[args.algo].critic:
@@ -163,7 +180,7 @@ def reward_functions(
     args: Step3Arguments | DoctorArguments, tokenizer: Tokenizer, eos_ids: Sequence[int] | None = None
 ) -> list[FunctionReward]:
     """The functions of --reward_fn; the tokenizer is the actor's, and so are the end tokens."""
-    _, functions = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    _, functions = reward_sources(args.reward_models, args.reward_fn)
     timeout = args.reward_fn_timeout
     return [FunctionReward(load_function(source.name), tokenizer, timeout, eos_ids) for source in functions]
 
@@ -174,40 +191,93 @@ def build_reward(
     tokenizer: Tokenizer,
     own: Sequence[Tokenizer],
     eos_ids: Sequence[int] | None = None,
+    shared: Reward | None = None,
 ) -> CompositeReward:
-    """All parts of the reward; `tokenizer` and `eos_ids` are the actor's, `own` are those of the reward models."""
-    models, functions = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    """All parts of the reward.
+
+    Args:
+        tokenizer: The actor's, and so are `eos_ids`.
+        own: The tokenizers of the reward models.
+        shared: The first model, where it is loaded already for another role.
+    """
+    models, functions = reward_sources(args.reward_models, args.reward_fn)
     flag, parts = "--reward_model_name_or_path", []
     for source, of_model in zip(models, own, strict=True):
         mean, std = 0.0, 1.0
         if args.normalize_reward:
             mean, std = score_statistics(load_config(source.name, flag), source.name, flag)
-        model = load_scorer(ModelSpec(source.name, flag, engine, args.attn_implementation), of_model)
-        parts.append(Part(source.label, Reward(FrozenEngine(model, engine)), source.weight, mean, std, of_model))
+        scorer, shared = shared, None
+        if scorer is None:
+            model = load_scorer(ModelSpec(source.name, flag, engine, args.attn_implementation), of_model)
+            scorer = Reward(FrozenEngine(model, engine))
+        parts.append(Part(source.label, scorer, source.weight, mean, std, of_model))
     for source, function in zip(functions, reward_functions(args, tokenizer, eos_ids), strict=True):
         parts.append(Part(source.label, function, source.weight))
     return CompositeReward(parts)
 
 
+def load_trunk(args: Step3Arguments, spec: ModelSpec, tokenizer: Tokenizer) -> Trunk:
+    """The actor's model, which is the reference too, and with --share all the reward model and the critic."""
+    if args.share == "reference":
+        return Trunk(load_policy_model(spec, tokenizer), gradient_checkpointing=spec.gradient_checkpointing)
+    model, critic = load_hydra_model(spec, tokenizer), ALGORITHMS[args.algo].critic
+    if critic and not args.joint_critic:
+        add_lora(model.hf, *astuple(critic_adapters(args)))
+    value = copied_head(model.score_head, spec.engine) if critic else None
+    return Trunk(model, value=value, gradient_checkpointing=spec.gradient_checkpointing)
+
+
+def load_critic(args: Step3Arguments, spec: ModelSpec, tokenizer: Tokenizer) -> RewardModel | Trunk:
+    """The critic's model, which is the reward model too where they share their weights."""
+    model = load_scorer(spec, tokenizer)
+    if not args.critic_is_reward:
+        return model
+    value = copied_head(model.head, spec.engine)
+    return Trunk(model, value=value, gradient_checkpointing=spec.gradient_checkpointing)
+
+
 def build_models(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Models:
-    """Actor, reference, reward, and for PPO a critic, each by its own ZeRO stage; `steps` are the optimizer's."""
-    tokenizer, spec = tokenizers.actor, actor_model(args)
+    """Actor, reference, reward, and for PPO a critic, each by its own ZeRO stage; `steps` are the optimizer's.
+
+    With --share several of them hold one engine.
+    """
+    tokenizer, spec, shared = tokenizers.actor, actor_model(args), args.share != "none"
     distribution, chunk_size = evaluated_distribution(args), args.logprob_chunk_size
+    model = load_trunk(args, spec, tokenizer) if shared else load_policy_model(spec, tokenizer)
+    engine = TrainedEngine(model, spec.engine, actor_optimizer(args, steps))
     actor = Actor(
-        TrainedEngine(load_policy_model(spec, tokenizer), spec.engine, actor_optimizer(args, steps)),
+        engine,
         generation=generation(args, tokenizer.pad_token_id),
         sampling=distribution,
         chunk_size=chunk_size,
         gather_for_generation=args.zero3_generation == "gather",
+        use=ACTOR if shared else None,
     )
-    spec = reference_model(args)
-    frozen = FrozenEngine(load_policy_model(spec, tokenizer), spec.engine)
-    reference = Reference(frozen, sampling=distribution, chunk_size=chunk_size)
+    if shared:
+        reference = Reference(engine, sampling=distribution, chunk_size=chunk_size, use=REFERENCE)
+    else:
+        spec = reference_model(args)
+        frozen = FrozenEngine(load_policy_model(spec, tokenizer), spec.engine)
+        reference = Reference(frozen, sampling=distribution, chunk_size=chunk_size)
     eos_ids = actor.model.hf.generation_config.eos_token_id if args.reward_fn else None
-    reward = build_reward(args, reward_engine(args), tokenizer, tokenizers.rewards, eos_ids)
-    if tokenizers.critic is None:
-        return Models(actor, reference, reward)
-    models, _ = reward_sources(args.reward_model_name_or_path, args.reward_fn)
+    if args.share == "all":
+        reward = build_reward(args, spec.engine, tokenizer, tokenizers.rewards, eos_ids, Reward(engine, use=REWARD))
+        use = JOINT_CRITIC if args.joint_critic else CRITIC
+        critic = TrainedReward(engine, use) if ALGORITHMS[args.algo].critic else None
+        return Models(actor, reference, reward, critic, Judge(reference))
+    critic = first = None
+    if tokenizers.critic is not None and args.critic_is_reward:
+        critic = build_critic(args, tokenizers.critic, steps)
+        first = Reward(critic.engine, REWARD)
+    reward = build_reward(args, reward_engine(args), tokenizer, tokenizers.rewards, eos_ids, first)
+    if tokenizers.critic is not None and critic is None:
+        critic = build_critic(args, tokenizers.critic, steps)
+    return Models(actor, reference, reward, critic)
+
+
+def build_critic(args: Step3Arguments, tokenizer: Tokenizer, steps: int) -> TrainedReward:
+    """PPO's critic, from its own model or the first reward model."""
+    models, _ = reward_sources(args.reward_models, args.reward_fn)
     spec = critic_model(args, models[0].name if models else "")
-    engine = TrainedEngine(load_scorer(spec, tokenizers.critic), spec.engine, critic_optimizer(args, steps))
-    return Models(actor, reference, reward, TrainedReward(engine))
+    engine = TrainedEngine(load_critic(args, spec, tokenizer), spec.engine, critic_optimizer(args, steps))
+    return TrainedReward(engine, CRITIC if args.critic_is_reward else None)

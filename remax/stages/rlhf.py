@@ -111,12 +111,12 @@ def run_rlhf(args: Step3Arguments) -> None:
         metrics=metrics,
         pad_id=tokenizer.pad_token_id,
         critic=models.critic,
+        judge=models.judge,
         unsupervised=data.plain_text,
         average=WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None,
         on_evaluation=on_evaluation,
         sentinel=Sentinel(len(tokenizer)),
         watchers=watchers,
-        decode=tokenizer.decode,
     )
     try:
         state = trainer.train(data.train, checkpoints)
@@ -171,11 +171,11 @@ def examine_models(args: Step3Arguments, models: Models, tokenizer: Tokenizer, d
 
 
 def save_final(args: Step3Arguments, output: Path, trainer: Trainer, tokenizers: Tokenizers) -> None:
-    """The last actor (--save_at_final), its moving average (--enable_ema), and PPO's critic."""
+    """The last actor (--save_at_final), its moving average (--enable_ema), and PPO's critic if it shares no trunk."""
     model, zero3 = trainer.actor.model, trainer.actor.zero3
     if args.save_at_final:
         export(model, tokenizers.actor, output / "actor_final", zero3=zero3)
-        if trainer.critic is not None and tokenizers.critic is not None:
+        if trainer.critic is not None and tokenizers.critic is not None and trainer.critic.use is None:
             export(trainer.critic.model, tokenizers.critic, output / "critic", zero3=trainer.critic.zero3)
     if trainer.average is not None:
         export(model, tokenizers.actor, output / "actor_ema", zero3=zero3, state=trainer.average.state())

@@ -10,6 +10,7 @@ from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
 from remax.generation.decode import GenerationSettings
+from remax.models.trunk import ACTOR_SET, CRITIC_SET
 from remax.training.loop import Cadence
 from remax.training.trainer import TrainerSettings
 from utils.present import present
@@ -27,6 +28,7 @@ class LoraSpec:
     flag: str
     alpha: int | None = None
     dropout: float = 0.0
+    adapter: str = "default"
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,7 @@ def reward_engine(args: Step3Arguments) -> EngineConfig:
 
 
 def actor_model(args: Step3Arguments) -> ModelSpec:
-    flag = "--actor_lora_module_name"
-    only, alpha, dropout = args.only_optimize_lora, args.actor_lora_alpha, args.actor_lora_dropout
-    lora = LoraSpec(args.actor_lora_dim, args.actor_lora_module_name, only, flag, alpha, dropout)
+    lora = _adapters(args, args.actor_lora_dim, args.only_optimize_lora)
     return ModelSpec(
         args.actor_model_name_or_path,
         "--actor_model_name_or_path",
@@ -120,8 +120,19 @@ def actor_model(args: Step3Arguments) -> ModelSpec:
         args.attn_implementation,
         disable_dropout=args.disable_actor_dropout,
         gradient_checkpointing=args.actor_gradient_checkpointing,
-        lora=lora if args.actor_lora_dim else None,
+        lora=lora if args.share == "none" or lora is None else replace(lora, adapter=ACTOR_SET),
     )
+
+
+def _adapters(args: Step3Arguments, dim: int, only: bool) -> LoraSpec | None:
+    name, flag = args.actor_lora_module_name, "--actor_lora_module_name"
+    return LoraSpec(dim, name, only, flag, args.actor_lora_alpha, args.actor_lora_dropout) if dim else None
+
+
+def critic_adapters(args: Step3Arguments) -> LoraSpec:
+    """Those of a critic on the trunk that it shares."""
+    lora = present(_adapters(args, args.critic_lora_dim or args.actor_lora_dim, only=True), "--critic_lora_dim")
+    return replace(lora, adapter=CRITIC_SET)
 
 
 def reference_model(args: Step3Arguments) -> ModelSpec:
@@ -141,11 +152,14 @@ def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
         args.attn_implementation,
         disable_dropout=args.disable_reward_dropout,
         gradient_checkpointing=args.critic_gradient_checkpointing,
+        lora=critic_adapters(args) if args.critic_is_reward else _adapters(args, args.critic_lora_dim, only=True),
     )
 
 
 def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
-    return _optimizer(args, steps, args.actor_learning_rate, args.actor_weight_decay, args.actor_lora_learning_rate)
+    actor = _optimizer(args, steps, args.actor_learning_rate, args.actor_weight_decay, args.actor_lora_learning_rate)
+    critic = (args.critic_learning_rate, args.critic_weight_decay)
+    return replace(actor, critic=critic) if args.share == "all" else actor
 
 
 def critic_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -19,18 +18,14 @@ from remax.core.batches import to_device
 from remax.core.sums import Figure, Figures, add, reduce
 from remax.engines.base import TrainedEngine
 from remax.training.loop import Cadence, Evaluation, TrainState, train
-from remax.training.suspects import Decode, Part, suspects
 from remax.training.tasks import Task
 from utils.distributed import sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 from utils.run import TrainingStopped
 
 
-def optimizer_step(task: Task, batches: list[Any], losses: list[Part] | None = None) -> dict[str, float]:
+def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
     """One optimizer step over several micro-batches, normalised by counts over all of them and all ranks.
-
-    Args:
-        losses: Takes the loss of each micro-batch, where it was computed.
 
     Returns:
         Means over what the task counts and, over all token slots that the model computed, the share of padding.
@@ -45,8 +40,6 @@ def optimizer_step(task: Task, batches: list[Any], losses: list[Part] | None = N
     figures: Figures = {}
     for i, batch in enumerate(batches):
         loss, more = task.loss(batch, totals)
-        if losses is not None:
-            losses.append((rows[i], {"loss": loss.detach()}))
         task.learner.backward(loss, last=i == len(batches) - 1)
         name, total = next(iter(totals.items()))  # the batches' losses add up, whichever count they are weighed by
         figures = add(figures, {"loss": Figure(loss.detach() * total, counts[i][name]), **more})
@@ -74,9 +67,7 @@ class Finetuning:
     """A task on the training loop."""
 
     task: Task
-    decode: Decode = str  # token ids as text
     label: str = "training"
-    losses: list[Part] = field(default_factory=list, init=False)  # of the present step's micro-batches
 
     @property
     def headline(self) -> str:
@@ -105,12 +96,11 @@ class Finetuning:
     def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
         """See `optimizer_step`."""
         self.task.learner.train()
-        self.losses.clear()
-        return optimizer_step(self.task, batches, self.losses)
+        return optimizer_step(self.task, batches)
 
     def check(self, step: int, figures: dict[str, float]) -> None:
         """Stops where the loss is lost, or where nothing but overflow is left."""
-        stop_if_not_finite(step, figures, lambda: suspects(self.losses, self.decode))
+        stop_if_not_finite(step, figures)
 
     def evaluate(self) -> Measured:
         """The task's figures on held-out rows."""
@@ -122,20 +112,15 @@ class Finetuning:
 
 
 def finetune(
-    task: Task,
-    loader: DataLoader,
-    cadence: Cadence,
-    metrics: MetricsLogger,
-    checkpoints: Checkpoints | None = None,
-    decode: Decode = str,
+    task: Task, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger, checkpoints: Checkpoints | None = None
 ) -> dict[str, dict[str, float]]:
     """Trains, see `train`, and returns the evaluation before and after: {"before": {...}, "after": {...}}."""
-    state = train(Finetuning(task, decode), loader, cadence, metrics, checkpoints)
+    state = train(Finetuning(task), loader, cadence, metrics, checkpoints)
     return {"before": state.before, "after": state.after}
 
 
-def stop_if_not_finite(step: int, figures: dict[str, float], suspects: Callable[[], str] = str) -> None:
-    """Ends a training whose loss is lost; for `suspects` every rank is asked then.
+def stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
+    """Ends a training whose loss is lost.
 
     Raises:
         TrainingStopped: The loss is not finite. The figures are reduced, so every rank raises it together.
@@ -144,5 +129,5 @@ def stop_if_not_finite(step: int, figures: dict[str, float], suspects: Callable[
         raise TrainingStopped(
             f"step {step}: loss is {figures['loss']} (gradient norm {figures['grad_norm']}, learning rate "
             f"{figures['lr']:.2e}). Likely a learning rate that is too high, or fp16 overflow: try --dtype bf16 or a "
-            f"tenth of the learning rate. {suspects()}".rstrip(". ")
+            "tenth of the learning rate"
         )

@@ -106,14 +106,14 @@ class Sentinel:
             self.told[alarm.kind] = step
             self.warn(f"warning, {alarm.message(step)}")
 
-    def stop_if_fatal(self, further: str = "") -> None:
-        """Ends a training that is lost; `further` is said last.
+    def stop_if_fatal(self) -> None:
+        """Ends a training that is lost.
 
         Raises:
             TrainingStopped: There was a fatal alarm; on every rank.
         """
         if self.fatal is not None:
-            raise TrainingStopped(". ".join(filter(None, [self.fatal, further])))
+            raise TrainingStopped(self.fatal)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge as this one would have: numbers, strings, lists and dicts only."""

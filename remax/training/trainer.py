@@ -24,14 +24,13 @@ from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.core.sums import Figure, Figures, add, reduce
 from remax.engines.base import StepResult, TrainedEngine
-from remax.engines.policy import Actor, Reference
+from remax.engines.policy import Actor, Judge, Reference
 from remax.engines.scorer import Reward, TrainedReward
 from remax.evaluation.policy import PolicyEvaluation
 from remax.rewards.composite import CompositeReward
 from remax.training.alarms import start_again
 from remax.training.loop import Cadence, TrainState, train
 from remax.training.sentinel import Sentinel
-from remax.training.suspects import Decode, Part, suspects
 from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
@@ -39,7 +38,6 @@ from utils.present import present
 from utils.run import TrainingStopped
 from utils.whereabouts import at
 
-OF_ROWS = ("rewards", "baseline", "reference_logprobs", "old_logprobs", "values")  # of a rollout, one for each row
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
 
@@ -93,12 +91,12 @@ class Trainer:
     Attributes:
         measure: Evaluates the policy, reduced over ranks.
         pad_id: What rows of token ids are filled up with.
+        judge: Of a reference and reward that share one trunk; the scores of both come from one forward.
         unsupervised: Endless batches of plain text for the language-modelling mix, or None.
         average: A moving average of the actor's weights, or None.
         on_evaluation: (step, evaluation, best), called on every rank.
         sentinel: Warns of a training that goes wrong, or ends it.
         watchers: (step, rollout, figures) -> further figures to log, equal on every rank.
-        decode: Token ids as text, for messages.
     """
 
     actor: Actor
@@ -110,14 +108,12 @@ class Trainer:
     metrics: MetricsLogger
     pad_id: int
     critic: TrainedReward | None = None
+    judge: Judge | None = None
     unsupervised: Iterator[SupervisedBatch] | None = None
     average: WeightAverage | None = None
     on_evaluation: Callable[[int, PolicyEvaluation, bool], None] = lambda step, evaluation, best: None
     sentinel: Sentinel | None = None
     watchers: list[Watcher] = field(default_factory=list)
-    decode: Decode = str
-    losses: list[Part] = field(default_factory=list, init=False)  # of the present step's micro-batches
-    suspects: str = field(default="", init=False)  # what was not finite in it
 
     def __post_init__(self) -> None:
         self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
@@ -131,7 +127,6 @@ class Trainer:
             The rollout, and figures reduced over ranks.
         """
         timer, figures, collected = Timer(), Figures(), []
-        self.losses.clear()
         self.actor.train()
         if self.critic is not None:
             self.critic.train()
@@ -139,8 +134,8 @@ class Trainer:
             with timer("generation"):
                 sampled, greedy = self.answer(batch)  # y ~ pi(.|x), and ybar, the greedy answer
             with timer("scoring"):
-                reward, baseline, parts = self.score(sampled, greedy, batch.columns)  # r(x, y), r(x, ybar)
-                collected.append(replace(self.annotate(sampled, reward), baseline=baseline))
+                reward, baseline, reference, parts = self.score(sampled, greedy, batch.columns)  # r(x, y), r(x, ybar)
+                collected.append(replace(self.annotate(sampled, reward, reference), baseline=baseline))
             timer.tokens += sum(x.answer_tokens for x in (sampled, greedy) if x is not None)
             figures = add(figures, parts)
         rollout = Rollout.concatenate(collected, self.pad_id)
@@ -169,7 +164,7 @@ class Trainer:
     @torch.no_grad()
     def score(
         self, sampled: Sequences, greedy: Sequences | None, columns: Mapping[str, Sequence[Any]] | None = None
-    ) -> tuple[Tensor, Tensor | None, Figures]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Figures]:
         """Rewards of the sampled and of the greedy answers, both from the same forwards.
 
         So a ZeRO-3 reward model moves its weights only once for both.
@@ -178,7 +173,8 @@ class Trainer:
             columns: Of the data, a value for each prompt.
 
         Returns:
-            (B,) rewards, (B,) baseline, and the sampled answers' scores by each part of the reward.
+            (B,) rewards, (B,) baseline, (B, A) log-probs of the sampled answers under the reference where the same
+            forwards gave them, and the sampled answers' scores by each part of the reward.
         """
         both = sampled if greedy is None else Sequences.concatenate([sampled, greedy], self.pad_id)
         samples = self.algorithm.samples_per_prompt
@@ -186,24 +182,36 @@ class Trainer:
             name: [value for value in values for _ in range(samples)] + ([] if greedy is None else list(values))
             for name, values in (columns or {}).items()
         }
-        rewards, parts = self.reward.score_parts(both, self.forwards(sampled), of_both)
+        forwards, reference, of_trunk = self.forwards(sampled), None, None
+        if self.judge is not None:
+            reference, of_trunk = self.judge.read(both, len(sampled), forwards)
+        rewards, parts = self.reward.score_parts(both, forwards, of_both, of_trunk)
         figures = {f"reward/{k}": Figure(scores[: len(sampled)].sum(), len(sampled)) for k, scores in parts.items()}
-        return rewards[: len(sampled)], None if greedy is None else rewards[len(sampled) :], figures
+        return rewards[: len(sampled)], None if greedy is None else rewards[len(sampled) :], reference, figures
 
     @torch.no_grad()
-    def annotate(self, sampled: Sequences, rewards: Tensor) -> Rollout:
-        """The answers with what the models know of them at the time of the rollout, by one forward of each."""
+    def annotate(self, sampled: Sequences, rewards: Tensor, reference: Tensor | None = None) -> Rollout:
+        """The answers with what the models know of them at the time of the rollout, by one forward of each.
+
+        Args:
+            reference: (B, A) log-probs under the reference, where they are known.
+        """
         forwards = self.forwards(sampled)
+        known = [None] * forwards if reference is None else reference.tensor_split(forwards)
         parts = [
             Rollout(
                 part,
                 reward,
-                reference_logprobs=self.reference.logprobs(part),
+                reference_logprobs=self.reference.logprobs(part)
+                if logprobs is None
+                else logprobs[:, : part.answer_width],
                 old_logprobs=self.actor.old_logprobs(part) if self.algorithm.needs_old_logprobs else None,
                 values=self.critic.old_values(part) if self.critic else None,
                 reference_hidden=self.reference.hidden(part) if self.reference_head else None,
             )
-            for part, reward in zip(sampled.in_parts(forwards), rewards.tensor_split(forwards), strict=True)
+            for part, reward, logprobs in zip(
+                sampled.in_parts(forwards), rewards.tensor_split(forwards), known, strict=True
+            )
         ]
         return Rollout.concatenate(parts, self.pad_id)
 
@@ -223,12 +231,18 @@ class Trainer:
     def update(self, rollout: Rollout) -> tuple[StepResult, Figures]:
         """One optimizer step: the gradients of all micro-batches, and the algorithm's figures.
 
-        The loss of a micro-batch is divided by one denominator over all micro-batches and ranks.
+        The loss of a micro-batch is divided by one denominator over all micro-batches and ranks. A critic on the
+        actor's engine learns in the same step, by the sum of both losses: where they share no trained parameter, these
+        are two steps in one, but for the gradient's norm, which is clipped as a whole.
         """
         denominator = sum_across_ranks({"count": self.algorithm.count(rollout.sequences)})["count"]
         group = self.algorithm.samples_per_prompt if self.algorithm.compares_answers else 1
         parts, kl = list(rollout.split(self.settings.micro_batch_size, group=group)), self.algorithm.kl
         figures: Figures = {}
+        # A backward pass before a step reaches all that the engine learns, or ZeRO 1 would keep a part of the gradient.
+        text_follows = self.unsupervised is not None and not self.one_engine
+        if self.unsupervised is not None and self.one_engine:
+            figures = add(figures, self.learn_plain_text(next(self.unsupervised), last=False))
         for i, batch in enumerate(parts):
             output = self.actor.logprobs(
                 batch.sequences,
@@ -238,13 +252,16 @@ class Trainer:
                 reference_head=self.reference_head,
             )
             loss, of_batch = self.algorithm.loss(batch, output, denominator)
-            self.losses.append((batch.sequences, {"loss": loss.detach()}))
-            self.actor.backward(loss, last=i == len(parts) - 1 and self.unsupervised is None)
+            if self.critic is not None and self.one_engine:
+                values = self.critic.values(batch.sequences)
+                value_loss, of_values = self.algorithm.value_loss(batch, values, denominator)
+                loss, of_batch = loss + value_loss, of_batch | of_values
+            self.actor.backward(loss, last=i == len(parts) - 1 and not text_follows)
             figures = add(figures, of_batch)
-        if self.unsupervised is not None:
+        if self.unsupervised is not None and text_follows:
             figures = add(figures, self.learn_plain_text(next(self.unsupervised)))
         result = self.actor.step()
-        if self.critic is not None:
+        if self.critic is not None and not self.one_engine:
             for i, batch in enumerate(parts):
                 loss, of_batch = self.algorithm.value_loss(batch, self.critic.values(batch.sequences), denominator)
                 self.critic.backward(loss, last=i == len(parts) - 1)
@@ -252,7 +269,7 @@ class Trainer:
             self.critic.step()
         return result, figures
 
-    def learn_plain_text(self, batch: SupervisedBatch) -> Figures:
+    def learn_plain_text(self, batch: SupervisedBatch, last: bool = True) -> Figures:
         """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
         rows = Sequences.from_batch(to_device(batch))
         tokens = sum_across_ranks({"tokens": rows.answer_tokens})["tokens"]
@@ -260,7 +277,7 @@ class Trainer:
         for i, part in enumerate(parts):
             logprobs = self.actor.logprobs(part, sampling=Sampling()).logprobs  # the model's, at any temperature
             loss = supervised_loss(logprobs, part.answer_mask, tokens)
-            self.actor.backward(self.settings.unsupervised_coefficient * loss, last=i == len(parts) - 1)
+            self.actor.backward(self.settings.unsupervised_coefficient * loss, last=last and i == len(parts) - 1)
             figures = add(figures, {"unsupervised_loss": Figure(loss.detach())})
         return figures
 
@@ -318,9 +335,14 @@ class Trainer:
         return 1
 
     @property
+    def one_engine(self) -> bool:
+        """Whether actor and critic are trained by one engine, since they share a trunk."""
+        return self.critic is not None and self.critic.engine is self.actor.engine
+
+    @property
     def engines(self) -> dict[str, TrainedEngine]:
-        """The actor, and the critic where there is one."""
-        critic = {"critic": self.critic.engine} if self.critic is not None else {}
+        """The actor's, and the critic's where it has one of its own."""
+        critic = {"critic": self.critic.engine} if self.critic is not None and not self.one_engine else {}
         return {"actor": self.actor.engine} | critic
 
     @property
@@ -340,15 +362,12 @@ class Trainer:
         watchers: list[Watcher] = [*self.watchers, *([self.sentinel] if self.sentinel else [])]
         for watch in watchers:
             figures |= watch(step, rollout, figures)
-        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["reward"])):
-            of_rows = {name.replace("_", " "): getattr(rollout, name) for name in OF_ROWS}
-            self.suspects = suspects([(rollout.sequences, of_rows), *self.losses], self.decode)
         return figures
 
     def check(self, step: int, figures: dict[str, float]) -> None:
         """Asks the sentinel."""
         if self.sentinel:
-            self.sentinel.stop_if_fatal(self.suspects)
+            self.sentinel.stop_if_fatal()
 
     def evaluate(self) -> PolicyEvaluation:
         """Measures the policy; its `objective` is the reward minus the price of its KL."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from remax.core.sequences import Sequences
 from utils.distributed import free_port
@@ -118,6 +121,33 @@ def make_scorer(tmp_path_factory, make_policy):
     return make
 
 
+@pytest.fixture(scope="session")
+def make_two_headed(tmp_path_factory, make_policy):
+    """make_two_headed("opt") -> folder of a language model that scores too, and one of the same as a reward model."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = tmp_path_factory.mktemp("two_headed")
+
+    @functools.cache
+    def make(architecture: str, seed: int = 7) -> tuple[Path, Path]:
+        both, scorer = (base / f"{architecture}-{seed}-{kind}" for kind in ("both", "scorer"))
+        shutil.copytree(make_policy(architecture), both)
+        model = AutoModelForSequenceClassification.from_pretrained(both, num_labels=1)
+        with torch.no_grad():
+            model.score.weight.normal_(0, 0.25, generator=torch.Generator().manual_seed(seed))
+        model.save_pretrained(scorer)
+        AutoTokenizer.from_pretrained(both).save_pretrained(scorer)
+        weights = load_file(both / "model.safetensors") | {"score.weight": model.score.weight.detach()}
+        save_file(weights, both / "model.safetensors", metadata={"format": "pt"})
+        config, other = (json.loads((folder / "config.json").read_text()) for folder in (both, scorer))
+        labels = {name: other[name] for name in ("id2label", "label2id", "num_labels") if name in other}
+        config |= labels | {"architectures": config["architectures"] + other["architectures"]}
+        (both / "config.json").write_text(json.dumps(config))
+        return both, scorer
+
+    return make
+
+
 def random_sequences(seed: int, rows: int, vocabulary: int, *, longest: int = 9, pad_id: int = 0) -> Sequences:
     """Prompts of 1 to `longest` tokens and answers of 1 to `longest`, the first row the longest."""
     noise = torch.Generator().manual_seed(seed)
@@ -147,6 +177,15 @@ def save_rows(tmp_path_factory):
         return str(path)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def worker():
+    """The module worker.py, for what it does on this process's one rank."""
+    spec = importlib.util.spec_from_file_location("worker", Path(__file__).parent / "worker.py")
+    sys.modules["worker"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

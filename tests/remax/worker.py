@@ -22,6 +22,7 @@ import torch.distributed as dist
 from remax.algorithms import build_algorithm, build_penalty
 from remax.checkpoint.ema import WeightAverage
 from remax.checkpoint.export import export, full_state_dict
+from remax.cli.validate import make_algorithm, parse_step3
 from remax.core.batches import First
 from remax.core.losses import ranking_losses, supervised_loss
 from remax.core.rollout import Rollout
@@ -32,7 +33,7 @@ from remax.engines.deepspeed_config import EngineConfig, training_config
 from remax.engines.optimizer import OptimizerConfig
 from remax.engines.policy import Actor, Reference, TrainedHydra
 from remax.engines.scorer import Reward, TrainedReward
-from remax.engines.zero import loading
+from remax.engines.zero import gathered, loading
 from remax.evaluation.policy import evaluate_policy, perplexity
 from remax.evaluation.ranking import ranking_accuracy
 from remax.generation.decode import GenerationSettings
@@ -41,13 +42,17 @@ from remax.models.loading import evaluating, quiet_libraries
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model, prepare_pad_token
+from remax.models.weights import held_part
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.functions import RewardFunction
+from remax.stages.models import build_models, check_models
+from remax.stages.settings import trainer_settings
 from remax.training.finetune import finetune
 from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Hydra, Ranking, Supervised
 from remax.training.trainer import Trainer, TrainerSettings
 from utils.data.batches import PromptBatch, SupervisedBatch
+from utils.data.collate import pad
 from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.distributed import gather_objects, init_distributed, is_main, rank, set_seed, sum_across_ranks, world_size
@@ -355,10 +360,10 @@ def trainer_update(
         saved.append(replace(rollout, sequences=replace(sequences, input_ids=wide)))
         return saved[-1].sequences, None
 
-    def score(sampled: Sequences, greedy: None, columns: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        return saved[-1].rewards, saved[-1].baseline, {}
+    def score(sampled: Sequences, greedy: None, columns: dict) -> tuple[torch.Tensor, torch.Tensor, None, dict]:
+        return saved[-1].rewards, saved[-1].baseline, None, {}
 
-    def annotate(sampled: Sequences, rewards: torch.Tensor) -> Rollout:
+    def annotate(sampled: Sequences, rewards: torch.Tensor, reference: None) -> Rollout:
         rollout = saved[-1]
         if trainer.reference_head is not None:
             rollout = replace(rollout, reference_hidden=reference.hidden(sampled))
@@ -447,6 +452,67 @@ def frozen(folder: Path, name: str, rows: str, scorer: str, sampling: list, chun
     }
     table = {int(row): {k: v[i].tolist() for k, v in values.items()} for i, row in enumerate(share)}
     return {"rows": {row: values for part in gather_objects(table) for row, values in part.items()}}
+
+
+# --- step 3 by its flags
+
+
+@check
+def training_by_flags(folder: Path, name: str, flags: list[str], prompts: list[list[int]], steps: int) -> dict:
+    """Steps of step 3 from prompts on. Saved is what learned, by the names that it has on a trunk.
+
+    prompts: the rows of all ranks, which take turns.
+    """
+    args = parse_step3(flags)
+    tokenizers = check_models(args)
+    set_seed(0)
+    models = build_models(args, tokenizers, steps)
+    actor, critic = models.actor, models.critic
+    trainer = Trainer(
+        actor,
+        models.reference,
+        models.reward,
+        make_algorithm(args, sum_across_ranks=sum_across_ranks),
+        trainer_settings(args),
+        measure=None,
+        metrics=None,
+        pad_id=tokenizers.actor.pad_token_id,
+        critic=critic,
+        judge=models.judge,
+    )
+    engines = {id(role.engine): role.engine for role in (actor, models.reference, critic) if role is not None}
+    for learner in (actor, critic):
+        if learner is not None:
+            with_epsilon(learner)
+
+    def frozen() -> list[torch.Tensor]:
+        parameters = [p for engine in engines.values() for p in engine.model.parameters()]
+        return [held_part(p).clone() for p in parameters if not p.requires_grad]
+
+    before, share = frozen(), [prompts[i] for i in mine(range(len(prompts)))]
+    ids, lengths = pad(share, tokenizers.actor.pad_token_id, left=True)
+    batch = PromptBatch(input_ids=ids, lengths=lengths, weight=torch.ones(len(share)), prompts=[""] * len(share))
+    figures = [trainer.step([batch])[1] for _ in range(steps)]
+    learned = {}
+    for role, of_its_own in ((actor, "actor"), (critic, "critic")):
+        if role is not None and (role is actor or not trainer.one_engine):
+            state = full_state_dict(role.model.hf, role.zero3)
+            learned |= {key.replace(".default.", f".{of_its_own}."): x for key, x in state.items() if ".lora_" in key}
+    if critic is not None:
+        head = critic.model.head if critic.use is None else critic.engine.model.value
+        with gathered(head.parameters(), critic.zero3):
+            learned["value"] = head.weight.detach().clone()
+    if is_main():
+        torch.save(learned, folder / f"{name}.pt")
+    after = frozen()
+    return {
+        "figures": [{k: v for k, v in of_step.items() if "second" not in k} for of_step in figures],
+        "frozen": len(before),
+        "moved": sum(not torch.equal(*pair) for pair in zip(before, after, strict=True)),
+        "engines": len(engines),
+        "parts": [part.scorer.engine in engines.values() for part in models.reward.models],
+        "active": [getattr(engine.model, "active", None) for engine in engines.values()],
+    }
 
 
 # --- exports

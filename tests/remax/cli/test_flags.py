@@ -90,6 +90,7 @@ def handed_on(stage: int, args: Any) -> dict[str, Any]:
         "evaluated": settings.evaluated_distribution(args),
         "settings": settings.trainer_settings(args),
         "answers": args.answers_per_rollout,
+        "reward_models": args.reward_models,
     }
     if algorithm.critic:
         critic = settings.critic_model(args, "me/first-reward")
@@ -196,6 +197,7 @@ PREFERENCES = {
     ("--offload_reference_model", "--loss dpo --reference_zero_stage 3"): {"reference.engine.offload_parameters": True},
 }
 PPO, ZERO_3 = "--algo ppo", "--actor_zero_stage 3"
+ADAPTERS = f"{PPO} --actor_lora_dim 4 --only_optimize_lora"
 BATCHES = "--per_device_training_batch_size 1"
 RLHF = EVERYWHERE | {
     **cadence("settings.cadence"),
@@ -223,6 +225,13 @@ RLHF = EVERYWHERE | {
     ("--actor_gradient_checkpointing", PPO): {"actor.gradient_checkpointing": True},
     ("--critic_gradient_checkpointing", PPO): {"critic.gradient_checkpointing": True},
     **lora("actor_", PPO),
+    ("--share reference", f"{ADAPTERS} --critic_lora_dim 4"): {
+        "actor.lora.adapter": "actor",
+        "critic.lora.adapter": "critic",
+        "reward.dtype": "auto",  # the reward model is the critic's
+    },
+    ("--critic_lora_dim 3", f"{ADAPTERS} --critic_lora_dim 4"): {"critic.lora.dim": 3},
+    ("--actor_lora_alpha 9", f"{ADAPTERS} --critic_lora_dim 4"): {"actor.lora.alpha": 9, "critic.lora.alpha": 9},
     ("--actor_zero_stage 2", PPO): {"actor.engine.zero_stage": 2, "critic.engine.zero_stage": 2},
     ("--critic_zero_stage 2", PPO): {"critic.engine.zero_stage": 2},
     ("--reference_zero_stage 3", ""): {"reference.engine.zero_stage": 3},
@@ -236,6 +245,7 @@ RLHF = EVERYWHERE | {
         (line, f"{PPO} {ZERO_3} --critic_dtype fp32"): {"actor.engine.dtype": "bf16", "reference.engine.dtype": "bf16"}
         for line in ("--actor_dtype bf16", "--actor_bf16")
     },
+    ("--reward_model_name_or_path me/x me/y:2", ""): {"reward_models": ["me/x", "me/y:2"]},
     ("--reward_dtype bf16", ""): {"reward.dtype": "bf16"},
     ("--reward_bf16", ""): {"reward.dtype": "bf16"},
     ("--critic_dtype bf16", f"{PPO} --critic_zero_stage 1"): {"critic.engine.dtype": "bf16"},
@@ -334,7 +344,7 @@ DATA, MODELS, FINETUNING, LEARNING, RESUME = (
 )
 FOLLOWED = {f"{DATA}:data_config"}
 LONGEST = "args.max_prompt_seq_len + args.max_answer_seq_len"
-REWARDS = "reward_sources(args.reward_model_name_or_path, args.reward_fn)"
+REWARDS = "reward_sources(args.reward_models, args.reward_fn)"
 READ = {
     f"{FINETUNING}:run_finetuning": [
         "name, flag = (args.model_name_or_path, '--model_name_or_path')",
@@ -399,6 +409,9 @@ READ = {
         REWARDS,
         "load_tokenizer(args.actor_model_name_or_path, '--actor_model_name_or_path', chat_template=args.chat_template)",
         "_check_length(args, args.actor_model_name_or_path, '--actor_model_name_or_path')",
+        "if args.share == 'all'",
+        "if args.normalize_reward",
+        "score_statistics(config, args.actor_model_name_or_path, '--actor_model_name_or_path')",
         "if ALGORITHMS[args.algo].critic",
         "name, flag = (args.critic_model_name_or_path, '--critic_model_name_or_path')",
     ],
@@ -421,8 +434,20 @@ READ = {
         "eos_ids = actor.model.hf.generation_config.eos_token_id if args.reward_fn else None",
         "distribution, chunk_size = (evaluated_distribution(args), args.logprob_chunk_size)",
         "gather_for_generation=args.zero3_generation == 'gather'",
-        REWARDS,
+        "tokenizer, spec, shared = (tokenizers.actor, actor_model(args), args.share != 'none')",
+        "if args.share == 'all'",
+        "JOINT_CRITIC if args.joint_critic else CRITIC",
+        "TrainedReward(engine, use) if ALGORITHMS[args.algo].critic else None",
+        "if tokenizers.critic is not None and args.critic_is_reward",
     ],
+    f"{MODELS}:build_critic": [REWARDS, "TrainedReward(engine, CRITIC if args.critic_is_reward else None)"],
+    f"{MODELS}:load_trunk": [
+        "if args.share == 'reference'",
+        "model, critic = (load_hydra_model(spec, tokenizer), ALGORITHMS[args.algo].critic)",
+        "if critic and (not args.joint_critic)",
+        "add_lora(model.hf, *astuple(critic_adapters(args)))",
+    ],
+    f"{MODELS}:load_critic": ["if not args.critic_is_reward"],
     f"{LEARNING}:run_rlhf": [
         "init_distributed(args.local_rank)",
         "set_seed(args.seed)",
@@ -542,6 +567,7 @@ def test_every_model_of_step_3_gets_its_own_settings(monkeypatch, line):
         sampling=sampling,
         chunk_size=args.logprob_chunk_size,
         gather_for_generation="synced" not in line,
+        use=None,
     )
     assert built.reference == recorded("Reference", frozen, sampling=sampling, chunk_size=args.logprob_chunk_size)
     spec = settings.ModelSpec("me/reward", "--reward_model_name_or_path", engine, args.attn_implementation)
@@ -549,7 +575,7 @@ def test_every_model_of_step_3_gets_its_own_settings(monkeypatch, line):
     model = recorded("load_scorer", spec, "of the reward")
     assert part.scorer == recorded("Reward", recorded("FrozenEngine", model, engine))
     learner = (recorded("load_scorer", critic, "of the critic"), critic.engine, settings.critic_optimizer(args, 50))
-    assert built.critic == recorded("TrainedReward", recorded("TrainedEngine", *learner))
+    assert built.critic == recorded("TrainedReward", recorded("TrainedEngine", *learner), None)
 
 
 @pytest.mark.parametrize(

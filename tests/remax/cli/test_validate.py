@@ -21,6 +21,7 @@ from utils.run import UserError
 
 ROOT = Path(__file__).parents[3]
 MODEL = "--model_name_or_path facebook/opt-125m "
+SHARED = "--actor_lora_dim 4 --only_optimize_lora --share"
 MODELS = "--reward_model_name_or_path me/reward --actor_model_name_or_path facebook/opt-125m "
 
 
@@ -346,11 +347,69 @@ def test_refused_in_steps_1_and_2(parse, line, message):
         ("--penalty full_kl --kl_estimator k1", r"--penalty full_kl --kl_estimator k1: "),
         ("--kl_in loss --kl_estimator k1", r"--kl_in loss --kl_estimator k1: .*gradient zero"),
         ("--penalty klx", r"--penalty: invalid choice"),
+        # weights that models share
+        ("--share reference", r"--share reference: needs --actor_lora_dim and --only_optimize_lora"),
+        ("--share reference --actor_lora_dim 4", r"--share reference: needs .* must not learn"),
+        (
+            f"{SHARED} reference --reference_zero_stage 3",
+            r"--reference_zero_stage with --share reference: the reference ",
+        ),
+        (f"{SHARED} reference --offload_reference_model", r"--offload_reference_model with --share reference: "),
+        (
+            f"{SHARED} all",
+            r"--reward_model_name_or_path with --share all: the reward model has no weights but the actor",
+        ),
+        ("--joint_critic --algo ppo", r"--joint_critic with --share none: "),
+        (f"{SHARED} reference --joint_critic --algo ppo", r"--joint_critic with --share reference: "),
+        (
+            f"{SHARED} reference --algo ppo --critic_lora_dim 2 --reward_zero_stage 3",
+            r"--reward_zero_stage with --share reference: the reward model has no weights but the critic's",
+        ),
     ],
 )
 def test_refused_in_step_3(line, message):
     with pytest.raises(UserError, match=message):
         step3(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--algo remax --joint_critic", r"--joint_critic True with --algo remax: only --algo ppo reads it"),
+        ("--algo ppo --joint_critic --critic_lora_dim 2", r"--joint_critic with --critic_lora_dim: "),
+        (
+            "--algo ppo --critic_zero_stage 2",
+            r"--critic_zero_stage with --share all: the critic has no weights but the a",
+        ),
+        ("--algo ppo --critic_dtype fp32", r"--critic_dtype with --share all: "),
+        ("--algo ppo --offload_critic", r"--offload_critic with --share all: "),
+        ("--algo ppo --disable_reward_dropout", r"--disable_reward_dropout with --share all: "),
+        ("--algo ppo --critic_model_name_or_path me/c", r"--critic_model_name_or_path with --share all: "),
+        (
+            "--reward_zero_stage 3",
+            r"--reward_zero_stage with --share all: the reward model has no weights but the actor's",
+        ),
+        ("--reward_dtype bf16", r"--reward_dtype with --share all: "),
+    ],
+)
+def test_refused_where_everything_is_shared(line, message):
+    actor = "--actor_model_name_or_path me/actor"
+    with pytest.raises(UserError, match=message):
+        parse_step3(shlex.split(f"{actor} {SHARED} all {line}"))
+
+
+def test_what_is_shared_is_not_asked_for():
+    # The reward model lies in the actor's folder, the critic beside its reward model; several of these load the rest.
+    everything = parse_step3(shlex.split(f"--actor_model_name_or_path me/actor {SHARED} all --algo ppo"))
+    assert everything.reward_models == ["me/actor"] and everything.reward_is_shared
+    assert everything.critic_zero_stage is None and everything.critic_dtype is None
+    one = step3(f"{SHARED} reference --algo ppo --critic_lora_dim 2")
+    assert one.critic_is_reward and one.reward_is_shared
+    two = step3(f"{SHARED} reference --algo ppo --critic_lora_dim 2 --reward_model_name_or_path me/a me/b")
+    assert two.critic_is_reward and not two.reward_is_shared
+    for other in ("--critic_model_name_or_path me/c --critic_lora_dim 2", ""):
+        assert not step3(f"{SHARED} reference --algo ppo {other}").critic_is_reward
+    assert not step3("--algo ppo --critic_lora_dim 2").critic_is_reward
 
 
 def test_a_share_of_the_data_for_each_step():

@@ -295,7 +295,7 @@ def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, jud
         original, answered = trainer.actor.rollout, []
         trainer.actor.rollout = lambda *args, of=original, to=answered, **kw: to.append(of(*args, **kw)) or to[-1]
         sampled, greedy = trainer.answer(prompts_of(7))
-        rewards, baseline, parts = trainer.score(sampled, greedy)
+        rewards, baseline, _, parts = trainer.score(sampled, greedy)
         rollouts.append(replace(trainer.annotate(sampled, rewards), baseline=baseline))
         tallies.append({name: float(figure.total) for name, figure in parts.items()})
         assert all(figure.count == answers for figure in parts.values())

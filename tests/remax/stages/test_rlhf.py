@@ -9,6 +9,7 @@ import pytest
 from remax.checks.findings import FAILURE, Finding, Report
 from remax.cli.validate import parse_step3
 from remax.stages import rlhf
+from remax.stages.models import Models
 from remax.training.loop import TrainState
 from utils.run import UserError
 
@@ -33,9 +34,7 @@ def stubbed(monkeypatch):
         note(name)
     note("check_models", SimpleNamespace(actor=Words([0] * 300)))
     note("load_data", SimpleNamespace(train=[0] * 20, evaluation=[], plain_text=None))
-    note(
-        "build_models", SimpleNamespace(actor=None, reference=None, reward=SimpleNamespace(part_names=()), critic=None)
-    )
+    note("build_models", Models(None, None, SimpleNamespace(part_names=())))
     note("examine_models", Report([Finding("a check", FAILURE, "0 of 1", "mend it")]))
     note("MetricsLogger", SimpleNamespace(close=lambda: None))
     note("Trainer", SimpleNamespace(train=lambda *_: called.append("train") or STATE))
