@@ -72,16 +72,16 @@ class MetricsLogger:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= drop_after]
             write_whole(path, "".join(line + "\n" for line in kept))
         self.file, self.tensorboard_dir = RecordFile(path), tensorboard_dir
-        self.first_step = 1 + drop_after if drop_after is not None and drop_after >= 0 else None
-        self._open_tensorboard()
+        # TensorBoard hides what it has of this step and later ones; the first such note it takes for the beginning.
+        self._open_tensorboard(None if drop_after is None else max(0, 1 + drop_after))
         if wandb is not None:
             self.wandb = _start_wandb(Path(output_dir), wandb)
 
-    def _open_tensorboard(self) -> None:
+    def _open_tensorboard(self, first_step: int | None) -> None:
         if self.tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # a second of start-up, paid only when asked for
 
-            self.tensorboard = SummaryWriter(str(self.tensorboard_dir), purge_step=self.first_step)
+            self.tensorboard = SummaryWriter(str(self.tensorboard_dir), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, Any], epoch: float | None = None) -> None:
         """Records `values` (numbers or one-element tensors) under `step`; rank 0 only.
@@ -95,7 +95,7 @@ class MetricsLogger:
         record |= {} if epoch is None else {"epoch": epoch}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         if self.file.append(json.dumps(record)):  # the folder was removed, and the events with it
-            self._open_tensorboard()
+            self._open_tensorboard(step)
         self._to_tensorboard(lambda events: [events.add_scalar(name, value, step) for name, value in numbers.items()])
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)

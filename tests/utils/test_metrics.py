@@ -185,6 +185,21 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
 
 
+def test_tensorboard_has_each_step_of_a_resumed_run_once(tmp_path):
+    # As TensorBoard itself reads them: killed after step 3, gone on with after steps 1 and 2, and once from the start.
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
+    for start, (drop_after, steps) in enumerate([(-1, [0, 1]), (-1, [0, 1, 2, 3]), (1, [2, 3]), (2, [3, 4])]):
+        logger = MetricsLogger(tmp_path, tensorboard_dir=tmp_path / "tb", drop_after=drop_after)
+        for step in steps:
+            logger.log(step, {"train/loss": 10 * start + step})
+        logger.close()
+        (file,) = (tmp_path / "tb").glob("events*")
+        file.rename(tmp_path / "tb" / f"{start}.tfevents")  # in order, though the second may be the same
+    events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
+    losses = [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors("train/loss")]
+    assert losses == [(0, 10), (1, 11), (2, 22), (3, 33), (4, 34)]
+
+
 ROWS = [
     {"prompt": "\n\nHuman: a|b <i>\n", "answer": "x\ny", "reward": 0.123456},
     {"prompt": "p", "answer": "", "reward": 2.0},
