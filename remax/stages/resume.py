@@ -91,6 +91,7 @@ def checkpoints(args: Arguments, output: Path, found: Found | None, best: Path |
     Raises:
         UserError: `found` is of another training.
     """
+    barrier()  # data.json is rank 0's, and all read it
     made_of = description(args, output)
     if found is not None:
         for notice in differences(found, made_of):
