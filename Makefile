@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds test test-fast test-latest gpu mutants check style clean
+.PHONY: help demo demo-hydra demo-seeds test test-fast test-latest gpu mutants check style clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -40,6 +40,21 @@ demo: $(READY) ## the three stages on the built-in corpus, minutes without a GPU
 	done
 	printf '\n===== report =====\n'
 	python -m remax.demo.report --output_dir output/demo --seed $(SEED)
+
+demo-hydra: $(READY) ## the same with one model: steps 1 and 2 at once, ReMax by adapters on it; results in output/demo_hydra
+	rm -rf output/demo_hydra
+	python -m remax.demo.prepare --output_dir output/demo_hydra --seed $(SEED)
+	printf '\n===== steps 1 and 2 at once =====\n\n'
+	MODEL=output/demo_hydra/models/actor DATA=output/demo_hydra/data OUTPUT=output/demo_hydra/hydra_sft \
+		bash step2*/training_scripts/demo/run_demo.sh --seed $(SEED) --loss hydra --data_split 0,8,2 \
+		--learning_rate 3e-3 --weight_decay 0 --logging_steps 50
+	printf '\n===== step 3 on the same model =====\n\n'
+	MODEL=output/demo_hydra/hydra_sft REWARD_MODEL= DATA=output/demo_hydra/data OUTPUT=output/demo_hydra/remax \
+		bash step3*/training_scripts/demo/run_demo.sh --seed $(SEED) --share all \
+		--actor_lora_dim 16 --only_optimize_lora --actor_lora_learning_rate 5e-3 \
+		--reference_zero_stage 0 --reward_zero_stage 0 --disable_reward_dropout false
+	printf '\n===== report =====\n'
+	python -m remax.demo.report --output_dir output/demo_hydra --seed $(SEED)
 
 demo-seeds: $(READY) ## make demo with each of several seeds (SEEDS="0 1 2"), and how much its figures vary
 	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed; cp output/demo/summary.json output/demo_seed_$$seed.json; done
