@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.run import UserError
@@ -80,11 +80,22 @@ def checksum(path: Path) -> Written:
         return Written(file.tell(), digest.hexdigest())
 
 
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(str(path), "pt")
+    except SafetensorError as error:
+        raise UserError(f"{path}: is no file of tensors in the safetensors format ({error})") from error
+
+
 class Shards:
-    """The tensors of all ranks' files as one, whatever their cut."""
+    """The tensors of all ranks' files as one, whatever their cut.
+
+    Raises:
+        UserError: A file is of another format.
+    """
 
     def __init__(self, files: Iterable[Path]):
-        self.files = [safe_open(str(path), "pt") for path in files]
+        self.files = [_open(path) for path in files]
         self.places: dict[tuple[str, str], list[tuple[int, int, int, str]]] = {}  # start, end, file, its key
         for number, file in enumerate(self.files):
             for key in file.keys():  # noqa: SIM118 (no mapping)

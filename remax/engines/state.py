@@ -98,12 +98,14 @@ def tensors(engine: TrainedEngine) -> dict[tuple[str, str, int], Tensor]:
 
 def values(engine: TrainedEngine) -> dict[str, Any]:
     """The rest of the state, which is the same on every rank: numbers of steps and the loss scale."""
-    states, scaler = _adam(engine).state, getattr(engine.wrapped.optimizer, "loss_scaler", None)
+    states, scales = _adam(engine).state, {}
+    if engine.config.dtype == "fp16":
+        scales = {name: value for name, value in vars(engine.wrapped.optimizer.loss_scaler).items() if name in SCALER}
     steps = [float(state["step"]) for state in states.values() if "step" in state]
     return {
         "updates": int(max(steps, default=0)),  # that Adam has made
         "schedule": engine.wrapped.lr_scheduler.last_epoch,
-        "loss_scale": {name: value for name, value in vars(scaler).items() if name in SCALER} if scaler else {},
+        "loss_scale": scales,
     }
 
 
@@ -132,7 +134,7 @@ def restore(engine: TrainedEngine, saved: dict[str, Any], read: Reader) -> None:
     schedule._last_lr = rates = schedule.get_lr()
     for group, rate in zip(adam.param_groups, rates, strict=True):
         group["lr"] = rate
-    for name, value in saved["loss_scale"].items():
+    for name, value in saved["loss_scale"].items() if engine.config.dtype == "fp16" else ():
         setattr(optimizer.loss_scaler, name, value)
 
 

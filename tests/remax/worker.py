@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 
 from remax.algorithms import build_algorithm, build_penalty
+from remax.checkpoint.checkpoints import Checkpoints, Saving, newest
 from remax.checkpoint.ema import WeightAverage
 from remax.checkpoint.export import export, full_state_dict
+from remax.checkpoint.state import RunState
 from remax.cli.validate import make_algorithm, parse_step3
 from remax.core.batches import First
 from remax.core.losses import ranking_losses, supervised_loss
@@ -215,6 +217,42 @@ def train_policy(folder: Path, name: str, rows: list[str], steps: int, chunk_siz
     buffers = [buffer for engine in (actor, frozen_copy) for buffer in engine.model.buffers()]
     figures["buffers"] = sorted({str(buffer.dtype) for buffer in buffers if buffer.is_floating_point()})
     return figures
+
+
+@check
+def go_on(folder: Path, name: str, rows: str, place: str, steps: list[int], **spread) -> dict:
+    """Steps, a checkpoint in `place`, and further steps; where there is a checkpoint already, the latter alone.
+
+    Weights are kept as they are at the checkpoint (NAME.pt) and at the end (NAME-end.pt).
+    """
+    spread = Spread(**spread)
+    actor, everything, before = spread.actor(), load_rows(rows), 0
+    average = WeightAverage(actor.model.hf, zero3=actor.zero3)
+    tokens = int(everything.answer_lengths.sum())
+
+    def loss_of(step: int, part: torch.Tensor) -> torch.Tensor:
+        part = everything.select(part)
+        return supervised_loss(actor.logprobs(part).logprobs, part.answer_mask, tokens)
+
+    found = newest(Path(place))
+    checkpoints = Checkpoints(Path(place), Saving(), {"test": name}, found=found)
+    checkpoints.begin(RunState({"actor": actor.engine}, average=average))
+    noise = torch.rand(3).tolist()
+    if not found:
+        before = steps[0]
+        take_steps(actor, before, loss_of, len(everything), spread.micro_batch)
+        average.update()
+        torch.rand(rank() + 1)
+        checkpoints.save(before)
+        checkpoints.finish()
+        noise = torch.rand(3).tolist()
+    save_weights(folder, name, actor)
+    state = average.state()
+    if is_main():
+        torch.save(state, folder / f"{name}-average.pt")
+    figures = take_steps(actor, steps[1], loss_of, len(everything), spread.micro_batch)
+    save_weights(folder, f"{name}-end", actor)
+    return figures | {"noise": gather_objects(noise), "step": found.step if found else 0}
 
 
 @check
