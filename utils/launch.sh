@@ -9,6 +9,7 @@
 #   NUM_GPUS     ranks on each machine (default: every GPU there is, or those of CUDA_VISIBLE_DEVICES; without any, 2
 #                ranks on the CPU)
 #   HOSTFILE     the machines, as DeepSpeed wants them listed ("name slots=8" a line)
+#   RESUME       auto: go on from the newest checkpoint in $OUTPUT, where there is one; or a checkpoint's folder
 #   MASTER_PORT  where the ranks meet (default: a free port)
 set -euo pipefail
 
@@ -83,11 +84,18 @@ launch() {
     if [[ -z $USERS_DATA && " $*" == *" --sft"[_-]only[_-]data[_-]path* ]]; then data=(); fi
     mkdir -p "$OUTPUT"
     local log=$OUTPUT/training.log status=0
+    if [[ -n ${RESUME:-} ]]; then set -- --resume "$RESUME" "$@"; fi
     if [[ -f $log ]]; then mv "$log" "$log.before"; fi
     start_launcher "$log" "${launcher[@]}" "$STAGE/main.py" "${data[@]}" --output_dir "$OUTPUT" "$@"
     await_launcher || status=$?
     if [[ -f $log.before ]]; then # a run that was refused leaves that of the run before
-        if ((status == 2)); then mv "$log.before" "$log"; else rm "$log.before"; fi
+        if ((status == 2)); then
+            mv "$log.before" "$log"
+        elif [[ ${RESUME:-never} != never ]]; then # of one run, start after start
+            cat "$log" >>"$log.before" && mv "$log.before" "$log"
+        else
+            rm "$log.before"
+        fi
     fi
     return "$status"
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from remax.checkpoint.checkpoints import MANIFEST, Checkpoints, Found, Saving, newest, open_checkpoint
-from remax.cli.flags import FinetuneArguments, MemoryFlags, Retired, RunFlags, Step3Arguments, WatchFlags
+from remax.cli.flags import FinetuneArguments, MemoryFlags, RetiredInStep3, RunFlags, Step3Arguments, WatchFlags
 from remax.models.loading import fingerprint
 from remax.rewards.sources import reward_sources
 from utils.data.cache import fingerprint_of
@@ -23,10 +23,8 @@ from utils.run import UserError, git_commit, versions
 Arguments = FinetuneArguments | Step3Arguments
 
 # Flags that another start of the same run may give otherwise. Paths may, since what lies there is compared itself.
-MAY_DIFFER = {field.name for flags in (RunFlags, MemoryFlags, Retired, WatchFlags) for field in fields(flags)} - {
-    "seed",
-    "log_variance",
-}
+MAY_DIFFER = {field.name for flags in (RunFlags, MemoryFlags, RetiredInStep3, WatchFlags) for field in fields(flags)}
+MAY_DIFFER -= {"seed", "log_variance"}
 MAY_DIFFER |= {"config", "data_path", "sft_only_data_path", "data_output_path", "preprocessing_num_workers"}
 MAY_DIFFER |= {f"{name}model_name_or_path" for name in ("", "actor_", "reward_", "critic_")}
 MAY_DIFFER |= {f"{name}zero_stage" for name in ("", "actor_", "reference_", "reward_", "critic_")}
@@ -37,7 +35,7 @@ MAY_DIFFER |= {"per_device_train_batch_size", "per_device_generation_batch_size"
 MAY_DIFFER |= {"gradient_accumulation_steps", "generation_batches", "per_device_unsupervised_batch_size"}
 MAY_DIFFER |= {"lr_scheduler_type", "num_warmup_steps", "gradient_clipping", "save_at_final", "best_by"}
 MAY_DIFFER |= {f"{name}{what}" for name in ("", "actor_", "critic_") for what in ("learning_rate", "weight_decay")}
-MAY_DIFFER |= {"lora_learning_rate", "actor_lora_learning_rate", "num_padding_at_beginning"}
+MAY_DIFFER |= {"lora_learning_rate", "actor_lora_learning_rate"}
 OF_NO_INTEREST = {"resume", "config", "local_rank", "overwrite_output_dir", "notices"}  # not even listed
 OF_A_STREAM = ("data", "split", "shape", "kind", "max_len")  # known before its rows are read
 

@@ -310,11 +310,11 @@ class ResumableSampler(Sampler, ABC):
             self.drawn = k + 1
             yield row
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The epoch and the position in it, in rows of all ranks."""
         return {"epoch": self.epoch, "position": self.drawn * self.world_size}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Lets the next iteration continue at this state; later ones start at the epoch's first row."""
         self.epoch = state["epoch"]
         self.drawn = self.resume_at = state["position"] // self.world_size

@@ -5,6 +5,7 @@ converted and encoded in chunks by the functions that stored data uses, blended,
 are like those of `loaders`, except that the length of an epoch is unknown.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -195,15 +196,46 @@ class StreamSampler(ResumableSampler):
     ) -> None:
         super().__init__(rank=rank, world_size=world_size)
         self.open_epoch, self.batch_size, self.batches = open_epoch, batch_size, batches
+        self.digest = hashlib.blake2b(digest_size=12)  # of all ranks' rows in this epoch
+        self.expected: dict[str, Any] = {}  # the state that this run goes on from
 
     def rows(self) -> Iterator[Row]:
         rows = self.open_epoch(self.epoch)
-        global_batch = self.batch_size * self.world_size
+        global_batch, count = self.batch_size * self.world_size, 0
+        self.digest = hashlib.blake2b(digest_size=12)
         while len(step := list(islice(rows, global_batch))) == global_batch:
+            for row in step:
+                add_row(self.digest, row)
+                count += 1
+                if count == self.expected.get("position"):
+                    self.compare()
             yield from step[self.rank :: self.world_size]
+
+    def compare(self) -> None:
+        """Refuses, where the state is reached that this run goes on from, rows that are not those of before."""
+        expected, self.expected = self.expected, {}
+        if self.epoch == expected["epoch"] and self.digest.hexdigest() != expected["digest"]:
+            raise UserError(
+                f"the first {expected['position']} rows of epoch {self.epoch + 1} are not those that were read before "
+                "the checkpoint; give back the data as it was, or start afresh"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "digest": self.digest.hexdigest()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.expected = state
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
+
+
+def add_row(digest: Any, row: Row) -> None:
+    """Takes in everything that a row holds."""
+    for name, value in row.items():
+        whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+        digest.update(name.encode() + whole)
 
 
 class RowsThemselves(torch.utils.data.Dataset):

@@ -28,6 +28,10 @@ def test_every_epoch_has_every_block_once_in_a_new_order(tokenizer, tmp_path, ca
     assert len(set(first)) == len(set(second)) == epoch > 12
     assert first != second and len(set(first) & set(second)) > epoch - 4
     assert blocks(islice(read(0), 3)) == first[:12] != blocks(islice(read(1), 3))
+    half, rest = read(0), read(0)
+    blocks(islice(half, epoch // 4 + 2))
+    rest.load_state_dict(half.state_dict())
+    assert blocks(islice(rest, 3)) == second[8:20]  # goes on in the second epoch
     shares = [blocks(islice(read(0, rank, 2), 3)) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == sorted(first[:12])  # a step has the same blocks on any number of ranks
     assert all(batch.prompt_lengths.tolist() == [1] * 4 for batch in islice(read(0), 2))
