@@ -26,7 +26,7 @@ FIXED = """
     temperature top_p top_k logprobs_of max_prompt_seq_len max_answer_seq_len max_greedy_seq_len max_seq_len
     lora_dim lora_module_name lora_alpha lora_dropout only_optimize_lora
     actor_lora_dim actor_lora_module_name actor_lora_alpha actor_lora_dropout
-    dtype bf16 actor_dtype actor_bf16 reward_dtype reward_bf16 critic_dtype
+    share joint_critic critic_lora_dim dtype bf16 actor_dtype actor_bf16 reward_dtype reward_bf16 critic_dtype
     disable_dropout disable_actor_dropout disable_reward_dropout adam_beta1 adam_beta2 seed
     data_split data_seed streaming shuffle_buffer overlong chat_template prompt_column chosen_column rejected_column
 """.split()
