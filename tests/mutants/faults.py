@@ -1281,7 +1281,8 @@ SHELL = [
          f"{SCRIPTS}::test_exit_status_and_log_are_the_launchers"),
         ("launch-logprobs", "--logprobs_of model --loss_aggregation token", "--loss_aggregation token",
          "not the published update"),
-        ("launch-log", "if ((status == 2)); then mv", "if ((status == 9)); then mv", "a refused run replaces the log",
+        ("launch-log", "        if ((status == 2)); then\n", "        if ((status == 9)); then\n",
+         "a refused run replaces the log",
          f"{SCRIPTS}::test_exit_status_and_log_are_the_launchers"),
     ),
     *faults(
