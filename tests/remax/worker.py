@@ -401,7 +401,7 @@ def trainer_update(
     def score(sampled: Sequences, greedy: None, columns: dict) -> tuple[torch.Tensor, torch.Tensor, None, dict]:
         return saved[-1].rewards, saved[-1].baseline, None, {}
 
-    def annotate(sampled: Sequences, rewards: torch.Tensor, reference: None) -> Rollout:
+    def annotate(sampled: Sequences, rewards: torch.Tensor, known: None) -> Rollout:
         rollout = saved[-1]
         if trainer.reference_head is not None:
             rollout = replace(rollout, reference_hidden=reference.hidden(sampled))

@@ -103,8 +103,34 @@ def test_micro_batches_order_and_padding(expected, make_policy):
     assert max((after[key] - before[key]).abs().max().item() for key in after) > 1e-3  # the weights did move
 
 
-@pytest.mark.ranks
-def test_ranks_and_stages(saved, expected, run_ranks):
+SHARED = "--actor_lora_dim 4 --only_optimize_lora --actor_lora_learning_rate 2e-2 --num_warmup_steps 0"
+SHARED += " --max_prompt_seq_len 48 --max_answer_seq_len 8 --per_device_training_batch_size 2"
+SHARED += " --per_device_generation_batch_size 2 --gradient_clipping 0"
+SHARED_PPO = " --algo ppo --critic_lora_dim 3 --critic_learning_rate 1e-2"
+
+
+def sharing_checks(make_two_headed) -> list[dict]:
+    """Short trainings by their flags, with separate copies of the same weights and with shared ones."""
+    both, scorer = make_two_headed("llama")
+    checks = []
+    for stage in (0, 2, 3):
+        for algorithm in ("", SHARED_PPO):
+            for share in ("none", "reference", "all"):
+                line = (
+                    f"--actor_model_name_or_path {both} {SHARED} --actor_zero_stage {stage} --share {share}{algorithm}"
+                )
+                line += "" if share == "all" else f" --reward_model_name_or_path {scorer}"
+                line += " --actor_gradient_checkpointing" if share == "all" else ""
+                name = f"share {stage} {'ppo' if algorithm else 'remax'} {share}"
+                prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
+                check = {"check": "training_by_flags", "name": name, "flags": line.split(), "prompts": prompts}
+                checks.append(check | {"steps": 2})
+    return checks
+
+
+@pytest.fixture(scope="module")
+def two_ranks(saved, run_ranks, make_two_headed):
+    """What two ranks do, in one launch."""
     variations = {f"stage {stage}": {"micro_batch": 2, "zero_stage": stage} for stage in range(4)}
     variations |= {f"stage {stage}, 1x4": {"micro_batch": 4, "zero_stage": stage} for stage in (1, 3)}
     variations["stage 3, all"] = {
@@ -119,9 +145,36 @@ def test_ranks_and_stages(saved, expected, run_ranks):
     some = {name: variations[name] for name in ("stage 2", "stage 3")}
     checks += checks_of(saved, some, "full_kl") + checks_of(saved, some, "text") + checks_of(saved, some, "ppo")
     checks[-1]["critic"] = checks[-1]["critic"] | {"zero_stage": 3}
-    results, folder = run_ranks(checks, 2)
-    for name in results:
+    return run_ranks(checks + sharing_checks(make_two_headed), 2)
+
+
+@pytest.mark.ranks
+def test_ranks_and_stages(two_ranks, expected):
+    results, folder = two_ranks
+    updates = [name for name in results if not name.startswith("share")]
+    assert len(updates) == 13
+    for name in updates:
         same_update(name, results, folder, expected)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("algorithm", ["remax", "ppo"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_shared_weights_learn_what_separate_copies_learn_on_two_ranks(stage, algorithm, two_ranks):
+    results, folder = two_ranks
+    separate, *shared = (f"share {stage} {algorithm} {share}" for share in ("none", "reference", "all"))
+    wanted = torch.load(folder / f"{separate}.pt")
+    assert max(x.abs().max().item() for name, x in wanted.items() if ".lora_B." in name) > 1e-2
+    for name, engines in zip(shared, (1 + (algorithm == "ppo"), 1), strict=True):
+        found = torch.load(folder / f"{name}.pt")
+        assert found.keys() == wanted.keys()
+        assert max((found[key] - x).abs().max().item() for key, x in wanted.items()) < 1e-6, name
+        figures = [results[x]["figures"] for x in (name, separate)]
+        for of_step in zip(*figures, strict=True):
+            kept = [{k: v for k, v in x.items() if k != "grad_norm"} for x in of_step]  # ppo, all: of both
+            assert kept[0] == pytest.approx(kept[1], rel=1e-4, abs=1e-5), name
+        assert results[name]["engines"] == engines and results[name]["frozen"] and not results[name]["moved"]
+        assert set(results[name]["active"]) == {None} or "reference" in name
 
 
 @pytest.mark.ranks
