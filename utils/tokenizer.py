@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from utils.adapter_folder import base_model, is_adapter
 from utils.bounds import BoundsExceeded, bounded
 from utils.distributed import print0
 from utils.files import read_text
@@ -21,7 +22,7 @@ TEMPLATE_SECONDS, TEMPLATE_MEGABYTES, TEMPLATE_CHARACTERS = 5.0, 500.0, 1_000_00
 def load_tokenizer(
     name_or_path: str, flag: str = "--model_name_or_path", chat_template: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, with `pad_token` set.
+    """The tokenizer of a folder or hub name, with `pad_token` set; a PEFT folder without one has its base model's.
 
     The pad token is the tokenizer's own; without one, the unknown token where there is one of its own, else the end
     token. No token is added: the vocabulary stays the model's.
@@ -34,9 +35,12 @@ def load_tokenizer(
         UserError: No tokenizer there, or one without an end token; a chat template that cannot be used.
     """
     folder = Path(name_or_path).expanduser()
+    if is_adapter(name_or_path) and not _holds_tokenizer(folder):
+        name_or_path, flag = base_model(name_or_path, flag)
+        folder = Path(name_or_path)
     if folder.is_dir():
         # Without these transformers makes up an empty vocabulary.
-        if not any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern)):
+        if not _holds_tokenizer(folder):
             raise UserError(
                 f"{flag}: {name_or_path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save the model's tokenizer "
                 "there with its save_pretrained"
@@ -73,6 +77,10 @@ def load_tokenizer(
     elif tokenizer.chat_template:
         try_chat_template(tokenizer, f"{flag}: the chat template of {name_or_path}")
     return tokenizer
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any(found for pattern in TOKENIZER_FILES for found in folder.glob(pattern))
 
 
 def read_chat_template(text_or_file: str) -> str:

@@ -25,9 +25,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 from remax.engines.zero import gathered
 from remax.models.hydra import HydraModel
 from remax.models.loading import count_parameters
-from remax.models.lora import ADAPTER_FOLDER, adapters_alone, merge_adapters, save_adapter
+from remax.models.lora import adapters_alone, merge_adapters, save_adapter
 from remax.models.policy import PolicyModel
 from remax.models.reward_model import RewardModel
+from utils.adapter_folder import ADAPTER_FOLDER
 from utils.distributed import barrier, is_main, print0, shutdown
 from utils.files import write_whole
 from utils.run import DISK_FULL, STOPPED, UserError
@@ -83,6 +84,7 @@ def export(
             _without_adapters(hf, kind).save_pretrained(partial, state_dict=merged)
             if adapters_alone(hf):
                 save_adapter(of_adapters, hf, partial / ADAPTER_FOLDER)
+                tokenizer.save_pretrained(partial / ADAPTER_FOLDER)  # with the pad token that step 2 may have added
             if isinstance(model, PolicyModel):
                 # As it came: save_pretrained of older transformers refuses what the first Llama-2 folders say.
                 model.own_generation_config.to_json_file(partial / "generation_config.json")

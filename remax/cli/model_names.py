@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from utils.adapter_folder import WEIGHTS, base_model, is_adapter
 from utils.run import UserError
 
 
@@ -23,18 +24,25 @@ def looks_local(name: str) -> bool:
 
 
 def check_model(flag_name: str, name: str | None) -> None:
-    """A model that is named as a path must be a folder with a config.json."""
+    """A model that is named as a path must be a folder with a config.json, or a PEFT folder on such a model."""
     if name is None:
         return
+    flag = f"--{flag_name}"
+    if is_adapter(name) and not (Path(name) / WEIGHTS).is_file():
+        raise UserError(
+            f"{flag} {name}: has no {WEIGHTS}; expected what PEFT writes (a pickle, adapter_model.bin, is never "
+            "read: load and save it with a present release of peft)"
+        )
+    name, flag = base_model(name, flag)
     path, looked = Path(name), f"(looked from {Path.cwd()})"
     if path.is_dir():
         if not (path / "config.json").is_file():
             inside = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json"))[:3])
             raise UserError(
-                f"--{flag_name} {name}: the folder has no config.json, so it holds no Hugging Face model"
+                f"{flag} {name}: the folder has no config.json, so it holds no Hugging Face model"
                 + (f"; its subfolder has one: {inside}" if inside else "")
             )
     elif path.exists():
-        raise UserError(f"--{flag_name} {name}: is a file; expected the folder of a Hugging Face model, or a hub name")
+        raise UserError(f"{flag} {name}: is a file; expected the folder of a Hugging Face model, or a hub name")
     elif looks_local(name):
-        raise UserError(f"--{flag_name} {name}: no such folder {looked}; train or download the model first")
+        raise UserError(f"{flag} {name}: no such folder {looked}; train or download the model first")

@@ -29,6 +29,7 @@ from remax.cli.model_names import check_model, looks_local
 from remax.cli.parser import read_flags
 from remax.rewards.process import load_function
 from remax.rewards.sources import reward_sources
+from utils.adapter_folder import ADAPTER_FOLDER, adapter_config, base_of, is_adapter
 from utils.data.names import exists, parse_name
 from utils.run import UserError, refuse_to_overwrite
 
@@ -154,7 +155,11 @@ def check_output_dir(args: StageArguments, models: Iterable[str]) -> None:
     for name in models:
         value = getattr(args, name)
         for model in [source.name for source in reward_sources(value, [])[0]] if isinstance(value, list) else [value]:
-            if model and Path(model).is_dir() and Path(model).resolve() in written:
+            read = {Path(model).resolve()} if model and Path(model).is_dir() else set()
+            if model and is_adapter(model):
+                base = Path(base_of(model, f"--{name}")).resolve()
+                read |= {base, *(folder.parent for folder in list(read) if folder.name == ADAPTER_FOLDER)}
+            if read & written:
                 raise UserError(f"--output_dir {output}: is where --{name} {model} lies; choose another folder")
     check_resume(args, output)
 
@@ -189,8 +194,20 @@ def check_streaming(args: StageArguments) -> None:
         raise UserError("--preprocessing_num_workers with --streaming: nothing is prepared beforehand; leave one out")
 
 
-def check_lora(dim: int, only: bool, dim_flag: str) -> None:
-    if only and dim == 0:
+def check_lora(args: FinetuneArguments | Step3Arguments, prefix: str) -> None:
+    """Adapters to add, or those of a PEFT folder, which go on learning as they are, and alone."""
+    model_flag = f"{prefix}model_name_or_path"
+    model, dim_flag = getattr(args, model_flag), f"{prefix}lora_dim"
+    if is_adapter(model):
+        for name in (dim_flag, f"{prefix}lora_module_name", f"{prefix}lora_alpha"):
+            if (value := getattr(args, name)) != getattr(type(args), name):
+                raise UserError(
+                    f"--{name} {value} with --{model_flag} {model}: its adapters go on learning as they are; leave "
+                    "this out, or merge them into their base model and give that"
+                )
+        rank, base = adapter_config(model, f"--{model_flag}").get("r"), base_of(model, f"--{model_flag}")
+        args.notices.append(f"--{model_flag} {model}: its adapters of rank {rank} go on learning, alone; base: {base}")
+    elif args.only_optimize_lora and getattr(args, dim_flag) == 0:
         raise UserError(
             f"--only_optimize_lora: there is nothing to train without LoRA; set --{dim_flag}, for example 128"
         )
@@ -260,7 +277,7 @@ def resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offlo
 
 def check_finetune(args: FinetuneArguments) -> None:
     check_model("model_name_or_path", args.model_name_or_path)
-    check_lora(args.lora_dim, args.only_optimize_lora, "lora_dim")
+    check_lora(args, "")
     check_offload("zero_stage", args.zero_stage, offload=args.offload, offload_parameters=args.offload_parameters)
     if args.packing and args.attn_implementation == "eager":
         raise UserError("--packing with --attn_implementation eager: only sdpa and flash_attention_2 keep rows apart")
@@ -295,7 +312,7 @@ def check_step3(args: Step3Arguments) -> None:
     """What neither the device nor the algorithm decides."""
     check_model("actor_model_name_or_path", args.actor_model_name_or_path)
     check_model("critic_model_name_or_path", args.critic_model_name_or_path)
-    check_lora(args.actor_lora_dim, args.only_optimize_lora, "actor_lora_dim")
+    check_lora(args, "actor_")
     if args.inference_tp_size is not None and args.inference_tp_size != 1:
         raise UserError(
             f"--inference_tp_size {args.inference_tp_size}: generation is not split over devices; leave it out, and "
@@ -348,6 +365,11 @@ def check_share(args: Step3Arguments) -> None:
         raise UserError("--joint_critic with --critic_lora_dim: the critic has no adapters of its own; leave one out")
     if args.share == "none":
         return
+    if is_adapter(args.actor_model_name_or_path):
+        raise UserError(
+            f"{share} with --actor_model_name_or_path {args.actor_model_name_or_path}: without its adapters it is not "
+            "the start, which the reference must be; give the merged model and --actor_lora_dim"
+        )
     if not args.only_optimize_lora:
         raise UserError(
             f"{share}: needs --actor_lora_dim and --only_optimize_lora, since what models share must not learn"

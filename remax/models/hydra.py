@@ -28,7 +28,9 @@ from remax.models.loading import embedded_tokens, from_pretrained, has_both_head
 from remax.models.packing import last_hidden
 from remax.models.policy import PolicyModel, check_policy_config, neutralise, read_generation_config
 from remax.models.reward_model import score_in_float32
+from remax.models.saved_adapters import merge_saved
 from remax.models.weights import unpartitioned
+from utils.adapter_folder import base_model, is_adapter
 from utils.present import present
 from utils.run import UserError
 
@@ -129,8 +131,9 @@ def load_hydra(
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
     packing: bool = False,
+    merged: bool = True,
 ) -> HydraModel:
-    """A causal language model with a score head.
+    """A causal language model with a score head; see `load_policy` for `merged`.
 
     With `new_head` the head may be missing (the model of step 1) and starts fresh. Tokens that the tokenizer has and
     the model does not, such as a pad token of its own, get the mean of the known tokens' rows: so each is at first less
@@ -146,10 +149,13 @@ def load_hydra(
     else:
         check_hydra_config(config, name_or_path, flag)
     kind = class_with_heads(config, flag)
-    own = read_generation_config(name_or_path, flag)
+    base, of_base = base_model(name_or_path, flag)
+    own = read_generation_config(base, of_base)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
-    hf, new = from_pretrained(kind, name_or_path, flag, new_head=new_head, **options)  # a new head: drawn by the CPU
+    hf, new = from_pretrained(kind, base, of_base, new_head=new_head, **options)  # a new head: drawn by the CPU
     add_tokens(hf, len(tokenizer))
+    if merged and is_adapter(name_or_path):
+        merge_saved(hf, name_or_path, flag)
     own = own or hf.generation_config
     neutralise(hf, own, tokenizer, name_or_path, flag)
     hf.config.pad_token_id = tokenizer.pad_token_id

@@ -26,7 +26,9 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from remax.models.saved_adapters import config_with_adapters
 from remax.models.weights import broken_files, check_files, check_finite, check_report, restore_buffers, unpartitioned
+from utils.adapter_folder import base_model, is_adapter
 from utils.distributed import device, print0
 from utils.hub import hub_is_reachable
 from utils.run import UserError, one_line
@@ -85,7 +87,7 @@ def is_dropout(field: str) -> bool:
 
 
 def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) -> PreTrainedConfig:
-    """The model's configuration.
+    """The model's configuration; of a PEFT folder that of its base with the adapters.
 
     With `disable_dropout` every dropout rate is 0, by whatever name the family has for it.
 
@@ -93,11 +95,9 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
         UserError: There is no model, one that nobody could build or train, or one that is quantised.
     """
     folder = Path(name_or_path)
-    if folder.is_dir() and (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{flag}: {name_or_path} is a PEFT adapter; expected a whole model: merge the adapter into its base model "
-            "with merge_and_unload, or give the merged model"
-        )
+    if is_adapter(name_or_path):
+        config = load_config(*base_model(name_or_path, flag), disable_dropout=disable_dropout)
+        return config_with_adapters(config, name_or_path, flag)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{flag}: the folder {name_or_path} holds no config.json; expected a Hugging Face model folder")
     if not folder.is_dir():

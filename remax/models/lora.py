@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from utils.run import UserError
 
 ALL_LINEAR = "all-linear"
-ADAPTER_FOLDER = "adapter"
 
 
 def adaptable_layers(hf: PreTrainedModel) -> dict[str, nn.Module]:
@@ -86,14 +85,26 @@ def add_lora(
         parameter.requires_grad = not only_lora or "lora_" in name or name.startswith("score.")
 
 
+def saved_whole(hf: PreTrainedModel) -> list[str]:
+    """Modules without adapters that learn beside them: a score head, and what a PEFT folder named before."""
+    named = getattr(hf.peft_config[own_adapters(hf)], "modules_to_save", None) or []
+    return sorted({*named, *(["score"] if isinstance(getattr(hf, "score", None), nn.Module) else [])})
+
+
 def adapters_alone(hf: PreTrainedModel) -> bool:
-    """Whether the model has adapters, and all that it learns lies in them and in its score head."""
+    """Whether the model has adapters, and all that it learns lies in them and in what is saved with them.
+
+    And their base lies somewhere: no folder holds one that other adapters were merged into.
+    """
     names = [name for name, parameter in hf.named_parameters() if parameter.requires_grad]
-    return any("lora_" in name for name in names) and all("lora_" in x or x.startswith("score.") for x in names)
+    if not any(".lora_" in name for name in names) or not hf.peft_config[own_adapters(hf)].base_model_name_or_path:
+        return False
+    whole = saved_whole(hf)
+    return all(".lora_" in name or name.rpartition(".")[0] in whole for name in names)
 
 
 def save_adapter(state: dict[str, Tensor], hf: PreTrainedModel, folder: Path) -> None:
-    """Writes the adapters, and the score head that goes with them, so that `PeftModel.from_pretrained` loads them.
+    """Writes the adapters, and what learns with them, so that `PeftModel.from_pretrained` loads them.
 
     Args:
         state: Weights by the names of the model with adapters.
@@ -103,14 +114,16 @@ def save_adapter(state: dict[str, Tensor], hf: PreTrainedModel, folder: Path) ->
 
     adapter = own_adapters(hf)
     config: Any = copy.copy(hf.peft_config[adapter])
-    scorer = any(name.startswith("score.") for name in state)
-    config.inference_mode, config.task_type = True, TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM
-    config.modules_to_save = ["score"] if scorer else None
+    whole = [module for module in saved_whole(hf) if any(name.startswith(f"{module}.") for name in state)]
+    config.inference_mode, config.task_type = True, TaskType.SEQ_CLS if "score" in whole else TaskType.CAUSAL_LM
+    config.modules_to_save = whole or None
+    if Path(base := config.base_model_name_or_path or "").is_dir():
+        config.base_model_name_or_path = str(Path(base).absolute())  # found from every folder
     config.save_pretrained(folder)
     kept = {
         f"base_model.model.{name.replace(f'.{adapter}.', '.')}": tensor.contiguous()
         for name, tensor in state.items()
-        if (".lora_" in name and f".{adapter}." in name) or name.startswith("score.")
+        if (".lora_" in name and f".{adapter}." in name) or name.rpartition(".")[0] in whole
     }
     save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

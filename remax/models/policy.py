@@ -31,6 +31,8 @@ from remax.models.loading import (
     reason_of,
 )
 from remax.models.packing import last_hidden, prepare_packing
+from remax.models.saved_adapters import merge_saved
+from utils.adapter_folder import base_model, is_adapter
 from utils.data.tokens import end_ids
 from utils.run import UserError
 
@@ -169,19 +171,26 @@ def load_policy(
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
     packing: bool = False,
+    merged: bool = True,
 ) -> PolicyModel:
-    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds."""
+    """A causal language model from a folder or the hub, with weights in `dtype` whatever the checkpoint holds.
+
+    Of a PEFT folder it is the base model with the adapters merged in, unless `merged` is False: without them.
+    """
     config = load_config(name_or_path, flag, disable_dropout=disable_dropout)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     options |= on_the_gpu()
     check_policy_config(config, name_or_path, flag)
-    own = read_generation_config(name_or_path, flag)
-    hf, _ = from_pretrained(AutoModelForCausalLM, name_or_path, flag, spare_head=has_both_heads(config), **options)
+    base, of_base = base_model(name_or_path, flag)
+    own = read_generation_config(base, of_base)
+    hf, _ = from_pretrained(AutoModelForCausalLM, base, of_base, spare_head=has_both_heads(config), **options)
     if len(tokenizer) > embedded_tokens(hf):
         raise UserError(
             f"{flag}: the tokenizer of {name_or_path} has {len(tokenizer)} tokens, the model only embeds "
             f"{embedded_tokens(hf)}; resize the model's embeddings, or use its own tokenizer"
         )
+    if merged and is_adapter(name_or_path):
+        merge_saved(hf, name_or_path, flag)
     own = own or hf.generation_config
     neutralise(hf, own, tokenizer, name_or_path, flag)
     prepare_training(hf, gradient_checkpointing)

@@ -20,6 +20,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from remax.core.sequences import Sequences
 from remax.models.loading import embedded_tokens, from_pretrained, load_config, on_the_gpu, prepare_training
 from remax.models.packing import Reader, last_hidden, prepare_packing
+from remax.models.saved_adapters import merge_saved, saved_labels
+from utils.adapter_folder import base_model, is_adapter
 from utils.run import UserError
 from utils.tokenizer import distinct_pad
 
@@ -99,10 +101,12 @@ def load_reward_model(
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
     packing: bool = False,
+    merged: bool = True,
 ) -> RewardModel:
     """A sequence classifier with one label.
 
-    With `new_head` the head may be missing (a language model as backbone) and starts fresh.
+    With `new_head` the head may be missing (a language model as backbone) and starts fresh. See `load_policy` for
+    `merged`.
 
     Raises:
         UserError: The architecture has no `score` head, a finished reward model lacks its head's weights, or it has
@@ -115,19 +119,23 @@ def load_reward_model(
         check_reward_config(config, name_or_path, flag)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     options |= {} if new_head else on_the_gpu()  # a new head is drawn by the CPU, the same on every machine
-    hf, new = from_pretrained(AutoModelForSequenceClassification, name_or_path, flag, new_head=True, **options)
+    base, of_base = base_model(name_or_path, flag)
+    hf, new = from_pretrained(AutoModelForSequenceClassification, base, of_base, new_head=True, **options)
     if not hasattr(hf, "score"):
         raise UserError(
             f"{flag}: {type(hf).__name__} has no `score` head; expected a decoder such as GPT-2, OPT, Llama, Mistral "
             "or Qwen"
         )
-    if not new_head and any(key.startswith("score.") for key in new):
+    saved = is_adapter(name_or_path) and saved_labels(name_or_path, flag) > 0
+    if not (new_head or saved) and any(key.startswith("score.") for key in new):
         raise UserError(
             f"{flag}: {name_or_path} has no weights for its score head; expected a reward model, as step 2 saves it"
         )
     if len(tokenizer) > embedded_tokens(hf):
         hf.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     hf.config.pad_token_id = tokenizer.pad_token_id  # an added one has no row to be loaded into before the resizing
+    if merged and is_adapter(name_or_path):
+        merge_saved(hf, name_or_path, flag)
     prepare_training(hf, gradient_checkpointing)
     return RewardModel(hf, packing=packing)
 

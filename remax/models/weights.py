@@ -85,6 +85,16 @@ def held_part(parameter: Any) -> Tensor:
     return part[: max(parameter.ds_numel - rank() * part.numel(), 0)]
 
 
+@torch.no_grad()
+def write_part(parameter: Any, whole: Tensor, *, add: Tensor | float = 0.0) -> None:
+    """Writes what this process holds of `whole` (+ `add`, of that part) over the parameter; see `held_part`."""
+    part = held_part(parameter)
+    if hasattr(parameter, "ds_tensor"):
+        start = rank() * parameter.ds_tensor.numel()
+        whole = whole.flatten()[start : start + part.numel()]
+    part.copy_(whole.to(part.device) + add)
+
+
 def check_finite(model: nn.Module, name_or_path: str, flag: str) -> None:
     """Refuses weights that are not numbers; under ZeRO-3 every rank must call it, and all refuse together.
 

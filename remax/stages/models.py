@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.algorithms import ALGORITHMS
 from remax.checks.packing import check_packing
@@ -22,6 +22,7 @@ from remax.models.loading import check_length, load_config
 from remax.models.lora import add_lora
 from remax.models.policy import PolicyModel, check_policy_config, load_policy
 from remax.models.reward_model import RewardModel, check_reward_config, load_reward_model, score_statistics
+from remax.models.saved_adapters import add_saved
 from remax.models.trunk import (
     ACTOR,
     CRITIC,
@@ -54,27 +55,34 @@ Tokenizer = PreTrainedTokenizerBase
 def load_policy_model(spec: ModelSpec, tokenizer: Tokenizer) -> PolicyModel:
     """A causal language model, partitioned as its engine wants it, with its adapters."""
     with loading(spec.engine):
-        model = load_policy(spec.name, spec.flag, tokenizer=tokenizer, **spec.options)
-    if spec.lora is not None:
-        add_lora(model.hf, *astuple(spec.lora))
+        model = load_policy(spec.name, spec.flag, tokenizer=tokenizer, merged=not spec.keeps_adapters, **spec.options)
+    add_adapters(model.hf, spec)
     return model
+
+
+def add_adapters(hf: PreTrainedModel, spec: ModelSpec) -> None:
+    """New adapters, or those of the PEFT folder that the model comes from, where any are to learn."""
+    if spec.lora is not None and spec.keeps_adapters:
+        add_saved(hf, spec.name, spec.flag, spec.lora.dropout)
+    elif spec.lora is not None:
+        add_lora(hf, *astuple(spec.lora))
 
 
 def load_scorer(spec: ModelSpec, tokenizer: Tokenizer, *, new_head: bool = False) -> RewardModel:
     """A reward model, in the same way. See `load_reward_model` for `new_head`."""
+    options = spec.options | {"new_head": new_head, "merged": not spec.keeps_adapters}
     with loading(spec.engine):
-        model = load_reward_model(spec.name, spec.flag, tokenizer=tokenizer, new_head=new_head, **spec.options)
-    if spec.lora is not None:
-        add_lora(model.hf, *astuple(spec.lora))
+        model = load_reward_model(spec.name, spec.flag, tokenizer=tokenizer, **options)
+    add_adapters(model.hf, spec)
     return model
 
 
 def load_hydra_model(spec: ModelSpec, tokenizer: Tokenizer, *, new_head: bool = False) -> HydraModel:
     """Both in one, in the same way. See `load_hydra` for `new_head`."""
+    options = spec.options | {"new_head": new_head, "merged": not spec.keeps_adapters}
     with loading(spec.engine):
-        model = load_hydra(spec.name, spec.flag, tokenizer=tokenizer, new_head=new_head, **spec.options)
-    if spec.lora is not None:
-        add_lora(model.hf, *astuple(spec.lora))
+        model = load_hydra(spec.name, spec.flag, tokenizer=tokenizer, **options)
+    add_adapters(model.hf, spec)
     return model
 
 

@@ -13,6 +13,7 @@ from remax.generation.decode import GenerationSettings
 from remax.models.trunk import ACTOR_SET, CRITIC_SET
 from remax.training.loop import Cadence
 from remax.training.trainer import TrainerSettings
+from utils.adapter_folder import is_adapter
 from utils.present import present
 
 Arguments = FinetuneArguments | Step3Arguments
@@ -20,7 +21,10 @@ Arguments = FinetuneArguments | Step3Arguments
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Adapters to add, see `add_lora`; `flag` is the one that errors name."""
+    """Adapters to add, see `add_lora`; `flag` is the one that errors name.
+
+    Those of a PEFT folder go on learning as they are: of these settings only the dropout is for them, and `dim` is 0.
+    """
 
     dim: int
     module_name: str
@@ -43,6 +47,11 @@ class ModelSpec:
     gradient_checkpointing: bool = False
     packing: bool = False
     lora: LoraSpec | None = None
+
+    @property
+    def keeps_adapters(self) -> bool:
+        """Whether the adapters of its PEFT folder go on learning: they are not merged."""
+        return self.lora is not None and self.lora.dim == 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,7 +84,8 @@ def _cadence(args: Arguments, batches_per_step: int, max_steps: int) -> Cadence:
 
 
 def finetune_model(args: FinetuneArguments) -> ModelSpec:
-    only, flag = args.only_optimize_lora, "--lora_module_name"
+    saved = is_adapter(args.model_name_or_path)
+    only, flag = args.only_optimize_lora or saved, "--lora_module_name"
     lora = LoraSpec(args.lora_dim, args.lora_module_name, only, flag, args.lora_alpha, args.lora_dropout)
     return ModelSpec(
         args.model_name_or_path,
@@ -85,7 +95,7 @@ def finetune_model(args: FinetuneArguments) -> ModelSpec:
         disable_dropout=args.disable_dropout,
         gradient_checkpointing=args.gradient_checkpointing,
         packing=args.packing,
-        lora=lora if args.lora_dim else None,
+        lora=lora if args.lora_dim or saved else None,
     )
 
 
@@ -112,7 +122,8 @@ def reward_engine(args: Step3Arguments) -> EngineConfig:
 
 
 def actor_model(args: Step3Arguments) -> ModelSpec:
-    lora = _adapters(args, args.actor_lora_dim, args.only_optimize_lora)
+    saved = is_adapter(args.actor_model_name_or_path)
+    lora = _adapters(args, args.actor_lora_dim, args.only_optimize_lora or saved, saved)
     return ModelSpec(
         args.actor_model_name_or_path,
         "--actor_model_name_or_path",
@@ -124,9 +135,9 @@ def actor_model(args: Step3Arguments) -> ModelSpec:
     )
 
 
-def _adapters(args: Step3Arguments, dim: int, only: bool) -> LoraSpec | None:
+def _adapters(args: Step3Arguments, dim: int, only: bool, saved: bool = False) -> LoraSpec | None:
     name, flag = args.actor_lora_module_name, "--actor_lora_module_name"
-    return LoraSpec(dim, name, only, flag, args.actor_lora_alpha, args.actor_lora_dropout) if dim else None
+    return LoraSpec(dim, name, only, flag, args.actor_lora_alpha, args.actor_lora_dropout) if dim or saved else None
 
 
 def critic_adapters(args: Step3Arguments) -> LoraSpec:

@@ -33,6 +33,22 @@ def of_tokenizer(name: str, program: str, line: str, **fields: Any) -> Case:
     return of_model(name, program, line, tokenizer_config=fields)
 
 
+def of_adapters(
+    name: str,
+    program: str,
+    line: str,
+    base: str = "../base",
+    file: str = "adapter_model.safetensors",
+    peft_type: str = "LORA",
+    flags: str = "",
+) -> Case:
+    """A case of a PEFT folder, whose weights are torn anyway."""
+    flag, kind = FLAGS[program]
+    config = {"peft_type": peft_type, "base_model_name_or_path": base}
+    files = {"m/adapter_config.json": config, f"m/{file}": "torn", "base": model(kind)}
+    return Case(name, program, f"{flag} ./m {flags}", line, files)
+
+
 def of_reward(name: str, program: str, line: str, **faults: Any) -> Case:
     """A case of a faulty reward model in step 3 or the doctor."""
     return Case(
@@ -134,6 +150,13 @@ FOLDERS = [
     Case(
         "config.json that is a pipe", "sft", "--model_name_or_path ./m", "--model_name_or_path", {"m/config.json": fifo}
     ),
+    of_adapters(
+        "adapters of a base that is nowhere", "sft", "has base_model_name_or_path './nowhere'", base="./nowhere"
+    ),
+    of_adapters("adapters as a pickle", "rw_eval", "has no adapter_model.safetensors", file="adapter_model.bin"),
+    of_adapters("adapters that are torn", "doctor", "cannot read"),
+    of_adapters("adapters that are no LoRA", "prompt_eval", "has peft_type 'IA3'", peft_type="IA3"),
+    of_adapters("adapters beside a rank", "reward", "go on learning as they are", flags="--lora_dim 4"),
     of_model("config.json that is empty", "doctor", "config", files={"config.json": ""}),
     of_model("config.json that is torn", "doctor", "", files={"config.json": '{"model_type": '}),
     of_model("config.json that is a list", "rw_eval", "", files={"config.json": "[]"}),

@@ -102,6 +102,32 @@ def make_policy(tmp_path_factory, tokenizers):
 
 
 @pytest.fixture(scope="session")
+def save_adapters():
+    """save_adapters(base, folder, scorer=False, **LoraConfig) -> the model of PEFT that it saves."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    def save(base: Path, folder: Path, scorer: bool = False, **settings):
+        model = (
+            AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+            if scorer
+            else AutoModelForCausalLM.from_pretrained(base)
+        )
+        task = TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM
+        options = {"r": 3, "lora_alpha": 7, "lora_dropout": 0.5, "target_modules": "all-linear", "task_type": task}
+        adapted = get_peft_model(model, LoraConfig(**options | settings))
+        noise = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=noise))
+        adapted.save_pretrained(folder)
+        return adapted.eval()
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def make_scorer(tmp_path_factory, make_policy):
     """make_scorer("opt", pad="own", seed=5, ...) -> folder of a reward model on the same tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

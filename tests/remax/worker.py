@@ -44,6 +44,7 @@ from remax.models.loading import evaluating, quiet_libraries
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model, prepare_pad_token
+from remax.models.saved_adapters import add_saved
 from remax.models.weights import held_part
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.functions import RewardFunction
@@ -53,6 +54,7 @@ from remax.training.finetune import finetune
 from remax.training.loop import Cadence
 from remax.training.tasks import DirectPreference, Hydra, Ranking, Supervised
 from remax.training.trainer import Trainer, TrainerSettings
+from utils.adapter_folder import is_adapter
 from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.data.collate import pad
 from utils.data.config import DataConfig
@@ -86,7 +88,7 @@ class Spread:
     dtype: str = "fp32"
     micro_batch: int = 8
     gradient_checkpointing: bool = False
-    lora: str | None = None  # name of the layers with adapters
+    lora: str | None = None  # name of the layers with adapters, or whether those of a PEFT folder stay apart
     new_pad: bool = False  # a pad token is added to the tokenizer, as in step 2
     new_head: bool = False
     packing: bool = False
@@ -107,10 +109,12 @@ class Spread:
 
     def policy(self):
         options = {"gradient_checkpointing": self.gradient_checkpointing, "tokenizer": self.tokenizer}
-        options |= {"packing": self.packing}
+        options |= {"packing": self.packing, "merged": not self.lora}
         with loading(self.config):
             model = load_policy(self.model, "--model", dtype=self.config.torch_dtype, **options)
-        if self.lora:
+        if self.lora and is_adapter(self.model):
+            add_saved(model.hf, self.model, "--model")
+        elif self.lora:
             add_lora(model.hf, 3, self.lora, True, "--lora_module_name")
         return model
 

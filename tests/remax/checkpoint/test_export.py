@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -34,7 +35,7 @@ SCORERS = [("llama", "own", 3), ("opt", "eos", 3), ("gpt2", "none", 3), ("llama"
 
 
 @pytest.fixture(scope="module")
-def exports(make_policy, save_rows, run_ranks, tmp_path_factory):
+def exports(make_policy, save_adapters, save_rows, run_ranks, tmp_path_factory):
     """Every kind of model exported by two ranks, in one launch; and what they say of models that cannot be loaded."""
     rows = save_rows(7, ROWS, 300)
     policies = {family: str(make_policy(family, **WIDE.get(family, {}))) for family in POLICIES}
@@ -52,6 +53,14 @@ def exports(make_policy, save_rows, run_ranks, tmp_path_factory):
     checks = [check | {"rows": rows, "micro_batch": 1} for check in checks]
     extra = {"name": "bf16", "model": str(make_policy("llama")), "rows": rows, "dtype": "bf16", "zero_stage": 3}
     checks.append({"check": "export_policy"} | extra)
+    save_adapters(policies["llama"], adapters := tmp_path_factory.mktemp("adapters") / "policy")
+    save_adapters(policies["llama"], score_head := adapters.with_name("scorer"), scorer=True)
+    for stage in (2, 3):
+        kept = {"model": str(adapters), "rows": rows, "micro_batch": 1, "zero_stage": stage}
+        checks.append({"check": "export_policy", "name": f"saved-{stage}", "lora": "its own"} | kept)
+        checks.append({"check": "export_policy", "name": f"merged-{stage}"} | kept)
+        of_scorer = {"model": str(score_head), "zero_stage": stage, "texts": TEXTS}
+        checks.append({"check": "export_reward", "name": f"saved-reward-{stage}"} | of_scorer)
     for family, pad, stage in SCORERS:
         check = {"check": "export_reward", "name": f"reward-{family}-{pad}-{stage}", "new_head": True, "new_pad": True}
         checks.append(check | {"model": str(make_policy(family, pad)), "zero_stage": stage, "texts": TEXTS})
@@ -124,6 +133,25 @@ def test_adapters_are_merged_in_the_copy_only(stage, exports):
         assert torch.equal(alone[f"base_model.model.{key.replace('.default', '')}"], x)
     assert_logprobs(folder / name, sequences, results[name]["logprobs"])
     assert results["lora-2"]["losses"] == pytest.approx(results["lora-3"]["losses"], rel=1e-5)
+
+
+@pytest.mark.ranks
+@torch.no_grad()
+def test_a_peft_folder_goes_on_at_every_stage_and_comes_out_again(exports, make_policy):
+    # Parameters that ZeRO-3 spreads take their part of what is written into them.
+    results, folder, sequences = exports
+    for name in ("saved-2", "saved-3", "merged-2", "merged-3"):
+        assert_logprobs(folder / name, sequences, results[name]["logprobs"])
+        assert results[name]["losses"][0] == pytest.approx(results["saved-2"]["losses"][0], rel=1e-5)
+    assert results["saved-3"]["losses"] == pytest.approx(results["saved-2"]["losses"], rel=1e-5)
+    assert results["saved-2"]["losses"][0] != pytest.approx(results["llama-2"]["losses"][0], rel=1e-2)
+    for name in ("saved-2", "saved-3"):  # whose base has not moved
+        adapted = AutoPeftModelForCausalLM.from_pretrained(folder / name / "adapter").eval()
+        assert adapted.peft_config["default"].base_model_name_or_path == str(make_policy("llama", **WIDE["llama"]))
+        for i, logprobs in enumerate(answer_logprobs(adapted, sequences)):
+            expected = torch.tensor(results[name]["logprobs"][i])[: len(logprobs)]
+            torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
+    assert results["saved-reward-3"]["scores"] == pytest.approx(results["saved-reward-2"]["scores"], abs=1e-4)
 
 
 @pytest.mark.ranks

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import os
 import shlex
 import subprocess
@@ -543,6 +544,59 @@ def test_an_output_folder_that_holds_something_is_refused(tmp_path):
     model_in(tmp_path / "done" / "actor")
     with pytest.raises(UserError, match=r"holds a model already \(actor/config.json\)"):
         step3(f"--output_dir {tmp_path}/done")
+
+
+def adapters_in(folder, base, **fields):
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_text("")
+    config = {"peft_type": "LORA", "r": 3, "base_model_name_or_path": str(base)} | fields
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("parse", "prefix"), [(parse_step1, ""), (parse_step2, ""), (parse_step3, "actor_")])
+def test_adapters_of_a_folder_go_on_as_they_are(parse, prefix, tmp_path):
+    base = model_in(tmp_path / "base")
+    folder = adapters_in(tmp_path / "a", base)
+    line = f"--{prefix}model_name_or_path {folder} --output_dir {tmp_path}/out"
+    line += f" --reward_model_name_or_path {base}" if prefix else ""
+    told = f"--{prefix}model_name_or_path {folder}: its adapters of rank 3 go on learning, alone; base: {base}"
+    for more in ("", "--only_optimize_lora", f"--{prefix}lora_dropout 0.1", f"--{prefix}lora_learning_rate 1e-3"):
+        assert told in parse(shlex.split(f"{line} {more}")).notices
+    if prefix:
+        with pytest.raises(UserError, match="--share reference with --actor_model.*/a: .*; give the merged model"):
+            parse(shlex.split(f"{line} --share reference --only_optimize_lora"))
+    for more in ("lora_dim 4", "lora_alpha 8", "lora_module_name q_proj"):
+        with pytest.raises(UserError, match=f"--{prefix}{more} with --.*/a: its adapters go on learning as they are"):
+            parse(shlex.split(f"{line} --{prefix}{more}"))
+
+
+def test_adapters_without_their_base_or_weights_are_refused_before_anything_loads(tmp_path):
+    name = "--model_name_or_path"
+    for i, (base, message) in enumerate(
+        [
+            (
+                tmp_path / "nowhere",
+                "adapter_config.json has base_model_name_or_path '.*/nowhere', and there is no",
+            ),
+            (tmp_path, f"{name} .base_model_name_or_path of .*adapter_config.json. {tmp_path}: .* has no config.json"),
+            ("", "adapter_config.json has base_model_name_or_path ''; expected"),
+        ]
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_step1(shlex.split(f"{name} {adapters_in(tmp_path / str(i), base)} --output_dir {tmp_path}/out"))
+    (tmp_path / "0" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"{name} {tmp_path}/0: has no adapter_model.safetensors; .* is never read"):
+        parse_step1(shlex.split(f"{name} {tmp_path}/0"))
+
+
+def test_adapters_and_their_base_are_never_written_over(tmp_path):
+    base, more = model_in(tmp_path / "base"), "--overwrite_output_dir"
+    folder = adapters_in(tmp_path / "sft" / "adapter", base)  # beside the merged model of an earlier run
+    model_in(tmp_path / "sft")
+    for output in ("sft", "base", "sft/adapter"):
+        with pytest.raises(UserError, match="is where --model_name_or_path .*adapter lies; choose another folder"):
+            parse_step1(shlex.split(f"--model_name_or_path {folder} --output_dir {tmp_path}/{output} {more}"))
 
 
 def test_a_model_that_is_read_is_never_written_over(tmp_path):

@@ -394,13 +394,6 @@ def test_attention_without_its_package_is_one_line(make_policy):
         load(make_policy("llama"), attn_implementation="flash_attention_2")
 
 
-def test_an_adapter_alone_is_no_model(make_policy, tmp_path):
-    folder = with_config(make_policy("llama"), tmp_path / "adapter")
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="--actor: .* is a PEFT adapter; expected a whole model"):
-        load_config(str(folder), "--actor")
-
-
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_a_generation_config_that_cannot_be_read_is_named(text, make_policy, tmp_path):
     folder = with_generation_config(make_policy("llama"), tmp_path / "with")

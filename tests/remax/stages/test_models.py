@@ -13,8 +13,8 @@ from remax.cli.validate import parse_step3
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.models.reward_model import load_reward_model, store_score_statistics
-from remax.stages import models
-from remax.stages.models import build_models, build_reward, check_models
+from remax.stages import models, settings
+from remax.stages.models import build_models, build_reward, check_models, load_policy_model, load_scorer
 from remax.stages.rlhf import try_reward_functions
 from utils.data.batches import PromptBatch
 from utils.run import UserError
@@ -184,3 +184,26 @@ def test_functions_are_weighed(flags, tmp_path):
     args = flags("--reward_fn", f"{tmp_path}/rules.py:length:-0.1")
     (part,) = build_reward(args, EngineConfig(), check_models(args).actor, []).parts
     assert (part.name, part.weight) == ("length", -0.1)
+
+
+@torch.no_grad()
+def test_from_a_peft_folder_the_actor_learns_on_and_the_reference_is_its_start(
+    flags, save_adapters, make_policy, tmp_path, sequences_of
+):
+    save_adapters(make_policy("llama"), tmp_path / "policy")
+    save_adapters(make_policy("llama"), tmp_path / "scorer", scorer=True)
+    names = ["--actor_model_name_or_path", tmp_path / "policy", "--reward_model_name_or_path", tmp_path / "scorer"]
+    args = flags(*names, "--actor_lora_dropout", "0.5", "--algo", "ppo")
+    tokenizers = check_models(args)
+    actor = load_policy_model(settings.actor_model(args), tokenizers.actor)
+    reference = load_policy_model(settings.reference_model(args), tokenizers.actor)
+    critic = load_scorer(settings.critic_model(args, str(tmp_path / "scorer")), tokenizers.critic)
+    learn = [name for name, parameter in actor.hf.named_parameters() if parameter.requires_grad]
+    assert len(learn) == 2 * 2 * 7 and all("lora_" in name for name in learn)
+    sequences = sequences_of(4, rows=3, vocabulary=len(tokenizers.actor))
+    torch.testing.assert_close(actor.eval()(sequences)[0], reference.eval()(sequences)[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(actor.train()(sequences)[0], reference(sequences)[0], atol=1e-3)
+    for whole in (reference, critic):
+        assert all("lora_" not in name and parameter.requires_grad for name, parameter in whole.named_parameters())
+    part = build_reward(args, EngineConfig(), tokenizers.actor, tokenizers.rewards).models[0]
+    torch.testing.assert_close(part.model.score(sequences), critic.eval()(sequences), rtol=1e-5, atol=1e-5)
