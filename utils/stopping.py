@@ -237,7 +237,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
         if not _deferring:
             raise SystemExit(128 + number)
         if not _watched:
-            _say(f"{_reason}: saved after this step; a second Ctrl-C ends it at once")
+            _say(f"{_reason}: saved after this step; from now on Ctrl-C ends it at once")
     elif number == signal.SIGINT and not _watched:
         raise KeyboardInterrupt
 
@@ -273,7 +273,7 @@ def _note(number: signal.Signals, gone: bool, patience: float) -> None:
         return
     saves = _deferring and _rank() == "0"
     if saves:
-        _say(f"{number.name}: saved after this step, within {patience:.0f} s; a second Ctrl-C ends it at once")
+        _say(f"{number.name}: saved after this step, within {patience:.0f} s; from now on Ctrl-C ends it at once")
     if "RANK_FILES" in os.environ:
         with suppress(OSError):
             if _deferring:

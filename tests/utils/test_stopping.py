@@ -220,7 +220,7 @@ def test_a_loop_is_left_when_all_have_saved(start):
     for run, (who, name, _, _) in zip(runs, IN_A_LOOP, strict=True):
         saved = [(run.folder / f"saved.{rank}").exists() for rank in "01"]
         assert saved == [True, (who, name) != ("rank 1", "SIGKILL")], (who, name)
-    assert "SIGUSR1: saved after this step, within 60 s; a second Ctrl-C ends it at once" in consoles[0]
+    assert "SIGUSR1: saved after this step, within 60 s; from now on Ctrl-C ends it at once" in consoles[0]
 
 
 # --------------------------------------------------------------------------------- a rank alone, and no launcher at all

@@ -400,6 +400,8 @@ def test_an_error_in_a_step_says_which(make_trainer, tokenizers):
 class Epochs(SequentialSampler):
     """The order of a loader whose epochs are all alike."""
 
+    resume_at = 0
+
     def set_epoch(self, epoch: int) -> None: ...
 
 
