@@ -236,9 +236,9 @@ def known_flags() -> set[str]:
     return flags | {"help"} | OF_OTHERS
 
 
-# Of the deepspeed launcher, torchrun, srun, mpirun, docker and hf, as far as a dash in the name.
+# Of the deepspeed launcher, torchrun, srun, sbatch, mpirun, docker and hf, as far as a dash in the name.
 OF_OTHERS = {"num_gpus", "num_nodes", "hostfile", "master_port", "nproc_per_node", "nnodes", "node_rank", "master_addr"}
-OF_OTHERS |= {"gres", "gpus", "ntasks", "bind", "ipc", "shm", "repo"}
+OF_OTHERS |= {"gres", "gpus", "ntasks", "nodes", "cpus", "time", "signal", "bind", "ipc", "shm", "repo"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=short)
