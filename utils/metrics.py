@@ -75,7 +75,7 @@ class MetricsLogger:
         # TensorBoard hides what it has of this step and later ones; the first such note it takes for the beginning.
         self._open_tensorboard(None if drop_after is None else max(0, 1 + drop_after))
         if wandb is not None:
-            self.wandb = _start_wandb(Path(output_dir), wandb)
+            self.wandb = _start_wandb(Path(output_dir), wandb, goes_on=drop_after not in (None, -1))
 
     def _open_tensorboard(self, first_step: int | None) -> None:
         if self.tensorboard_dir is not None:
@@ -201,16 +201,22 @@ def warn(message: str) -> None:
         tqdm.write(message)
 
 
-def _start_wandb(folder: Path, config: Mapping[str, Any]) -> Any:
+def _start_wandb(folder: Path, config: Mapping[str, Any], goes_on: bool) -> Any:
+    """A new run, or the one of this folder again, which then refuses steps that it knows."""
     import wandb
 
+    file = folder / "wandb_id"
+    before = {"id": file.read_text(), "resume": "allow"} if goes_on and file.is_file() else {}
     try:
-        return wandb.init(
+        run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "remax"),
             name=os.environ.get("WANDB_NAME", folder.name),
             dir=str(folder),
             config=dict(config),
+            **before,
         )
+        file.write_text(str(run.id))
+        return run
     except wandb.Error as error:  # such as no account
         raise UserError(
             f"--report_to wandb: {first_line(error)}; `wandb login`, or WANDB_MODE=offline to upload later"

@@ -30,6 +30,8 @@ SOURCES = {  # name: ranks, how the model is spread
     "two ranks, ZeRO 0, LoRA": (2, {"zero_stage": 0, "lora": "_proj"}),
     "one rank, ZeRO 0": (1, {"zero_stage": 0}),
     "one rank, ZeRO 1": (1, {"zero_stage": 1}),
+    "one rank, ZeRO 1, bf16": (1, {"zero_stage": 1, "dtype": "bf16"}),
+    "two ranks, ZeRO 3, bf16": (2, {"zero_stage": 3, "dtype": "bf16"}),
 }
 TARGETS = {  # from which source, ranks, how the model is spread then
     "2 -> 1": ("two ranks, ZeRO 2", 1, {"zero_stage": 2}),
@@ -40,6 +42,8 @@ TARGETS = {  # from which source, ranks, how the model is spread then
     "1 -> 2, ZeRO 1 -> 2": ("one rank, ZeRO 1", 2, {"zero_stage": 2}),
     "ZeRO 2 -> 3": ("two ranks, ZeRO 2", 2, {"zero_stage": 3}),
     "ZeRO 3 -> 0": ("two ranks, ZeRO 3", 2, {"zero_stage": 0}),
+    "bf16, ZeRO 1": ("one rank, ZeRO 1, bf16", 1, {"zero_stage": 1, "dtype": "bf16"}),
+    "bf16, ZeRO 3": ("two ranks, ZeRO 3, bf16", 2, {"zero_stage": 3, "dtype": "bf16"}),
     "the same ranks and stage": ("two ranks, ZeRO 3", 2, {"zero_stage": 3}),
 }
 
