@@ -314,19 +314,3 @@ def test_progress_of_nothing_is_quiet_about_the_rest(capsys):
     with progress(0, "SFT", "steps"):
         pass
     assert "SFT: 0/0 steps" in capsys.readouterr().err
-
-
-def test_tensorboard_has_each_step_once_where_a_run_goes_on(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first, last, drop_after in ((1, 5, -1), (4, 6, 3)):  # killed after step 5, its checkpoint is of step 3
-        logger = MetricsLogger(tmp_path, tensorboard_dir=tmp_path / "tensorboard", drop_after=drop_after)
-        for step in range(first, last + 1):
-            logger.log(step, {"train/loss": step / 2})
-        logger.flush()
-        logger.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(k, k / 2) for k in range(1, 7)]
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, 7))
