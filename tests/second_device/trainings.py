@@ -48,7 +48,7 @@ class PlainEngine:
     """What `TrainedEngine` asks of DeepSpeed, on one rank and without ZeRO."""
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, clipping: float):
-        self.module, self.optimizer, self.schedule, self.clipping = module, optimizer, schedule, clipping
+        self.module, self.optimizer, self.lr_scheduler, self.clipping = module, optimizer, schedule, clipping
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.module(*args, **options)
@@ -60,12 +60,12 @@ class PlainEngine:
         loss.backward()
 
     def get_lr(self) -> list[float]:
-        return self.schedule.get_last_lr()
+        return self.lr_scheduler.get_last_lr()
 
     def step(self) -> None:
         self.norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clipping or float("inf"))
         self.optimizer.step()
-        self.schedule.step()
+        self.lr_scheduler.step()
         self.zero_grad()
 
     def zero_grad(self) -> None:
