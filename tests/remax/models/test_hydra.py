@@ -9,10 +9,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from remax.checkpoint.export import export
 from remax.core.sequences import Sequences
+from remax.models import hydra
 from remax.models.hydra import HydraModel, load_hydra
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
@@ -108,14 +114,22 @@ def test_one_forward_says_what_the_two_models_say(family, packing, make_hydra, s
 
 
 @torch.no_grad()
-def test_a_new_token_is_improbable_everywhere(make_policy, sequences_of):
-    # Its logit is the mean of the others', so by Jensen's inequality no more than 1 / 300 of their sum.
-    for family in ("gpt2", "llama"):
-        model, tokenizer = load(make_policy(family, "none"))
+def test_a_new_token_is_improbable_everywhere(make_policy, sequences_of, tmp_path):
+    # Its logit is the mean of the others', so by Jensen's inequality no more than 1 / 300 of their sum. The logits of
+    # all tokens are lowered by 32 * 3 here, as GPT-2's are: one of 0 would be all but certain.
+    start = make_policy("gpt2", "none")
+    hf = AutoModelForCausalLM.from_pretrained(start)
+    hf.transformer.ln_f.bias += 3.0
+    hf.transformer.wte.weight -= 1.0
+    hf.save_pretrained(tmp_path)
+    load_tokenizer(str(start)).save_pretrained(tmp_path)
+    for folder in (tmp_path, make_policy("llama", "none")):
+        model, tokenizer = load(folder)
         rows = sequences_of(5, 4, 300)
         logits = model.head(model.hidden(rows)[rows.answer_mask])
         assert logits.shape[1] == 301 == len(tokenizer) and logits.std() > 0.5
         assert logits.softmax(1)[:, 300].max() <= 1 / 300
+        assert torch.allclose(logits[:, 300], logits[:, :300].mean(1), atol=1e-4)
 
 
 def test_adapters_are_merged_and_the_score_head_learns(make_policy, sequences_of, tmp_path):
@@ -152,6 +166,17 @@ def test_what_has_no_two_heads_is_refused(make_policy, make_scorer, make_hydra, 
     state = load_file(broken / "model.safetensors")
     save_file({k: v for k, v in state.items() if k != "score.weight"}, broken / "model.safetensors", {"format": "pt"})
     assert "they lack score.weight" in refusal(broken, new_head=False)
+
+
+def test_a_classifier_with_other_names_is_refused(make_policy, monkeypatch):
+    class Renamed(LlamaForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.backbone = self.model
+            del self.model
+
+    monkeypatch.setattr(hydra, "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", {LlamaConfig: Renamed})
+    assert "models of the type 'llama' have no score head beside" in refusal(make_policy("llama"))
 
 
 def test_a_spare_head_needs_its_name_in_the_configuration(make_hydra, tmp_path):
