@@ -27,7 +27,15 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from remax.models.saved_adapters import config_with_adapters
-from remax.models.weights import broken_files, check_files, check_finite, check_report, restore_buffers, unpartitioned
+from remax.models.weights import (
+    broken_files,
+    check_files,
+    check_finite,
+    check_number_formats,
+    check_report,
+    restore_buffers,
+    unpartitioned,
+)
 from utils.adapter_folder import base_model, is_adapter
 from utils.distributed import device, print0
 from utils.hub import hub_is_reachable
@@ -162,6 +170,7 @@ def from_pretrained(
         with unpartitioned(), torch.random.fork_rng(devices=[]):  # names and shapes alone: nothing is allocated
             whole, report = load(name_or_path, **copy.deepcopy(options) | report_only)
         check_report(report, name_or_path, flag, new_head=new_head, spare_head=spare_head)
+        check_number_formats(whole, folder, flag)
         loaded = load(name_or_path, **options)
         if is_deepspeed_zero3_enabled():
             restore_buffers(loaded, whole, flag)

@@ -182,6 +182,8 @@ def _write(hf: PreTrainedModel, tensors: dict[str, Tensor], saved: list[str], fo
             f"{flag}: the weights of {Path(folder) / WEIGHTS} are not those of its {CONFIG} and base model: they "
             f"{'; they '.join(found)}. Expected what PEFT saved for this base model"
         )
+    if bad := {name for name, tensor in tensors.items() if not tensor.is_floating_point()}:
+        raise UserError(f"{flag}: weights of {Path(folder) / WEIGHTS} are integers: {some(bad)}; expected fp32 or bf16")
     if bad := {name for name, tensor in tensors.items() if not tensor.to(hf.dtype).isfinite().all()}:
         raise UserError(f"{flag}: weights of {Path(folder) / WEIGHTS} are nan or infinite: {some(bad)}")
     for name, tensor in tensors.items():

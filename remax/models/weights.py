@@ -77,6 +77,30 @@ def check_report(
         )
 
 
+def check_number_formats(model: nn.Module, folder: Path, flag: str) -> None:
+    """Refuses a folder whose weights are integers, which would be taken for real numbers.
+
+    Args:
+        model: Whose parameters the weights are.
+
+    Raises:
+        UserError: Names them.
+    """
+    from safetensors import safe_open
+
+    parameters = {name for name, _ in model.named_parameters()}
+    strange: dict[str, str] = {}
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            formats = {name: file.get_slice(name).get_dtype() for name in parameters & set(file.keys())}
+        strange |= {name: kind for name, kind in formats.items() if kind == "BOOL" or kind[0] in "IU"}
+    if strange:
+        raise UserError(
+            f"{flag}: weights of {folder} are integers ({min(strange.values())}): {some(strange)}; expected fp32, bf16 "
+            "or fp16: save the model as it was before it was quantised"
+        )
+
+
 def held_part(parameter: Any) -> Tensor:
     """What this process holds of a parameter: all of it, or under ZeRO-3 its part without what fills that up."""
     if not hasattr(parameter, "ds_tensor"):

@@ -375,6 +375,7 @@ MODELS = [
     *faults(
         "remax/models/weights.py",
         f"{ROOM}/models/test_weights.py",
+        ("weights-integers", 'if kind == "BOOL" or kind[0] in "IU"', "if False", "a quantised weight trains as it is"),
         ("weights-any-missing", 'if not (new_head and name.startswith("score."))', "if not new_head",
          "a layer that a backbone lacks is random"),
         ("weights-unexpected", '"hold without a place in the model": unexpected, ', "",

@@ -226,6 +226,7 @@ FAULTS = {
     "fewer layers": ({"target_modules": ["q_proj"]}, {}, "hold without a place in the model .*mlp.down_proj.lora_A"),
     "a tensor too few": ({}, {A: None}, "they lack .*v_proj.lora_A.default.weight"),
     "nan": ({}, {B: torch.full((32, 3), torch.nan)}, f"weights of .*{WEIGHTS} are nan or infinite: .*v_proj.lora_B"),
+    "integers": ({}, {B: torch.ones(32, 3, dtype=torch.int8)}, f"weights of .*{WEIGHTS} are integers: .*v_proj.lora_B"),
     "a score head": ({}, {"base_model.model.score.weight": torch.ones(1, 32)}, "LlamaForSequenceClassification"),
 }
 

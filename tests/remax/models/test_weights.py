@@ -115,7 +115,14 @@ def overflow(weights):
     weights["model.norm.weight"][0] = float("inf")
 
 
+def quantise(weights):
+    for kind in ("q_proj", "o_proj"):
+        name = f"model.layers.0.self_attn.{kind}.weight"
+        weights[name] = (100 * weights[name]).to(torch.int8)
+
+
 FAULTS = {
+    "integers": (quantise, r"are integers \(I8\): model.layers.0.self_attn.o_proj.weight, .*q_proj.weight; expected"),
     "superfluous": (two_more, "hold without a place in the model .*model.norm.bias, value.weight. Expected"),
     "narrow": (narrow, r"hold in another shape model.norm.weight \(7,\) instead of \(32,\). Expected"),
     "nan": (poison, "are nan or infinite in float32: model.layers.1.mlp.up_proj.weight; take"),
