@@ -316,6 +316,13 @@ FINAL = {"save_at_final": True}
 # Every flag of every script but for the models and the output folder. The columns, as above, are
 # rows per GPU, tokens, learning rate, epochs; in step 3
 # rows per GPU, prompt and answer tokens, learning rate, KL coefficient, gamma, clip, temperature.
+HYDRA_REMAX = {
+    "share": "all",
+    "only_optimize_lora": True,
+    "actor_lora_dim": 16,
+    "actor_lora_alpha": 32,
+    "actor_lora_module_name": "all-linear",
+}
 TABLE = {
     (1, "gpt2"): finetuning(STEP_1, 32, 112, 1e-5, 2, SHORT_TEXTS),
     (1, "opt_1.3b"): finetuning(STEP_1, 16, 512, 1e-5, 4, RM_STATIC, **CHECKPOINTING),
@@ -343,6 +350,14 @@ TABLE = {
     (3, "mistral_7b"): remax(
         32, 384, 384, 5e-7, 0.1, 1, 1, 0.7, ULTRA, **RL_CHECKPOINTING, **RL_OFFLOAD, penalty="full_step"
     ),
+    # The adapters' learning rate in the place of the model's; nothing is frozen beside the actor.
+    (3, "hydra_7b"): {
+        name.replace("actor_learning", "actor_lora_learning"): value
+        for name, value in remax(
+            4, 256, 256, 1e-5, 0.05, 0.99, 5, 1, RM_STATIC, **RL_CHECKPOINTING, **FINAL, **HYDRA_REMAX
+        ).items()
+        if name not in ("reference_zero_stage", "reward_zero_stage")
+    },
     (1, "demo"): DEMO_FINETUNING
     | {"learning_rate": 3e-3, "weight_decay": 0, "num_train_epochs": 5, "seed": 2023, "logging_steps": 50},
     (2, "demo"): DEMO_FINETUNING | {"learning_rate": 2e-3, "weight_decay": 0.1, "num_train_epochs": 3, "seed": 1234},
@@ -380,9 +395,11 @@ def test_script_has_the_papers_settings(script, call):
     if stage == 3:
         family = name.removesuffix("_large_batch")
         start = "mistralai/Mistral-7B-Instruct-v0.2" if name == "mistral_7b" else f"output/{family}/sft"
+        start = f"output/{family}/hydra_sft" if name == "hydra_7b" else start
         assert flags.pop("actor_model_name_or_path") == start
         reward = "opt_350m" if name == "opt_1.3b" else family
-        assert flags.pop("reward_model_name_or_path") == f"output/{reward}/reward"
+        reward = None if name == "hydra_7b" else f"output/{reward}/reward"  # its own score head
+        assert flags.pop("reward_model_name_or_path", None) == reward
     else:
         start = f"output/demo/models/{('actor', 'reward')[stage - 1]}" if name == "demo" else MODELS[name]
         assert flags.pop("model_name_or_path") == start
@@ -442,6 +459,7 @@ def test_the_stage_understands_the_script(script, call, tmp_path):
     stage, name = place(script)
     parse = {1: parse_step1, 2: parse_step2, 3: parse_step3}[stage]
     models = ("actor_model_name_or_path", "reward_model_name_or_path") if stage == 3 else ("model_name_or_path",)
+    models = models[: 1 if name == "hydra_7b" else 2]
     here = [word for flag in (*models, "data_path") for word in (f"--{flag}", str(tmp_path))]  # a folder that is there
     (tmp_path / "config.json").write_text("{}")
     args = parse([*call(short(script)).words, *here])

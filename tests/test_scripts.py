@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from remax.checkpoint.export import export
 from remax.cli.validate import parse_step1, parse_step2, parse_step3
+from remax.models.hydra import load_hydra
 from utils.distributed import free_port
 from utils.run import UserError
+from utils.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
@@ -68,7 +71,7 @@ def assert_trained(folder: Path, start: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_has_scripts_for_each_family(stage):
     found = {script.parent.name for script in SCRIPTS if short(script).startswith(stage)}
-    assert found - {"hydra"} == ARCHITECTURE.keys() - {"hydra"} and ("hydra" in found) == (stage == STAGES[1])
+    assert found - {"hydra"} == ARCHITECTURE.keys() - {"hydra"} and ("hydra" in found) == (stage != STAGES[0])
 
 
 def several_rewards(folder: Path, model: Path) -> list[str]:
@@ -141,7 +144,21 @@ def script_flags(script: Path, folder: Path, reward: Path, can_compile: bool) ->
 
 
 @pytest.fixture(scope="module")
-def prepare_script(tmp_path_factory, corpus, rank_answers, tiny_model, tiny_reward_model, can_compile):
+def tiny_hydra(tmp_path_factory, tiny_model):
+    """tiny_hydra("llama"): as tiny_model, with a score head beside the language head."""
+
+    def make(architecture: str) -> Path:
+        tokenizer = load_tokenizer(str(tiny_model(architecture)))
+        options = {"dtype": torch.float32, "tokenizer": tokenizer, "new_head": True}
+        folder = tmp_path_factory.mktemp(f"{architecture}_hydra")
+        export(load_hydra(str(tiny_model(architecture)), "--model", **options), tokenizer, folder, zero3=False)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def prepare_script(tmp_path_factory, corpus, rank_answers, tiny_model, tiny_hydra, tiny_reward_model, can_compile):
     """prepare_script(script) -> (its folder, the flags behind its name, its environment).
 
     The folder is neither the repository nor the stage's, and OUTPUT is relative to it.
@@ -158,7 +175,9 @@ def prepare_script(tmp_path_factory, corpus, rank_answers, tiny_model, tiny_rewa
         alone = stage == 3 and script.parent.name == "demo"
         if alone:
             data = ROOT / "examples/gsm8k.jsonl"
-        names = {"MODEL": tiny_model(architecture), "REWARD_MODEL": "" if alone else reward, "DATA": data}
+        shared = stage == 3 and script.parent.name == "hydra"
+        model = tiny_hydra(architecture) if shared else tiny_model(architecture)
+        names = {"MODEL": model, "REWARD_MODEL": "" if alone or shared else reward, "DATA": data}
         return folder, flags, {k: str(v) for k, v in names.items()} | {"OUTPUT": "result", "NUM_GPUS": "2"}
 
     return prepare

@@ -379,7 +379,7 @@ def check_share(args: Step3Arguments) -> None:
     if args.share == "all":
         without["reward model"] = ["reward_model_name_or_path", *of_reward]
         of_critic = ["model_name_or_path", "zero_stage", "dtype", "gradient_checkpointing"]
-        without["critic"] = [f"critic_{name}" for name in of_critic] + ["offload_critic", "disable_reward_dropout"]
+        without["critic"] = [f"critic_{name}" for name in of_critic] + ["offload_critic"]
     elif args.reward_is_shared:
         without["reward model"] = of_reward
     defaults = Step3Arguments(actor_model_name_or_path="")
@@ -502,6 +502,10 @@ def resolve_models(args: Step3Arguments) -> None:
     critic = ALGORITHMS[args.algo].critic and args.share != "all"
     if args.test_stop_step and not args.enable_test_mode:
         args.notices.append("--test_stop_step: without effect, as --enable_test_mode is not set")
+    if ALGORITHMS[args.algo].critic and not critic and args.disable_reward_dropout and not args.disable_actor_dropout:
+        args.notices.append(
+            "--disable_reward_dropout: without effect, as the critic has the dropout of the actor's trunk"
+        )
     for model in ("reference", "reward"):
         resolve_frozen(args, f"{model}_zero_stage", f"offload_{model}_model")
     args.actor_dtype = resolve_dtype("actor_dtype", args.actor_dtype, args.actor_bf16)

@@ -384,7 +384,6 @@ def test_refused_in_step_3(line, message):
         ),
         ("--algo ppo --critic_dtype fp32", r"--critic_dtype with --share all: "),
         ("--algo ppo --offload_critic", r"--offload_critic with --share all: "),
-        ("--algo ppo --disable_reward_dropout", r"--disable_reward_dropout with --share all: "),
         ("--algo ppo --critic_model_name_or_path me/c", r"--critic_model_name_or_path with --share all: "),
         (
             "--reward_zero_stage 3",
@@ -404,6 +403,10 @@ def test_what_is_shared_is_not_asked_for():
     everything = parse_step3(shlex.split(f"--actor_model_name_or_path me/actor {SHARED} all --algo ppo"))
     assert everything.reward_models == ["me/actor"] and everything.reward_is_shared
     assert everything.critic_zero_stage is None and everything.critic_dtype is None
+    line = f"--actor_model_name_or_path me/actor {SHARED} all --algo ppo --disable_reward_dropout"
+    (notice,) = parse_step3(shlex.split(line)).notices
+    assert notice.startswith("--disable_reward_dropout: without effect, as the critic ")
+    assert not parse_step3(shlex.split(f"{line} --disable_actor_dropout")).notices
     one = step3(f"{SHARED} reference --algo ppo --critic_lora_dim 2")
     assert one.critic_is_reward and one.reward_is_shared
     two = step3(f"{SHARED} reference --algo ppo --critic_lora_dim 2 --reward_model_name_or_path me/a me/b")
