@@ -148,7 +148,9 @@ def one(args: argparse.Namespace) -> None:
     line = f"--data_path {folder}/data --data_split 0,0,1 --output_dir {output} --actor_dtype {args.dtype}"
     line += f" --actor_model_name_or_path {folder / ('hydra' if shared else 'policy')}"
     if not shared:
-        line += f" --reward_model_name_or_path {folder / 'reward'} --reward_dtype {args.dtype}"
+        line += f" --reward_model_name_or_path {folder / 'reward'}"
+    if "--share" not in way.flags or args.one == "Dynamic-LoRA-ReMax":  # where the reward model is one of its own
+        line += f" --reward_dtype {args.dtype}"
     line += f" --per_device_generation_batch_size {args.prompts} --per_device_training_batch_size {args.micro_batch}"
     line += f" --max_prompt_seq_len 64 --max_answer_seq_len {args.tokens} --max_steps {args.steps} --gamma 1"
     line += " --max_eval_batches 1 --per_device_eval_batch_size 2 --skip_doctor true --target_kl 0 --logging_steps 1"
