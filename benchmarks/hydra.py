@@ -18,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from step_cost import MAIN, PARTS, ROOT, SHAPES, make_models, spread
 
@@ -69,7 +71,7 @@ def parameters(shape: str, rank: int = RANK) -> tuple[int, int, int]:
 
 
 def predicted(way: Way, shape: str, dtype: str, rank: int = RANK) -> int:
-    """Bytes of the model states; the few numbers of a score or value head are left out."""
+    """Bytes of the model states; a score or value head on a shared trunk, a few thousand numbers, is left out."""
     policy, scorer, adapters = parameters(shape, rank)
     trained, frozen = BYTES[dtype]
     learning = way.trained[0] * policy + way.trained[1] * scorer + way.sets * adapters
@@ -116,6 +118,7 @@ def one(args: argparse.Namespace) -> None:
     import torch
 
     from remax.engines.base import Engine, FrozenEngine, TrainedEngine
+    from remax.training import trainer
     from remax.training.trainer import Trainer
 
     way, folder = WAYS[args.one], Path(args.folder)
@@ -144,6 +147,8 @@ def one(args: argparse.Namespace) -> None:
         return figures
 
     FrozenEngine.__init__, TrainedEngine.step, Trainer.learn = build, step, learn
+    if not torch.cuda.is_available():  # so that other work on the machine does not count
+        trainer.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[attr-defined]
     output, shared = folder / args.one, "--share all" in way.flags
     line = f"--data_path {folder}/data --data_split 0,0,1 --output_dir {output} --actor_dtype {args.dtype}"
     line += f" --actor_model_name_or_path {folder / ('hydra' if shared else 'policy')}"
@@ -177,12 +182,13 @@ def report(args: argparse.Namespace, figures: dict[str, dict]) -> str:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, deepspeed {deepspeed.__version__}"
+    libraries = max(found["libraries"] for found in figures.values())
     lines = [
         f"{device}; {versions}; Llama of {args.shape}, {args.dtype}, ZeRO {0 if args.dtype == 'fp32' else 1},",
         f"adapters of rank {RANK} on every linear layer; {args.prompts} prompts, answers of {args.tokens} tokens,",
         f"micro-batches of {args.micro_batch}; median [range] of {args.steps - 1} steps.",
-        "The peak is the process's, libraries included "
-        f"({max(found['libraries'] for found in figures.values()):.2f} GiB).",
+        f"Seconds are {'those of the clock' if torch.cuda.is_available() else 'of CPU time, on one core'};",
+        f"the peak is the process's, libraries included ({libraries:.2f} GiB).",
         "",
         "| setting | static models / sets | states predicted GiB | measured GiB | of PPO's | peak of a step GiB "
         "| of PPO's | scoring s | update s | step s |",
@@ -237,9 +243,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--prompts", type=int, default=4, help="answers of a step")
-    parser.add_argument("--micro_batch", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=16, help="of every answer")
-    parser.add_argument("--steps", type=int, default=4, help="of which the first is not counted")
+    parser.add_argument("--micro_batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=8, help="of every answer")
+    parser.add_argument("--steps", type=int, default=3, help="of which the first is not counted")
     parser.add_argument("--more", default="", help="further flags of step 3, for every way")
     parser.add_argument("--output", help="a Markdown file for the table")
     parser.add_argument("--one", help=argparse.SUPPRESS)

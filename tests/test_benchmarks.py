@@ -194,3 +194,54 @@ def test_the_comparison_counts_what_follows_the_warm_up(comparison, tmp_path):
     (tmp_path / "ours" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert comparison.step_times(tmp_path / "ours") == ends
     assert comparison.rate(ends, rows=8) == pytest.approx(8 * 3 / 4)
+
+
+# ------------------------------------------------------------------------------------------------- one trunk, predicted
+
+
+@pytest.fixture(scope="module")
+def hydra(root):
+    import importlib
+
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(root / "benchmarks")
+    yield importlib.import_module("hydra")
+    patch.undo()
+
+
+def test_predicted_sizes_are_those_of_the_models(hydra):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    from remax.models.lora import add_lora
+
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for shape in ("10m", "1.1b"):  # the second with fewer key heads
+        config = LlamaConfig(**dict(zip((*names, "vocab_size"), hydra.SHAPES[shape], strict=True)), num_labels=1)
+        with torch.device("meta"):
+            kinds = [kind.from_config(config) for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification)]
+            whole = [sum(p.numel() for p in model.parameters()) for model in kinds]
+            add_lora(kinds[0], hydra.RANK, "all-linear", True, "--actor_lora_module_name")
+        adapters = sum(p.numel() for p in kinds[0].parameters() if p.requires_grad)
+        assert hydra.parameters(shape) == (*whole, adapters)
+
+
+def test_predicted_bytes_by_hand(hydra):
+    policy, scorer, adapters = hydra.parameters("7b")
+    # weights 4, gradient 4, Adam 8 of what learns, and 4 of the frozen reference and reward model
+    assert hydra.predicted(hydra.WAYS["ReMax"], "7b", "fp32") == 16 * policy + 4 * policy + 4 * scorer
+    assert hydra.predicted(hydra.WAYS["PPO"], "7b", "fp32") == 20 * (policy + scorer)
+    # in bf16: weights 2, gradient 4, Adam's averages and the weights once more 12; a frozen trunk 2
+    assert hydra.predicted(hydra.WAYS["Hydra-PPO"], "7b", "bf16") == 2 * policy + 2 * 18 * adapters
+    one, ppo, full = (hydra.predicted(hydra.WAYS[name], "7b", "bf16") for name in ("Hydra-ReMax", "PPO", "ReMax"))
+    assert one / ppo < 0.08 and one / full < 0.13 and one < 24e9
+    assert {name: way.held for name, way in hydra.WAYS.items()} == {
+        "PPO": "4 / 0",
+        "LoRA-PPO": "4 / 2",
+        "Dynamic-LoRA-PPO": "2 / 2",
+        "J-Hydra-PPO": "1 / 1",
+        "Hydra-PPO": "1 / 2",
+        "ReMax": "3 / 0",
+        "LoRA-ReMax": "3 / 1",
+        "Dynamic-LoRA-ReMax": "2 / 1",
+        "Hydra-ReMax": "1 / 1",
+    }
