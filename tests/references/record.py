@@ -42,11 +42,16 @@ def machine() -> dict[str, str]:
     return found | packages
 
 
-def run(folder: Path, ranks: int, *only: str, timeout: float = 900.0) -> dict:
-    """The outcomes of all cases of that many ranks, in `folder` as `prepare` left it."""
+def environment(folder: Path, ranks: int) -> dict[str, str]:
+    """The variables of all ranks of a run in `folder`."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    common |= {"HF_DATASETS_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+    return common | {"HF_DATASETS_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(folder: Path, ranks: int, *only: str, timeout: float = 900.0) -> dict:
+    """The outcomes of all cases of that many ranks, in `folder` as `prepare` left it."""
+    common = environment(folder, ranks)
     logs = [folder / f"log{ranks}-{rank}.txt" for rank in range(ranks)]
     processes = [
         subprocess.Popen(
