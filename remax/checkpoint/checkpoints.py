@@ -118,8 +118,10 @@ def open_checkpoint(folder: Path) -> Found:
     """
     fault, manifest = None, {}
     try:
+        if links := [path.name for path in (folder, *sorted(folder.rglob("*"))) if path.is_symlink()]:
+            fault = f"{links[0]} is a link; a checkpoint holds its own files"
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if fault is None and manifest["format"] != FORMAT:
             fault = f"is of format {manifest['format']}, and this version reads {FORMAT}"
         for number, note in enumerate(manifest["ranks"]):
             if fault is None and number % world_size() == rank():
@@ -134,8 +136,6 @@ def open_checkpoint(folder: Path) -> Found:
 
 
 def _fault(file: Path, expected: Written) -> str | None:
-    if file.is_symlink():
-        return f"{file.name} is a link; a checkpoint holds its own files"
     if file.stat().st_size != expected.size:
         return f"is not complete ({file.name} has {file.stat().st_size} of {expected.size} bytes)"
     return None if checksum(file) == expected else f"is damaged ({file.name} is not what was written)"

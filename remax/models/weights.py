@@ -21,7 +21,8 @@ from utils.distributed import gather_objects, rank
 from utils.run import UserError
 
 SHOWN = 3  # names in a message; the others are counted
-INDEX = "model.safetensors.index.json"
+# The file that transformers takes, of those that are there.
+READ_FIRST = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 # What old checkpoints hold beside their parameters: causal masks and rotary frequencies, which models make themselves.
 OLD_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$")
 OUTPUT_HEAD = re.compile(r"(lm_head|embed_out)\.")
@@ -174,12 +175,12 @@ def check_files(folder: Path, flag: str) -> None:
     Raises:
         UserError: The index cannot be read, or names such a file.
     """
-    file = folder / INDEX
-    if not file.is_file() or (folder / "model.safetensors").is_file():  # which is read before the index
+    file = next((folder / name for name in READ_FIRST if (folder / name).is_file()), folder)
+    if file.suffix != ".json":
         return
     try:
         files = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
-        strange = [name for name in files if Path(name).name != name]
+        strange = [name for name in files if Path(name).name != name or name == ".."]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{flag}: {file} is no index of weights ({type(error).__name__}); expected a weight_map of names to files"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -229,6 +230,8 @@ FAULTS = {
     ),
     "a pickle": (lambda folder: plant(folder / "rank_0000.safetensors"), "rank_0000.safetensors"),
     "a link": (lambda folder: link(folder / "rank_0000.safetensors"), "rank_0000.safetensors is a link"),
+    "a link in place of the whole": (lambda folder: link(folder), "step_000002 is a link"),
+    "a link to a best model": (lambda folder: plant_best(folder), "model.safetensors is a link"),
     "another format": (lambda folder: renumber(folder / "manifest.json"), "is of format 99, and this version reads 1"),
 }
 
@@ -258,6 +261,11 @@ def link(file: Path) -> None:
     file.symlink_to(file.parent.parent / "elsewhere")
 
 
+def plant_best(folder: Path) -> None:
+    (folder / "best").mkdir()
+    (folder / "best" / "model.safetensors").symlink_to("/etc/passwd")
+
+
 def renumber(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
 
@@ -283,11 +291,32 @@ def test_a_pickle_is_not_run_even_with_the_right_checksum(tmp_path, monkeypatch)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["ranks"][0]["file"] = vars(module.checksum(folder / "rank_0000.safetensors"))
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="rank_0000.safetensors .*safetensors"):
+    with pytest.raises(UserError, match="rank_0000.safetensors: is no file of tensors in the safetensors format"):
         begin(tmp_path, found=open_checkpoint(folder))
     assert not (tmp_path / "was_run").exists()
     pickle.loads(pickle.dumps(Payload()))
     assert (tmp_path / "was_run").exists()  # the payload is one
+
+
+def test_pickles_beside_the_files_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints, state = begin(tmp_path / "run")
+    folder = save(checkpoints, state, 1)
+    for name in ("optimizer.pt", "rank_0001.safetensors", "random.bin", "mp_rank_00_model_states.pt"):
+        plant(folder / name)
+    _, again = begin(tmp_path / "run", found=newest(tmp_path / "run"))
+    assert again.values["n"].value == 1 / 8 and not (tmp_path / "was_run").exists()
+
+
+def test_the_umask_says_who_may_read_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoints, state = begin(tmp_path / "run")
+        folder = save(checkpoints, state, 1)
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (folder, *folder.iterdir())}
+    assert modes == {"step_000001": "0o750", "manifest.json": "0o640", "rank_0000.safetensors": "0o640"}
 
 
 def test_links_are_not_followed_out_of_the_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -194,22 +195,52 @@ def test_a_cut_file_is_named(size, make_policy, tmp_path):
         policy(folder)
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize(
     "index, message",
     [
         ({"weight_map": {"model.norm.weight": "../llama/model.safetensors"}}, "names ../llama/model.safetensors; expe"),
         ({"weight_map": {"model.norm.weight": "/etc/passwd"}}, "names /etc/passwd; expected files in its own folder"),
+        ({"weight_map": {"model.norm.weight": ".."}}, "names ..; expected files in its own folder"),
         ({"weight_map": {"model.norm.weight": "absent.safetensors"}}, "cannot load .* FileNotFoundError"),
         ({}, "index.json is no index of weights"),
     ],
 )
-def test_an_index_names_files_of_its_own_folder(index, message, make_policy, tmp_path):
+def test_an_index_names_files_of_its_own_folder(kind, index, message, make_policy, tmp_path):
     folder = tmp_path / "index"
     shutil.copytree(make_policy("llama"), folder)
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
+    (folder / f"{kind}.index.json").write_text(json.dumps({"metadata": {}} | index))
     with pytest.raises(UserError, match=message):
         policy(folder)
+
+
+def pickled(payload, file: Path) -> None:
+    torch.save(payload, file, _use_new_zipfile_serialization=False)
+
+
+class Payload:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("write", [lambda payload, file: torch.save({"lm_head.weight": payload}, file), pickled])
+def test_code_in_a_file_of_weights_is_never_run(name, write, make_policy, tmp_path):
+    folder, trace = tmp_path / "planted", tmp_path / "was_run"
+    shutil.copytree(make_policy("llama"), folder)
+    (folder / "model.safetensors").unlink()
+    write(Payload(trace), folder / name)
+    with pytest.raises(UserError, match="cannot load"):
+        policy(folder)
+    assert not trace.exists()
+    torch.load(io.BytesIO((folder / name).read_bytes()), weights_only=False)
+    assert trace.exists()  # the file holds what would have been run
 
 
 def test_buffers_that_zero3_rounded_are_made_anew(make_policy):
