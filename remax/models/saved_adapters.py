@@ -167,7 +167,8 @@ def _write(hf: PreTrainedModel, tensors: dict[str, Tensor], saved: list[str], fo
     if hf.config.tie_word_embeddings and any(name.startswith(tied) for name in tensors):
         raise UserError(f"{flag}: {folder} changes one of two embeddings that are tied in its base model; {MERGE}")
     parameters = dict(hf.named_parameters())
-    whole = {name for name in parameters if name.rpartition(".")[0].endswith(tuple(saved))} if saved else set()
+    named = tuple(f".{module}" for module in saved)
+    whole = {name for name in parameters if f".{name.rpartition('.')[0]}".endswith(named)}
     missing = {name for name in parameters if ".lora_" in name or name in whole} - tensors.keys()
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     other = {
