@@ -86,9 +86,7 @@ def newest(output: Path) -> Found | None:
 
     Every rank must call it: they share the files out among them to check them.
     """
-    folder = folder_of(output)
-    steps = {int(match[1]): path for path in folder.glob("step_*") if (match := NAME.fullmatch(path.name))}
-    for _, path in sorted(steps.items(), reverse=True):
+    for _, path in reversed(all_of(folder_of(output))):
         try:
             return open_checkpoint(path)
         except UserError as error:
@@ -106,6 +104,11 @@ def folder_of(output: Path) -> Path:
     if folder.is_symlink() or (folder.exists() and not folder.resolve().is_relative_to(output.resolve())):
         raise UserError(f"--output_dir {output}: {folder} is a link to another place; move the checkpoints back")
     return folder
+
+
+def all_of(folder: Path) -> list[tuple[int, Path]]:
+    """(step, place) of what bears a checkpoint's name, the oldest first."""
+    return sorted((int(match[1]), path) for path in folder.glob("*") if (match := NAME.fullmatch(path.name)))
 
 
 def open_checkpoint(folder: Path) -> Found:
@@ -186,8 +189,7 @@ class Checkpoints:
                 raise UserError(f"checkpoint {self.found.folder}: it knows nothing of {error}") from error
             self._restore_best()
         if is_main():
-            for remains in self.folder.glob(f"*{PARTIAL}"):  # of a run that was killed
-                shutil.rmtree(remains, ignore_errors=True)
+            self._clear()
         here = state.size()
         self.size = int(sum_across_ranks({"bytes": here})["bytes"])
         if self.beside and here * ranks_of_machine() > free_memory() / 2:
@@ -195,6 +197,15 @@ class Checkpoints:
             print0(f"checkpoints: the training waits for each, as {here / 2**30:.1f} GiB of memory are not to spare")
         self.slowest, self.saved_at = self.size / SLOW_DISK, time.monotonic()
         barrier()
+
+    def _clear(self) -> None:
+        """Removes what a killed run has left half done, and the checkpoints of a course that is now left."""
+        for remains in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(remains, ignore_errors=True)
+        for step, path in all_of(self.folder):
+            if self.found is not None and step > self.found.step:
+                print0(f"{path}: removed, as the run goes on from step {self.found.step}")
+                shutil.rmtree(path, ignore_errors=True)
 
     def _restore_best(self) -> None:
         assert self.found is not None
@@ -335,10 +346,7 @@ class Checkpoints:
 
     def _forget_old(self) -> None:
         if self.saving.keep:
-            complete = sorted(
-                (int(match[1]), path) for path in self.folder.iterdir() if (match := NAME.fullmatch(path.name))
-            )
-            for _, path in complete[: -self.saving.keep]:
+            for _, path in all_of(self.folder)[: -self.saving.keep]:
                 shutil.rmtree(path, ignore_errors=True)
 
 

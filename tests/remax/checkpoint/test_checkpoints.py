@@ -32,6 +32,7 @@ SOURCES = {  # name: ranks, how the model is spread
     "one rank, ZeRO 0": (1, {"zero_stage": 0}),
     "one rank, ZeRO 1": (1, {"zero_stage": 1}),
     "one rank, ZeRO 1, bf16": (1, {"zero_stage": 1, "dtype": "bf16"}),
+    "one rank, ZeRO 2, fp16": (1, {"zero_stage": 2, "dtype": "fp16"}),
     "two ranks, ZeRO 3, bf16": (2, {"zero_stage": 3, "dtype": "bf16"}),
 }
 TARGETS = {  # from which source, ranks, how the model is spread then
@@ -43,6 +44,7 @@ TARGETS = {  # from which source, ranks, how the model is spread then
     "1 -> 2, ZeRO 1 -> 2": ("one rank, ZeRO 1", 2, {"zero_stage": 2}),
     "ZeRO 2 -> 3": ("two ranks, ZeRO 2", 2, {"zero_stage": 3}),
     "ZeRO 3 -> 0": ("two ranks, ZeRO 3", 2, {"zero_stage": 0}),
+    "fp16, ZeRO 2": ("one rank, ZeRO 2, fp16", 1, {"zero_stage": 2, "dtype": "fp16"}),
     "bf16, ZeRO 1": ("one rank, ZeRO 1, bf16", 1, {"zero_stage": 1, "dtype": "bf16"}),
     "bf16, ZeRO 3": ("two ranks, ZeRO 3, bf16", 2, {"zero_stage": 3, "dtype": "bf16"}),
     "the same ranks and stage": ("two ranks, ZeRO 3", 2, {"zero_stage": 3}),
@@ -97,6 +99,7 @@ def check_equal(runs, name: str, source: str) -> None:
         assert before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in before)
     # The next steps: schedule and moments are those of the third and the fourth step.
     assert here["learning_rates"] == there["learning_rates"] and here["learning_rates"][0] != 0
+    assert here["scales"] == there["scales"]
     assert here["losses"] == pytest.approx(there["losses"], abs=1e-6)
     assert here["grad_norms"] == pytest.approx(there["grad_norms"], rel=1e-4)
     before, now = torch.load(of / f"{source}-end.pt"), torch.load(to / f"{name}-end.pt")
@@ -372,6 +375,17 @@ def test_what_a_killed_run_has_left_is_removed(tmp_path):
     found = newest(tmp_path)
     begin(tmp_path, found=found)
     assert found.step == 1 and not torn.exists()
+
+
+def test_a_course_that_is_left_is_forgotten(tmp_path, capsys):
+    # Otherwise the next start would go on from it, and the new course's checkpoints would count as the older ones.
+    checkpoints, state = begin(tmp_path, Saving(keep=0))
+    for step in (2, 4, 6):
+        save(checkpoints, state, step)
+    again, state = begin(tmp_path, Saving(keep=2), found=open_checkpoint(checkpoints.folder / "step_000002"))
+    assert "step_000006: removed, as the run goes on from step 2" in capsys.readouterr().out
+    save(again, state, 3)
+    assert newest(tmp_path).step == 3 and [step for step, _ in module.all_of(again.folder)] == [2, 3]
 
 
 def test_the_best_model_goes_back_with_its_state(tmp_path):
