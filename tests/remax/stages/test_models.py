@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from remax.checkpoint.export import export
 from remax.cli.validate import parse_step3
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
+from remax.models.hydra import load_hydra
 from remax.models.reward_model import load_reward_model, store_score_statistics
 from remax.stages import models, settings
 from remax.stages.models import build_models, build_reward, check_models, load_policy_model, load_scorer
@@ -50,6 +52,22 @@ def test_an_actor_that_is_no_policy_is_refused_before_anything_is_read(flags, ma
     args = flags("--actor_model_name_or_path", make_scorer("llama"), "--reward_fn", f"{tmp_path}/rules.py:length")
     with pytest.raises(UserError, match="--actor_model_name_or_path: .* is a LlamaForSequenceClassification; expected"):
         check_models(args)
+
+
+def test_one_folder_may_be_actor_and_reward_model(flags, make_policy, tmp_path, sequences_of):
+    start = str(make_policy("llama"))
+    tokenizer = load_tokenizer(start)
+    both = load_hydra(start, "--model", dtype=torch.float32, tokenizer=tokenizer, new_head=True).eval()
+    store_score_statistics(both, {"score_mean": 0.5, "score_std": 2.0})
+    export(both, tokenizer, tmp_path / "both", zero3=False)
+    args = flags("--actor_model_name_or_path", tmp_path / "both", "--reward_model_name_or_path", tmp_path / "both")
+    args.normalize_reward = True
+    tokenizers, rows = check_models(args), sequences_of(1, 4, 300)
+    reward = build_reward(args, EngineConfig(), tokenizers.actor, tokenizers.rewards)
+    policy = load_policy_model(settings.actor_model(args), tokenizers.actor).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(policy(rows)[0], both(rows)[0])
+        torch.testing.assert_close(reward.score(rows), (both(rows, head="score") - 0.5) / 2.0)
 
 
 def test_several_models_and_functions_in_one_reward(flags, with_statistics, make_scorer, tmp_path, sequences_of):
