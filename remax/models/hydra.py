@@ -136,8 +136,8 @@ def load_hydra(
     """A causal language model with a score head; see `load_policy` for `merged`.
 
     With `new_head` the head may be missing (the model of step 1) and starts fresh. Tokens that the tokenizer has and
-    the model does not, such as a pad token of its own, get the mean of the known tokens' rows: so at first each is nowhere
-    more probable than 1 / V, V the known tokens.
+    the model does not, such as a pad token of its own, get the mean of the known tokens' rows: so at first each is
+    nowhere more probable than 1 / V, V the known tokens.
 
     Raises:
         UserError: As `load_policy` and `load_reward_model`.
