@@ -217,6 +217,15 @@ def test_a_run_that_has_come_to_its_end_is_left_alone(run):
     assert not resume.complete(args, output)
 
 
+def test_a_longer_run_goes_on(run):
+    args, output = run("--num_train_epochs 2")
+    start_run(output, args, args.stage)
+    (output / "results.json").write_text("{}")
+    assert resume.complete(args, output)
+    args.num_train_epochs = 3
+    assert not resume.complete(args, output)
+
+
 def test_run_json_lists_the_starts(run):
     args, output = run()
     start_run(output, args, args.stage)
