@@ -312,7 +312,7 @@ class ActorLoraFlags(Flags, group="LoRA"):
 
 @dataclass(kw_only=True)
 class ShareFlags(Flags, group="shared weights"):
-    share: Literal["none", "reference", "all"] = usual(
+    share: Literal["none", "reference", "all"] = flag(
         "none",
         "with --only_optimize_lora, whose actor is its start without the adapters: reference: that is the reference, "
         "which is not loaded; and with --critic_lora_dim the critic without its adapters is the reward model. all: the "
