@@ -116,6 +116,13 @@ class MetricsLogger:
             table = wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
             self.wandb.log({"samples": table}, step=step)
 
+    def go_back(self, step: int) -> None:
+        """Forgets the records after `step`, as these steps are made again."""
+        if self.active:
+            self.file.cut(lambda line: _step(line) <= step)
+            self._to_tensorboard(lambda events: events.close())
+            self._open_tensorboard(step + 1)
+
     def flush(self) -> None:
         """Returns when the disk has what was logged so far: a checkpoint may rest on it."""
         if self.active:
@@ -161,6 +168,13 @@ class RecordFile:
             self._begin_again()
         self._write()
         return removed
+
+    def cut(self, kept: Callable[[str], bool]) -> None:
+        """Leaves the records out that are not to be `kept`."""
+        whole = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0) + self.waiting
+        self.waiting = bytearray().join(line for line in whole.splitlines(keepends=True) if kept(line.decode()))
+        os.ftruncate(self.descriptor, 0)
+        self._write()
 
     def sync(self) -> None:
         """Returns when the disk has what was written."""

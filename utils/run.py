@@ -51,6 +51,10 @@ class TrainingStopped(Exception):
     """Going on would be pointless, or impossible. The message is one line: step, figure, likely cause and remedy."""
 
 
+class NotFinite(TrainingStopped):
+    """Loss, reward or weights are no numbers any more."""
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs `main`: a UserError becomes one line on stderr and exit status 2, Ctrl-C 130.
 

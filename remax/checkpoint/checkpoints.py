@@ -58,6 +58,7 @@ class Saving:
         minutes: Minutes between two of them; 0: none by time.
         keep: Of the newest, how many; 0: all.
         max_hours: Since the start of the program, after which it saves and leaves; 0: no limit.
+        go_back: Whether a training whose loss is no number goes on from the last one, once.
         beside: Written by a thread, from a copy in memory, while the training goes on.
     """
 
@@ -65,6 +66,7 @@ class Saving:
     minutes: float = 0.0
     keep: int = 1
     max_hours: float = 0.0
+    go_back: bool = False
     beside: bool = True
 
 
@@ -180,14 +182,7 @@ class Checkpoints:
     def begin(self, state: RunState) -> None:
         """Restores `state` from what was found, or leaves it as it is; every rank must call it."""
         self.state = state
-        if self.found is not None:
-            manifest = self.found.manifest
-            shards = Shards(self.found.folder / file_of(number) for number in range(len(manifest["ranks"])))
-            try:
-                state.restore(manifest["state"], shards, [note["random"] for note in manifest["ranks"]])
-            except KeyError as error:
-                raise UserError(f"checkpoint {self.found.folder}: it knows nothing of {error}") from error
-            self._restore_best()
+        self._restore()
         if is_main():
             self._clear()
         here = state.size()
@@ -206,6 +201,23 @@ class Checkpoints:
             if self.found is not None and step > self.found.step:
                 print0(f"{path}: removed, as the run goes on from step {self.found.step}")
                 shutil.rmtree(path, ignore_errors=True)
+
+    def go_back(self) -> bool:
+        """Restores the last complete one, where there is one; every rank must call it."""
+        self.finish()
+        self.found = newest(self.output) or self.found
+        self._restore()
+        return self.found is not None
+
+    def _restore(self) -> None:
+        if self.found is not None and self.state is not None:
+            manifest = self.found.manifest
+            shards = Shards(self.found.folder / file_of(number) for number in range(len(manifest["ranks"])))
+            try:
+                self.state.restore(manifest["state"], shards, [note["random"] for note in manifest["ranks"]])
+            except KeyError as error:
+                raise UserError(f"checkpoint {self.found.folder}: it knows nothing of {error}") from error
+            self._restore_best()
 
     def _restore_best(self) -> None:
         assert self.found is not None

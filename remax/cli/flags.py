@@ -157,6 +157,9 @@ class RunFlags(Flags, group="run"):
     save_steps: CountOrZero = flag(0, "optimizer steps between checkpoints; 0: by --save_minutes alone")
     save_minutes: NonNegative = flag(30.0, "minutes between checkpoints; 0: by --save_steps alone")
     save_total_limit: CountOrZero = flag(1, "how many checkpoints are kept, the newest; 0: all")
+    on_nan: Literal["stop", "rollback"] = flag(
+        "stop", "where the loss is no number: stop, or go back to the last checkpoint, once, and leave that batch out"
+    )
     seed: CountOrZero = usual(2023, "seed of everything but the data split; each rank adds its number")
     local_rank: Rank = flag(-1, "set by the launcher")
     num_train_epochs: Count | None = usual(

@@ -173,6 +173,8 @@ def check_resume(args: StageArguments, output: Path) -> None:
         )
     if args.resume != "never" and args.overwrite_output_dir:
         raise UserError(f"--resume {args.resume} with --overwrite_output_dir: contradict one another; give one")
+    if args.on_nan == "rollback" and not (args.save_steps or args.save_minutes):
+        raise UserError("--on_nan rollback: needs checkpoints to go back to, by --save_steps or --save_minutes")
     same_run = (output / "run.json").is_file() and (
         args.resume == "auto" or Path(args.resume).resolve().is_relative_to(output.resolve())
     )

@@ -102,8 +102,8 @@ class FunctionReward:
             i = error.index or 0
             which = "sample" if error.index is not None else f"a batch of {len(prompts)} whose first sample is"
             failure = (
-                f"--reward_fn {self.function.entry}: {error}. On rank {rank()}, {which}: prompt {_begin(prompts[i])}, "
-                f"answer {_begin(answers[i])}"
+                f"--reward_fn {self.function.entry}: {error}. On rank {rank()}, {which}: "
+                f"prompt {beginning(prompts[i])}, answer {beginning(answers[i])}"
             )
         if sum_across_ranks({"failed": float(failure is not None)})["failed"]:
             raise UserError(next(failure for failure in gather_objects(failure) if failure))
@@ -117,7 +117,8 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-def _begin(text: str) -> str:
+def beginning(text: str) -> str:
+    """As much of a text as errors show."""
     return repr(text if len(text) <= BEGINNING else text[:BEGINNING] + "...")
 
 

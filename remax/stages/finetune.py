@@ -112,7 +112,7 @@ def train_and_export(
         drop_after=-1 if resumed is None else resumed,
     )
     try:
-        results = finetune(task, loader, cadence, metrics, checkpoints)
+        results = finetune(task, loader, cadence, metrics, checkpoints, tokenizer.decode)
     except TrainingStopped as stopped:
         metrics.close()
         export_and_exit(stopped, learner.model, tokenizer, output / "last", zero3=learner.zero3)

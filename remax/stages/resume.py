@@ -94,7 +94,13 @@ def checkpoints(args: Arguments, output: Path, found: Found | None, best: Path |
     if found is not None:
         for notice in differences(found, made_of):
             print0(notice)
-    saving = Saving(args.save_steps, args.save_minutes, args.save_total_limit, args.max_hours)
+    saving = Saving(
+        args.save_steps,
+        args.save_minutes,
+        args.save_total_limit,
+        args.max_hours,
+        go_back=args.on_nan == "rollback",
+    )
     return Checkpoints(output, saving, made_of, found=found, best=best)
 
 

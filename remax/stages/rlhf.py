@@ -117,6 +117,7 @@ def run_rlhf(args: Step3Arguments) -> None:
         on_evaluation=on_evaluation,
         sentinel=Sentinel(len(tokenizer)),
         watchers=watchers,
+        decode=tokenizer.decode,
     )
     try:
         state = trainer.train(data.train, checkpoints)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -18,14 +19,18 @@ from remax.core.batches import to_device
 from remax.core.sums import Figure, Figures, add, reduce
 from remax.engines.base import TrainedEngine
 from remax.training.loop import Cadence, Evaluation, TrainState, train
+from remax.training.suspects import Decode, Part, suspects
 from remax.training.tasks import Task
 from utils.distributed import sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
-from utils.run import TrainingStopped
+from utils.run import NotFinite
 
 
-def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
+def optimizer_step(task: Task, batches: list[Any], losses: list[Part] | None = None) -> dict[str, float]:
     """One optimizer step over several micro-batches, normalised by counts over all of them and all ranks.
+
+    Args:
+        losses: Takes the loss of each micro-batch, where it was computed.
 
     Returns:
         Means over what the task counts and, over all token slots that the model computed, the share of padding.
@@ -40,6 +45,8 @@ def optimizer_step(task: Task, batches: list[Any]) -> dict[str, float]:
     figures: Figures = {}
     for i, batch in enumerate(batches):
         loss, more = task.loss(batch, totals)
+        if losses is not None:
+            losses.append((rows[i], {"loss": loss.detach()}))
         task.learner.backward(loss, last=i == len(batches) - 1)
         name, total = next(iter(totals.items()))  # the batches' losses add up, whichever count they are weighed by
         figures = add(figures, {"loss": Figure(loss.detach() * total, counts[i][name]), **more})
@@ -67,7 +74,9 @@ class Finetuning:
     """A task on the training loop."""
 
     task: Task
+    decode: Decode = str  # token ids as text
     label: str = "training"
+    losses: list[Part] = field(default_factory=list, init=False)  # of the present step's micro-batches
 
     @property
     def headline(self) -> str:
@@ -96,11 +105,12 @@ class Finetuning:
     def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
         """See `optimizer_step`."""
         self.task.learner.train()
-        return optimizer_step(self.task, batches)
+        self.losses.clear()
+        return optimizer_step(self.task, batches, self.losses)
 
     def check(self, step: int, figures: dict[str, float]) -> None:
         """Stops where the loss is lost, or where nothing but overflow is left."""
-        stop_if_not_finite(step, figures)
+        stop_if_not_finite(step, figures, lambda: suspects(self.losses, self.decode))
 
     def evaluate(self) -> Measured:
         """The task's figures on held-out rows."""
@@ -112,22 +122,27 @@ class Finetuning:
 
 
 def finetune(
-    task: Task, loader: DataLoader, cadence: Cadence, metrics: MetricsLogger, checkpoints: Checkpoints | None = None
+    task: Task,
+    loader: DataLoader,
+    cadence: Cadence,
+    metrics: MetricsLogger,
+    checkpoints: Checkpoints | None = None,
+    decode: Decode = str,
 ) -> dict[str, dict[str, float]]:
     """Trains, see `train`, and returns the evaluation before and after: {"before": {...}, "after": {...}}."""
-    state = train(Finetuning(task), loader, cadence, metrics, checkpoints)
+    state = train(Finetuning(task, decode), loader, cadence, metrics, checkpoints)
     return {"before": state.before, "after": state.after}
 
 
-def stop_if_not_finite(step: int, figures: dict[str, float]) -> None:
-    """Ends a training whose loss is lost.
+def stop_if_not_finite(step: int, figures: dict[str, float], suspects: Callable[[], str] = str) -> None:
+    """Ends a training whose loss is lost; for `suspects` every rank is asked then.
 
     Raises:
-        TrainingStopped: The loss is not finite. The figures are reduced, so every rank raises it together.
+        NotFinite: The loss is not finite. The figures are reduced, so every rank raises it together.
     """
     if not math.isfinite(figures["loss"]):
-        raise TrainingStopped(
+        raise NotFinite(
             f"step {step}: loss is {figures['loss']} (gradient norm {figures['grad_norm']}, learning rate "
             f"{figures['lr']:.2e}). Likely a learning rate that is too high, or fp16 overflow: try --dtype bf16 or a "
-            "tenth of the learning rate"
+            f"tenth of the learning rate. {suspects()}".rstrip(". ")
         )

@@ -24,7 +24,7 @@ from remax.engines.zero import Size, size_of
 from utils.data.loaders import ResumableSampler
 from utils.distributed import gather_objects, is_main, peak_memory, print0, sum_across_ranks
 from utils.metrics import MetricsLogger, progress
-from utils.run import TrainingStopped, UserError
+from utils.run import NotFinite, TrainingStopped, UserError
 from utils.stopping import allow, asked_to_stop, deferring, leave
 from utils.whereabouts import at
 
@@ -222,6 +222,8 @@ class _Run:
         self.total, self.bound = cadence.total_steps(len(loader)), cadence.bound(len(loader))
         self.started = time.perf_counter()
         self.pause = 0.0  # seconds that the last checkpoint has taken
+        self.suspect, self.norm_known = 0, False  # the first of the last steps that were not finite; 0: they were
+        self.left_out = range(0)  # of the batches that are drawn from here on
         self.asked, self.longest = (
             self.started,
             0.0,
@@ -244,22 +246,55 @@ class _Run:
             whole = sum(sizes.values(), Size())
             self.evaluate({"parameters": whole.parameters, "trained_share": whole.share})
         with progress(total, desc=learner.label, unit="steps", done=state.step) as bar:
-            for batches in batches_of_steps(self.loader, self.cadence, state) if state.step < total else ():
-                self.step(batches)
-                bar.update(1)
-                if state.step % (self.cadence.evaluate_every or self.epoch_steps) == 0 or state.step == total:
-                    if reason := self.evaluate():
-                        print0(f"stopped at step {state.step}: {reason}")
-                        break
-                if state.step >= total:
+            while True:
+                try:
+                    self.steps(bar)
                     break
-                self.keep(self.checkpoints is not None and self.checkpoints.due(state.step))
+                except NotFinite as lost:
+                    self.go_back(lost)
+                    bar.n = state.step
         if state.evaluated < state.step:  # of a stream nobody knew that it would end here
             self.evaluate()
         self.keep(False)
         if self.checkpoints:
             self.checkpoints.finish()
         print0(f"{state.step} steps in {self.seconds:.0f} s{self.ended()}; {state.course(learner.headline)}")
+
+    def steps(self, bar: Any) -> None:
+        """From where the state stands to the end."""
+        state, total = self.state, self.total
+        for drawn, batches in enumerate(
+            batches_of_steps(self.loader, self.cadence, state) if state.step < total else ()
+        ):
+            if drawn in self.left_out:
+                continue
+            self.step(batches)
+            bar.update(1)
+            if state.step % (self.cadence.evaluate_every or self.epoch_steps) == 0 or state.step == total:
+                if reason := self.evaluate():
+                    print0(f"stopped at step {state.step}: {reason}")
+                    break
+            if state.step >= total:
+                break
+            self.keep(self.checkpoints is not None and self.checkpoints.due(state.step))
+
+    def go_back(self, lost: NotFinite) -> None:
+        """To the last checkpoint, and on without the batches of the last steps that were not finite; once.
+
+        Raises:
+            NotFinite: `lost`, where that is not wished, was done before, or cannot be done.
+        """
+        first, last, seconds = self.suspect or self.state.step, self.state.step, self.seconds
+        if self.checkpoints is None or not self.checkpoints.saving.go_back or self.left_out:
+            raise lost
+        if not self.checkpoints.go_back():
+            raise NotFinite(f"{lost}. There is no checkpoint yet for --on_nan rollback to go back to") from None
+        state = self.state
+        self.started, state.seconds, self.suspect = time.perf_counter(), seconds, 0
+        self.left_out = range(first - state.step - 1, last - state.step)
+        self.metrics.go_back(state.step)
+        batch = f"the batch of step {first}" if first == last else f"the batches of steps {first} to {last}"
+        print0(f"{lost}. --on_nan rollback: back to step {state.step}, and on without {batch}")
 
     def begin(self) -> None:
         """Goes on from a checkpoint, where there is one to go on from."""
@@ -284,7 +319,15 @@ class _Run:
         if self.pause:
             shown["train/seconds_checkpoint"], self.pause = self.pause, 0.0
         self.metrics.log(state.step, shown, epoch=state.step / self.epoch_steps)
+        self.suspect = 0 if self.finite(figures) else self.suspect or state.step
         self.learner.check(state.step, figures)
+
+    def finite(self, figures: Mapping[str, float]) -> bool:
+        """Whether a step's loss is a number, and the gradient that was applied."""
+        norm = figures.get("grad_norm", math.nan)
+        self.norm_known = self.norm_known or math.isfinite(norm)  # some engines cannot tell it
+        applied = math.isfinite(norm) or not self.norm_known or bool(figures.get("skipped"))
+        return math.isfinite(figures.get("loss", 0.0)) and applied
 
     def evaluate(self, more: Mapping[str, float] | None = None) -> str | None:
         """Measures and logs; why to stop now, or None."""
@@ -305,7 +348,7 @@ class _Run:
             return
         reason = asked_to_stop()
         told = sum_across_ranks({"save": due and is_main(), "stop": reason is not None})
-        if told["save"] or told["stop"]:
+        if (told["save"] or told["stop"]) and not self.suspect:
             self.save()
         if told["stop"]:
             self.stop(next(filter(None, gather_objects(reason))))

@@ -22,7 +22,7 @@ from remax.core.rollout import Rollout
 from remax.training.alarms import COMPARED, Alarm, Thresholds, drift_alarms, fatal_alarms, rollout_figures
 from utils.distributed import sum_across_ranks
 from utils.metrics import warn
-from utils.run import TrainingStopped
+from utils.run import NotFinite, TrainingStopped
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Sentinel:
         self.told: dict[str, int] = {}
         self.first_kl: float | None = None
         self.overflows = self.nonfinite = 0
+        self.lost = False
         self.gradient_known = False  # some engines cannot tell their gradient's norm
 
     def __call__(self, step: int, rollout: Rollout, figures: dict[str, float]) -> dict[str, float]:
@@ -101,19 +102,20 @@ class Sentinel:
     def raise_alarm(self, step: int, alarm: Alarm) -> None:
         """Keeps a fatal alarm for `stop_if_fatal`, and gives a warning that was not given lately."""
         if alarm.fatal:
+            self.lost = self.lost or alarm.kind == "not finite"
             self.fatal = self.fatal or alarm.message(step)
         elif alarm.kind not in self.told or step - self.told[alarm.kind] >= self.thresholds.repeat_after:
             self.told[alarm.kind] = step
             self.warn(f"warning, {alarm.message(step)}")
 
-    def stop_if_fatal(self) -> None:
-        """Ends a training that is lost.
+    def stop_if_fatal(self, further: str = "") -> None:
+        """Ends a training that is lost; `further` is said last.
 
         Raises:
             TrainingStopped: There was a fatal alarm; on every rank.
         """
         if self.fatal is not None:
-            raise TrainingStopped(self.fatal)
+            raise (NotFinite if self.lost else TrainingStopped)(". ".join(filter(None, [self.fatal, further])))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge as this one would have: numbers, strings, lists and dicts only."""
@@ -133,3 +135,4 @@ class Sentinel:
         self.told, self.first_kl = dict(state["told"]), state["first_kl"]
         self.overflows, self.nonfinite = state["streaks"]
         self.gradient_known = state["gradient_known"]
+        self.fatal, self.lost = None, False

@@ -31,13 +31,15 @@ from remax.rewards.composite import CompositeReward
 from remax.training.alarms import start_again
 from remax.training.loop import Cadence, TrainState, train
 from remax.training.sentinel import Sentinel
+from remax.training.suspects import Decode, Part, suspects
 from utils.data.batches import PromptBatch, SupervisedBatch
 from utils.distributed import print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 from utils.present import present
-from utils.run import TrainingStopped
+from utils.run import NotFinite
 from utils.whereabouts import at
 
+OF_ROWS = ("rewards", "baseline", "reference_logprobs", "old_logprobs", "values")  # of a rollout, one for each row
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
 
@@ -97,6 +99,7 @@ class Trainer:
         on_evaluation: (step, evaluation, best), called on every rank.
         sentinel: Warns of a training that goes wrong, or ends it.
         watchers: (step, rollout, figures) -> further figures to log, equal on every rank.
+        decode: Token ids as text, for messages.
     """
 
     actor: Actor
@@ -114,6 +117,9 @@ class Trainer:
     on_evaluation: Callable[[int, PolicyEvaluation, bool], None] = lambda step, evaluation, best: None
     sentinel: Sentinel | None = None
     watchers: list[Watcher] = field(default_factory=list)
+    decode: Decode = str
+    losses: list[Part] = field(default_factory=list, init=False)  # of the present step's micro-batches
+    suspects: str = field(default="", init=False)  # what was not finite in it
 
     def __post_init__(self) -> None:
         self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
@@ -127,6 +133,7 @@ class Trainer:
             The rollout, and figures reduced over ranks.
         """
         timer, figures, collected = Timer(), Figures(), []
+        self.losses.clear()
         self.actor.train()
         if self.critic is not None:
             self.critic.train()
@@ -256,6 +263,7 @@ class Trainer:
                 values = self.critic.values(batch.sequences)
                 value_loss, of_values = self.algorithm.value_loss(batch, values, denominator)
                 loss, of_batch = loss + value_loss, of_batch | of_values
+            self.losses.append((batch.sequences, {"loss": loss.detach()}))
             self.actor.backward(loss, last=i == len(parts) - 1 and not text_follows)
             figures = add(figures, of_batch)
         if self.unsupervised is not None and text_follows:
@@ -362,12 +370,15 @@ class Trainer:
         watchers: list[Watcher] = [*self.watchers, *([self.sentinel] if self.sentinel else [])]
         for watch in watchers:
             figures |= watch(step, rollout, figures)
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["reward"])):
+            of_rows = {name.replace("_", " "): getattr(rollout, name) for name in OF_ROWS}
+            self.suspects = suspects([(rollout.sequences, of_rows), *self.losses], self.decode)
         return figures
 
     def check(self, step: int, figures: dict[str, float]) -> None:
         """Asks the sentinel."""
         if self.sentinel:
-            self.sentinel.stop_if_fatal()
+            self.sentinel.stop_if_fatal(self.suspects)
 
     def evaluate(self) -> PolicyEvaluation:
         """Measures the policy; its `objective` is the reward minus the price of its KL."""
@@ -380,10 +391,10 @@ class Trainer:
         """Hands the evaluation on; a reason to stop where the policy is too far from its reference.
 
         Raises:
-            TrainingStopped: The policy's log-probs are no numbers: it has lost its weights.
+            NotFinite: The policy's log-probs are no numbers: it has lost its weights.
         """
         if not math.isfinite(evaluation.figures["kl_per_token"]):
-            raise TrainingStopped(
+            raise NotFinite(
                 f"step {state.step}: evaluation KL is {evaluation.figures['kl_per_token']}. Likely cause: the weights "
                 f"are lost, by a learning rate that is too high. Remedy: {start_again(self.critic is not None)}"
             )

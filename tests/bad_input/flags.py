@@ -103,6 +103,12 @@ CASES = [
     ),
     Case("fp16 on a CPU", "sft", "--dtype fp16", "--dtype fp16: DeepSpeed has no fp16 on a CPU"),
     Case("two number formats", "sft", "--dtype fp32 --bf16", "--dtype fp32 with --bf16: contradict one another"),
+    Case(
+        "nothing to go back to",
+        "sft",
+        "--on_nan rollback --save_minutes 0",
+        "--on_nan rollback: needs checkpoints to go back to",
+    ),
     Case("packing with eager", "sft", "--packing --attn_implementation eager", "--packing with --attn_implementation"),
     Case("split of two", "sft", "--data_split 2,4", "--data_split 2,4: expected three numbers"),
     Case("split of words", "sft", "--data_split a,b,c", "--data_split a,b,c: expected three numbers"),

@@ -129,6 +129,17 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path, 
     assert said == [space, space, lost]
 
 
+def test_steps_that_are_made_again_are_forgotten(tmp_path):
+    logger = MetricsLogger(tmp_path, tensorboard_dir=tmp_path / "tb")
+    for step in (1, 2, 3):
+        logger.log(step, {"a": 0.5})
+    logger.go_back(1)
+    for step in (2, 3):
+        logger.log(step, {"a": 2.5})
+    logger.close()
+    assert [(record["step"], record["a"]) for record in records(tmp_path)] == [(1, 0.5), (2, 2.5), (3, 2.5)]
+
+
 def test_a_folder_that_is_removed_in_the_middle_is_made_again(tmp_path, capsys):
     folder = run.open_folder(tmp_path / "run")
     run.start_run(folder, {"seed": 1}, "step1")

@@ -85,8 +85,9 @@ class EndlessLoader:
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Before the first batch: goes on from what `state_dict` gave."""
+        """Goes on from what `state_dict` gave."""
         self.sampler.load_state_dict(state)
+        self.batches = self._all()
 
 
 def to_blocks(

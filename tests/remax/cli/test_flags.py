@@ -478,7 +478,10 @@ READ = {
     ],
     f"{RESUME}:complete": ["if args.resume != 'auto' or not (output / 'results.json').is_file()"],
     f"{RESUME}:find": ["if args.resume == 'never'", "if args.resume == 'auto'", "folder = Path(args.resume)"],
-    f"{RESUME}:checkpoints": ["Saving(args.save_steps, args.save_minutes, args.save_total_limit, args.max_hours)"],
+    f"{RESUME}:checkpoints": [
+        "Saving(args.save_steps, args.save_minutes, args.save_total_limit, args.max_hours, "
+        "go_back=args.on_nan == 'rollback')"
+    ],
 }
 
 

@@ -1,0 +1,111 @@
+"""A batch that spoils the weights, with `--on_nan rollback`: as if it had never been there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[3]
+# Runs one after the other in a process: one leaves some batches out that it draws; in the next one, the loss of these
+# very batches is no number; in the last, no loss is one.
+PROGRAM = """
+import json, math, sys
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {root!r} + "/tests")
+from mains import run_program
+from remax.algorithms.remax import ReMax
+from remax.core.sums import Figure
+from remax.training import loop, tasks
+
+stage, program, flags = {stage}, {root!r} + "/" + {program!r}, {flags!r}.split()
+batches_of_steps, of_task, of_answers = loop.batches_of_steps, tasks.Supervised.loss, ReMax.loss
+met, bad = [], []
+
+def without(loader, cadence, state):
+    for drawn, batches in enumerate(batches_of_steps(loader, cadence, state), 1):
+        if drawn in {out!r}:
+            bad.append(batches[0].input_ids)
+        else:
+            yield batches
+
+def noted(loader, cadence, state):
+    for batches in batches_of_steps(loader, cadence, state):
+        met.append(batches[0].input_ids)
+        yield batches
+
+def spoilt():
+    return not bad or any(met[-1].tolist() == ids.tolist() for ids in bad)
+
+def loss_of_task(self, batch, totals):
+    loss, figures = of_task(self, batch, totals)
+    return loss * (math.nan if spoilt() else 1.0), figures
+
+def loss_of_answers(self, rollout, output, denominator):
+    loss, figures = of_answers(self, rollout, output, denominator)
+    factor = math.nan if spoilt() else 1.0
+    return loss * factor, {{**figures, "loss": Figure(figures["loss"].total * factor)}}
+
+def run(name, *more):
+    return run_program(program, [*flags, "--output_dir", name, "--save_steps", "3", *more], ".", name + ".log")
+
+loop.batches_of_steps = without
+ends = [run("without")]
+loop.batches_of_steps, tasks.Supervised.loss, ReMax.loss = noted, loss_of_task, loss_of_answers
+ends.append(run("rolled_back", "--on_nan", "rollback"))
+bad.clear()
+ends.append(run("hopeless", "--on_nan", "rollback"))
+json.dump(ends, open("ends.json", "w"))
+"""
+COMMON = "--data_path pairs.jsonl --max_steps 8 --eval_steps 4 --seed 3 --num_train_epochs 1 --max_eval_batches 1"
+FINETUNING = "--model_name_or_path {model} --per_device_train_batch_size 2 --max_seq_len 64 --data_split 1,0,0"
+RLHF = (
+    "--actor_model_name_or_path {model} --reward_model_name_or_path {reward} --per_device_generation_batch_size 2"
+    " --per_device_training_batch_size 2"
+    " --max_prompt_seq_len 48 --max_answer_seq_len 6 --skip_doctor --enable_ema --save_at_final --target_kl 0"
+    " --adaptive_kl --data_split 0,0,1"
+)
+
+
+def records(folder: Path) -> list[dict]:
+    """What metrics.jsonl says but for time and memory."""
+    spent = ("time", "run/", "train/seconds", "train/tokens_per_second")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(spent)} for line in lines]
+
+
+@pytest.mark.ranks  # a process of its own
+# Steps 1 and 2 stop at once; step 3 bears two steps that the engine has skipped.
+@pytest.mark.parametrize(
+    ("stage", "out", "words"), [(1, [5], "the batch of step 5"), (3, [5, 6, 7], "the batches of steps 5 to 7")]
+)
+def test_a_run_that_went_back_is_one_that_never_met_the_batch(
+    stage, out, words, tmp_path, tiny_model, tiny_reward_model
+):
+    program = f"{('step1_supervised_finetuning', '', 'step3_rlhf_finetuning')[stage - 1]}/main.py"
+    flags = f"{COMMON} {RLHF if stage == 3 else FINETUNING}"
+    flags = flags.format(model=tiny_model("llama"), reward=tiny_reward_model("llama"))
+    rows = [
+        {"prompt": f"Human: {i} and {i}? Assistant:", "chosen": f" {2 * i}.", "rejected": " No."} for i in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = PROGRAM.format(root=str(ROOT), stage=stage, program=program, flags=flags, out=out)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
+    assert done.returncode == 0, (done.stderr, logs)
+    assert json.loads((tmp_path / "ends.json").read_text()) == [0, 0, 3], logs
+    assert logs["rolled_back"].count(f"--on_nan rollback: back to step 3, and on without {words}") == 1
+    assert records(tmp_path / "rolled_back") == records(tmp_path / "without")
+    models = ["actor_final", "actor_ema", "actor"] if stage == 3 else [""]
+    for model in models:
+        one, other = (load_file(tmp_path / run / model / "model.safetensors") for run in ("rolled_back", "without"))
+        assert all(torch.equal(one[name], other[name]) for name in other) and one.keys() == other.keys()
+    assert "There is no checkpoint yet for --on_nan rollback to go back to" in logs["hopeless"]
