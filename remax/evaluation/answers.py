@@ -17,8 +17,9 @@ from utils.data.collate import pad
 from utils.data.tokens import encode_prompts
 from utils.distributed import device, is_main
 from utils.files import write_rows
-from utils.metrics import progress
+from utils.metrics import progress, warn
 from utils.present import present
+from utils.run import DISK_FULL
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,15 @@ def read_answers(sequences: Sequences, tokenizer: PreTrainedTokenizerBase, eos_i
 
 
 def write_answers(path: Path, answers: Iterable[Mapping[str, Any]]) -> None:
-    """One json object a line, on rank 0."""
+    """One json object a line, on rank 0; on a full disk none of them, with a warning, as a training goes on."""
     if is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, answers)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path, answers)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            warn(f"warning: no space left for {path}; make room: these answers are not kept")
 
 
 def as_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Prompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -17,6 +18,7 @@ from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Reference
 from remax.engines.scorer import Reward
+from remax.evaluation import answers
 from remax.evaluation.answers import write_answers
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy, isolated_rng, perplexity
 from remax.evaluation.ranking import pair_scores
@@ -278,3 +280,13 @@ def test_fine_tuning_does_not_depend_on_the_number_of_ranks(task, on_ranks):
     before, after = (on_ranks[2][0][task]["results"][when] for when in ("before", "after"))
     assert all(after[name] != before[name] for name in {"supervised": ["loss"]}.get(task, ["margin"]))
     assert ("best_of_k_accuracy" in after) == (task == "rankings")
+
+
+def test_answers_that_a_full_disk_does_not_take_end_no_training(tmp_path, monkeypatch, capsys):
+    def full(path, rows):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(answers, "write_rows", full)
+    write_answers(tmp_path / "answers" / "step.jsonl", [{"answer": "a"}])
+    place = tmp_path / "answers" / "step.jsonl"
+    assert capsys.readouterr().out == f"warning: no space left for {place}; make room: these answers are not kept\n"
