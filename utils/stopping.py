@@ -93,7 +93,8 @@ def deferring(max_hours: float = 0.0) -> Iterator[None]:
     global _deferring, _hours, _reason, _leaving
     before = {} if _watched else _answer(SIGNALS)
     _deferring, _hours = True, max_hours
-    _at_parents_death(signal.SIGTERM)
+    if signal.getsignal(signal.SIGTERM) is _leave:  # unless it is ignored
+        _at_parents_death(signal.SIGTERM)
     try:
         yield
         _deferring = False  # from here on the next signal ends it, and the last one may have been overlooked

@@ -1193,6 +1193,19 @@ UTILS = [
         ("run-seed", '"seed": arguments.get("seed"),', '"seed": None,', "run.json forgets the seed"),
     ),
     *faults(
+        "utils/whereabouts.py",
+        "tests/utils/test_distributed.py",
+        ("whereabouts-place", "error.place = _here()", "pass", "a rank in vain does not know where it was",
+         "tests/utils/test_distributed.py::test_a_rank_that_waits_in_vain_says_where_the_other_one_was"),
+    ),
+    *faults(
+        "remax/training/suspects.py",
+        f"{ROOM}/training/test_suspects.py",
+        ("suspects-row", "of row {row + 1},", "of row {row},", "the row before is accused"),
+        ("suspects-finite", "(~finite.flatten(1).all(1)", "(~finite.flatten(1).any(1)",
+         "a row with one bad token goes free"),
+    ),
+    *faults(
         "utils/stopping.py",
         "tests/utils/test_stopping.py",
         ("stopping-status", "UNFINISHED if reason == MAX_HOURS else 128 +", "128 if reason == MAX_HOURS else",
