@@ -17,7 +17,7 @@ from remax.cli.flags import FinetuneArguments, MemoryFlags, RetiredInStep3, RunF
 from remax.models.loading import fingerprint
 from remax.rewards.sources import reward_sources
 from utils.data.cache import fingerprint_of
-from utils.distributed import barrier, is_main, print0, world_size
+from utils.distributed import barrier, gather_objects, is_main, print0, world_size
 from utils.run import UserError, git_commit, versions
 
 Arguments = FinetuneArguments | Step3Arguments
@@ -90,7 +90,7 @@ def checkpoints(args: Arguments, output: Path, found: Found | None, best: Path |
         UserError: `found` is of another training.
     """
     barrier()  # data.json is rank 0's, and all read it
-    made_of = description(args, output)
+    made_of = gather_objects(description(args, output) if is_main() else None)[0]  # rank 0 may have just written it
     if found is not None:
         for notice in differences(found, made_of):
             print0(notice)

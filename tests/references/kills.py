@@ -114,7 +114,7 @@ class Killing:
         self.folders = (folder / f"{place}_{number}" for number in range(1000))
         self.output = next(self.folders)
         begin = time.time()
-        assert self.start().wait() == 0, self.log.read_text()
+        self.ends(self.start())
         self.expected = left_behind(self.output)
         records = (self.output / "metrics.jsonl").read_text().splitlines()
         self.times = [0.0, *(json.loads(record)["time"] - begin for record in records), time.time() - begin]
@@ -128,6 +128,13 @@ class Killing:
         """Another start of the present course."""
         flags = command(self.stage, self.flags, self.folder, self.output)
         return Ranks(ROOT / STAGES[self.stage] / "main.py", flags, self.ranks, self.folder, self.log)
+
+    def ends(self, running: Ranks) -> None:
+        """Waits for the end of a start, which is to be a good one."""
+        status = running.wait()
+        logs = sorted(self.log.parent.glob(f"{self.log.stem}.*"))
+        tails = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs if log.is_file())
+        assert status == 0, f"{self.name} ended with status {status}\n{tails}"
 
     def course(self, wanted: int) -> tuple[list[Kill], list[str]]:
         """A training that is killed at most `wanted` times, and how its end differs from the undisturbed one's."""
@@ -147,12 +154,12 @@ class Killing:
             if kills:
                 kills[-1].found = self.found(printed)
             if ended:
-                assert running.wait() == 0, self.log.read_text()
+                self.ends(running)
                 break
             kills.append(Kill(self.at(printed)))
         else:
             printed = len(self.printed())
-            assert self.start().wait() == 0, self.log.read_text()
+            self.ends(self.start())
             if kills:
                 kills[-1].found = self.found(printed)
         return kills, differences(left_behind(self.output), self.expected, exact=True)

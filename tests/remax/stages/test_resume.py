@@ -159,6 +159,16 @@ def test_other_ranks_versions_and_functions_are_listed(tmp_path, tiny_model, mon
     assert any(line.startswith("goes on with torch 9.9, was ") for line in listed)
 
 
+def test_another_rank_does_not_look_for_what_rank_0_may_yet_be_writing(run, monkeypatch):
+    # Its data.json is not there; what a run is made of comes from rank 0.
+    args, output = run()
+    of_rank_0 = resume.description(args, output)
+    (output / "data.json").unlink()
+    monkeypatch.setattr(resume, "is_main", lambda: False)
+    monkeypatch.setattr(resume, "gather_objects", lambda mine: [of_rank_0, mine])
+    assert resume.checkpoints(args, output, None).made_of == of_rank_0
+
+
 def test_a_run_of_another_stage_is_refused(run):
     before = found(*run())
     before.manifest["made_of"]["stage"] = "step2"
