@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-hydra demo-seeds test test-fast test-latest gpu mutants check style clean
+.PHONY: help demo demo-hydra demo-seeds test test-fast test-slow test-latest gpu mutants check style clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -65,6 +65,10 @@ test: $(READY) ## every test (PYTEST_ARGS="-k scripts" for some)
 
 test-fast: $(READY) ## the quick tests: they start no further processes; under three minutes
 	python -m pytest -m "not ranks and not compiled" $(PYTEST_ARGS)
+
+test-slow: $(READY) ## what takes too long for every day: forty random kills, every recorded training stopped; 20 minutes
+	mkdir -p output
+	KILL_REPORT=$(abspath output/kills.md) python -m pytest -m slow $(PYTEST_ARGS)
 
 gpu: $(READY) ## what a machine with GPUs can show: tests, demo, what a step costs; writes docs/results/gpu.md
 	python benchmarks/gpu.py

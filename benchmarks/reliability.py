@@ -252,7 +252,8 @@ def soak(folder: Path, steps: int, seed: int) -> tuple[bool, list[str]]:
         f"- The end of both is {'**different**' if different else 'bitwise equal'}: weights, metrics, TensorBoard,"
         " answers.",
         f"- Memory: {line.mean:.0f} MiB, slope {line.slope:+.2f} ± {line.error:.2f} MiB in 1000 steps (after the first"
-        f" {steps // 10}; {line.noise:.1f} MiB of noise round it, {len(warm)} samples).",
+        f" {steps // 10}; {line.noise:.1f} MiB of noise round it, {len(warm)} samples): {growth:+.1f} MiB, or"
+        f" {growth / line.mean:.1%}, from there to the end.",
         f"- metrics.jsonl has {sizes['metrics.jsonl'] / steps:.0f} bytes a step, TensorBoard"
         f" {sizes['tensorboard'] / steps:.0f}, the console {sizes['printed'] / steps:.0f}; checkpoints: {len(kept)}"
         f" kept, {sizes['checkpoints'] / 2**20:.1f} MiB.",

@@ -2,8 +2,8 @@
 
     python tests/references/kills.py [--kills 40] [--seed 0] [--report FILE]
 
-The moments are uniform over the time that the training takes undisturbed, its start and its export included; a part of
-them is moved into the writing of a checkpoint, or into the start of the process that goes on. Where there are several
+The moments are uniform over the time that the training takes undisturbed, its export included; a part of them is moved
+into the writing of a checkpoint, into the start, or into that of the process that goes on. Where there are several
 ranks, sometimes one is killed before the others.
 """
 
@@ -139,7 +139,7 @@ class Killing:
     def course(self, wanted: int) -> tuple[list[Kill], list[str]]:
         """A training that is killed at most `wanted` times, and how its end differs from the undisturbed one's."""
         self.output, kills = next(self.folders), []
-        for moment in sorted(self.chance.uniform(0, self.times[-1]) for _ in range(wanted)):
+        for moment in sorted(self.moment() for _ in range(wanted)):
             running, printed = self.start(), len(self.printed())
             if kills and self.chance.random() < 0.2:  # while it starts again
                 time.sleep(self.chance.uniform(0, 0.9 * self.times[1]))
@@ -163,6 +163,11 @@ class Killing:
             if kills:
                 kills[-1].found = self.found(printed)
         return kills, differences(left_behind(self.output), self.expected, exact=True)
+
+    def moment(self) -> float:
+        """Seconds of the undisturbed training; one in six in its start, which takes longer than the rest."""
+        start, end = self.times[1], self.times[-1]
+        return self.chance.uniform(0, start) if self.chance.random() < 1 / 6 else self.chance.uniform(start, end)
 
     def printed(self) -> str:
         """By all starts of this course."""

@@ -1,6 +1,7 @@
 """One rank of the pinned trainings: `python tests/references/run.py FOLDER`, with a launcher's variables set.
 
-All cases of this number of ranks run one after the other in the same process; rank 0 writes FOLDER/outcomes.json.
+All cases of this number of ranks, or those that are named, run one after the other in the same process; rank 0 writes
+FOLDER/outcomes.json. A name that ends in STOPPED is that case, stopped by a signal in its middle and gone on with.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from cases import CASES, STAGES, command  # noqa: E402
 from mains import run_program  # noqa: E402
 
+STOPPED, STOP_AFTER = ", stopped", 3  # behind a case's name; a step
 TIMES = ("time", "seconds", "tokens_per_second")
 
 
@@ -68,15 +72,34 @@ def outcome(output: Path) -> dict:
     }
 
 
+def stop(program: Path, flags: list[str], folder: Path) -> None:
+    """Runs until the last rank gets a signal after step STOP_AFTER, which all of them leave for."""
+    from remax.training.loop import _Run
+
+    keep = _Run.keep
+
+    def stopped(self: _Run, due: bool) -> None:
+        if self.state.step == STOP_AFTER and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        keep(self, due)
+
+    with patch.object(_Run, "keep", stopped):
+        status = run_program(program, flags, folder)
+    assert status == 128 + signal.SIGTERM, status
+
+
 def main() -> None:
     folder, only = Path(sys.argv[1]), sys.argv[2:]
     ranks, outcomes = int(os.environ["WORLD_SIZE"]), {}
-    for name, (stage, flags) in CASES[ranks].items():
-        if only and name not in only:
-            continue
+    for name in only or CASES[ranks]:
+        stage, flags = CASES[ranks][name.removesuffix(STOPPED)]
         output = folder / f"{ranks}" / name.replace(",", "").replace(" ", "_")
-        program = HERE.parents[1] / STAGES[stage] / "main.py"
-        run_program(program, command(stage, flags, folder, output), folder)
+        program, flags = HERE.parents[1] / STAGES[stage] / "main.py", command(stage, flags, folder, output)
+        if name.endswith(STOPPED):
+            stop(program, flags, folder)
+            flags += ["--resume", "auto"]
+        status = run_program(program, flags, folder)
+        assert status == 0, f"{name} ended with status {status}"
         if os.environ["RANK"] == "0":
             outcomes[name] = outcome(output)
             (folder / f"outcomes{ranks}.json").write_text(json.dumps(outcomes))
