@@ -14,7 +14,7 @@ from remax.checkpoint.ema import WeightAverage
 from remax.checkpoint.shards import Shards, key_of
 from remax.engines import state as of_engine
 from remax.engines.base import TrainedEngine
-from utils.distributed import rank, set_random_state, set_seed
+from utils.distributed import rank, set_random_state
 
 
 class Stateful(Protocol):
@@ -37,13 +37,11 @@ class RunState:
         engines: The models that learn, by name, with optimizer, schedule and loss scale.
         values: Everything else, by name: step and best figures, position in the data, algorithm, watchers.
         average: Moving average of the actor's weights.
-        seed: What ranks are seeded from of which no random state is known.
     """
 
     engines: Mapping[str, TrainedEngine]
     values: Mapping[str, Stateful] = field(default_factory=dict)
     average: WeightAverage | None = None
-    seed: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """This rank's share of the tensors, which all ranks' files together hold whole; not copies."""
@@ -75,7 +73,7 @@ class RunState:
         """Goes on from what all ranks together gave; every rank must call it.
 
         Args:
-            random: The `random_state` of each rank that there was; further ranks are seeded anew.
+            random: The `random_state` of each rank that there was; further ranks go on as they were seeded.
         """
         for model, engine in self.engines.items():
 
@@ -89,8 +87,6 @@ class RunState:
             value.load_state_dict(numbers["values"][name])
         if rank() < len(random):
             set_random_state(random[rank()])
-        else:
-            set_seed(self.seed + len(random))
 
 
 class Snapshot:

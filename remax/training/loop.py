@@ -73,12 +73,14 @@ class TrainState:
     Attributes:
         epoch: Passes over the data that are complete.
         seconds: Spent until the last checkpoint, over all starts.
+        finished: An evaluation was a reason to stop.
         best: Figures of the best evaluation, that of the start (step 0) included.
     """
 
     step: int = 0
     epoch: int = 0
     seconds: float = 0.0
+    finished: bool = False
     evaluated: int = 0
     best_step: int = 0
     before: dict[str, float] = field(default_factory=dict)
@@ -224,10 +226,8 @@ class _Run:
         self.pause = 0.0  # seconds that the last checkpoint has taken
         self.suspect, self.norm_known = 0, False  # the first of the last steps that were not finite; 0: they were
         self.left_out = range(0)  # of the batches that are drawn from here on
-        self.asked, self.longest = (
-            self.started,
-            0.0,
-        )  # when the loop last asked whether to stop, and its longest way there
+        self.asked = self.started  # when the loop last asked whether to stop
+        self.longest = 0.0  # seconds that it has taken from one such question to the next
 
     @property
     def seconds(self) -> float:
@@ -263,9 +263,9 @@ class _Run:
     def steps(self, bar: Any) -> None:
         """From where the state stands to the end."""
         state, total = self.state, self.total
-        for drawn, batches in enumerate(
-            batches_of_steps(self.loader, self.cadence, state) if state.step < total else ()
-        ):
+        if state.finished or state.step >= total:
+            return
+        for drawn, batches in enumerate(batches_of_steps(self.loader, self.cadence, state)):
             if drawn in self.left_out:
                 continue
             self.step(batches)
@@ -273,6 +273,7 @@ class _Run:
             if state.step % (self.cadence.evaluate_every or self.epoch_steps) == 0 or state.step == total:
                 if reason := self.evaluate():
                     print0(f"stopped at step {state.step}: {reason}")
+                    state.finished = True
                     break
             if state.step >= total:
                 break
@@ -374,8 +375,8 @@ class _Run:
         assert self.checkpoints is not None
         self.checkpoints.finish()
         last = self.checkpoints.last
-        state = f"its state is in {last}, and --resume auto goes on from there" if last else "no state could be saved"
-        print0(f"stopped by {reason} after step {self.state.step}: {state}")
+        state = f"--resume auto goes on from {last}" if last else "no state could be saved"
+        print0(f"stopped by {reason} after step {self.state.step}; {state}")
         leave(reason)
 
     def ended(self) -> str:

@@ -594,7 +594,7 @@ REWARDS = [
 CHECKPOINT = [
     *faults(
         "remax/engines/state.py",
-        f"{ROOM}/checkpoint/test_checkpoints.py",
+        f"{ROOM}/checkpoint/test_checkpoints.py::test_a_state_is_the_same_under_another_cut",
         ("state-moments", "        for moment in MOMENTS if updates else ():\n            part.of_state(",
          "        for moment in ():\n            part.of_state(", "a resumed Adam has forgotten its moments"),
         ("state-step", "step = torch.tensor(float(updates),", "step = torch.tensor(0.0,",
@@ -613,7 +613,8 @@ CHECKPOINT = [
         "remax/checkpoint/state.py",
         f"{ROOM}/checkpoint/test_checkpoints.py",
         ("state-random", "            set_random_state(random[rank()])\n", "            pass\n",
-         "a resumed run draws other answers"),
+         "a resumed run draws other answers",
+         f"{ROOM}/checkpoint/test_checkpoints.py::test_with_the_same_cut_nothing_differs_at_all"),
         ("state-average", '            self.average.restore(partial(shards.read, "average"))\n', "            pass\n",
          "the moving average starts again"),
         ("state-values", '            value.load_state_dict(numbers["values"][name])\n', "            pass\n",
