@@ -246,7 +246,7 @@ class Checkpoints:
         begin = time.perf_counter()
         self._await_writer()
         self.saved_at = time.monotonic()
-        folder = self.folder / f"step_{step:06d}"
+        folder = self._place(step)
         refusal = self._prepare(folder)
         if refusal is None:
             tensors = self.state.tensors()
@@ -263,6 +263,13 @@ class Checkpoints:
         elif refusal:
             self._fail(step, refusal)
         return time.perf_counter() - begin
+
+    def kept(self, step: int) -> bool:
+        """Whether the state after this step is on the disk, as far as rank 0 knows."""
+        return self.last == self._place(step)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}"
 
     def finish(self) -> None:
         """Waits until everything is written; every rank must call it."""

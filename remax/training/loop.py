@@ -374,9 +374,11 @@ class _Run:
         """
         assert self.checkpoints is not None
         self.checkpoints.finish()
-        last = self.checkpoints.last
-        state = f"--resume auto goes on from {last}" if last else "no state could be saved"
-        print0(f"stopped by {reason} after step {self.state.step}; {state}")
+        last, kept = self.checkpoints.last, self.checkpoints.kept(self.state.step)
+        state = f"its state is in {last}, and --resume auto goes on from there"
+        if not kept:
+            state = f"its state could not be saved; that of before is in {last}" if last else "no state could be saved"
+        print0(f"stopped by {reason} after step {self.state.step}: {state}")
         leave(reason)
 
     def ended(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SAVED = "stopped by {} after step 7; --resume auto goes on from out/checkpoints/step_000007"
+SAVED = "stopped by {} after step 7: its state is in out/checkpoints/step_000007, and --resume auto goes on from there"
 # It says what it was given and what it is told, and ends as it is told to.
 TRAINING = """
 trap 'echo "$SAYS"; exit 138' USR1

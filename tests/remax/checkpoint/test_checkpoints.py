@@ -354,6 +354,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path, monkeypatch
     )
     assert f"warning: {words}" in capsys.readouterr().out
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step_000001"]
+    assert checkpoints.kept(1) and not checkpoints.kept(2)
     assert newest(tmp_path).step == 1
     save(checkpoints, state, 3)
     assert newest(tmp_path).step == 3
