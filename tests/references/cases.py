@@ -31,6 +31,8 @@ RLHF = (
 LLAMA = " --actor_model_name_or_path {models}/llama --reward_model_name_or_path {models}/llama-reward"
 OPT = " --actor_model_name_or_path {models}/opt --reward_model_name_or_path {models}/opt-reward"
 GPT2 = " --actor_model_name_or_path {models}/gpt2 --reward_model_name_or_path {models}/gpt2-reward"
+HYDRA = " --actor_model_name_or_path {models}/llama-hydra --actor_lora_dim 2 --only_optimize_lora --share all"
+HYDRA += " --actor_lora_learning_rate 2e-2"
 FROZEN_3 = " --reference_zero_stage 3 --reward_zero_stage 3"
 
 # ranks -> name -> (stage, flags)
@@ -93,6 +95,12 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
             " --critic_weight_decay 0.2 --cliprange 0.1 --cliprange_value 0.3 --enable_ema"
             " --unsupervised_dataset_name {text} --unsup_coef 0.4 --per_device_unsupervised_batch_size 2" + GPT2,
         ),
+        "remax, one trunk": (3, "--algo remax --reward_fn {functions}:words:-0.1 --enable_ema" + HYDRA),
+        "ppo, one trunk": (
+            3,
+            "--algo ppo --critic_lora_dim 3 --critic_learning_rate 5e-3 --critic_weight_decay 0.2"
+            " --unsupervised_dataset_name {text} --unsup_coef 0.4 --per_device_unsupervised_batch_size 2" + HYDRA,
+        ),
     },
     2: {
         "supervised, ZeRO 2": (1, "--model_name_or_path {models}/opt --zero_stage 2 --gradient_checkpointing"),
@@ -132,6 +140,14 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
             "--algo ppo --ppo_epochs 2 --critic_zero_stage 3 --actor_zero_stage 2 --ppo_mini_batches 2"
             " --critic_learning_rate 2e-3 --reward_fn {functions}:finished" + LLAMA,
         ),
+        "remax, one trunk, ZeRO 3": (
+            3,
+            "--algo remax --actor_zero_stage 3 --actor_gradient_checkpointing --generation_batches 2" + HYDRA,
+        ),
+        "ppo, joint critic, ZeRO 2": (
+            3,
+            "--algo ppo --joint_critic --critic_learning_rate 5e-3 --ppo_mini_batches 2 --actor_zero_stage 2" + HYDRA,
+        ),
         "remax, plain": (3, "--algo remax" + LLAMA),
         # With the doctor, whose checks leave no trace: the figures of a training are those of the same one without it.
         "remax, examined": (3, "--algo remax --skip_doctor false --enable_tensorboard" + LLAMA),
@@ -159,6 +175,7 @@ def prepare(folder: Path) -> None:
 
     from remax.demo.corpus import make_corpus, make_rows
     from remax.demo.tiny_models import tiny_config, train_tokenizer
+    from remax.models.hydra import two_headed
 
     rows, _ = make_rows(seed=0, train_rows=100, test_rows=1)
     tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows], vocab_size=300)
@@ -169,8 +186,10 @@ def prepare(folder: Path) -> None:
             architecture: AutoModelForCausalLM.from_config(config, dtype=torch.float32),
             f"{architecture}-reward": AutoModelForSequenceClassification.from_config(_with_score(config)),
         }
+        if architecture == "llama":
+            models["llama-hydra"] = two_headed(type(config))(_with_score(config))
         for name, model in models.items():
-            randomise(model, seed + 10 * name.endswith("reward"))
+            randomise(model, seed + 10 * name.endswith("reward") + 20 * name.endswith("hydra"))
             if model.can_generate():  # many end tokens, so that random models end answers early, and at unequal lengths
                 model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(7, len(tokenizer), 9)]
             model.save_pretrained(folder / "models" / name)
