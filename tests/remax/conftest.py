@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import shutil
@@ -203,15 +202,6 @@ def save_rows(tmp_path_factory):
         return str(path)
 
     return save
-
-
-@pytest.fixture(scope="session")
-def worker():
-    """The module worker.py, for what it does on this process's one rank."""
-    spec = importlib.util.spec_from_file_location("worker", Path(__file__).parent / "worker.py")
-    sys.modules["worker"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,10 @@ roles that share weights learn what separate copies of the same weights learn.""
 
 from __future__ import annotations
 
-import functools
 from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -27,7 +25,6 @@ from remax.models.lora import add_lora
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from remax.models.trunk import ACTOR, CRITIC, JOINT_CRITIC, REFERENCE, REWARD, Trunk
-from utils.distributed import init_distributed
 from utils.tokenizer import load_tokenizer
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15]]
@@ -204,25 +201,36 @@ SIZES = "--num_warmup_steps 0 --max_prompt_seq_len 48 --max_answer_seq_len 8 --p
 PPO = "--algo ppo --ppo_mini_batches 2 --critic_lora_dim 3 --critic_learning_rate 1e-2"
 
 
-@pytest.fixture(scope="module")
-def learned(worker, make_two_headed, tmp_path_factory):
-    """learned("--algo remax", "all") -> (what learned, what the worker says) of a short training on this one rank."""
-    folder = tmp_path_factory.mktemp("learned")
-    both, scorer = make_two_headed("llama")
+ALGORITHMS = [
+    "--algo remax",
+    "--algo remax --generation_batches 2 --temperature 0.8 --top_p 0.9 --actor_gradient_checkpointing",
+    "--algo remax --penalty full_kl_full_step",
+    "--algo grpo --samples_per_prompt 2",
+]
+# Unclipped, since one engine clips the gradient of both as a whole.
+OF_TWO = [f"{PPO} --gradient_clipping 0 {more}" for more in ("", "--actor_gradient_checkpointing", "--ppo_epochs 2")]
+JOINT = [PPO.replace("--critic_lora_dim 3 ", more) for more in ("--joint_critic ", "")]
 
-    @functools.cache
-    def train(line: str, share: str) -> tuple[dict, dict]:
-        init_distributed()
+
+@pytest.fixture(scope="module")
+def learned(run_ranks, make_two_headed):
+    """learned("--algo remax", "all") -> (what learned, what the worker says) of a short training on one rank."""
+    both, scorer = make_two_headed("llama")
+    cases = [(line, share) for line in ALGORITHMS + OF_TWO for share in ("none", "reference", "all")]
+    cases += [(line, "all") for line in JOINT]
+    checks = []
+    for n, (line, share) in enumerate(cases):
         models = f"--actor_model_name_or_path {both}"
         models += "" if share == "all" else f" --reward_model_name_or_path {scorer}"
         flags = f"{models} {SIZES} {ADAPTERS} --per_device_generation_batch_size 4 {line} --share {share}".split()
-        name = f"{len(list(folder.iterdir()))}"
-        figures = worker.training_by_flags(folder, name, flags, PROMPTS, 3)
-        return torch.load(folder / f"{name}.pt"), figures
+        checks.append({"check": "training_by_flags", "name": str(n), "flags": flags, "prompts": PROMPTS, "steps": 3})
+    results, folder = run_ranks(checks, 1)
 
-    yield train
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    def find(line: str, share: str) -> tuple[dict, dict]:
+        name = str(cases.index((line, share)))
+        return torch.load(folder / f"{name}.pt"), results[name]
+
+    return find
 
 
 def same(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
@@ -236,15 +244,7 @@ def same(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
         assert result["frozen"] and not result["moved"] and set(result["active"]) <= {None}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--algo remax",
-        "--algo remax --generation_batches 2 --temperature 0.8 --top_p 0.9 --actor_gradient_checkpointing",
-        "--algo remax --penalty full_kl_full_step",
-        "--algo grpo --samples_per_prompt 2",
-    ],
-)
+@pytest.mark.parametrize("line", ALGORITHMS)
 def test_shared_weights_learn_what_separate_copies_learn(line, learned):
     separate, reference, everything = (learned(line, share) for share in ("none", "reference", "all"))
     assert [x[1]["engines"] for x in (separate, reference, everything)] == [2, 1, 1]
@@ -253,10 +253,8 @@ def test_shared_weights_learn_what_separate_copies_learn(line, learned):
     same(everything, separate)
 
 
-@pytest.mark.parametrize("line", ["", "--actor_gradient_checkpointing", "--ppo_epochs 2"])
+@pytest.mark.parametrize("line", OF_TWO)
 def test_so_do_actor_and_critic(line, learned):
-    # Unclipped, since one engine clips the gradient of both as a whole.
-    line = f"{PPO} --gradient_clipping 0 {line}"
     separate, both = learned(line, "none"), learned(line, "all")
     if "checkpointing" not in line:
         critic_is_reward = learned(line, "reference")
@@ -273,10 +271,10 @@ def test_so_do_actor_and_critic(line, learned):
 
 
 def test_a_joint_critic_learns_the_actors_set(learned):
-    line = PPO.replace("--critic_lora_dim 3 ", "")
-    weights, figures = learned(f"{line} --joint_critic", "all")
+    joint, separate = JOINT
+    weights, figures = learned(joint, "all")
     assert {name.split(".")[-2] for name in weights if ".lora_" in name} == {"actor"} and "value" in weights
     assert figures["engines"] == 1 and not figures["moved"]
-    own, _ = learned(line, "all")
+    own, _ = learned(separate, "all")
     assert {name.split(".")[-2] for name in own if ".lora_" in name} == {"actor", "critic"}
     assert own["value"].shape == weights["value"].shape
