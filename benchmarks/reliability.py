@@ -284,7 +284,8 @@ def kills(folder: Path, number: int, seed: int) -> tuple[bool, list[str]]:
     count = sum(len(found) for _, found, _ in rows)
     lines = [
         f"{count} times SIGKILL to all ranks, seed {seed}. Compared with the same training undisturbed: weights of"
-        " every export, every record of metrics.jsonl, every event of TensorBoard, answers, results; all but times.",
+        " every export, every record of metrics.jsonl, every event of TensorBoard, answers, results; all but times. A"
+        " start that is killed before it has looked for a checkpoint leaves that to the next one.",
         "",
         *table(rows),
     ]
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3000, help="of the long run")
-    parser.add_argument("--saves", type=int, default=12, help="checkpoints whose pause is measured")
+    parser.add_argument("--saves", type=int, default=10, help="checkpoints whose pause is measured")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", help="a Markdown file; the sections of other parts stay in it")
     args = parser.parse_args()
