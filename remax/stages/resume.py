@@ -66,7 +66,7 @@ def find(args: Arguments, output: Path) -> Found | None:
         return found
     folder = Path(args.resume)
     try:
-        found = open_checkpoint(folder) if (folder / MANIFEST).exists() else newest(folder)
+        found = open_checkpoint(folder.resolve()) if (folder / MANIFEST).exists() else newest(folder)
     except UserError as error:
         raise UserError(f"--resume {folder}: {error}") from error
     if found is None:

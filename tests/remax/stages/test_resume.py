@@ -197,6 +197,9 @@ def test_which_checkpoint_is_meant(run, capsys, tmp_path):
     assert resume.find(args, output).step == 2
     args.resume = str(output)
     assert resume.find(args, output).folder == folder
+    (tmp_path / "that one").symlink_to(folder)
+    args.resume = str(tmp_path / "that one")
+    assert resume.find(args, output).folder == folder  # a link that the user gives is meant
     args.resume = str(tmp_path)
     with pytest.raises(UserError, match="holds no complete checkpoint; expected one, or the folder of a run"):
         resume.find(args, output)
