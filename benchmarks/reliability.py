@@ -126,11 +126,11 @@ def pause(folder: Path, saves: int) -> tuple[bool, list[str]]:
             alone.append(seconds)
     share = statistics.median(pauses[True]) / statistics.median(pauses[False])
     written = [last - first for first, last in found["writing"][2:]]
-    rows = {"beside the training": pauses[True], "the training waits": pauses[False]}
+    rows = {"beside the training": pauses[True], "while it waits": pauses[False]}
     lines = [
         "| checkpoint | s that the training waits, median [range] | of |",
         "|---|---|---|",
-        *(f"| written {way} | {spread(waited)} | {len(waited)} |" for way, waited in rows.items()),
+        *(f"| {way} | {spread(waited)} | {len(waited)} |" for way, waited in rows.items()),
         "",
         f"Written beside it, the training waits {share:.1%} of that time, and copies 3 x 4 bytes a parameter meanwhile;"
         f" wanted: under {WANTED_SHARE:.0%}. The file, its checksum and the disk take {spread(written, 1)} s."
