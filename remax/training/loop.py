@@ -255,7 +255,8 @@ class _Run:
                     bar.n = state.step
         if state.evaluated < state.step:  # of a stream nobody knew that it would end here
             self.evaluate()
-        self.keep(False)
+        # A long training has its end kept, too: the model is still to be written, and somebody may wish to go on.
+        self.keep(self.checkpoints is not None and self.checkpoints.last is not None)
         if self.checkpoints:
             self.checkpoints.finish()
         print0(f"{state.step} steps in {self.seconds:.0f} s{self.ended()}; {state.course(learner.headline)}")

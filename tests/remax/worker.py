@@ -247,6 +247,8 @@ def go_on(folder: Path, name: str, rows: str, place: str, steps: list[int], **sp
         take_steps(actor, before, loss_of, len(everything), spread.micro_batch)
         average.update()
         torch.rand(rank() + 1)
+        if spread.dtype == "fp16":  # another scale than that of a start
+            actor.engine.wrapped.optimizer.loss_scaler.cur_scale = 2.0**9
         checkpoints.save(before)
         checkpoints.finish()
         noise = torch.rand(3).tolist()

@@ -104,6 +104,8 @@ def test_a_run_that_went_back_is_one_that_never_met_the_batch(
     assert json.loads((tmp_path / "ends.json").read_text()) == [0, 0, 3], logs
     assert logs["rolled_back"].count(f"--on_nan rollback: back to step 3, and on without {words}") == 1
     assert records(tmp_path / "rolled_back") == records(tmp_path / "without")
+    # Where there were checkpoints, the end is one, too: the model is still to be written.
+    assert [path.name for path in tmp_path.glob("without/checkpoints/*")] == ["step_000008"]
     models = ["actor_final", "actor_ema", "actor"] if stage == 3 else [""]
     for model in models:
         one, other = (load_file(tmp_path / run / model / "model.safetensors") for run in ("rolled_back", "without"))
