@@ -48,7 +48,7 @@ class Part:
 
 def parts(engine: TrainedEngine) -> Iterator[Part]:
     """All that this rank holds of the trained parameters: at ZeRO-0 the whole of each."""
-    optimizer, stage = engine.wrapped.optimizer, engine.config.zero_stage
+    optimizer, stage = engine.wrapped.optimizer, _stage(engine)
     for name, p in engine.model.named_parameters():
         if not p.requires_grad:
             continue
@@ -74,6 +74,11 @@ def _flat_partitions(optimizer: Any) -> list[Tensor]:
     return optimizer.fp32_groups_flat_partition  # DeepSpeed's BF16_Optimizer, which some versions take for ZeRO-1
 
 
+def _stage(engine: TrainedEngine) -> int:
+    """The ZeRO stage whose cut the parts have: 0 where DeepSpeed leaves the optimizer as it is."""
+    return 0 if engine.wrapped.optimizer is _adam(engine) else engine.config.zero_stage
+
+
 def _adam(engine: TrainedEngine) -> torch.optim.Optimizer:
     return engine.wrapped.lr_scheduler.optimizer
 
@@ -83,7 +88,7 @@ def tensors(engine: TrainedEngine) -> dict[tuple[str, str, int], Tensor]:
     states, found = _adam(engine).state, {}
     for part in parts(engine):
         first, length = 0, len(part.weight)
-        if engine.config.zero_stage == 0:  # every rank has all of it
+        if _stage(engine) == 0:  # every rank has all of it
             share = -(-length // world_size())
             first, length = rank() * share, min(share, length - rank() * share)
         if length <= 0:
@@ -116,7 +121,7 @@ def restore(engine: TrainedEngine, saved: dict[str, Any], read: Reader) -> None:
     Every rank must call it.
     """
     adam, optimizer = _adam(engine), engine.wrapped.optimizer
-    stage, updates = engine.config.zero_stage, saved["updates"]
+    stage, updates = _stage(engine), saved["updates"]
     if stage == 3:
         optimizer._partition_all_parameters()  # nothing gathered with the old numbers may stay
     flats = {part.flat: part for part in parts(engine)}
@@ -165,7 +170,7 @@ def _recount(adam: Any, updates: int, flats: int) -> None:
 
 def _hand_down(engine: TrainedEngine, read: Reader) -> None:
     """From the fp32 numbers to those that the model computes with."""
-    optimizer, stage = engine.wrapped.optimizer, engine.config.zero_stage
+    optimizer, stage = engine.wrapped.optimizer, _stage(engine)
     if stage == 3:
         for low, high in zip(
             optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
