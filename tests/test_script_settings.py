@@ -216,6 +216,17 @@ def test_exit_status_and_log_are_the_launchers(call, tmp_path, status):
     assert [path.name for path in log.parent.iterdir()] == ["training.log"]
 
 
+def test_the_log_of_a_run_that_goes_on_is_kept(call, tmp_path):
+    # The flag says so as well as the variable: utils/slurm.sh adds it.
+    log = tmp_path / "training.log"
+    expected = call(OPT, OUTPUT=tmp_path).console
+    for flags, variables in (["--resume", "auto"], {}), (["--resume=auto"], {}), ([], {"RESUME": "auto"}):
+        expected += call(OPT, *flags, OUTPUT=tmp_path, **variables).console
+        assert log.read_text() == expected
+    afresh = call(OPT, "--resume", "never", OUTPUT=tmp_path, RESUME="auto")
+    assert log.read_text() == afresh.console
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_demos_batch_does_not_depend_on_the_ranks(call, ranks):
     flags = effective(call(DEMO, NUM_GPUS=ranks).words)

@@ -91,7 +91,7 @@ launch() {
     if [[ -f $log.before ]]; then # a run that was refused leaves that of the run before
         if ((status == 2)); then
             mv "$log.before" "$log"
-        elif [[ ${RESUME:-never} != never ]]; then # of one run, start after start
+        elif [[ " $*" =~ .*\ --resume[\ =]([^\ ]+) && ${BASH_REMATCH[1]} != never ]]; then # of one run, start after start
             cat "$log" >>"$log.before" && mv "$log.before" "$log"
         else
             rm "$log.before"

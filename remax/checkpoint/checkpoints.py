@@ -88,9 +88,11 @@ def newest(output: Path) -> Found | None:
 
     Every rank must call it: they share the files out among them to check them.
     """
-    for _, path in reversed(all_of(folder_of(output))):
+    folder = folder_of(output)
+    # What rank 0 sees: a shared file system may show another rank an older list, and all must open the same.
+    for name in gather_objects([path.name for _, path in reversed(all_of(folder))])[0]:
         try:
-            return open_checkpoint(path)
+            return open_checkpoint(folder / name)
         except UserError as error:
             print0(f"{error}: passed over")
     return None
@@ -207,6 +209,7 @@ class Checkpoints:
         self.finish()
         self.found = newest(self.output) or self.found
         self._restore()
+        self.last = self.found.folder if self.found else None
         return self.found is not None
 
     def _restore(self) -> None:
@@ -224,10 +227,9 @@ class Checkpoints:
         kept = self.found.folder / BEST
         if self.best is None or not is_main() or not kept.is_dir():
             return
-        note = "evaluation.json"  # says of which step the model is
-        if not (self.best / note).is_file() or (self.best / note).read_bytes() != (kept / note).read_bytes():
-            shutil.rmtree(self.best, ignore_errors=True)
-            shutil.copytree(kept, self.best, copy_function=_link)
+        # Always: a run that was killed while it exported has left files of two models, and the note of the older one.
+        shutil.rmtree(self.best, ignore_errors=True)
+        shutil.copytree(kept, self.best, copy_function=_link)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step, by this rank's clock."""
@@ -292,6 +294,8 @@ class Checkpoints:
         if (refusal := gather_objects(refusal)[0]) is None:
             unseen = [k for k, there in enumerate(gather_objects(partial.is_dir())) if not there]
             if unseen:
+                if is_main():
+                    shutil.rmtree(partial, ignore_errors=True)
                 refusal = f"rank {unseen[0]} does not see {partial}: --output_dir must be one place for all machines"
         return refusal
 

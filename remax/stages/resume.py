@@ -12,7 +12,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from remax.checkpoint.checkpoints import MANIFEST, Checkpoints, Found, Saving, newest, open_checkpoint
+from remax.checkpoint.checkpoints import (
+    MANIFEST,
+    Checkpoints,
+    Found,
+    Saving,
+    all_of,
+    folder_of,
+    newest,
+    open_checkpoint,
+)
 from remax.cli.flags import FinetuneArguments, MemoryFlags, RetiredInStep3, RunFlags, Step3Arguments, WatchFlags
 from remax.models.loading import fingerprint
 from remax.rewards.sources import reward_sources
@@ -55,18 +64,24 @@ def find(args: Arguments, output: Path) -> Found | None:
     """The checkpoint that --resume speaks of; None: the run starts afresh. Every rank must call it.
 
     Raises:
-        UserError: --resume names a folder without a complete checkpoint.
+        UserError: --resume names a folder without a complete checkpoint, or auto finds none but damaged ones.
     """
     if args.resume == "never":
         return None
     if args.resume == "auto":
         found = newest(output)
         if found is None:
+            if gather_objects(bool(all_of(folder_of(output))))[0]:  # which a fresh start would delete
+                raise UserError(
+                    f"--resume auto: none of the checkpoints in {output} can be read, as the lines above say; mend that, "
+                    f"or remove {folder_of(output)} to start afresh"
+                )
             print0(f"--resume auto: no complete checkpoint in {output}, so the run starts afresh")
         return found
     folder = Path(args.resume)
     try:
-        found = open_checkpoint(folder.resolve()) if (folder / MANIFEST).exists() else newest(folder)
+        is_one = gather_objects((folder / MANIFEST).exists())[0]
+        found = open_checkpoint(folder.resolve()) if is_one else newest(folder)
     except UserError as error:
         raise UserError(f"--resume {folder}: {error}") from error
     if found is None:

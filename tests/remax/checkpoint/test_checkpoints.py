@@ -294,6 +294,32 @@ def test_a_torn_checkpoint_is_named_and_passed_over(tmp_path, fault, capsys):
     assert f"checkpoint {folder}: " in capsys.readouterr().out
 
 
+def test_all_ranks_open_what_rank_0_sees(tmp_path, monkeypatch):
+    # A shared file system may show this rank an older list of the folder.
+    checkpoints, state = begin(tmp_path)
+    for step in (1, 2):
+        save(checkpoints, state, step)
+    monkeypatch.setattr(module, "all_of", lambda folder: [(1, folder / "step_000001")])
+    monkeypatch.setattr(module, "gather_objects", lambda here: [["step_000002"] if isinstance(here, list) else here])
+    assert newest(tmp_path).step == 2
+
+
+def test_what_was_damaged_when_the_training_went_back_is_written_again(tmp_path):
+    checkpoints, state = begin(tmp_path)
+    save(checkpoints, state, 1)
+    flip(save(checkpoints, state, 2) / "rank_0000.safetensors")
+    assert checkpoints.go_back() and checkpoints.found.step == 1
+    save(checkpoints, state, 2)
+    assert newest(tmp_path).step == 2
+
+
+def test_a_folder_that_another_rank_does_not_see_is_not_left(tmp_path, monkeypatch, capsys):
+    checkpoints, state = begin(tmp_path)
+    monkeypatch.setattr(module, "gather_objects", lambda here: [here, False])
+    save(checkpoints, state, 1)
+    assert "rank 1 does not see" in capsys.readouterr().out and not list(checkpoints.folder.iterdir())
+
+
 def test_a_pickle_is_not_run_even_with_the_right_checksum(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoints, state = begin(tmp_path)
@@ -415,6 +441,10 @@ def test_the_best_model_goes_back_with_its_state(tmp_path):
     begin(tmp_path, found=newest(tmp_path), best=best)
     assert (best / "model.safetensors").read_text() == "model.safetensors of 1"
     assert sorted(path.name for path in best.iterdir()) == ["evaluation.json", "model.safetensors"]
+    (best / "new").write_text("half an export of 3, which a kill has kept from its note")
+    (best / "new").replace(best / "model.safetensors")
+    begin(tmp_path, found=newest(tmp_path), best=best)
+    assert (best / "model.safetensors").read_text() == "model.safetensors of 1"
     export(5)  # and the checkpoint keeps its own
     assert (checkpoints.folder / "step_000002" / "best" / "model.safetensors").read_text() == "model.safetensors of 1"
 

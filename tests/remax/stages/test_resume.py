@@ -209,6 +209,14 @@ def test_which_checkpoint_is_meant(run, capsys, tmp_path):
         resume.find(args, output)
 
 
+def test_a_fresh_start_deletes_no_checkpoint_that_cannot_be_read(run):
+    # It may be of another format, or lie on a disk that fails today; there is but one, by default.
+    args, output = run("--resume auto")
+    (write_checkpoint(output, 4) / "rank_0000.safetensors").unlink()
+    with pytest.raises(UserError, match="--resume auto: none of the checkpoints in .* can be read"):
+        resume.find(args, output)
+
+
 def test_the_course_so_far_goes_along_into_another_folder(run, tmp_path):
     args, output = run()
     write_checkpoint(tmp_path / "before", 2) if (tmp_path / "before").mkdir() is None else None
