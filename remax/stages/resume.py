@@ -73,8 +73,8 @@ def find(args: Arguments, output: Path) -> Found | None:
         if found is None:
             if gather_objects(bool(all_of(folder_of(output))))[0]:  # which a fresh start would delete
                 raise UserError(
-                    f"--resume auto: none of the checkpoints in {output} can be read, as the lines above say; mend that, "
-                    f"or remove {folder_of(output)} to start afresh"
+                    f"--resume auto: none of the checkpoints in {output} can be read, as the lines above say; mend "
+                    f"that, or remove {folder_of(output)} to start afresh"
                 )
             print0(f"--resume auto: no complete checkpoint in {output}, so the run starts afresh")
         return found
