@@ -24,6 +24,7 @@ from remax.engines.zero import Size, size_of
 from utils.data.loaders import ResumableSampler
 from utils.distributed import gather_objects, is_main, peak_memory, print0, sum_across_ranks
 from utils.metrics import MetricsLogger, progress
+from utils.present import present
 from utils.run import NotFinite, TrainingStopped, UserError
 from utils.stopping import allow, asked_to_stop, deferring, leave
 from utils.whereabouts import at
@@ -310,6 +311,21 @@ class _Run:
         self.checkpoints.begin(RunState(self.learner.engines, values, self.learner.average))
         if self.state.step:
             print0(f"goes on after step {self.state.step} of {self.total}")
+            self.tell_of_rows()
+
+    def tell_of_rows(self) -> None:
+        """Steps made count as steps: after other batches or ranks, those that are to come may not fit the rows left."""
+        cadence, sampler, step = self.cadence, cast(ResumableSampler, self.loader.sampler), self.state.step
+        if not cadence.epochs or self.total == cadence.max_steps:  # the rows are not what it ends with
+            return
+        batches = math.ceil((len(sampler) - sampler.drawn) / present(self.loader.batch_size, "batch_size"))
+        rest = (cadence.epochs - sampler.epoch - 1) * self.epoch_steps + cadence.steps_per_epoch(batches)
+        if rest != self.total - step:
+            print0(
+                f"--num_train_epochs {cadence.epochs}: the rows that are left are enough for {rest} steps, and "
+                f"{max(0, self.total - step)} are to come; --max_steps {step + rest} without --num_train_epochs takes "
+                "each once"
+            )
 
     def step(self, batches: list[Any]) -> None:
         """One step of the learner, with its figures."""
@@ -386,8 +402,9 @@ class _Run:
         """Why the training ended where it did, if that is worth a word."""
         state = self.state
         if self.total > state.step and state.epoch == self.cadence.epochs:
+            planned = f"--max_steps {self.total}" if self.total == self.cadence.max_steps else f"{self.total}"
             return (
-                f" (of --max_steps {self.total}: the data ended with --num_train_epochs {self.cadence.epochs}, before "
+                f" (of {planned}: the data ended with --num_train_epochs {self.cadence.epochs}, before "
                 "the learning rate had run its course)"
             )
         return f" ({self.bound})" if self.bound and self.total == state.step else ""

@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from remax.checkpoint.checkpoints import Checkpoints, Saving, newest
+from remax.training.loop import Cadence, _Run
+from utils.data.loaders import EpochSampler
 
 ROOT = Path(__file__).resolve().parents[3]
 # Runs one after the other in a process: one leaves some batches out that it draws; in the next one, the loss of these
@@ -111,3 +116,39 @@ def test_a_run_that_went_back_is_one_that_never_met_the_batch(
         one, other = (load_file(tmp_path / run / model / "model.safetensors") for run in ("rolled_back", "without"))
         assert all(torch.equal(one[name], other[name]) for name in other) and one.keys() == other.keys()
     assert "There is no checkpoint yet for --on_nan rollback to go back to" in logs["hopeless"]
+
+
+class Idle:
+    """Learns nothing."""
+
+    engines, values, average = {}, {}, None  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("batch", "max_steps", "words"),
+    [
+        (2, 0, None),
+        (4, 0, "the rows that are left are enough for 2 steps, and 0 are to come; --max_steps 6 without"),
+        (1, 0, "the rows that are left are enough for 8 steps, and 12 are to come; --max_steps 12 without"),
+        (1, 6, None),  # the rows are not what it ends with
+    ],
+)
+def test_rows_that_do_not_fit_the_steps_to_come_are_told_of(batch, max_steps, words, tmp_path, capsys):
+    # 16 rows, of which 4 steps have taken 8.
+    def start(batch: int) -> _Run:
+        loader = DataLoader(range(16), batch_size=batch, sampler=EpochSampler(16, batch))
+        checkpoints = Checkpoints(tmp_path, Saving(), {}, found=newest(tmp_path))
+        run = _Run(Idle(), loader, Cadence(epochs=1, max_steps=max_steps), None, checkpoints)
+        run.begin()
+        return run
+
+    first = start(2)
+    first.state.step = len(list(zip(range(4), first.loader, strict=False)))
+    first.checkpoints.save(4)
+    first.checkpoints.finish()
+    second = start(batch)
+    said = capsys.readouterr().out
+    assert f"goes on after step 4 of {second.total}" in said
+    assert words in said if words else "rows that are left" not in said
+    second.state.epoch = 1  # the data has ended
+    assert ("--max_steps" in second.ended()) == (max_steps > 0)
