@@ -249,7 +249,7 @@ class Checkpoints:
         self._await_writer()
         self.saved_at = time.monotonic()
         folder = self._place(step)
-        refusal = self._prepare(folder)
+        refusal = self._prepare(step)
         if refusal is None:
             tensors = self.state.tensors()
             if self.beside:
@@ -268,7 +268,7 @@ class Checkpoints:
 
     def kept(self, step: int) -> bool:
         """Whether the state after this step is on the disk, as far as rank 0 knows."""
-        return self.last == self._place(step)
+        return self.last is not None and self.last.resolve() == self._place(step).resolve()
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
@@ -283,14 +283,16 @@ class Checkpoints:
             self.writer.join()
             self.writer = None
 
-    def _prepare(self, folder: Path) -> str | None:
+    def _prepare(self, step: int) -> str | None:
         """Makes the folder to write to, on rank 0; why it cannot be, on every rank; empty: there is nothing to do."""
+        folder = self._place(step)
         refusal, partial = None, folder.with_name(folder.name + PARTIAL)
         if is_main():
             try:
-                refusal = "" if self.last == folder else self._make(partial)
+                refusal = "" if self.kept(step) else self._make(partial)
             except OSError as error:
-                refusal = f"{error.strerror}: {error.filename}"
+                refusal = _reason(error)
+                shutil.rmtree(partial, ignore_errors=True)
         if (refusal := gather_objects(refusal)[0]) is None:
             unseen = [k for k, there in enumerate(gather_objects(partial.is_dir())) if not there]
             if unseen:
@@ -333,7 +335,7 @@ class Checkpoints:
                 _sync(folder.parent)
                 self._forget_old()
         except (OSError, ValueError) as error:
-            text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else one_line(error)
+            text = _reason(error)
             if is_main():
                 self._fail(step, text)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -371,6 +373,13 @@ class Checkpoints:
         if self.saving.keep:
             for _, path in all_of(self.folder)[: -self.saving.keep]:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """In a line; `shutil.copytree` gathers several errors in one that has no text of its own."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    return one_line(error)
 
 
 def _link(source: str, target: str) -> None:

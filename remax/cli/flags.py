@@ -148,8 +148,8 @@ class RunFlags(Flags, group="run"):
     overwrite_output_dir: bool = usual(False, "replace the run or model that --output_dir holds")
     resume: str = usual(
         "never",
-        "auto: go on from the newest checkpoint in --output_dir, where there is one; a folder: from that checkpoint; "
-        "never: start afresh",
+        "auto: go on from the newest checkpoint in --output_dir, where there is one; a folder: from that "
+        "checkpoint, or from the newest one of that run; never: start afresh",
     )
     max_hours: NonNegative = flag(
         0.0, "save and leave with status 75 so long after the start, for another start to go on; 0: no limit"

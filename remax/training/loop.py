@@ -318,7 +318,7 @@ class _Run:
         cadence, sampler, step = self.cadence, cast(ResumableSampler, self.loader.sampler), self.state.step
         if not cadence.epochs or self.total == cadence.max_steps:  # the rows are not what it ends with
             return
-        batches = math.ceil((len(sampler) - sampler.drawn) / present(self.loader.batch_size, "batch_size"))
+        batches = math.ceil(len(self.loader) - sampler.drawn / present(self.loader.batch_size, "batch_size"))
         rest = (cadence.epochs - sampler.epoch - 1) * self.epoch_steps + cadence.steps_per_epoch(batches)
         if rest != self.total - step:
             print0(

@@ -386,6 +386,32 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path, monkeypatch
     assert newest(tmp_path).step == 3
 
 
+def test_a_best_model_that_cannot_be_kept_is_named_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    # Where the file system knows no links, it is copied, and the disk may be full.
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "model.safetensors").touch()
+    checkpoints, state = begin(tmp_path, best=tmp_path / "actor")
+
+    def full(source: str, target: str) -> None:
+        raise OSError(28, "No space left on device", target)
+
+    monkeypatch.setattr(module, "_link", full)
+    save(checkpoints, state, 1)
+    assert "no checkpoint of step 1: " in (said := capsys.readouterr().out) and "No space left on device" in said
+    assert not list(checkpoints.folder.iterdir())
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(tmp_path, monkeypatch):
+    # A kill in between would leave neither; --resume has the whole path, and --output_dir may be relative.
+    monkeypatch.chdir(tmp_path)
+    checkpoints, state = begin(Path("run"))
+    file = save(checkpoints, state, 1) / "manifest.json"
+    before = file.stat().st_ino
+    again, state = begin(Path("run"), found=open_checkpoint(file.parent.resolve()))
+    save(again, state, 1)
+    assert file.stat().st_ino == before and again.kept(1)
+
+
 def test_room_is_looked_for_first(tmp_path, monkeypatch, capsys):
     checkpoints, state = begin(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=19))  # 5 numbers of 4 bytes
