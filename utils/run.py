@@ -103,11 +103,12 @@ OF_A_RUN = ("results.json", "metrics.jsonl", *FOLDERS)  # what would mix with th
 GO_ON = "--resume auto to go on from its checkpoint"
 
 
-def refuse_to_overwrite(folder: Path, models: Iterable[str]) -> None:
+def refuse_to_overwrite(folder: Path, models: Iterable[str], *, goes_on: bool = False) -> None:
     """What a run would replace must not be there.
 
     Args:
         models: The subfolders in which the run will write models; "" for the folder itself.
+        goes_on: With --resume, which --overwrite_output_dir contradicts.
 
     Raises:
         UserError: There is a run, a model, or something else by a name that the run needs.
@@ -118,8 +119,9 @@ def refuse_to_overwrite(folder: Path, models: Iterable[str]) -> None:
     if found:
         what = replaced[found[0]]
         raise UserError(
-            f"--output_dir {folder}: holds {what} already ({found[0]}); choose another folder, or add "
-            "--overwrite_output_dir to replace it" + (f", or {GO_ON}" if (folder / "checkpoints").is_dir() else "")
+            f"--output_dir {folder}: holds {what} already ({found[0]}); choose another folder"
+            + ("" if goes_on else ", or add --overwrite_output_dir to replace it")
+            + (f", or {GO_ON}" if (folder / "checkpoints").is_dir() else "")
         )
 
 

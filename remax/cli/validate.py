@@ -179,7 +179,7 @@ def check_resume(args: StageArguments, output: Path) -> None:
         args.resume == "auto" or Path(args.resume).resolve().is_relative_to(output.resolve())
     )
     if not (same_run or args.overwrite_output_dir):
-        refuse_to_overwrite(output, args.models_in)
+        refuse_to_overwrite(output, args.models_in, goes_on=args.resume != "never")
 
 
 def check_streaming(args: StageArguments) -> None:

@@ -265,7 +265,7 @@ def test_run_json_lists_the_starts(run):
     [
         ("--resume auto --overwrite_output_dir", [], "contradict one another"),
         ("--resume nowhere", [], "--resume nowhere: no such folder .* expected auto, never"),
-        ("--resume auto", ["config.json"], "holds a model already"),
+        ("--resume auto", ["config.json"], r"holds a model already \(config.json\); choose another folder$"),
         ("", ["run.json"], "holds another run already .run.json."),
         ("", ["run.json", "checkpoints/x"], "or --resume auto to go on from its checkpoint"),
     ],
