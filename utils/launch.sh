@@ -186,7 +186,7 @@ await_launcher() { # says what ended the ranks, if it was not their own doing; t
 launcher_left_ranks() { kill -0 -- "-$LAUNCHER" 2>/dev/null; }
 
 end_all() { # what a dead launcher has left
-    local end=$((SECONDS + PATIENCE / 4))
+    local end=$((SECONDS + 5 + PATIENCE / 6)) # until they have seen it, and said how long they need
     kill -TERM -- "-$LAUNCHER" 2>/dev/null || true
     while launcher_left_ranks && ((SECONDS < end + $(asked_for))); do sleep 0.2; done
     kill -KILL -- "-$LAUNCHER" 2>/dev/null || true

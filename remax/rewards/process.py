@@ -83,12 +83,14 @@ class WorkerFunction:
         try:
             return self._ask(prompts, answers, columns, timeout)
         except Died as error:
-            on_rank = f" on rank {rank_of_launcher()}" if "RANK" in os.environ else ""
-            print(f"warning{on_rank}: --reward_fn {self.entry}: {error}; started again", file=sys.stderr, flush=True)
+            died = str(error)
         try:
-            return self._ask(prompts, answers, columns, timeout)
+            rewards = self._ask(prompts, answers, columns, timeout)
         except Died as error:
             raise SampleError(error.index, f"{error}, twice in a row") from None
+        on_rank = f" on rank {rank_of_launcher()}" if "RANK" in os.environ else ""
+        print(f"warning{on_rank}: --reward_fn {self.entry}: {died}; started again", file=sys.stderr, flush=True)
+        return rewards
 
     def _ask(
         self, prompts: Sequence[str], answers: Sequence[str], columns: Columns | None, timeout: float

@@ -212,7 +212,7 @@ IN_A_LOOP = [
 
 @pytest.mark.ranks
 def test_a_loop_is_left_when_all_have_saved(start):
-    runs = [start(LOOP, PATIENCE_FOR_TEST="1") for _ in IN_A_LOOP]
+    runs = [start(LOOP, PATIENCE_FOR_TEST="4") for _ in IN_A_LOOP]
     until_ready(runs)
     for run, (who, name, _, _) in zip(runs, IN_A_LOOP, strict=True):
         os.kill(run.pid(who), signal.Signals[name])
