@@ -36,6 +36,7 @@ from remax.models.weights import (
     restore_buffers,
     unpartitioned,
 )
+from utils.adapter_folder import CONFIG as ADAPTER_CONFIG
 from utils.adapter_folder import base_model, is_adapter
 from utils.distributed import device, print0
 from utils.hub import hub_is_reachable
@@ -239,12 +240,19 @@ def count_parameters(model: nn.Module, trained_only: bool = False) -> int:
 SAMPLES, SAMPLE = 32, 65536  # pieces of each file of weights that its fingerprint reads, and their bytes
 
 
-def fingerprint(name_or_path: str) -> str:
-    """Tells weights from others: by their files' sizes and pieces of them; on the hub by their commit."""
-    folder = Path(name_or_path)
+def fingerprint(name_or_path: str, flag: str) -> str:
+    """Tells weights from others: by their files' sizes and pieces of them; on the hub by their commit.
+
+    Of a PEFT folder, its base model's tell, too. Raises UserError as `load_config`.
+    """
+    folder, digest = Path(name_or_path), hashlib.sha256()
     if not folder.is_dir():
-        return str(getattr(PreTrainedConfig.from_pretrained(name_or_path), "_commit_hash", None))
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+        return str(getattr(load_config(name_or_path, flag), "_commit_hash", None))
+    if is_adapter(name_or_path):
+        digest.update(fingerprint(*base_model(name_or_path, flag)).encode())
+    for file in sorted(folder.glob("*config.json")):
+        if file.name in ("config.json", ADAPTER_CONFIG):
+            digest.update(file.read_bytes())
     for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("pytorch_model*.bin")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())

@@ -128,7 +128,7 @@ def description(args: Arguments, output: Path) -> dict[str, Any]:
         "stage": args.stage,
         "arguments": arguments,
         "data": _data(data),
-        "models": {f"--{name}": [fingerprint(model) for model in models] for name, models in _models(args)},
+        "models": {flag: [fingerprint(model, flag) for model in models] for flag, models in _models(args)},
         "functions": {source.name: _source(source.name) for source in functions},
         "ranks": world_size(),
         "versions": versions() | {"git commit": git_commit()},
@@ -136,12 +136,13 @@ def description(args: Arguments, output: Path) -> dict[str, Any]:
 
 
 def _models(args: Arguments) -> Iterable[tuple[str, list[str]]]:
+    """The models that a run starts from, by their flags."""
     if isinstance(args, FinetuneArguments):
-        return [("model_name_or_path", [args.model_name_or_path])]
+        return [("--model_name_or_path", [args.model_name_or_path])]
     rewards = [source.name for source in reward_sources(args.reward_model_name_or_path, [])[0]]
-    found = [("actor_model_name_or_path", [args.actor_model_name_or_path]), ("reward_model_name_or_path", rewards)]
+    found = [("--actor_model_name_or_path", [args.actor_model_name_or_path]), ("--reward_model_name_or_path", rewards)]
     critic = args.critic_model_name_or_path
-    return found + ([("critic_model_name_or_path", [critic])] if critic else [])
+    return found + ([("--critic_model_name_or_path", [critic])] if critic else [])
 
 
 def _source(function: str) -> str | None:

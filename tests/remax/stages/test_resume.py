@@ -144,6 +144,24 @@ def test_other_weights_are_refused(run, tiny_model, tmp_path):
         notices(before, args, output)
 
 
+def test_a_peft_folder_is_told_from_others_by_its_base_too(run, make_policy, save_adapters, tmp_path):
+    # It has no config.json of its own.
+    args, output = run()
+    base = tmp_path / "base"
+    shutil.copytree(make_policy("llama"), base)
+    save_adapters(base, tmp_path / "adapters")
+    args.model_name_or_path = str(tmp_path / "adapters")
+    before = found(args, output)
+    assert notices(before, args, output) == []
+    for file in (tmp_path / "adapters" / "adapter_model.safetensors", base / "model.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match="the weights of --model_name_or_path are others than they were"):
+            notices(before, args, output)
+        file.write_bytes(content)
+    assert notices(before, args, output) == []
+
+
 def test_other_ranks_versions_and_functions_are_listed(tmp_path, tiny_model, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps(DATA))
     (tmp_path / "own.py").write_text("def f(prompts, answers):\n    return [0.0 for _ in answers]\n")
