@@ -27,7 +27,7 @@ from remax.core.sequences import Sequences
 from remax.models.loading import embedded_tokens, from_pretrained, has_both_heads, load_config, prepare_training
 from remax.models.packing import last_hidden
 from remax.models.policy import PolicyModel, check_policy_config, neutralise, read_generation_config
-from remax.models.reward_model import score_in_float32
+from remax.models.reward_model import read_scores, score_in_float32
 from remax.models.saved_adapters import merge_saved
 from remax.models.weights import unpartitioned
 from utils.adapter_folder import base_model, is_adapter
@@ -93,7 +93,7 @@ class HydraModel(PolicyModel):
             return super().forward(sequences, *args, **options)
         if head == "both":
             return self.logprobs_and_scores(sequences, len(sequences) if rows is None else rows, **options)
-        return self.score_head(last_hidden(self.hf, sequences, sequences.end_index, self.packing)).squeeze(-1)
+        return read_scores(self.hf, self.score_head, sequences, packing=self.packing)
 
     def logprobs_and_scores(
         self, sequences: Sequences, rows: int, *, chunks: int = 1, sampling: Sampling | None = None
