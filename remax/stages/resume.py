@@ -104,8 +104,8 @@ def checkpoints(args: Arguments, output: Path, found: Found | None, best: Path |
     Raises:
         UserError: `found` is of another training.
     """
-    barrier()  # data.json is rank 0's, and all read it
-    made_of = gather_objects(description(args, output) if is_main() else None)[0]  # rank 0 may have just written it
+    # By rank 0, which has written data.json: another rank may not see it yet.
+    made_of = gather_objects(description(args, output) if is_main() else None)[0]
     if found is not None:
         for notice in differences(found, made_of):
             print0(notice)
@@ -122,17 +122,17 @@ def checkpoints(args: Arguments, output: Path, found: Found | None, best: Path |
 def description(args: Arguments, output: Path) -> dict[str, Any]:
     """What decides the course of a run, as json has it."""
     data = json.loads((output / "data.json").read_text(encoding="utf-8"))
-    arguments = json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in OF_NO_INTEREST}))
     functions = reward_sources([], args.reward_fn)[1] if isinstance(args, Step3Arguments) else []
-    return {
+    described = {
         "stage": args.stage,
-        "arguments": arguments,
+        "arguments": {k: v for k, v in vars(args).items() if k not in OF_NO_INTEREST},
         "data": _data(data),
         "models": {flag: [fingerprint(model, flag) for model in models] for flag, models in _models(args)},
         "functions": {source.name: _source(source.name) for source in functions},
         "ranks": world_size(),
         "versions": versions() | {"git commit": git_commit()},
     }
+    return json.loads(json.dumps(described))
 
 
 def _models(args: Arguments) -> Iterable[tuple[str, list[str]]]:
@@ -171,7 +171,7 @@ def differences(found: Found, made_of: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: The training would be another one.
     """
-    before, now = found.manifest["made_of"], json.loads(json.dumps(made_of))
+    before, now = found.manifest["made_of"], made_of
     where = f"--resume: checkpoint {found.folder}"
     if before["stage"] != now["stage"]:
         raise UserError(f"{where} is of {before['stage']}, not of {now['stage']}")
