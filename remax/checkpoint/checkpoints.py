@@ -248,7 +248,6 @@ class Checkpoints:
         begin = time.perf_counter()
         self._await_writer()
         self.saved_at = time.monotonic()
-        folder = self._place(step)
         refusal = self._prepare(step)
         if refusal is None:
             tensors = self.state.tensors()
@@ -256,7 +255,7 @@ class Checkpoints:
                 tensors = self.snapshot.take(tensors)
             else:
                 tensors = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-            job = (folder, step, tensors, {"random": random_state()}, deepcopy(self.state.numbers()))
+            job = (step, tensors, {"random": random_state()}, deepcopy(self.state.numbers()))
             if self.beside:
                 self.writer = threading.Thread(target=self._write, args=job, name="checkpoint", daemon=True)
                 self.writer.start()
@@ -270,8 +269,8 @@ class Checkpoints:
         """Whether the state after this step is on the disk, as far as rank 0 knows."""
         return self.last is not None and self.last.resolve() == self._place(step).resolve()
 
-    def _place(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}"
+    def _place(self, step: int, ending: str = "") -> Path:
+        return self.folder / f"step_{step:06d}{ending}"
 
     def finish(self) -> None:
         """Waits until everything is written; every rank must call it."""
@@ -285,8 +284,7 @@ class Checkpoints:
 
     def _prepare(self, step: int) -> str | None:
         """Makes the folder to write to, on rank 0; why it cannot be, on every rank; empty: there is nothing to do."""
-        folder = self._place(step)
-        refusal, partial = None, folder.with_name(folder.name + PARTIAL)
+        refusal, partial = None, self._place(step, PARTIAL)
         if is_main():
             try:
                 refusal = "" if self.kept(step) else self._make(partial)
@@ -314,11 +312,10 @@ class Checkpoints:
             shutil.copytree(self.best, partial / BEST, copy_function=_link)
         return None
 
-    def _write(
-        self, folder: Path, step: int, tensors: Mapping[str, Tensor], note: dict[str, Any], numbers: dict[str, Any]
-    ) -> None:
+    def _write(self, step: int, tensors: Mapping[str, Tensor], note: dict[str, Any], numbers: dict[str, Any]) -> None:
         """This rank's file and note; on rank 0, when all are there, the manifest, and the name."""
-        partial, number, begin = folder.with_name(folder.name + PARTIAL), rank(), time.perf_counter()
+        folder, partial = self._place(step), self._place(step, PARTIAL)
+        number, begin = rank(), time.perf_counter()
         try:
             written = write_shard(partial / file_of(number), tensors)
             write_whole(partial / f"{number}.json", json.dumps(note | {"file": asdict(written)}))
