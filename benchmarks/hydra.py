@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import runpy
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from step_cost import MAIN, PARTS, ROOT, SHAPES, make_models, spread
+from step_cost import MAIN, PARTS, SHAPES, make_models, measured_apart, spread
 
 RANK = 16
 ADAPTERS = f"--actor_lora_dim {RANK} --only_optimize_lora"
@@ -260,16 +258,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), args.shape, args.dtype)
         make_hydra(Path(folder), args.shape)
-        modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        for way in args.ways:
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", way, "--folder", folder]
-            environment = os.environ | {"PYTHONPATH": modules}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-            last = next((line for line in done.stdout.splitlines() if line.startswith("FIGURES")), None)
-            if last is None:
-                sys.exit(f"{way} ended with status {done.returncode}\n{done.stdout[-3000:]}")
-            figures[way] = json.loads(last.removeprefix("FIGURES"))
-            print(way, figures[way], flush=True)
+        for way, found in measured_apart(__file__, args.ways, Path(folder)):
+            figures[way] = found
+            print(way, found, flush=True)
     table = report(args, figures)
     print(table)
     if args.output:

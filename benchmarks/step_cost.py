@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,6 +127,18 @@ def report(args: argparse.Namespace, figures: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def measured_apart(program: str, ways: Iterable[str], folder: Path) -> Iterator[tuple[str, dict]]:
+    """(way, its figures): `program` again in a process for each, with --one WAY and --folder beside its own flags."""
+    modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for way in ways:
+        command = [sys.executable, program, *sys.argv[1:], "--one", way, "--folder", str(folder)]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": modules}, stdout=subprocess.PIPE, text=True)
+        last = next((line for line in done.stdout.splitlines() if line.startswith("FIGURES")), None)
+        if last is None:
+            sys.exit(f"{way} ended with status {done.returncode}\n{done.stdout[-3000:]}")
+        yield way, json.loads(last.removeprefix("FIGURES"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="10m")
@@ -143,18 +156,9 @@ def main() -> None:
     if args.one:
         one(args)
         return
-    figures = {}
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), args.shape, args.dtype)
-        for way in args.ways:
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", way, "--folder", folder]
-            modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            environment = os.environ | {"PYTHONPATH": modules}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-            last = next((line for line in done.stdout.splitlines() if line.startswith("FIGURES")), None)
-            if last is None:
-                sys.exit(f"{way} ended with status {done.returncode}\n{done.stdout[-3000:]}")
-            figures[way] = json.loads(last.removeprefix("FIGURES"))
+        figures = dict(measured_apart(__file__, args.ways, Path(folder)))
     table = report(args, figures)
     print(table)
     if args.output:
