@@ -21,9 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # Runs one after the other in a process: one leaves some batches out that it draws; in the next one, the loss of these
 # very batches is no number; in the last, no loss is one.
 PROGRAM = """
-import json, math, sys
-sys.path.insert(0, {root!r})
-sys.path.insert(0, {root!r} + "/tests")
+import json, math
 from mains import run_program
 from remax.algorithms.remax import ReMax
 from remax.core.sums import Figure
@@ -102,7 +100,8 @@ def test_a_run_that_went_back_is_one_that_never_met_the_batch(
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code = PROGRAM.format(root=str(ROOT), stage=stage, program=program, flags=flags, out=out)
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    modules = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment |= {"PYTHONPATH": modules, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
     assert done.returncode == 0, (done.stderr, logs)
