@@ -19,6 +19,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so in its background, and bash cannot undo it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 # For the processes that tests start: this repository, then what the tests themselves were told to import.
