@@ -34,7 +34,8 @@ def main() -> list[float]:
         return torch.tensor([sum(c in "aeiou" for c in text) / max(len(text), 1) for text in texts])
 
     for step in range(1, STEPS + 1):
-        sampled, greedy = actor.rollout(as_prompts(tokenizer, PROMPTS * 8))  # y ~ pi(.|x), and the greedy answer ybar
+        answers = actor.rollout(as_prompts(tokenizer, PROMPTS * 8))
+        sampled, greedy = answers.sampled, answers.greedy  # y ~ pi(.|x), and the greedy answer ybar
         score, baseline, mask = reward(sampled), reward(greedy), sampled.answer_mask  # r(x, y), r(x, ybar); (B, A)
         logprobs = actor.logprobs(sampled).logprobs  # (B, A) log pi(y_t), with gradient
         penalty = kl.in_advantage(logprobs - reference.logprobs(sampled), mask)  # (B, A) beta times the KL from here on

@@ -21,7 +21,7 @@ _FACE = {
     # texts to tensors, answers, and back
     "remax.core.sequences": ("Prompts", "Sequences"),
     "remax.core.sampling": ("Sampling",),
-    "remax.generation.decode": ("GenerationSettings",),
+    "remax.generation.decoder": ("GenerationSettings",),
     "remax.evaluation.answers": ("answer_prompts", "as_prompts", "read_answers"),
     "remax.evaluation.texts": ("as_sequences",),
     # rewards of several parts, and of Python functions

@@ -30,7 +30,8 @@ from remax.engines.optimizer import OptimizerConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward, TrainedReward
 from remax.evaluation.policy import evaluate_policy
-from remax.generation.decode import GenerationSettings, rollout
+from remax.generation.decoder import Answers, GenerationSettings
+from remax.generation.rollout import rollout
 from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
 from remax.models.reward_model import RewardModel, load_reward_model
@@ -126,9 +127,9 @@ class CountingActor(Actor):
 
     generated = 0
 
-    def rollout(self, prompts: Prompts, **options) -> tuple[Sequences | None, Sequences | None]:
+    def rollout(self, prompts: Prompts, **options) -> Answers:
         answers = super().rollout(prompts, **options)
-        self.generated += sum(int(part.answer_lengths.sum()) for part in answers if part is not None)
+        self.generated += sum(part.answer_tokens for part in (answers.sampled, answers.greedy) if part is not None)
         return answers
 
 
@@ -288,7 +289,8 @@ class FixedPolicy:
     def answer(self, batch: PromptBatch, samples: int, greedy: bool) -> tuple[Sequences, Sequences | None]:
         prompts = Prompts(batch.input_ids, batch.lengths)
         generation = GenerationSettings(self.setting.max_answer, self.pad_id)
-        return rollout(self.model.hf, prompts, generation, samples=samples, greedy=greedy)
+        answers = rollout(self.model.hf, prompts, generation, samples=samples, greedy=greedy)
+        return answers.sampled, answers.greedy
 
     @torch.no_grad()
     def score(self, sampled: Sequences, critic: RewardModel) -> Rollout:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import FrozenEngine
 from remax.engines.policy import Actor, Reference
 from remax.engines.roles import Role
-from remax.generation.decode import rollout_with_scores
+from remax.generation.decoder import Answers
 from remax.models.loading import evaluating
 from remax.rewards.composite import CompositeReward
 from utils.present import present
@@ -45,12 +46,20 @@ def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
     return Prompts(torch.cat([ids, ids[longest : longest + 1]]), torch.cat([lengths, half[None]]))
 
 
-def _answers(actor: Actor, prompts: Prompts, samples: int) -> tuple[Sequences | None, Sequences | None, list[Tensor]]:
-    settings = replace(actor.generation, max_new_tokens=min(actor.generation.max_new_tokens, PROBE_TOKENS))
-    with actor.generating() as synced:
-        return rollout_with_scores(
-            actor.model.hf, prompts, settings, samples=samples, synced_gpus=synced, decoder=actor.decoder
-        )
+@contextmanager
+def _short_answers(actor: Actor) -> Iterator[None]:
+    """Inside, the actor's answers are cut where the probe ends."""
+    settings = actor.generation
+    actor.generation = replace(settings, max_new_tokens=min(settings.max_new_tokens, PROBE_TOKENS))
+    try:
+        yield
+    finally:
+        actor.generation = settings
+
+
+def _answers(actor: Actor, prompts: Prompts, samples: int) -> Answers:
+    with _short_answers(actor):
+        return actor.rollout(prompts, samples=samples, greedy=True, logprobs=True)
 
 
 def take_probe(actor: Actor, prompts: Prompts, columns: Mapping[str, Sequence[Any]] | None = None) -> Probe:
@@ -58,15 +67,9 @@ def take_probe(actor: Actor, prompts: Prompts, columns: Mapping[str, Sequence[An
     longest = int(prompts.lengths[:PROBE_ROWS].argmax())
     of_probe = {name: [*values[:PROBE_ROWS], values[longest]] for name, values in (columns or {}).items()}
     prompts = with_padded_row(prompts, PROBE_ROWS)
-    sampled, greedy, scores = _answers(actor, prompts, samples=1)
-    sampled, greedy = present(sampled, "the sampled rollout"), present(greedy, "the greedy rollout")
-    return Probe(prompts, sampled, greedy, score_logprobs(scores, sampled.answer_ids), of_probe)
-
-
-def score_logprobs(scores: list[Tensor], ids: Tensor) -> Tensor:
-    """Logits of the decode's steps, (at least B, V) each, and (B, A) tokens -> (B, A) log-probs."""
-    steps = zip(scores, ids.T, strict=False)  # the decode may have gone on for other rows
-    return torch.stack([step[: len(y)].log_softmax(-1).gather(-1, y[:, None]).squeeze(-1) for step, y in steps], 1)
+    answers = _answers(actor, prompts, samples=1)
+    sampled, greedy = present(answers.sampled, "the sampled rollout"), present(answers.greedy, "the greedy rollout")
+    return Probe(prompts, sampled, greedy, present(answers.logprobs, "Answers.logprobs"), of_probe)
 
 
 @torch.no_grad()
@@ -115,19 +118,19 @@ def check_drawn(actor: Actor, probe: Probe) -> Finding:
 
 def check_padding(actor: Actor, probe: Probe) -> Finding:
     """A prompt decoded in a left-padded batch has the log-probs that it has alone."""
-    length = int(probe.prompts.lengths[-1])
-    alone = Prompts(probe.prompts.input_ids[-1:, -length:], probe.prompts.lengths[-1:])
-    answers, steps = [], []
+    width = int(probe.prompts.lengths[-1])
+    alone = Prompts(probe.prompts.input_ids[-1:, -width:], probe.prompts.lengths[-1:])
+    tokens, logprobs = [], []
     for prompts in (probe.prompts, alone):
-        _, greedy, scores = _answers(actor, prompts, samples=0)
-        greedy = present(greedy, "the greedy rollout")
-        answers.append(greedy.answer_ids[-1][: int(greedy.answer_lengths[-1])])
-        steps.append([step[-1:] for step in scores])
-    n = min(len(answer) for answer in answers)
-    same = (answers[0][:n] == answers[1][:n]).long().cumprod(0).sum()
-    n = min(n, int(same) + 1)  # up to the first token that differs, the contexts are equal
-    ids = answers[0][None, :n]
-    size = gap(score_logprobs(steps[0], ids), score_logprobs(steps[1], ids))
+        answers = _answers(actor, prompts, samples=0)
+        greedy = present(answers.greedy, "the greedy rollout")
+        length = int(greedy.answer_lengths[-1])
+        tokens.append(greedy.answer_ids[-1, :length])
+        logprobs.append(present(answers.greedy_logprobs, "Answers.greedy_logprobs")[-1:, :length])
+    n = min(len(answer) for answer in tokens)
+    same = (tokens[0][:n] == tokens[1][:n]).long().cumprod(0).sum()
+    n = min(n, int(same) + 1)  # up to the first token that differs, the contexts are equal, and so are the largest
+    size = gap(logprobs[0][:, :n], logprobs[1][:, :n])
     return finding(
         "padding changes nothing",
         size.mean <= TOLERANCE[actor.engine.config.dtype],

@@ -173,6 +173,10 @@ class Sequences:
         """(B, A) ids of the answer tokens; those beyond the end of an answer are arbitrary, see `answer_mask`."""
         return self.answer(self.input_ids)
 
+    def of_answers(self, values: Tensor) -> Tensor:
+        """(B, at least A) values of generated tokens -> (B, A), 0 beyond an answer's end."""
+        return values[:, : self.answer_width].masked_fill(~self.answer_mask, 0.0)
+
     def ended(self, eos_ids: Sequence[int]) -> Tensor:
         """(B,) bool: whether each answer reached an end token within its limit."""
         last = self.at(self.input_ids, self.end_index)

@@ -38,7 +38,7 @@ from remax.engines.scorer import Reward
 from remax.evaluation.answers import answer_prompts
 from remax.evaluation.policy import evaluate_policy
 from remax.evaluation.ranking import pair_scores, ranking_accuracy, wins
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model

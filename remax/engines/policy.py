@@ -18,7 +18,8 @@ from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import Engine
 from remax.engines.roles import Learner, Role
 from remax.engines.zero import gathered
-from remax.generation.decode import HUGGING_FACE, Decoder, GenerationSettings, rollout
+from remax.generation.decoder import Answers, Decoder, GenerationSettings
+from remax.generation.rollout import DEFAULT_DECODER, rollout
 from remax.models.loading import evaluating
 from remax.models.trunk import REFERENCE_AND_REWARD, REWARD, Use
 from utils.distributed import device, world_size
@@ -69,7 +70,7 @@ class Actor(_Policy, Learner):
         sampling: Sampling | None = None,
         chunk_size: int = 1024,
         gather_for_generation: bool = True,
-        decoder: Decoder = HUGGING_FACE,
+        decoder: Decoder = DEFAULT_DECODER,
         use: Use | None = None,
     ):
         """Gives an engine the role.
@@ -111,10 +112,8 @@ class Actor(_Policy, Learner):
         with self.switched(), self.engine.generating(self.gather_for_generation) as synced:
             yield synced
 
-    def rollout(
-        self, prompts: Prompts, *, samples: int = 1, greedy: bool = True
-    ) -> tuple[Sequences | None, Sequences | None]:
-        """Sampled answers (`samples` adjacent rows per prompt) and greedy ones, see `remax.generation.decode`."""
+    def rollout(self, prompts: Prompts, *, samples: int = 1, greedy: bool = True, logprobs: bool = False) -> Answers:
+        """Sampled answers (`samples` adjacent rows per prompt), greedy ones, and their tokens' log-probs if wanted."""
         with self.generating() as synced:
             return rollout(
                 self.model.hf,
@@ -122,6 +121,7 @@ class Actor(_Policy, Learner):
                 self.generation,
                 samples=samples,
                 greedy=greedy,
+                logprobs=logprobs,
                 synced_gpus=synced,
                 decoder=self.decoder,
             )

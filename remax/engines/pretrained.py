@@ -14,7 +14,7 @@ from remax.engines.optimizer import OptimizerConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
 from remax.engines.zero import loading
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.policy import PolicyModel, load_policy
 from remax.models.reward_model import load_reward_model
 from utils.distributed import init_distributed

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from remax.core.batches import groups
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.policy import Actor
-from remax.generation.decode import beam_search
+from remax.generation.hugging_face import beam_search
 from utils.data.collate import pad
 from utils.data.tokens import encode_prompts
 from utils.distributed import device, is_main
@@ -78,17 +78,17 @@ def answer_prompts(
     with progress(len(prompts), "answering", "prompts") as bar:
         for texts in groups(prompts, batch_size):
             batch = as_prompts(tokenizer, texts)
-            sampled, greedy = actor.rollout(batch, samples=samples, greedy=True)
-            kinds = {"greedy": present(greedy, "the greedy rollout")}
-            if sampled is not None:
-                kinds["sampled"] = sampled
+            found = actor.rollout(batch, samples=samples, greedy=True)
+            kinds = {"greedy": present(found.greedy, "the greedy rollout")}
+            if found.sampled is not None:
+                kinds["sampled"] = found.sampled
             if samples and beams > 1:
                 kinds["beam"] = beam_search(
                     actor.model.hf, batch.to(device()), actor.generation, beams=beams, best=min(samples, beams)
                 )
-            answers = {kind: read_answers(found, tokenizer, eos_ids) for kind, found in kinds.items()}
-            each = {kind: len(found) // len(texts) for kind, found in answers.items()}
+            answers = {kind: read_answers(rows, tokenizer, eos_ids) for kind, rows in kinds.items()}
+            each = {kind: len(rows) // len(texts) for kind, rows in answers.items()}
             for i in range(len(texts)):
-                results.append({kind: found[i * each[kind] :][: each[kind]] for kind, found in answers.items()})
+                results.append({kind: rows[i * each[kind] :][: each[kind]] for kind, rows in answers.items()})
             bar.update(len(texts))
     return results

@@ -121,8 +121,8 @@ def evaluate_policy(
         for batch in map(to_device, loader):
             first = batch if first is None else first
             prompts = Prompts(batch.input_ids, batch.lengths)
-            sampled, best = actor.rollout(prompts, samples=0 if greedy else 1, greedy=greedy)
-            sequences = present(best if greedy else sampled, "the rollout")
+            found = actor.rollout(prompts, samples=0 if greedy else 1, greedy=greedy)
+            sequences = present(found.greedy if greedy else found.sampled, "the rollout")
             score, parts = reward.score_parts(sequences, columns=batch.columns)  # (B,), and each part's by name
             output = actor.logprobs(sequences, entropy=True)
             reference_logprobs = reference.logprobs(sequences)
@@ -141,11 +141,11 @@ def evaluate_policy(
             additions = {name: weight * values for name, values in scores.items()} | additions
             for name, value in additions.items():
                 sums[name] += value.double().sum()
-            found = read_answers(sequences, tokenizer, eos_ids)
+            texts = read_answers(sequences, tokenizer, eos_ids)
             numbers = {name: values.tolist() for name, values in scores.items()}
             for i in weight.nonzero().flatten().tolist():
                 rounded = {name: round(values[i], 4) for name, values in numbers.items()}
-                answer = {"answer": found[i].text, "length": found[i].tokens}
+                answer = {"answer": texts[i].text, "length": texts[i].tokens}
                 readable.append({"prompt": batch.prompts[i]} | answer | rounded)
                 rewards.append(numbers["reward"][i])
         if also_greedy and first is not None:  # behind all draws, so that they are what they would be without it
@@ -165,8 +165,8 @@ def _add_greedy_answers(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Adds to the first rows, which are those of this batch, the greedy answer and its reward."""
-    _, best = actor.rollout(Prompts(batch.input_ids, batch.lengths), samples=0, greedy=True)
-    sequences = present(best, "the greedy rollout")
+    answers = actor.rollout(Prompts(batch.input_ids, batch.lengths), samples=0, greedy=True)
+    sequences = present(answers.greedy, "the greedy rollout")
     scores = reward.score_parts(sequences, columns=batch.columns)[0].tolist()
     found = read_answers(sequences, tokenizer, actor.model.hf.generation_config.eos_token_id)
     for row, i in zip(rows, batch.weight.nonzero().flatten().tolist(), strict=False):

@@ -11,7 +11,7 @@ from remax.cli.evaluation import DoctorArguments, stdout_to_stderr
 from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.loading import load_config, quiet_libraries
 from remax.models.policy import check_policy_config, load_policy
 from remax.rewards.composite import try_functions

@@ -13,7 +13,7 @@ from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
 from remax.evaluation.answers import Answer, answer_prompts
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.policy import check_policy_config, load_policy
 from remax.stages.settings import sampling

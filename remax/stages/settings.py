@@ -9,7 +9,7 @@ from remax.cli.flags import FinetuneArguments, SamplingFlags, Step2Arguments, St
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.trunk import ACTOR_SET, CRITIC_SET
 from remax.training.loop import Cadence
 from remax.training.trainer import TrainerSettings

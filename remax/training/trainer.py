@@ -161,8 +161,8 @@ class Trainer:
         batch = to_device(batch)
         prompts = Prompts(batch.input_ids, batch.lengths)
         samples, greedy = self.algorithm.samples_per_prompt, self.algorithm.greedy
-        sampled, best = self.actor.rollout(prompts, samples=samples, greedy=greedy)
-        return present(sampled, "the sampled rollout"), best
+        answers = self.actor.rollout(prompts, samples=samples, greedy=greedy)
+        return present(answers.sampled, "the sampled rollout"), answers.greedy
 
     def forwards(self, sampled: Sequences) -> int:
         """Micro-batches in which rows are read: as many on every rank, since ZeRO-3 needs all in each forward."""

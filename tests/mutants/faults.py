@@ -421,25 +421,35 @@ MODELS = [
     ),
 ]
 
-GENERATION = faults(
-    "remax/generation/decode.py",
-    f"{ROOM}/generation/test_decode.py",
-    ("decode-greedy-random", "best = greedy.argmax(-1)", "best = greedy.argmin(-1)",
-     "greedy rows are the least probable"),
-    ("decode-top-k", "top_k=sampling.top_k if first_greedy else None", "top_k=50", "generate cuts at 50 words"),
-    ("decode-greedy-cap", "decoded.tokens[first_greedy:, : settings.greedy_cap]", "decoded.tokens[first_greedy:]",
-     "a capped greedy answer goes on"),
-    ("decode-cap-above", "return min(self.max_greedy_tokens or self.max_new_tokens, self.max_new_tokens)",
-     "return self.max_greedy_tokens or self.max_new_tokens", "a cap may exceed the limit"),
-    ("decode-temperature", "temperature=sampling.temperature if first_greedy else None",
-     "temperature=1.0 if first_greedy else None", "answers are drawn at another temperature",
-     [f"{ROOM}/generation/test_decode.py", f"{ROOM}/evaluation/test_texts.py", (1, "remax, everything")]),
-    ("decode-two-pass", "    if samples and greedy and settings.two_pass:", "    if False:",
-     "--two_pass_rollout is ignored", [f"{ROOM}/generation/test_decode.py", (1, "remax, full KL, rewards")]),
-    ("decode-attention", "input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,",
-     "input_ids=prompts.input_ids, attention_mask=torch.ones_like(prompts.input_ids),",
-     "generation attends to padding"),
-)
+GENERATION = [
+    *faults(
+        "remax/generation/decoder.py",
+        f"{ROOM}/generation/test_decode.py",
+        ("decode-cap-above", "return min(self.max_greedy_tokens or self.max_new_tokens, self.max_new_tokens)",
+         "return self.max_greedy_tokens or self.max_new_tokens", "a cap may exceed the limit"),
+    ),
+    *faults(
+        "remax/generation/rollout.py",
+        f"{ROOM}/generation/test_decode.py",
+        ("decode-two-pass", "    if samples and greedy and settings.two_pass:", "    if False:",
+         "--two_pass_rollout is ignored", [f"{ROOM}/generation/test_decode.py", (1, "remax, full KL, rewards")]),
+    ),
+    *faults(
+        "remax/generation/hugging_face.py",
+        f"{ROOM}/generation/test_decode.py",
+        ("decode-greedy-random", "return logits.argmax(-1)", "return logits.argmin(-1)",
+         "greedy rows are the least probable"),
+        ("decode-top-k", "top_k=sampling.top_k if samples else None", "top_k=50", "generate cuts at 50 words"),
+        ("decode-greedy-cap", "tokens[first_greedy:, : settings.greedy_cap]", "tokens[first_greedy:]",
+         "a capped greedy answer goes on"),
+        ("decode-temperature", "temperature=sampling.temperature if samples else None",
+         "temperature=1.0 if samples else None", "answers are drawn at another temperature",
+         [f"{ROOM}/generation/test_decode.py", f"{ROOM}/evaluation/test_texts.py", (1, "remax, everything")]),
+        ("decode-attention", "input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,",
+         "input_ids=prompts.input_ids, attention_mask=torch.ones_like(prompts.input_ids),",
+         "generation attends to padding"),
+    ),
+]
 
 ENGINES = [
     *faults(

@@ -38,7 +38,7 @@ from remax.engines.scorer import Reward, TrainedReward
 from remax.engines.zero import gathered, loading
 from remax.evaluation.policy import evaluate_policy, perplexity
 from remax.evaluation.ranking import ranking_accuracy
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.hydra import load_hydra
 from remax.models.loading import evaluating, quiet_libraries
 from remax.models.lora import add_lora
@@ -448,8 +448,9 @@ def generate(
     batch = Prompts(torch.tensor(prompts["input_ids"])[share], torch.tensor(prompts["lengths"])[share])
 
     def answer() -> list[list[int]]:
-        sampled, greedy = actor.rollout(batch)
-        assert len(sampled) == len(greedy) == len(batch)
+        answers = actor.rollout(batch)
+        greedy = answers.greedy
+        assert len(answers.sampled) == len(greedy) == len(batch)
         texts = [greedy.input_ids[i, : greedy.lengths[i]].tolist() for i in range(len(greedy))]
         shares = gather_objects(texts)
         return [shares[i % world_size()][i // world_size()] for i in range(len(prompts["lengths"]))]

@@ -21,7 +21,8 @@ from remax.engines.base import Engine, FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
-from remax.generation.decode import GenerationSettings, GreedyRows
+from remax.generation.decoder import GenerationSettings
+from remax.generation.hugging_face import GreedyRows
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
@@ -181,13 +182,8 @@ def test_a_hidden_top_k_is_found(load, monkeypatch):
 
 
 def test_a_greedy_baseline_that_is_not_greedy_is_found(load, monkeypatch):
-    def second_best(self, input_ids, scores):
-        best = scores[self.first :].topk(2).indices[:, 1:]
-        only = torch.full_like(scores[self.first :], -torch.inf).scatter_(-1, best, 0.0)
-        return torch.cat([scores[: self.first], only])
-
     patient = load()
-    monkeypatch.setattr(GreedyRows, "__call__", second_best)
+    monkeypatch.setattr(GreedyRows, "best", lambda self, logits: logits.topk(2).indices[:, 1])
     assert failed(examine(**patient)) == ["greedy tokens are the argmax"]
 
 

@@ -20,7 +20,8 @@ def test_a_frozen_actor_answers_and_agrees_with_its_reference(tiny_model):
     actor, tokenizer = load_actor(str(tiny_model("opt")), max_new_tokens=5, sampling=sampling)
     assert not actor.model.training and not any(p.requires_grad for p in actor.model.parameters())
     assert actor.generation.sampling == actor.sampling == sampling
-    sampled, greedy = actor.rollout(as_prompts(tokenizer, PROMPTS), samples=3)
+    answers = actor.rollout(as_prompts(tokenizer, PROMPTS), samples=3)
+    sampled, greedy = answers.sampled, answers.greedy
     assert (len(sampled), len(greedy)) == (6, 2) and int(sampled.answer_lengths.max()) <= 5
     assert sampled.prompt_lengths.tolist() == [n for n in greedy.prompt_lengths.tolist() for _ in range(3)]
 

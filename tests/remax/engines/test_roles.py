@@ -11,7 +11,7 @@ from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward, TrainedReward
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.policy import PolicyModel, load_policy
 from remax.models.reward_model import load_reward_model
 from utils.tokenizer import load_tokenizer

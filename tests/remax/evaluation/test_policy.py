@@ -22,7 +22,8 @@ from remax.evaluation import answers
 from remax.evaluation.answers import write_answers
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy, isolated_rng, perplexity
 from remax.evaluation.ranking import pair_scores
-from remax.generation.decode import GenerationSettings, rollout
+from remax.generation.decoder import GenerationSettings
+from remax.generation.rollout import rollout
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from remax.rewards.composite import CompositeReward, FunctionReward, Part

@@ -14,7 +14,7 @@ from remax.engines.scorer import Reward
 from remax.evaluation import texts as scoring
 from remax.evaluation.answers import answer_prompts
 from remax.evaluation.texts import encode_texts, score_texts
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from utils.data.encoding import Encoder

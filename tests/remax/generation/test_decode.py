@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts
-from remax.generation.decode import GenerationSettings, rollout
+from remax.generation.decoder import GenerationSettings
+from remax.generation.rollout import rollout
 from remax.models.policy import load_policy
 from utils.tokenizer import load_tokenizer
 
@@ -47,13 +48,14 @@ def test_greedy_rows_are_the_argmax_of_the_training_forward(family, sampling, ma
     settings = GenerationSettings(12, tokenizer.pad_token_id, sampling)
     prompts = prompts_of(tokenizer)
     torch.manual_seed(0)
-    sampled, greedy = rollout(model.hf, prompts, settings, samples=2)
-    _, alone = rollout(model.hf, prompts, settings, samples=0)
+    answers = rollout(model.hf, prompts, settings, samples=2)
+    sampled, greedy = answers.sampled, answers.greedy
+    alone = rollout(model.hf, prompts, settings, samples=0).greedy
     two_pass = GenerationSettings(12, tokenizer.pad_token_id, sampling, two_pass=True)
-    sampled_too, greedy_too = rollout(model.hf, prompts, two_pass, samples=2)
+    twice = rollout(model.hf, prompts, two_pass, samples=2)
     assert_same(greedy, alone)
-    assert_same(greedy, greedy_too)
-    assert len(sampled) == len(sampled_too) == 2 * len(prompts)
+    assert_same(greedy, twice.greedy)
+    assert len(sampled) == len(twice.sampled) == 2 * len(prompts)
     assert torch.equal(sampled.prompt_lengths, prompts.lengths.repeat_interleave(2))
     for i in range(len(greedy)):  # a row alone, no cache, no padding
         start, length = int(greedy.prompt_lengths[i]), int(greedy.lengths[i])
@@ -113,7 +115,8 @@ def test_sampled_rows_follow_the_model(sampling, tiny):
     # sum (n - N p)^2 / (N p) over k cells (the answers with N p >= 5, and the rest) has mean k - 1, variance 2 (k - 1).
     draws, prompts = 4000, Prompts(torch.tensor([[PAD, PAD, 3], [4, 3, 2]]), torch.tensor([1, 3]))
     torch.manual_seed(0)
-    sampled, greedy = rollout(tiny, prompts, GenerationSettings(3, PAD, sampling), samples=draws)
+    answers = rollout(tiny, prompts, GenerationSettings(3, PAD, sampling), samples=draws)
+    sampled, greedy = answers.sampled, answers.greedy
     assert sampled.prompt_lengths.tolist() == [1] * draws + [3] * draws
     for i, prompt in enumerate([[3], [4, 3, 2]]):
         probability = exact(tiny, prompt, 3, sampling)
@@ -140,7 +143,7 @@ def test_no_word_is_cut_off_behind_our_back(make_config_of):
     model = make_config_of(200)
     prompts = Prompts(torch.tensor([[3]]), torch.tensor([1]))
     torch.manual_seed(0)
-    sampled, _ = rollout(model, prompts, GenerationSettings(1, PAD), samples=4000, greedy=False)
+    sampled = rollout(model, prompts, GenerationSettings(1, PAD), samples=4000, greedy=False).sampled
     assert sampled.input_ids[:, 1].unique().numel() > 60
 
 
@@ -149,9 +152,10 @@ def test_the_greedy_cap_cuts_without_an_end_token(cap, two_pass, make_policy):
     model, tokenizer = load(make_policy("llama"))
     prompts = prompts_of(tokenizer)
     full = GenerationSettings(8, tokenizer.pad_token_id)
-    _, whole = rollout(model.hf, prompts, full, samples=0)
+    whole = rollout(model.hf, prompts, full, samples=0).greedy
     settings = GenerationSettings(8, tokenizer.pad_token_id, max_greedy_tokens=cap, two_pass=two_pass)
-    sampled, greedy = rollout(model.hf, prompts, settings)
+    answers = rollout(model.hf, prompts, settings)
+    sampled, greedy = answers.sampled, answers.greedy
     assert torch.equal(greedy.answer_lengths, whole.answer_lengths.clamp(max=cap))
     for i in range(len(prompts)):
         length = int(greedy.lengths[i])
@@ -168,10 +172,25 @@ def test_sampled_or_greedy_alone(make_policy):
     model, tokenizer = load(make_policy("gpt2"))
     prompts = prompts_of(tokenizer, rows=2)
     settings = GenerationSettings(4, tokenizer.pad_token_id)
-    sampled, none = rollout(model.hf, prompts, settings, samples=3, greedy=False)
-    assert none is None and len(sampled) == 6
-    none, greedy = rollout(model.hf, prompts, settings, samples=0)
-    assert none is None and len(greedy) == 2
+    answers = rollout(model.hf, prompts, settings, samples=3, greedy=False)
+    assert answers.greedy is None and len(answers.sampled) == 6
+    answers = rollout(model.hf, prompts, settings, samples=0)
+    assert answers.sampled is None and len(answers.greedy) == 2
+    assert answers.logprobs is None and answers.greedy_logprobs is None
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 0.8, 20)], ids=["plain", "truncated"])
+@torch.no_grad()
+def test_logprobs_are_those_of_the_distribution_that_tokens_were_drawn_from(sampling, make_policy):
+    model, tokenizer = load(make_policy("llama"))
+    model.hf.generation_config.eos_token_id = list(range(0, len(tokenizer), 9))
+    torch.manual_seed(0)
+    settings = GenerationSettings(8, tokenizer.pad_token_id, sampling, max_greedy_tokens=5)
+    answers = rollout(model.hf, prompts_of(tokenizer), settings, samples=2, logprobs=True)
+    assert len(answers.sampled.answer_lengths.unique()) > 2
+    torch.testing.assert_close(answers.logprobs, model(answers.sampled, sampling=sampling)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(answers.greedy_logprobs, model(answers.greedy)[0], atol=1e-5, rtol=1e-4)
+    assert answers.logprobs.dtype == torch.float32
 
 
 def test_pad_may_be_the_end_token(make_policy):
@@ -180,7 +199,7 @@ def test_pad_may_be_the_end_token(make_policy):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     torch.manual_seed(0)
     settings = GenerationSettings(120, tokenizer.pad_token_id)
-    sampled, _ = rollout(model.hf, prompts_of(tokenizer, rows=2), settings, samples=20, greedy=False)
+    sampled = rollout(model.hf, prompts_of(tokenizer, rows=2), settings, samples=20, greedy=False).sampled
     ids, mask = sampled.answer_ids, sampled.answer_mask
     ended = sampled.input_ids.gather(1, sampled.end_index[:, None]).squeeze(1) == tokenizer.eos_token_id
     assert ended.any()
@@ -193,5 +212,5 @@ def test_a_policy_without_numbers_answers_all_the_same(make_config_of):
     model = make_config_of(WORDS)
     model.lm_head.weight.fill_(float("nan"))
     prompts = Prompts(torch.tensor([[3], [4]]), torch.tensor([1, 1]))
-    sampled, greedy = rollout(model, prompts, GenerationSettings(3, PAD))
-    assert len(sampled) == len(greedy) == 2 and sampled.answer_lengths.min() >= 1
+    answers = rollout(model, prompts, GenerationSettings(3, PAD))
+    assert len(answers.sampled) == len(answers.greedy) == 2 and answers.sampled.answer_lengths.min() >= 1

@@ -16,7 +16,8 @@ from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.optimizer import optimizer_groups
 from remax.evaluation.texts import encode_texts
-from remax.generation.decode import GenerationSettings, rollout
+from remax.generation.decoder import GenerationSettings
+from remax.generation.rollout import rollout
 from remax.models.loading import check_length, evaluating, load_config
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
@@ -277,7 +278,8 @@ def test_a_models_generation_config_changes_no_rollout_but_is_exported(fields, m
     for policy in (plain, model):
         torch.manual_seed(0)
         settings = GenerationSettings(max_new_tokens=8, pad_id=tokenizer.pad_token_id)
-        answers.append(rollout(policy.hf.eval(), prompts, settings, samples=4))
+        found = rollout(policy.hf.eval(), prompts, settings, samples=4)
+        answers.append((found.sampled, found.greedy))
     for got, expected in zip(answers[1], answers[0], strict=True):
         assert torch.equal(got.input_ids, expected.input_ids)
     export(model, tokenizer, tmp_path / "export", zero3=False)
@@ -296,7 +298,7 @@ def test_several_end_tokens_all_end_an_answer(make_policy, tmp_path):
     assert model.hf.generation_config.eos_token_id == [17, 18, eos]  # the tokenizer's own ends answers too
     prompts = Prompts(torch.tensor([[5, 7]]), torch.tensor([2]))
     torch.manual_seed(0)
-    sampled, _ = rollout(model.hf.eval(), prompts, GenerationSettings(60, 0), samples=64, greedy=False)
+    sampled = rollout(model.hf.eval(), prompts, GenerationSettings(60, 0), samples=64, greedy=False).sampled
     last = sampled.input_ids.gather(1, sampled.end_index[:, None]).squeeze(1)
     ended = torch.isin(last, torch.tensor([17, 18, eos]))
     assert ended.any() and (sampled.answer_lengths[~ended] == 60).all()

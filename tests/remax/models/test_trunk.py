@@ -19,7 +19,7 @@ from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import optimizer_groups
 from remax.engines.policy import Actor, Judge, Reference
 from remax.engines.scorer import Reward, TrainedReward
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.hydra import load_hydra
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy

@@ -20,7 +20,7 @@ from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
 from remax.rewards import composite
@@ -360,9 +360,9 @@ def test_figures_name_the_parts_and_count_every_token(make_trainer, judges, monk
     original = trainer.actor.rollout
 
     def rollout(*args, **kwargs):
-        sampled, greedy = original(*args, **kwargs)
-        lengths.append(int(sampled.answer_lengths.sum() + greedy.answer_lengths.sum()))
-        return sampled, greedy
+        answers = original(*args, **kwargs)
+        lengths.append(int(answers.sampled.answer_lengths.sum() + answers.greedy.answer_lengths.sum()))
+        return answers
 
     trainer.actor.rollout = rollout
     rollout, figures = trainer.step([prompts_of(6), prompts_of(3)])

@@ -11,7 +11,7 @@ from remax.cli.validate import parse_step1, parse_step2, parse_step3
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
-from remax.generation.decode import GenerationSettings
+from remax.generation.decoder import GenerationSettings
 from remax.stages import settings
 from remax.stages.settings import LoraSpec, ModelSpec
 from remax.training.loop import Cadence

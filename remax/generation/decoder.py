@@ -1,0 +1,82 @@
+"""What a decoder is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts, Sequences
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        pad_id: What generation fills the rows up with that have ended.
+        sampling: The distribution that sampled answers are drawn from.
+        max_greedy_tokens: Longest greedy answer, 0 for the same (ReMax-fast caps it).
+        two_pass: Two decodes instead of one (faster for large batches of small models).
+    """
+
+    max_new_tokens: int
+    pad_id: int
+    sampling: Sampling = Sampling()
+    max_greedy_tokens: int = 0
+    two_pass: bool = False
+
+    @property
+    def greedy_cap(self) -> int:
+        """Longest greedy answer, in tokens."""
+        return min(self.max_greedy_tokens or self.max_new_tokens, self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to B prompts.
+
+    Attributes:
+        sampled: `samples` adjacent rows for each prompt; None where not asked for.
+        greedy: A row for each prompt; None where not asked for.
+        logprobs: (B * samples, A) float32 log-probs of the sampled tokens in the distribution that they were drawn
+            from, 0 beyond an answer's end; None where not asked for.
+        greedy_logprobs: (B, A) the greedy tokens' in the model's own distribution, likewise.
+    """
+
+    sampled: Sequences | None = None
+    greedy: Sequences | None = None
+    logprobs: Tensor | None = None
+    greedy_logprobs: Tensor | None = None
+
+
+class Decoder(Protocol):
+    """Turns prompts into answers, token by token; the place where another decode loop plugs in."""
+
+    name: str  # for the log
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompts: Prompts,
+        settings: GenerationSettings,
+        *,
+        samples: int,
+        greedy: bool,
+        logprobs: bool = False,
+        synced_gpus: bool = False,
+    ) -> Answers:
+        """Answers every prompt.
+
+        Args:
+            model: In eval mode; `model.generation_config.eos_token_id` lists the end tokens.
+            samples: Answers to each prompt drawn from `settings.sampling`, at most `settings.max_new_tokens` long.
+            greedy: Whether the greedy answers are wanted too, at most `settings.greedy_cap` long.
+            logprobs: Whether the tokens' log-probs are.
+            synced_gpus: The ranks decode in step (ZeRO-3 without gathered parameters).
+        """
+        ...

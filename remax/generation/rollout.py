@@ -1,0 +1,40 @@
+"""Answers from a policy: sampled ones and greedy ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from remax.core.sequences import Prompts
+from remax.generation.decoder import Answers, Decoder, GenerationSettings
+from remax.generation.hugging_face import HuggingFaceDecoder
+
+DEFAULT_DECODER: Decoder = HuggingFaceDecoder()
+
+
+def rollout(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    settings: GenerationSettings,
+    *,
+    samples: int = 1,
+    greedy: bool = True,
+    logprobs: bool = False,
+    synced_gpus: bool = False,
+    decoder: Decoder = DEFAULT_DECODER,
+) -> Answers:
+    """Answers every prompt `samples` times by sampling (adjacent rows) and once greedily.
+
+    The model must be in eval mode. See `Decoder` for the other arguments.
+    """
+
+    def decode(samples: int, greedy: bool) -> Answers:
+        return decoder(
+            model, prompts, settings, samples=samples, greedy=greedy, logprobs=logprobs, synced_gpus=synced_gpus
+        )
+
+    if samples and greedy and settings.two_pass:
+        sampled, best = decode(samples, False), decode(0, True)
+        return replace(sampled, greedy=best.greedy, greedy_logprobs=best.greedy_logprobs)
+    return decode(samples, greedy)
