@@ -744,7 +744,7 @@ EVALUATION = [
         f"{ROOM}/evaluation/test_texts.py",
         ("answers-ended", "answer[-1] in eos_ids", "answer[-1] not in eos_ids", "cut answers are said to have ended",
          [f"{ROOM}/evaluation/test_texts.py", "tests/test_prompt_eval.py"]),
-        ("answers-first-sample", "found[i * each[kind] :][: each[kind]]", "found[i:][: each[kind]]",
+        ("answers-first-sample", "rows[i * each[kind] :][: each[kind]]", "rows[i:][: each[kind]]",
          "samples belong to other prompts"),
         ("answers-padding", "tokenizer.pad_token_id, left=True)", "tokenizer.pad_token_id)",
          "prompts are padded between question and answer"),

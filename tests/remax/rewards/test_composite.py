@@ -309,7 +309,7 @@ def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, jud
         if (expected := getattr(whole, name)) is not None:
             torch.testing.assert_close(getattr(cut, name), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(cut.sequences.input_ids, whole.sequences.input_ids)
-    (sampled, greedy), *_ = answered
+    sampled, greedy = answered[0].sampled, answered[0].greedy
     torch.testing.assert_close(whole.rewards, reward.score(sampled), rtol=1e-4, atol=1e-4)
     assert (whole.baseline is not None) == (algo == "remax") == (greedy is not None)
     if greedy is not None:
