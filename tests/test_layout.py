@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from remax.cli.evaluation import DoctorArguments, PromptEvalArguments, RewardEvalArguments
+from remax.cli.evaluation import AnswersArguments, DoctorArguments, PromptEvalArguments, RewardEvalArguments
 from remax.cli.flags import Step1Arguments, Step2Arguments, Step3Arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +42,7 @@ ROOMS = {
     "stages": (*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
     "demo": (*ENGINES, "engines", "evaluation"),
     "doctor.py": ("cli", "stages"),
+    "answers.py": ("cli", "stages"),
 }
 OF_CLI = {"remax.rewards.process", "remax.rewards.sources"}  # what the command line may see of the rewards
 MAY_IMPORT_DEEPSPEED = {f"remax/engines/{name}.py" for name in ("base", "optimizer", "policy", "zero")}
@@ -112,9 +113,7 @@ def test_rooms_form_no_circle():
     while ready := {room for room, needs in ROOMS.items() if room not in built and built.issuperset(needs)}:
         built |= ready
     assert built == set(ROOMS)
-    assert built == {path.name for path in (ROOT / "remax").iterdir() if path.is_dir() and path.name[0] != "_"} | {
-        "doctor.py"
-    }
+    assert built == {path.name for path in (ROOT / "remax").iterdir() if path.name[0] != "_"}
 
 
 def test_imports_form_no_circle():
@@ -230,7 +229,7 @@ def test_documents_name_make_targets_that_exist(document):
 def known_flags() -> set[str]:
     """Flags of the stages' programs, of modules that call add_argument themselves, and of the launchers."""
     programs = (Step1Arguments, Step2Arguments, Step3Arguments)
-    programs += (PromptEvalArguments, RewardEvalArguments, DoctorArguments)
+    programs += (PromptEvalArguments, RewardEvalArguments, DoctorArguments, AnswersArguments)
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     flags = {f.name for arguments in programs for f in fields(arguments)} | set(re.findall(r"\"--(\w+)\"", text))
     return flags | {"help"} | OF_OTHERS

@@ -168,7 +168,7 @@ def test_defaults_of_known_flags():
 
 
 def test_an_answer_that_does_not_fit_is_refused_before_loading(run, questions, monkeypatch):
-    monkeypatch.setattr(prompt_eval, "load_policy", None)
+    monkeypatch.setattr(prompt_eval, "load_actor", None)
     with pytest.raises(
         UserError, match=r"the longest prompt \(\d+\) \+ --max_new_tokens: 20\d\d tokens, but the model of "
     ):

@@ -1,12 +1,13 @@
-"""The flags of the programs that train nothing: prompt_eval.py of step 1, rw_eval.py of step 2, and the doctor."""
+"""The flags of the programs that train nothing: prompt_eval.py of step 1, rw_eval.py of step 2, doctor, answers."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from remax.cli.flags import (
     Attention,
@@ -15,7 +16,9 @@ from remax.cli.flags import (
     CountOrZero,
     Dtype,
     Flags,
+    Fraction,
     NonNegative,
+    Range,
     Rank,
     RewardSourceFlags,
     SamplingFlags,
@@ -82,6 +85,34 @@ class PromptEvalArguments(SamplingFlags, DecodingFlags, ConfigFlag, group="model
     dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
     batch_size: Count = flag(8, "prompts that are answered together")
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
+
+
+Heat = Annotated[float, Range("0 for greedy answers, or at least 1e-6", lambda x: x == 0 or 1e-6 <= x < math.inf)]
+
+
+@dataclass(kw_only=True)
+class AnswersArguments(ConfigFlag, group="model and questions"):
+    """All flags of remax.answers."""
+
+    model: str = flag(help="who answers: a folder (of PEFT, too) or hub name")
+    benchmark: str = flag(
+        help="alpaca_eval, mt_bench or arena_hard, or a file of own prompts (text: one a line; or any shape that "
+        "training takes), answered in AlpacaEval's format"
+    )
+    questions: str | None = flag(
+        None, "the benchmark's questions, the file that its project ships: alpaca_eval.json, question.jsonl"
+    )
+    output: str = flag(help="file to write; its name without the suffix is what the file calls the model")
+    max_new_tokens: Count = flag(1024, "longest answer in tokens")
+    temperature: Heat | None = flag(
+        None, "of sampled answers; 0: greedy ones; without it greedy, and for mt_bench as it prescribes by category"
+    )
+    top_p: Fraction = flag(1.0, "sample from the most probable tokens with this total probability; 1: from all")
+    seed: CountOrZero = flag(2023, "seed of the sampled answers")
+    batch_size: Count = flag(8, "questions per device that are answered together")
+    dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
+    data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
+    local_rank: Rank = flag(-1, "set by the launcher")
 
 
 @dataclass(kw_only=True)
@@ -155,12 +186,45 @@ def parse_doctor(argv: Sequence[str] | None = None) -> DoctorArguments:
     return args
 
 
+KNOWN_BENCHMARKS = {"alpaca_eval": ".json", "mt_bench": ".jsonl", "arena_hard": ".jsonl"}  # and the files' suffixes
+
+
+def parse_answers(argv: Sequence[str] | None = None) -> AnswersArguments:
+    """The flags of remax.answers, as `parse_reward_eval`."""
+    description = "Answers of a model to a benchmark's questions, in the file that the benchmark's judge takes"
+    args = read_flags(AnswersArguments, argv, description, "python -m remax.answers [flags]")
+    check_model("model", args.model)
+    known = args.benchmark in KNOWN_BENCHMARKS
+    if known and not args.questions:
+        raise UserError(
+            f"--benchmark {args.benchmark}: give its questions, too, by --questions FILE; docs/evaluation.md says "
+            "where each project keeps them"
+        )
+    if not known and args.questions:
+        raise UserError(
+            f"--benchmark {args.benchmark}: with --questions expected one of {', '.join(KNOWN_BENCHMARKS)}; own "
+            "prompts are named by --benchmark alone"
+        )
+    if not known and not Path(args.benchmark).is_file():
+        names = ", ".join(KNOWN_BENCHMARKS)
+        raise UserError(f"--benchmark {args.benchmark}: no such file; expected one of {names}, or a file of prompts")
+    suffix = KNOWN_BENCHMARKS.get(args.benchmark, ".json")
+    if Path(args.output).suffix != suffix:
+        raise UserError(f"--output {args.output}: expected a name that ends in {suffix}, by which its readers go")
+    check_output(args)
+    if Path(args.output).exists():
+        raise UserError(f"--output {args.output}: is there already; remove it, or choose another name")
+    check_folder("data_output_path", args.data_output_path)
+    args.dtype = resolve_dtype("dtype", args.dtype)
+    return args
+
+
 def stdout_to_stderr(wanted: bool) -> redirect_stdout:
     """With --json, what reading data and functions prints goes to stderr: it is no JSON."""
     return redirect_stdout(sys.stderr if wanted else sys.stdout)
 
 
-def check_output(args: RewardEvalArguments | PromptEvalArguments) -> None:
+def check_output(args: RewardEvalArguments | PromptEvalArguments | AnswersArguments) -> None:
     """`--output` is a file that can be written, and none of those that are read."""
     if not args.output:
         return
@@ -169,7 +233,7 @@ def check_output(args: RewardEvalArguments | PromptEvalArguments) -> None:
         raise UserError(f"--output {output}: is a folder; expected the name of a file")
     if output.exists() and not output.is_file():  # such as /dev/stdout, which the finished file would replace
         raise UserError(f"--output {output}: is no file; expected the name of one")
-    for name in ("data_path", "prompts_file", "config"):
+    for name in ("data_path", "prompts_file", "benchmark", "questions", "config"):
         read = getattr(args, name, None)
         if read and output.exists() and Path(read).exists() and output.samefile(read):
             raise UserError(f"--output {output}: is the file of --{name}; choose another name")

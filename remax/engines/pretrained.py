@@ -30,6 +30,7 @@ def load_actor(
     sampling: Sampling = Sampling(),
     engine: EngineConfig = FP32,
     optimizer: OptimizerConfig | None = None,
+    flag: str = "name_or_path",
 ) -> tuple[Actor, PreTrainedTokenizerBase]:
     """A causal language model that answers prompts, on this process's device and in eval mode.
 
@@ -39,13 +40,14 @@ def load_actor(
         sampling: the distribution that answers are drawn from and log-probs are evaluated in.
         engine: number format (fp32 unless said otherwise) and spread over the ranks.
         optimizer: with one the actor can learn; this process then joins the process group, alone if nobody launched it.
+        flag: what errors call the model's name.
 
     Raises:
         UserError: no such model or tokenizer.
     """
     if optimizer is not None:
         init_distributed()
-    model, tokenizer = _policy(name_or_path, engine)
+    model, tokenizer = _policy(name_or_path, engine, flag)
     spread = FrozenEngine(model, engine) if optimizer is None else TrainedEngine(model, engine, optimizer)
     spread.train(False)
     generation = GenerationSettings(max_new_tokens, tokenizer.pad_token_id, sampling)
@@ -60,16 +62,20 @@ def load_reference(
     return Reference(FrozenEngine(model, engine), sampling=sampling), tokenizer
 
 
-def load_reward(name_or_path: str, *, engine: EngineConfig = FP32) -> tuple[Reward, PreTrainedTokenizerBase]:
+def load_reward(
+    name_or_path: str, *, engine: EngineConfig = FP32, flag: str = "name_or_path"
+) -> tuple[Reward, PreTrainedTokenizerBase]:
     """A reward model, as step 2 saves it; arguments as those of `load_actor`."""
-    tokenizer = load_tokenizer(name_or_path, "name_or_path")
+    tokenizer = load_tokenizer(name_or_path, flag)
     with loading(engine):
-        model = load_reward_model(name_or_path, "name_or_path", dtype=engine.torch_dtype, tokenizer=tokenizer)
+        model = load_reward_model(name_or_path, flag, dtype=engine.torch_dtype, tokenizer=tokenizer)
     return Reward(FrozenEngine(model, engine)), tokenizer
 
 
-def _policy(name_or_path: str, engine: EngineConfig) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(name_or_path, "name_or_path")
+def _policy(
+    name_or_path: str, engine: EngineConfig, flag: str = "name_or_path"
+) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(name_or_path, flag)
     with loading(engine):
-        model = load_policy(name_or_path, "name_or_path", dtype=engine.torch_dtype, tokenizer=tokenizer)
+        model = load_policy(name_or_path, flag, dtype=engine.torch_dtype, tokenizer=tokenizer)
     return model, tokenizer

@@ -13,13 +13,15 @@ from remax.core.batches import groups
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.policy import Actor
 from remax.generation.hugging_face import beam_search
+from utils.data.chat import ChatTemplate, Messages
 from utils.data.collate import pad
-from utils.data.tokens import encode_prompts
+from utils.data.shapes import Conversation, RowSkipped, finish
+from utils.data.tokens import beginning, encode_prompts, keep_end
 from utils.distributed import device, is_main
 from utils.files import write_rows
 from utils.metrics import progress, warn
 from utils.present import present
-from utils.run import DISK_FULL
+from utils.run import DISK_FULL, UserError
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,41 @@ def write_answers(path: Path, answers: Iterable[Mapping[str, Any]]) -> None:
             warn(f"warning: no space left for {path}; make room: these answers are not kept")
 
 
-def as_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Prompts:
-    """B texts as generation takes them."""
-    return Prompts(*pad(encode_prompts(tokenizer, list(texts)), tokenizer.pad_token_id, left=True))
+def write_prompt(messages: Messages, template: ChatTemplate | None, flag: str) -> str:
+    """Messages as a prompt, as training writes it: by the chat template, or as Human/Assistant dialogue.
+
+    Raises:
+        UserError: The template refuses them; `flag` names whose it is.
+    """
+    try:
+        return present(finish(Conversation(messages), template).prompt, "the prompt of messages")
+    except RowSkipped as error:
+        raise UserError(f"{flag}: the prompt {messages[-1]['content']!r} is one {error}") from error
+
+
+def write_question(question: str, template: ChatTemplate | None, flag: str) -> str:
+    """A bare question as a prompt, as `write_prompt`; a Human/Assistant dialogue is one already."""
+    if question.endswith("Assistant:"):
+        return question
+    return write_prompt([{"role": "user", "content": question}], template, flag)
+
+
+def as_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None = None) -> Prompts:
+    """B texts as generation takes them; of those with more than `longest` tokens the end."""
+    first, ids = beginning(tokenizer), encode_prompts(tokenizer, list(texts))
+    if longest is not None:
+        ids = [keep_end(row, longest, first) for row in ids]
+    return Prompts(*pad(ids, tokenizer.pad_token_id, left=True))
+
+
+def one_answer_each(
+    actor: Actor, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, greedy: bool, longest: int | None
+) -> list[Answer]:
+    """An answer to each of B prompts: the greedy one, or one that is drawn; `longest` as for `as_prompts`."""
+    batch = as_prompts(tokenizer, prompts, longest)
+    answers = actor.rollout(batch, samples=0 if greedy else 1, greedy=greedy)
+    found = present(answers.greedy if greedy else answers.sampled, "the rollout")
+    return read_answers(found, tokenizer, actor.model.hf.generation_config.eos_token_id)
 
 
 def answer_prompts(

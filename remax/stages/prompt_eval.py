@@ -9,21 +9,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from remax.cli.evaluation import PromptEvalArguments, read_prompts_file
-from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
-from remax.engines.policy import Actor
-from remax.evaluation.answers import Answer, answer_prompts
-from remax.generation.decoder import GenerationSettings
+from remax.engines.pretrained import load_actor
+from remax.evaluation.answers import Answer, answer_prompts, write_question
 from remax.models.loading import check_length, load_config, quiet_libraries
-from remax.models.policy import check_policy_config, load_policy
+from remax.models.policy import check_policy_config
 from remax.stages.settings import sampling
 from utils.data.chat import template_of
 from utils.data.rows import read_rows
-from utils.data.shapes import Form, RowSkipped, ask, finish
+from utils.data.shapes import Form
 from utils.data.tokens import encode_prompts
 from utils.distributed import set_seed
 from utils.files import write_rows
-from utils.present import present
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -50,6 +47,7 @@ QUESTIONS = {
         "パンを長く新鮮に保つにはどうすればいいですか。",
     ],
 }
+FINETUNED = "--model_name_or_path_finetune"
 Answers = dict[str, list[Answer]]  # of one model to one prompt, by the way of decoding
 
 
@@ -72,16 +70,15 @@ def run_prompt_eval(args: PromptEvalArguments) -> None:
 
 def read_prompts(args: PromptEvalArguments) -> list[str]:
     """Prompts of the data set, of the text file, or the built-in ones; both models get those of the fine-tuned one."""
-    tokenizer = load_tokenizer(args.model_name_or_path_finetune, "--model_name_or_path_finetune")
+    tokenizer = load_tokenizer(args.model_name_or_path_finetune, FINETUNED)
     form = Form(template=template_of(tokenizer))
     if args.data_path:
         rows = read_rows(args.data_path, cache_dir=args.data_output_path, form=form)
         prompts = [row.prompt for row in rows if row.skipped is None]
     elif args.prompts_file:
-        lines = read_lines(args.prompts_file)  # questions, or dialogues already
-        prompts = [line if line.endswith("Assistant:") else write_question(line, form) for line in lines]
+        prompts = [write_question(line, form.template, FINETUNED) for line in read_lines(args.prompts_file)]
     else:
-        return [write_question(question, form) for question in QUESTIONS[args.language]]
+        return [write_question(question, form.template, FINETUNED) for question in QUESTIONS[args.language]]
     if not prompts:
         flag, name = ("--data_path", args.data_path) if args.data_path else ("--prompts_file", args.prompts_file)
         raise UserError(f"{flag} {name}: holds no prompt; expected at least one")
@@ -91,14 +88,6 @@ def read_prompts(args: PromptEvalArguments) -> list[str]:
 def read_lines(file: str) -> list[str]:
     """The lines of --prompts_file that are not empty."""
     return [line.strip() for line in read_prompts_file(file).splitlines() if line.strip()]
-
-
-def write_question(question: str, form: Form) -> str:
-    """A bare question as a prompt, as in training."""
-    try:
-        return present(finish(ask(question), form.template).prompt, "the prompt of a question")
-    except RowSkipped as error:
-        raise UserError(f"--model_name_or_path_finetune: the prompt {question!r} is one {error}") from error
 
 
 def check_model(args: PromptEvalArguments, model: str, prompts: list[str]) -> PreTrainedTokenizerBase:
@@ -116,10 +105,8 @@ def answers_of(
     args: PromptEvalArguments, model: str, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
 ) -> list[Answers]:
     name, flag = getattr(args, f"model_name_or_path_{model}"), f"--model_name_or_path_{model}"
-    settings = GenerationSettings(args.max_new_tokens, tokenizer.pad_token_id, sampling(args))
     config = EngineConfig(dtype=args.dtype)
-    policy = load_policy(name, flag, dtype=config.torch_dtype, tokenizer=tokenizer)
-    actor = Actor(FrozenEngine(policy, config), generation=settings)
+    actor, _ = load_actor(name, flag=flag, max_new_tokens=args.max_new_tokens, sampling=sampling(args), engine=config)
     samples, beams = args.num_return_sequences, args.num_beams
     return answer_prompts(actor, tokenizer, prompts, batch_size=args.batch_size, samples=samples, beams=beams)
 

@@ -203,6 +203,26 @@ CASES = [
     ),
     Case("answers below a file", "prompt_eval", "--output taken/a.jsonl", "--output", {"taken": "text"}),
     Case("scores onto a full disk", "rw_eval", "--output /dev/full", "--output /dev/full"),
+    Case(
+        "answers there already", "answers", "--output pairs.json", "pairs.json: is there already", {"pairs.json": "[]"}
+    ),
+    Case(
+        "answers in the questions' file",
+        "answers",
+        "--output q.json --benchmark q.json",
+        "is the file of --benchmark",
+        {"q.json": "[]"},
+    ),
+    Case("no questions", "answers", "--benchmark mt_bench", "--benchmark mt_bench: give its questions, too"),
+    Case(
+        "questions of another benchmark",
+        "answers",
+        "--benchmark arena_hard --questions pairs.jsonl --output o.jsonl",
+        "--questions pairs.jsonl: line 1 has no 'uid'",
+    ),
+    Case(
+        "questions that are no JSON", "answers", "--benchmark q.json", "q.json: line 1: not valid JSON", {"q.json": "{"}
+    ),
     Case("answers onto a full disk", "prompt_eval", "--output /dev/full", "--output /dev/full"),
     Case("LoRA beyond the layer", "sft", "--lora_dim 4096 --lora_module_name q_proj", "--lora_dim 4096"),
     Case(

@@ -28,6 +28,7 @@ SOUND = {  # flags with which each program does its work
     "--num_prompts 1",
     "doctor": "--actor_model_name_or_path $POLICY --reward_model_name_or_path $SCORER --max_prompt_seq_len 32 "
     "--max_answer_seq_len 4 --skip_reload",
+    "answers": "--model $POLICY --benchmark pairs.jsonl --output out.json --max_new_tokens 2",
 }
 PROGRAMS = {
     "sft": "step1_supervised_finetuning/main.py",
@@ -36,6 +37,7 @@ PROGRAMS = {
     "rw_eval": "step2_reward_model_finetuning/rw_eval.py",
     "prompt_eval": "step1_supervised_finetuning/prompt_eval.py",
     "doctor": "remax/doctor.py",
+    "answers": "remax/answers.py",
 }
 
 

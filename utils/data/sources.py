@@ -412,6 +412,26 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"line {i}", decode_json(line, f"line {i}")
 
 
+def json_objects(file: str, flag: str, expected: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place, object) for each row of a JSON file, see `json_rows`, which a flag names.
+
+    Raises:
+        UserError: No such file, no JSON, or a row that is no object; `expected` says what rows should be.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        reason = "is no regular file" if path.exists() else f"no such file (looked from {Path.cwd()})"
+        raise UserError(f"{flag} {file}: {reason}; expected {expected}")
+    try:
+        rows = list(json_rows(path))
+    except (BadJSON, *UNREADABLE) as error:
+        raise UserError(f"{flag} {file}: {first_line(error)}; expected {expected}") from error
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{flag} {file}: {place} is no object; expected {expected}")
+    return rows
+
+
 def decode_json(content: bytes, place: str | None) -> Any:
     """Decodes a value; an error tells its `place`: the given one, or the line that the parser names."""
     try:

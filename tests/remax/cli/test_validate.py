@@ -489,6 +489,11 @@ def test_reading_flags_imports_neither_torch_nor_transformers():
             "--actor_model_name_or_path me/a",
             "--reward_model_name_or_path or --reward_fn: one of them is required; it says what to learn",
         ),
+        (
+            "remax/answers.py",
+            "--model me/a --benchmark mt_bench --questions q --output a.json",
+            "--output a.json: expected a name that ends in .jsonl, by which its readers go",
+        ),
     ],
 )
 def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message):
@@ -506,9 +511,10 @@ def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message
 
 def test_programs_import_what_takes_time_where_ctrl_c_is_caught():
     programs = [*MAIN, "step1_supervised_finetuning/prompt_eval.py", "step2_reward_model_finetuning/rw_eval.py"]
+    programs += ["remax/doctor.py", "remax/answers.py"]
     code = (
         "import runpy, sys\n"
-        f"for program in {[*programs, 'remax/doctor.py']}: runpy.run_path(program, run_name='imported')\n"
+        f"for program in {programs}: runpy.run_path(program, run_name='imported')\n"
         "print([name for name in sys.modules if name.startswith(('remax', 'torch', 'numpy'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
