@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -117,6 +118,39 @@ def test_several_ranked_answers(run, tiny_reward_model):
         assert f"accuracy              {accuracy:.3f}  ({len(pairs)} pairs of 1 prompts" in printed
         best = float(max(order, key=lambda k: scores[k]) == order[0])
         assert f"best of K             {best:.3f}  (blind choice: {1 / len(order):.3f})" in printed
+
+
+def test_reward_bench(run, tiny_reward_model):
+    row = {
+        "prompt": "Name a bird.",
+        "chosen": ["An owl."],
+        "rejected": ["No.", "A cow.", "Why?"],
+        "total_completions": 4,
+    }
+    rows = [row | {"id": str(i), "subset": ("Focus", "Math")[i % 2], "num_correct": 1} for i in range(4)]
+    rows[1] |= {"chosen": ["Why?"], "rejected": ["No.", "A cow.", "An owl."]}
+    rows += [
+        row | {"id": "ref:1", "subset": "Ties"},
+        row | {"id": "tied:1", "subset": "Ties", "chosen": ["An owl.", "A jay."]},
+    ]
+    scored, printed = run(rows)
+    folder, score = tiny_reward_model("llama"), {}
+    for row, found in zip(rows, scored, strict=True):
+        answers = [*row["chosen"], *row["rejected"]]
+        for answer, value in zip(answers, found["answer_scores"], strict=True):
+            score[answer] = score.get(answer) or plain_score(folder, PROMPT, f" {answer}")
+            assert value == pytest.approx(score[answer], abs=1e-5)
+    best = max(("An owl.", "No.", "A cow.", "Why?"), key=score.get)
+    focus, math = float(best == "An owl."), (float(best == "An owl.") + float(best == "Why?")) / 2
+    assert f"subset Focus          {focus:.3f}  (2 rows)" in printed
+    assert f"subset Math           {math:.3f}  (2 rows)" in printed
+    ties = float(re.search(r"subset Ties +(\S+)  \(2 rows\)", printed)[1])
+    assert f"mean of subsets       {(focus + math + ties) / 3:.3f}" in printed
+    pairs = [{"prompt": "Name a bird.", "chosen": "An owl.", "rejected": "No.", "subset": "xstest", "id": 1}]
+    right = float(score["An owl."] > score["No."])
+    assert f"subset xstest         {right:.3f}  (1 rows)" in run(pairs)[1]
+    with pytest.raises(UserError, match="line 1, column 'chosen': expected messages like"):
+        run([row | {"chosen": ["An owl.", 3]}])
 
 
 @pytest.mark.parametrize(

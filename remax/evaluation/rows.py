@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from remax.evaluation.ranking import SIDES, pair_figures, pair_sums, ranked_figures, ranked_sums
+from remax.evaluation.subsets import Scored, subset_figures
 from remax.evaluation.texts import EncodedText, encode_texts
 from utils.data.rows import TextRow
 from utils.data.shapes import Example, dense, usable_texts
@@ -117,8 +119,27 @@ def report(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor, config: 
         ("mean score, chosen", f"{figures['chosen_score']:.3f}"),
         ("mean score, rejected", f"{figures['rejected_score']:.3f}"),
         ("margin", f"{figures['margin']:.3f}"),
+        *by_subset(rows, texts, scores),
     ]
     return table(lines, known)
+
+
+def by_subset(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> list[tuple[str, str]]:
+    """A line for each value of the column `subset`, and their mean, which RewardBench 2 calls the score."""
+    subsets: dict[str, list[Scored]] = defaultdict(list)
+    found = dict(zip(texts.place, scores.tolist(), strict=True))
+    for i, row in enumerate(rows):
+        subset = row.original.get("subset")
+        if not isinstance(subset, str) or texts.reasons[i] is not None:
+            continue
+        ranks: dict[str | int, int] = dict(enumerate(row.example.ranks or ())) | {"chosen": 1, "rejected": 2}
+        right = [found[i, k] for k in answers_of(row.example) if ranks[k] == 1]
+        wrong = [found[i, k] for k in answers_of(row.example) if ranks[k] != 1]
+        if right and wrong:
+            subsets[subset].append(Scored(str(row.original.get("id")), right, wrong))
+    figures = subset_figures(subsets)
+    lines = [(f"subset {name}", f"{figures[name]:.3f}  ({len(subsets[name])} rows)") for name in sorted(figures)]
+    return [*lines, ("mean of subsets", f"{fmean(figures.values()):.3f}")] if lines else []
 
 
 def figure_sums(rows: Sequence[TextRow], texts: Texts, scores: torch.Tensor) -> dict[str, float]:

@@ -128,7 +128,8 @@ def kept_columns(form: Form, columns: Iterable[str]) -> dict[str, str]:
 def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Conversion:
     """The conversion of a data set, found from its first file."""
     lists = ("prompt", "chosen", "rejected", "completion", "messages", "conversations")
-    of_messages = any(isinstance(shard.table.features.get(column), List) for column in lists)
+    found_lists = {column: kind for column in lists if isinstance(kind := shard.table.features.get(column), List)}
+    of_messages = any(kind.feature != Value("string") for kind in found_lists.values())
     answers = shard.table.features.get("answers")
     of_messages |= isinstance(answers, List) and isinstance(answers.feature, List)
     how = f"written by the {'chat template' if form.template else 'Human/Assistant convention'}"
@@ -143,6 +144,8 @@ def choose_conversion(name: str, shard: Shard, flag: str, form: Form) -> Convers
             "--prompt_column, --chosen_column and --rejected_column"
         )
     written = of_messages or shape.startswith("instruction")
+    if {"chosen", "rejected"} <= found_lists.keys() and not of_messages:
+        shape += ", several of each"
     if of_messages and shape not in ("messages", "conversations"):
         shape += " of messages"
     if shape.startswith("prompt"):

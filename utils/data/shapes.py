@@ -210,6 +210,8 @@ def prompt_and_answers(row: Row, *, answer: str | None, bare: bool) -> Example |
     columns = [answer] if answer else []
     if answer == "chosen" and "rejected" in row:
         columns.append("rejected")
+    if len(columns) == 2 and all(of_texts(row[column]) for column in columns):
+        return right_and_wrong(row, bare)
     if any(isinstance(row[column], list) for column in ("prompt", *columns)):
         return conversation(row, columns)
     prompt = text(row, "prompt")
@@ -275,6 +277,18 @@ def several_answers(row: Row, *, order: str | None, bare: bool) -> Example | Con
         return Conversation(messages, answers=texts, ranks=ranks)
     prompt, texts = text(row, "prompt"), [text(named, column) for column in columns]
     return replace(ask(prompt), answers=texts, ranks=ranks) if bare else ranked(prompt, texts, ranks)
+
+
+def of_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, not of messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def right_and_wrong(row: Row, bare: bool) -> Example | Conversation:
+    """A prompt with lists of right and of wrong answers, as of RewardBench 2: ranked, those of a list equal."""
+    order = [1] * len(row["chosen"]) + [2] * len(row["rejected"])
+    answers = {"prompt": row["prompt"], "answers": [*row["chosen"], *row["rejected"]], "ranks": order}
+    return several_answers(answers, order="ranks", bare=bare)
 
 
 def listed(row: Row, column: str) -> list[Any]:
