@@ -35,6 +35,8 @@ WIDTH = 120  # columns of a console line; what does not fit goes on in the next,
 class MetricsLogger:
     """Writes each set of values to `metrics.jsonl`, to TensorBoard or Weights & Biases, and readably to the console.
 
+    What is to be said about the run's course goes to `remarks.jsonl`, which is there when something was.
+
     Args:
         output_dir: The run's folder; `metrics.jsonl` there gets one record a call. An existing file is continued.
         tensorboard_dir: Where event files go; None: no TensorBoard.
@@ -60,18 +62,23 @@ class MetricsLogger:
         drop_after: int | None = None,
     ):
         self.active, self.wandb = is_main(), None
+        self.remarks: RecordFile | None = None
         self.tensorboard: Any = None
         self.takes_samples = tensorboard_dir is not None or wandb is not None  # on every rank
         self.console_every, self.total_steps = max(1, console_every), total_steps
         self.console, self.quiet = console, quiet
         if not self.active:
             return
-        path = Path(output_dir) / "metrics.jsonl"
+        path, self.remarks_path = (Path(output_dir) / f"{name}.jsonl" for name in ("metrics", "remarks"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if drop_after is not None and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= drop_after]
-            write_whole(path, "".join(line + "\n" for line in kept))
+        for file in (path, self.remarks_path):
+            if drop_after is not None and file.exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step(line) <= drop_after]
+                write_whole(file, "".join(line + "\n" for line in kept))
         self.file, self.tensorboard_dir = RecordFile(path), tensorboard_dir
+        self.step = 0  # of the last record
+        if self.remarks_path.exists():
+            self.remarks = RecordFile(self.remarks_path)
         # TensorBoard hides what it has of this step and later ones; the first such note it takes for the beginning.
         self._open_tensorboard(None if drop_after is None else max(0, 1 + drop_after))
         if wandb is not None:
@@ -90,6 +97,7 @@ class MetricsLogger:
         """
         if not self.active:
             return
+        self.step = step
         numbers = {name: float(value) for name, value in values.items()}
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         record |= {} if epoch is None else {"epoch": epoch}
@@ -102,6 +110,19 @@ class MetricsLogger:
         if step % self.console_every == 0 or step == self.total_steps or any(n.startswith("eval/") for n in numbers):
             tqdm.write(console_line(step, numbers, epoch, self.total_steps, self.console, self.quiet))
             sys.stdout.flush()
+
+    def remark(self, kind: str, text: str, step: int | None = None) -> None:
+        """Keeps what is to be said about a step, or about the last one that was logged; rank 0 only.
+
+        Args:
+            kind: In a few words, for a mark on the time axis.
+            text: A sentence for people.
+        """
+        if not self.active:
+            return
+        self.remarks = self.remarks or RecordFile(self.remarks_path)
+        record = {"step": self.step if step is None else step, "kind": kind, "text": text}
+        self.remarks.append(json.dumps(record, ensure_ascii=False))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Shows some texts, such as a prompt with its answers, as a table in TensorBoard and Weights & Biases."""
@@ -119,14 +140,15 @@ class MetricsLogger:
     def go_back(self, step: int) -> None:
         """Forgets the records after `step`, as these steps are made again."""
         if self.active:
-            self.file.cut(lambda line: _step(line) <= step)
+            for file in filter(None, (self.file, self.remarks)):
+                file.cut(lambda line: _step(line) <= step)
             self._to_tensorboard(lambda events: events.close())
             self._open_tensorboard(step + 1)
 
     def flush(self) -> None:
         """Returns when the disk has what was logged so far: a checkpoint may rest on it."""
-        if self.active:
-            self.file.sync()
+        for file in filter(None, (self.file, self.remarks)) if self.active else ():
+            file.sync()
         self._to_tensorboard(lambda events: events.flush())
 
     def _to_tensorboard(self, write: Callable[[Any], object]) -> None:
@@ -140,8 +162,8 @@ class MetricsLogger:
             warn(f"warning: TensorBoard gets no more figures ({error.strerror or error}); metrics.jsonl has them all")
 
     def close(self) -> None:
-        if self.active:
-            self.file.close()
+        for file in filter(None, (self.file, self.remarks)) if self.active else ():
+            file.close()
         self._to_tensorboard(lambda events: events.close())
         if self.wandb is not None:
             self.wandb.finish()

@@ -96,7 +96,8 @@ def _say(error: str) -> None:
     print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
 
 
-FOLDERS = ("answers", "tensorboard", "checkpoints")  # of texts, event files and states
+FOLDERS = ("answers", "close_ups", "tensorboard", "checkpoints")  # of texts, event files and states
+OF_THE_END = ("results.json", "calibration.json", "report.html", "report.md")  # what a run writes when it is through
 OF_A_RUN = ("results.json", "metrics.jsonl", *FOLDERS)  # what would mix with that of another run
 
 
@@ -215,7 +216,8 @@ def start_run(folder: Path, args: Any, stage: str, resumed: int | None = None) -
     _not_started.pop(folder, None)
     if rank_of_launcher() != 0:
         return
-    (folder / "results.json").unlink(missing_ok=True)
+    for name in OF_THE_END:
+        (folder / name).unlink(missing_ok=True)
     starts = []
     if resumed is None:
         for name in FOLDERS:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from remax.algorithms.kl import KLPenalty, token_kl
-from remax.algorithms.terms import AGGREGATIONS, aggregate, masked_total, token_advantages
+from remax.algorithms.terms import AGGREGATIONS, aggregate, clipped_difference, masked_total, token_advantages
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
@@ -107,6 +107,20 @@ class Algorithm(ABC):
     def count(self, sequences: Sequences) -> int:
         """This batch's share of the loss's denominator: answers, or answer tokens."""
         return sequences.answer_tokens if self.loss_aggregation == "token" else len(sequences)
+
+    def against_greedy(self, batch: Rollout, logprobs: Tensor) -> Tensor:
+        """(B, A) weights of the tokens' log-probs as they would be with the greedy answers' rewards as baseline.
+
+        For people, who look at answers that nothing is learned from; of ReMax these are its weights. `batch` has a
+        baseline and the reference's log-probs, and `logprobs`, (B, A), are the policy's. In the place of a KL over the
+        whole vocabulary stands what the drawn tokens tell of it.
+        """
+        mask, kl = batch.sequences.answer_mask, self.kl
+        baseline = present(batch.baseline, "Rollout.baseline")
+        difference = clipped_difference(batch.rewards, baseline, self.clip_reward_value, self.clip_on)  # (B,)
+        estimator = "k1" if kl.estimator == "full" else kl.estimator
+        penalty = kl.in_advantage(token_kl(logprobs, batch.reference_logprobs, estimator), mask)  # (B, A)
+        return token_advantages(difference[:, None], mask, self.gamma, penalty)
 
     def update(self, kl: float, answers: float) -> None:
         """After a step, with its KL in nats per answer and its number of answers, over all ranks."""

@@ -18,15 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from remax.core.batches import to_device
+from remax.core.rollout import Rollout
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences, learned_mask
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
 from remax.evaluation.answers import read_answers
+from remax.evaluation.close_ups import Weigh, greedy_answers, tokens_of
 from remax.models.loading import evaluating
 from remax.rewards.composite import CompositeReward
 from utils.data.batches import PromptBatch, SupervisedBatch
-from utils.distributed import device, gather_objects, rank, sum_across_ranks
+from utils.distributed import device, gather_objects, rank, sum_across_ranks, world_size
 from utils.present import present
 
 
@@ -55,10 +57,14 @@ class PolicyEvaluation:
     """What `evaluate_policy` finds: figures reduced over the ranks, and the answers of all ranks.
 
     Each of these has `prompt`, `answer`, `length` and `reward` (and `reward/NAME` for each part of several).
+
+    Attributes:
+        close_ups: A few of the answers again, token by token.
     """
 
     figures: dict[str, float]
     answers: list[dict[str, Any]] = field(default_factory=list)
+    close_ups: list[dict[str, Any]] = field(default_factory=list)
 
     def sample(self) -> str:
         """One prompt with its answer, to read."""
@@ -89,6 +95,8 @@ def evaluate_policy(
     answers: Iterable[SupervisedBatch] | None = None,
     seed: int = 0,
     also_greedy: bool = False,
+    close_ups: int = 0,
+    weigh: Weigh | None = None,
 ) -> PolicyEvaluation:
     """Answers held-out prompts (sampled, or greedy) and measures the answers.
 
@@ -96,6 +104,9 @@ def evaluate_policy(
         answers: Prompts with the data's own answers.
         seed: Of the sampled answers.
         also_greedy: The answers to the first batch get company: `greedy` and `greedy_reward`.
+        close_ups: So many answers, of the ranks' first batches, are given token by token as well: `tokens`, `kl` and
+            `advantage`, see `tokens_of`, beside the greedy answers.
+        weigh: Gives the advantages of their tokens.
 
     Returns:
         The answers, and these figures:
@@ -116,16 +127,18 @@ def evaluate_policy(
     eos_ids = actor.model.hf.generation_config.eos_token_id
     readable: list[dict[str, Any]] = []
     rewards: list[float] = []  # of the rows of `readable`, not rounded
-    first: PromptBatch | None = None
+    first: tuple[PromptBatch, Rollout, Tensor] | None = None  # with the log-probs of the answers
+    close: list[dict[str, Any]] = []
     with evaluating(actor.model), isolated_rng(seed):
         for batch in map(to_device, loader):
-            first = batch if first is None else first
             prompts = Prompts(batch.input_ids, batch.lengths)
             found = actor.rollout(prompts, samples=0 if greedy else 1, greedy=greedy)
             sequences = present(found.greedy if greedy else found.sampled, "the rollout")
             score, parts = reward.score_parts(sequences, columns=batch.columns)  # (B,), and each part's by name
             output = actor.logprobs(sequences, entropy=True)
             reference_logprobs = reference.logprobs(sequences)
+            if first is None:
+                first = batch, Rollout(sequences, score, reference_logprobs=reference_logprobs), output.logprobs
             weight = batch.weight  # (B,)
             token_weight = weight[:, None] * sequences.answer_mask  # (B, A)
             additions = {
@@ -148,29 +161,26 @@ def evaluate_policy(
                 answer = {"answer": texts[i].text, "length": texts[i].tokens}
                 readable.append({"prompt": batch.prompts[i]} | answer | rounded)
                 rewards.append(numbers["reward"][i])
-        if also_greedy and first is not None:  # behind all draws, so that they are what they would be without it
-            _add_greedy_answers(readable, actor, reward, first, tokenizer)
+        if first is not None and (also_greedy or close_ups):  # behind all draws, which are what they would be without
+            batch, rollout, logprobs = first
+            count = min(math.ceil(close_ups / world_size()), len(rollout))
+            greedy_of = len(rollout) if also_greedy else count
+            texts, baseline = greedy_answers(actor, reward, batch, greedy_of, tokenizer)
+            closely = tokens_of(rollout, logprobs, baseline[:count], tokenizer, weigh) if count else []
+            for row, i in zip(readable, batch.weight.nonzero().flatten().tolist(), strict=False):
+                if i >= greedy_of:
+                    break
+                beside = {"greedy": texts[i].text, "greedy_reward": round(float(baseline[i]), 4)}
+                if i < count:
+                    close.append(row | beside | closely[i])
+                if also_greedy:
+                    row |= beside
     rows = [row for of_rank in gather_objects(list(zip(readable, rewards, strict=True))) for row in of_rank]
     figures = _figures(sum_across_ranks(sums), [(row["prompt"], reward) for row, reward in rows])
     if answers is not None:
         figures["perplexity"] = perplexity(actor, answers)["perplexity"]
-    return PolicyEvaluation(figures, [row for row, _ in rows])
-
-
-def _add_greedy_answers(
-    rows: list[dict[str, Any]],
-    actor: Actor,
-    reward: Reward | CompositeReward,
-    batch: PromptBatch,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Adds to the first rows, which are those of this batch, the greedy answer and its reward."""
-    answers = actor.rollout(Prompts(batch.input_ids, batch.lengths), samples=0, greedy=True)
-    sequences = present(answers.greedy, "the greedy rollout")
-    scores = reward.score_parts(sequences, columns=batch.columns)[0].tolist()
-    found = read_answers(sequences, tokenizer, actor.model.hf.generation_config.eos_token_id)
-    for row, i in zip(rows, batch.weight.nonzero().flatten().tolist(), strict=False):
-        row |= {"greedy": found[i].text, "greedy_reward": round(scores[i], 4)}
+    close = [row for of_rank in gather_objects(close) for row in of_rank]
+    return PolicyEvaluation(figures, [row for row, _ in rows], close[:close_ups])
 
 
 def _figures(total: dict[str, float], rewards: list[tuple[str, float]]) -> dict[str, float]:

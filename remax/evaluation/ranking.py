@@ -7,7 +7,7 @@ rows are cut; rows that only fill up a batch carry weight 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -18,8 +18,9 @@ from remax.core.losses import ordered_pairs
 from remax.core.sequences import Sequences
 from remax.models.loading import evaluating
 from utils.data.batches import PairBatch, RankedBatch
-from utils.distributed import sum_across_ranks
+from utils.distributed import device, sum_across_ranks
 
+BINS, OF_BINS = 10, ("pairs", "confidence", "right")  # of the calibration, each 0.05 wide
 SIDES = {"longer_chosen": 1, "shorter_chosen": -1, "equal_length": 0}  # sign of chosen length - rejected length
 
 
@@ -34,25 +35,37 @@ class Scorer(Protocol):
 
 @torch.no_grad()
 def ranking_accuracy(
-    scorer: Scorer, loader: Iterable[PairBatch] | Iterable[RankedBatch] | Iterable[PairBatch | RankedBatch]
+    scorer: Scorer,
+    loader: Iterable[PairBatch] | Iterable[RankedBatch] | Iterable[PairBatch | RankedBatch],
+    calibration: list[dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """`pair_figures`, mean and spread of all scores, and for batches of several ranked answers `ranked_figures`.
 
     A ranking counts as all its pairs of answers of unequal rank.
+
+    Args:
+        calibration: Takes the pairs by how sure the scores are of them, see `calibration_bins`.
     """
     sums: dict[str, float] = {}
+    bins = torch.zeros(3, BINS, dtype=torch.float64, device=device())
     with evaluating(scorer.model):
         for batch in map(to_device, loader):
             if isinstance(batch, RankedBatch):
                 scored = scorer.score(Sequences.from_batch(batch))
                 additions = ranked_sums(scored, batch.row, batch.ranks, batch.lengths, batch.weight)
+                better, worse = ordered_pairs(batch.row, batch.ranks)
+                bins += by_confidence(scored[better] - scored[worse], batch.weight[batch.row[better]])
             else:
                 scores, lengths = pair_scores(scorer, batch), (batch.chosen_lengths, batch.rejected_lengths)
                 additions = pair_sums(*scores, *lengths, batch.weight)
                 additions |= score_sums(torch.cat(scores), batch.weight.repeat(2))
+                bins += by_confidence(scores[0] - scores[1], batch.weight)
             for name, value in additions.items():
                 sums[name] = sums.get(name, 0.0) + value
-    total = sum_across_ranks(sums)
+    names = [f"bin {i} of {what}" for what in OF_BINS for i in range(BINS)]
+    total = sum_across_ranks(sums | dict(zip(names, bins.flatten().tolist(), strict=True)))
+    if calibration is not None:
+        calibration[:] = calibration_bins([total[name] for name in names])
     answers = max(total["answers"], 1.0)
     mean = total["scores"] / answers
     spread = math.sqrt(max(total["squares"] / answers - mean**2, 0.0))
@@ -103,6 +116,30 @@ def pair_figures(sums: dict[str, float]) -> dict[str, float]:
         if count:
             figures[f"accuracy_{name}"] = sums[f"accuracy_{name}"] / count
     return figures
+
+
+def by_confidence(difference: Tensor, weight: Tensor) -> Tensor:
+    """Sums over pairs by the scores' confidence sigma(|d|), (len(OF_BINS), BINS).
+
+    Args:
+        difference: (n,) d, score of the chosen answer - score of the rejected one.
+        weight: (n,).
+    """
+    confidence = difference.double().abs().sigmoid()  # (n,), 0.5 to 1
+    place = ((confidence - 0.5) * 2 * BINS).long().clamp(0, BINS - 1)
+    terms = torch.stack([torch.ones_like(confidence), confidence, wins(difference).double()]) * weight
+    return confidence.new_zeros(len(OF_BINS), BINS).index_add_(1, place, terms)
+
+
+def calibration_bins(sums: Sequence[float]) -> list[dict[str, float]]:
+    """How often the scores are right where they are so sure, from the sums of all batches and ranks, bin by bin.
+
+    Returns:
+        For each bin that has any: its `pairs`, their mean `confidence` sigma(|d|), with which Bradley-Terry prefers the
+        answer of the higher score, and the `accuracy`, the share of them whose chosen answer that is.
+    """
+    of_bins = zip(*(sums[i * BINS : (i + 1) * BINS] for i in range(len(OF_BINS))), strict=True)
+    return [{"pairs": n, "confidence": sure / n, "accuracy": right / n} for n, sure, right in of_bins if n]
 
 
 def score_sums(scores: Tensor, weight: Tensor) -> dict[str, float]:

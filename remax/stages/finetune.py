@@ -114,6 +114,7 @@ def train_and_export(
     try:
         results = finetune(task, loader, cadence, metrics, checkpoints, tokenizer.decode)
     except TrainingStopped as stopped:
+        metrics.remark("stopped", str(stopped))
         metrics.close()
         export_and_exit(stopped, learner.model, tokenizer, output / "last", zero3=learner.zero3)
     metrics.close()
@@ -121,5 +122,7 @@ def train_and_export(
         store_score_statistics(learner.model, results["after"])
     export(learner.model, tokenizer, output, zero3=learner.zero3)
     write_note(output, "results.json", results)
+    if not isinstance(task, Supervised) and task.calibration:
+        write_note(output, "calibration.json", {"bins": task.calibration})
     print0(f"model written to {output}")
     shutdown()

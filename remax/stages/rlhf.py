@@ -33,7 +33,7 @@ from utils.metrics import MetricsLogger
 from utils.run import TrainingStopped, open_folder, start_run
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
-SAMPLES = 8  # answers that TensorBoard and Weights & Biases show of an evaluation
+SAMPLES = 8  # answers of an evaluation to look at: token by token, and in TensorBoard and Weights & Biases
 
 
 def run_rlhf(args: Step3Arguments) -> None:
@@ -84,9 +84,12 @@ def run_rlhf(args: Step3Arguments) -> None:
             tokenizer,
             answers=data.answers,
             also_greedy=metrics.takes_samples,
+            close_ups=SAMPLES,
+            weigh=algorithm.against_greedy,
         )
 
     def on_evaluation(step: int, evaluation: PolicyEvaluation, best: bool) -> None:
+        write_answers(output / "close_ups" / f"step_{step:06d}.jsonl", evaluation.close_ups)
         if args.save_answers:
             write_answers(output / "answers" / f"step_{step:06d}.jsonl", evaluation.answers)
         if args.print_answers:
@@ -115,13 +118,14 @@ def run_rlhf(args: Step3Arguments) -> None:
         unsupervised=data.plain_text,
         average=WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None,
         on_evaluation=on_evaluation,
-        sentinel=Sentinel(len(tokenizer)),
+        sentinel=Sentinel(len(tokenizer), remark=metrics.remark),
         watchers=watchers,
         decode=tokenizer.decode,
     )
     try:
         state = trainer.train(data.train, checkpoints)
     except TrainingStopped as stopped:
+        metrics.remark("stopped", str(stopped))
         metrics.close()
         export_and_exit(stopped, actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
     metrics.close()

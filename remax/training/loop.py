@@ -297,7 +297,9 @@ class _Run:
         self.left_out = range(first - state.step - 1, last - state.step)
         self.metrics.go_back(state.step)
         batch = f"the batch of step {first}" if first == last else f"the batches of steps {first} to {last}"
-        print0(f"{lost}. --on_nan rollback: back to step {state.step}, and on without {batch}")
+        told = f"{lost}. --on_nan rollback: back to step {state.step}, and on without {batch}"
+        self.metrics.remark("rollback", told, state.step)
+        print0(told)
 
     def begin(self) -> None:
         """Goes on from a checkpoint, where there is one to go on from."""

@@ -34,12 +34,14 @@ class Sentinel:
     Attributes:
         vocabulary: Number of words, whose logarithm is the largest entropy.
         warn: Takes each warning, on every rank.
+        remark: Takes it too: its kind, the whole line, and the step.
         fatal: Why training must stop, None as long as it need not.
     """
 
     vocabulary: int
     thresholds: Thresholds = field(default_factory=Thresholds)
     warn: Callable[[str], None] = warn
+    remark: Callable[[str, str, int], None] = lambda kind, text, step: None
     sum_across_ranks: Callable[[Mapping[str, float | Tensor]], dict[str, float]] = field(
         default=sum_across_ranks, repr=False
     )
@@ -107,6 +109,7 @@ class Sentinel:
         elif alarm.kind not in self.told or step - self.told[alarm.kind] >= self.thresholds.repeat_after:
             self.told[alarm.kind] = step
             self.warn(f"warning, {alarm.message(step)}")
+            self.remark(alarm.kind, alarm.message(step), step)
 
     def stop_if_fatal(self, further: str = "") -> None:
         """Ends a training that is lost; `further` is said last.

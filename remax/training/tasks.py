@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -109,6 +109,7 @@ class Ranking:
     ranked_loss: Literal["pairs", "plackett-luce"] = "pairs"
     headline: str = "accuracy"
     sign: int = 1
+    calibration: list[dict[str, float]] = field(default_factory=list, init=False)  # of the last evaluation
 
     def sequences(self, batch: PairBatch | RankedBatch) -> Sequences:
         """All answers, each with its prompt."""
@@ -142,7 +143,7 @@ class Ranking:
 
     def evaluate(self) -> dict[str, float]:
         """See `ranking_accuracy`."""
-        return ranking_accuracy(self.learner, self.eval_loader)
+        return ranking_accuracy(self.learner, self.eval_loader, self.calibration)
 
 
 @dataclass
@@ -163,6 +164,7 @@ class Hydra:
     centring: float = 0.0
     headline: str = "accuracy"
     sign: int = 1
+    calibration: list[dict[str, float]] = field(default_factory=list, init=False)  # of the last evaluation
 
     def sequences(self, batch: PairBatch) -> Sequences:
         """Both answers of each pair."""
@@ -189,7 +191,7 @@ class Hydra:
         """See `perplexity`, of the chosen answers and its `loss` as `cross_entropy`, and `ranking_accuracy`."""
         figures = perplexity(self.learner, (batch.of_chosen for batch in self.eval_loader))
         of_chosen = {"cross_entropy": figures["loss"], "perplexity": figures["perplexity"]}
-        return of_chosen | ranking_accuracy(self.learner, self.eval_loader)
+        return of_chosen | ranking_accuracy(self.learner, self.eval_loader, self.calibration)
 
 
 def loss_of_pairs(
@@ -243,6 +245,7 @@ class DirectPreference:
     label_smoothing: float = 0.0
     headline: str = "accuracy"
     sign: int = 1
+    calibration: list[dict[str, float]] = field(default_factory=list, init=False)  # of the last evaluation
 
     @property
     def implicit_reward(self) -> ImplicitReward:
@@ -280,4 +283,4 @@ class DirectPreference:
 
     def evaluate(self) -> dict[str, float]:
         """See `ranking_accuracy`."""
-        return ranking_accuracy(self.implicit_reward, self.eval_loader)
+        return ranking_accuracy(self.implicit_reward, self.eval_loader, self.calibration)

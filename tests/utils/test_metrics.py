@@ -102,6 +102,37 @@ def test_an_existing_file_is_continued_or_cut_back(tmp_path):
     assert records(tmp_path) == []
 
 
+def test_remarks_have_a_file_of_their_own_and_go_with_the_steps(tmp_path, monkeypatch):
+    def remarks():
+        return [json.loads(line) for line in (tmp_path / "remarks.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    logger = MetricsLogger(tmp_path, drop_after=-1)
+    assert not (tmp_path / "remarks.jsonl").exists()
+    logger.log(1, {"a": 0.0})
+    logger.remark("entropy collapse", "step 2: é", step=2)
+    logger.log(2, {"a": 0.0})
+    logger.remark("stopped", "lost")
+    logger.flush()
+    expected = [
+        {"step": 2, "kind": "entropy collapse", "text": "step 2: é"},
+        {"step": 2, "kind": "stopped", "text": "lost"},
+    ]
+    assert remarks() == expected and [record["step"] for record in records(tmp_path)] == [1, 2]
+    logger.remark("KL", "far", step=9)
+    logger.go_back(2)
+    logger.close()
+    assert remarks() == expected
+    logger = MetricsLogger(tmp_path, drop_after=2)  # goes on
+    logger.remark("KL", "far", step=3)
+    logger.close()
+    assert [row["step"] for row in remarks()] == [2, 2, 3]
+    MetricsLogger(tmp_path, drop_after=1).close()
+    assert remarks() == []
+    monkeypatch.setenv("RANK", "1")
+    MetricsLogger(tmp_path).remark("KL", "of another rank", step=1)
+    assert remarks() == []
+
+
 def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path, monkeypatch, capsys):
     room, write = [30], os.write
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from remax.algorithms.kl import KLPenalty
+from remax.algorithms.kl import KLPenalty, token_kl
 from remax.algorithms.remax import ReMax, remax_advantages
+from remax.algorithms.rloo import RLOO
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
@@ -24,6 +25,32 @@ def rollout(lengths: list[int], prompt_length: int = 2, seed: int = 0) -> Rollou
         4 * torch.randn(n, generator=generator),
         reference_logprobs=-torch.rand(n, width, generator=generator),
     )
+
+
+@pytest.mark.parametrize("kl", [KLPenalty(reach="one_step"), KLPenalty(0.2, "k3", "loss"), KLPenalty(0.0)])
+def test_answers_that_are_only_looked_at_are_weighed_as_those_that_are_learned_from(kl):
+    batch, logprobs = rollout([3, 1, 5]), -torch.rand(3, 5)
+    algorithm = ReMax(gamma=0.9, kl=kl)
+    costs = token_kl(logprobs, batch.reference_logprobs, kl.estimator)
+    penalty = kl.in_advantage(costs, batch.sequences.answer_mask)
+    learned = algorithm.token_advantages(algorithm.prepare(batch), penalty)
+    torch.testing.assert_close(algorithm.against_greedy(batch, logprobs), learned)
+    assert (learned != 0).sum() == 9
+
+
+def test_the_same_by_hand_for_another_algorithm():
+    # A_t = clip(r - greedy) - 0.5 * k1_t; of the KL over the whole vocabulary: k1 of the drawn token, and of later ones
+    one = Rollout(
+        Sequences(torch.ones(1, 4, dtype=torch.long), torch.tensor([2]), torch.tensor([2])),
+        torch.tensor([9.0]),
+        torch.tensor([1.0]),
+        reference_logprobs=torch.tensor([[-1.0, -2.0]]),
+    )
+    group = RLOO(samples_per_prompt=2, kl=KLPenalty(0.5, reach="one_step"), clip_reward_value=3.0, clip_on="difference")
+    logprobs = torch.tensor([[-0.5, -2.2]])
+    assert group.against_greedy(one, logprobs).tolist() == [pytest.approx([3 - 0.25, 3 + 0.1])]
+    group.kl = KLPenalty(0.5, "full", "reward")
+    assert group.against_greedy(one, logprobs).tolist() == [pytest.approx([3 - 0.15, 3 + 0.1])]
 
 
 def test_one_token_by_hand():

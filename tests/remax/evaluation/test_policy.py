@@ -20,6 +20,7 @@ from remax.engines.policy import Reference
 from remax.engines.scorer import Reward
 from remax.evaluation import answers
 from remax.evaluation.answers import write_answers
+from remax.evaluation.close_ups import pieces
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy, isolated_rng, perplexity
 from remax.evaluation.ranking import pair_scores
 from remax.generation.decoder import GenerationSettings
@@ -185,7 +186,7 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
 
     # Sampled, and the first batch's greedy answers beside: those of above, and no figure moves.
     def ten(prompts, answers, solution):
-        assert solution in (["solution 1", "solution 2"], ["solution 2", "solution 2"])
+        assert solution in (["solution 1"], ["solution 1", "solution 2"], ["solution 2", "solution 2"])
         return [10.0] * len(answers)
 
     function = Part("ten", FunctionReward(reward_function(ten), tokenizer))
@@ -196,6 +197,38 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
     assert both.figures == sampled.figures and ["greedy" in row for row in both.answers] == [True, True, False]
     for row, alone, expected in zip(both.answers[:2], result.answers, scores, strict=False):
         assert row["greedy"] == alone["answer"] and row["greedy_reward"] == pytest.approx(10 + expected, abs=1e-3)
+
+    # Token by token: the two rows of the first batch; what the tokens say adds up to what is said of the whole.
+    seen = []
+
+    def weigh(rollout, logprobs):
+        seen.append(rollout)
+        return logprobs - rollout.reference_logprobs + rollout.baseline[:, None]
+
+    closer = evaluate_policy(actor, reference, total, loader, tokenizer, close_ups=3, weigh=weigh)
+    assert closer.figures == sampled.figures and closer.answers == sampled.answers and len(closer.close_ups) == 2
+    for close, row, beside in zip(closer.close_ups, closer.answers, both.answers, strict=False):
+        assert row.items() <= close.items() and close["greedy"] == beside["greedy"]
+        assert "".join(close["tokens"]).startswith(row["answer"]) and len(close["tokens"]) == row["length"]
+        moved = [a - k for a, k in zip(close["advantage"], close["kl"], strict=True)]
+        assert moved == pytest.approx([close["greedy_reward"]] * row["length"], abs=2e-3)
+    of_two = sum(sum(row["kl"]) for row in closer.close_ups)
+    (rollout_,) = seen
+    mask = rollout_.sequences.answer_mask
+    expected = ((rollout_.old_logprobs - rollout_.reference_logprobs) * mask).sum().item()
+    assert of_two == pytest.approx(expected, abs=0.01) and abs(of_two) > 0.1
+    assert evaluate_policy(actor, reference, total, loader, tokenizer, close_ups=1).close_ups[0].keys() >= {"kl"}
+
+
+def test_pieces_are_the_text_that_each_token_adds(tokenizer):
+    text = " Figs, é \N{GRINNING FACE} and\n  pears"
+    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    found = pieces(tokenizer, ids)
+    assert len(found) == len(ids) and "".join(found) == text + tokenizer.eos_token
+    face = found.index(next(piece for piece in found if "\N{GRINNING FACE}" in piece))
+    assert found[face - 3 : face] == ["", "", ""]  # a character of four bytes, each a token
+    assert pieces(tokenizer, ids[: face - 1])[-1].endswith("\N{REPLACEMENT CHARACTER}")  # cut off within it
+    assert pieces(tokenizer, []) == []
 
 
 def test_first_is_the_same_every_time():

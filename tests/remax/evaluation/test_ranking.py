@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -73,6 +74,19 @@ def test_ranking_accuracy_by_hand():
         },
         abs=1e-6,
     )
+
+
+def test_calibration_by_hand():
+    # sigma(|d|): d = 0 -> 0.5, a tie, which counts half; log 3 -> 0.75 twice, one of them wrong; 9 -> 0.9999.
+    # -9 is a filler; of three ranked answers the pairs are 1-2 and 1-3, d = log 3 and 9.
+    third, sure = math.log(3) + 1e-6, 1 / (1 + math.exp(-9))
+    scores = [[0.0, third, 0.0, 9.0, 0.0, 0.0, 0.0, third, 0.0, 9.0], [9.0, 9.0 - third, 0.0]]
+    loader = [pairs([1.0, 1.0, 1.0, 1.0, 0.0], [3] * 5, [3] * 5), rankings([1.0], [[1, 2, 2]], [[3, 3, 3]])]
+    bins = [{"of": "an earlier evaluation"}]
+    ranking_accuracy(FixedScores(*scores), loader, bins)
+    expected = [(1, 0.5, 0.5), (3, 0.75, 2 / 3), (2, sure, 1.0)]
+    assert [tuple(row.values()) for row in bins] == [pytest.approx(row, abs=1e-5) for row in expected]
+    assert list(bins[0]) == ["pairs", "confidence", "accuracy"]
 
 
 def test_pair_figures():

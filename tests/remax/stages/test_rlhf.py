@@ -39,7 +39,7 @@ def stubbed(monkeypatch):
     note("load_data", SimpleNamespace(train=[0] * 20, evaluation=[], plain_text=None))
     note("build_models", Models(None, None, SimpleNamespace(part_names=())))
     note("examine_models", Report([Finding("a check", FAILURE, "0 of 1", "mend it")]))
-    note("MetricsLogger", SimpleNamespace(close=lambda: None))
+    note("MetricsLogger", SimpleNamespace(close=lambda: None, remark=None))
     note("Trainer", SimpleNamespace(train=lambda *_: called.append("train") or STATE))
     monkeypatch.setattr(rlhf.resume, "checkpoints", lambda *_, **__: None)  # which reads the data's record
     monkeypatch.setattr(rlhf, "set_seed", lambda seed: called.append(f"seed {seed}"))

@@ -108,6 +108,10 @@ def test_a_run_that_went_back_is_one_that_never_met_the_batch(
     assert json.loads((tmp_path / "ends.json").read_text()) == [0, 0, 3], logs
     assert logs["rolled_back"].count(f"--on_nan rollback: back to step 3, and on without {words}") == 1
     assert records(tmp_path / "rolled_back") == records(tmp_path / "without")
+    remarks = {run: (tmp_path / run / "remarks.jsonl").read_text() for run in ("rolled_back", "hopeless")}
+    (back,) = [row for row in map(json.loads, remarks["rolled_back"].splitlines()) if row["kind"] == "rollback"]
+    assert back["step"] == 3 and words in back["text"]
+    assert json.loads(remarks["hopeless"].splitlines()[-1])["kind"] == "stopped"
     # Where there were checkpoints, the end is one, too: the model is still to be written.
     assert [path.name for path in tmp_path.glob("without/checkpoints/*")] == ["step_000008"]
     models = ["actor_final", "actor_ema", "actor"] if stage == 3 else [""]

@@ -286,13 +286,18 @@ def watch(sentinel: Sentinel, steps: range, **figures: float) -> list[dict[str, 
 
 def test_a_warning_names_step_figure_cause_and_remedy_and_is_not_repeated_at_once():
     told: list[str] = []
-    sentinel = Sentinel(VOCABULARY, replace(Thresholds(), repeat_after=30), warn=told.append)
+    kept: list[tuple[str, str, int]] = []
+    sentinel = Sentinel(VOCABULARY, replace(Thresholds(), repeat_after=30), told.append, lambda *row: kept.append(row))
     assert watch(sentinel, range(1, 11))[-1]["alarms"] == 0.0
     found = watch(sentinel, range(11, 60), entropy=0.01)
     assert found[-1]["alarms"] == 1.0 and "distinct_trigrams" in found[-1]
     assert len(told) == 2  # at step 20, when the recent mean falls below the limit, and 30 steps later
     first, second = (int(message.split("step ")[1].split(":")[0]) for message in told)
     assert second - first == 30
+    assert kept == [
+        ("entropy collapse", text.removeprefix("warning, "), step)
+        for text, step in zip(told, (first, second), strict=True)
+    ]
     assert told[0].startswith(f"warning, step {first}: entropy") and "Likely cause:" in told[0]
     assert "Remedy: " in told[0] and "--" in told[0]
 
