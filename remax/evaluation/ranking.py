@@ -63,7 +63,8 @@ def ranking_accuracy(
             for name, value in additions.items():
                 sums[name] = sums.get(name, 0.0) + value
     names = [f"bin {i} of {what}" for what in OF_BINS for i in range(BINS)]
-    total = sum_across_ranks(sums | dict(zip(names, bins.flatten().tolist(), strict=True)))
+    sums |= dict(zip(names, bins.flatten().tolist(), strict=True))
+    total = sum_across_ranks(sums)
     if calibration is not None:
         calibration[:] = calibration_bins([total[name] for name in names])
     answers = max(total["answers"], 1.0)

@@ -736,6 +736,8 @@ EVALUATION = [
          (2, "ranking, several answers")),
         ("ranking-spread", "score_sums(torch.cat(scores), batch.weight.repeat(2))",
          "score_sums(scores[0], batch.weight)", "mean and spread are of the chosen answers alone"),
+        ("ranking-calibration", "wins(difference).double()]) * weight", "wins(difference).double()])",
+         "fillers count in the calibration"),
         ("ranking-mode", "    with evaluating(scorer.model):\n", "    if True:\n", "pairs are evaluated with dropout"),
         ("ranking-best-of-k", "/ count(highest)", "/ count(torch.ones_like(best))", "best of K is too low"),
     ),
