@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +88,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def needs_greedy_cost(self) -> bool:
+        """Whether `prepare` reads Rollout.greedy_cost: a forward of actor and reference on the greedy answers."""
+        return False
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether `loss` needs PolicyOutput.entropy, with gradient (it is reported whenever it is there)."""
         return self.entropy_coef != 0
@@ -131,11 +136,15 @@ class Algorithm(ABC):
         advantages = present(batch.advantages, "Rollout.advantages")
         return token_advantages(advantages, batch.sequences.answer_mask, self.gamma, penalty)
 
-    def state_dict(self) -> dict[str, float | None]:
+    def figures(self) -> dict[str, float]:
+        """What a step is logged with besides its means: numbers that are the same on every rank."""
+        return {"kl_coefficient": self.kl.coefficient}
+
+    def state_dict(self) -> dict[str, Any]:
         """What `update` and `prepare` have moved since the start."""
         return {"kl_coefficient": self.kl.coefficient}
 
-    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
         if self.kl.target is not None:  # a fixed coefficient is the user's, also after a resume with another one
             self.kl.coefficient = present(state["kl_coefficient"], "kl_coefficient")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,11 +61,11 @@ class Reinforce(Algorithm):
         self.moving_average = self.baseline_decay * previous + (1 - self.baseline_decay) * mean
         return torch.full_like(reward, previous)
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """See `Algorithm.state_dict`."""
         return {**super().state_dict(), "moving_average": self.moving_average}
 
-    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Algorithm.load_state_dict`."""
         super().load_state_dict(state)
         self.moving_average = state["moving_average"]

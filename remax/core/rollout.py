@@ -22,6 +22,8 @@ class Rollout:
         reference_logprobs: (B, A) log-probs under the frozen reference.
         old_logprobs: (B, A) log-probs under the policy that sampled.
         values: (B, A) the critic's estimates before each answer token.
+        greedy_cost: (B,) what the greedy answer to the same prompt would be charged for its KL, in reward.
+        expected: (B,) what the algorithm compares the reward with: its baseline, where it has one for the whole answer.
         advantages: (B, A), or (B, 1) when equal for all tokens of an answer.
         returns: (B, A) what the critic learns.
         reference_hidden: (B, A, H) the reference's hidden states, for the full-vocabulary KL only.
@@ -36,6 +38,8 @@ class Rollout:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     reference_hidden: Tensor | None = None
+    greedy_cost: Tensor | None = None
+    expected: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -10,6 +10,7 @@ the objectives are computed one unpadded row at a time with nothing but log_soft
 from __future__ import annotations
 
 from collections import defaultdict
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from remax.algorithms.calibration import PAPER, token_weights
 from remax.algorithms.grpo import GRPO
 from remax.algorithms.kl import ESTIMATORS, REACHES, WHERE, KLPenalty
 from remax.algorithms.ppo import PPO
@@ -91,6 +93,7 @@ class World:
     sequences: Sequences
     rewards: Tensor  # (N,)
     greedy_rewards: Tensor  # (N,) of the prompt's greedy answer
+    greedy_row: list[int]  # (N,) where that stands
     logq: Tensor
     k1: Tensor
     kl: Tensor  # sum_v q log(q / rho)
@@ -104,6 +107,7 @@ class World:
     expected_clamped_js: Tensor  # sum_v q (max(0, log(q/m)) + max(0, log(rho/m))) / 2
     clamped_js_pull: Tensor  # sum_v (max(0, rho - q) - rho log(rho/m)) / 2
     entropy: Tensor
+    score_square: Tensor  # |grad log q(y_t)|^2 with respect to the logits of t: 1 - 2 q(y_t) + sum_v q(v)^2
 
     @property
     def probability(self) -> Tensor:  # (N,) of the answer, with gradient
@@ -196,6 +200,7 @@ def world(sampling: Sampling = SAMPLINGS[0], vocabulary: int = 5, length: int = 
         sequences,
         torch.tensor(rewards, dtype=torch.float64),
         torch.tensor(greedy_rewards, dtype=torch.float64),
+        [rows.index((i, greedy_answer(policy, prompts[i], length))) for i, _ in rows],
         **{name: torch.stack(values) for name, values in tables.items()},
     )
 
@@ -241,6 +246,7 @@ def exact_steps(
         steps["expected_clamped_js"].append((q * (q_above.clamp(min=0) + rho_above.clamp(min=0))).sum() / 2)
         steps["clamped_js_pull"].append(((rho - q).clamp(min=0) - rho * rho_above).sum() / 2)
         steps["entropy"].append(-(q * logq[kept]).sum())
+        steps["score_square"].append(1 - 2 * logq[word].detach().exp() + q.detach().square().sum())
     return {name: torch.stack(values) for name, values in steps.items()}
 
 
@@ -293,15 +299,7 @@ def expected_estimate(
     groups = torch.arange(len(w.rewards))[:, None] if groups is None else groups
     rows = groups.flatten()
     leaf = PolicyOutput(*(x.detach()[rows].requires_grad_() for x in (output.logprobs, output.entropy, output.full_kl)))
-    rollout = Rollout(
-        w.sequences.select(rows),
-        w.rewards[rows],
-        w.greedy_rewards[rows] if algorithm.greedy else None,
-        reference[rows],
-        old_logprobs=output.logprobs.detach()[rows] if algorithm.needs_old_logprobs else None,
-        values=values[rows] if values is not None else None,
-    )
-    rollout = algorithm.prepare(rollout)
+    rollout = algorithm.prepare(drawn(algorithm, w_key, rows, values=values, replay=replay))
     loss, _ = algorithm.loss(rollout, leaf, denominator=groups.shape[1])
     leaves = (leaf.logprobs, leaf.entropy, leaf.full_kl)
     by_row = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -312,6 +310,25 @@ def expected_estimate(
         if grad is not None
     )
     return -w.gradient(total)
+
+
+def drawn(algorithm, w_key: tuple, rows: Tensor, *, values: Tensor | None = None, replay: bool = True) -> Rollout:
+    """Some of the answers, scored, with what the algorithm asks for."""
+    w = world(*w_key)
+    output, reference = outputs(w_key, replay)
+    logprobs, cost = output.logprobs.detach(), None
+    if algorithm.needs_greedy_cost:
+        greedy = torch.tensor(w.greedy_row)
+        cost = algorithm.cost(logprobs[greedy], reference[greedy], w.sequences.answer_mask[greedy])[rows]
+    return Rollout(
+        w.sequences.select(rows),
+        w.rewards[rows],
+        w.greedy_rewards[rows] if algorithm.greedy else None,
+        reference[rows],
+        old_logprobs=logprobs[rows] if algorithm.needs_old_logprobs else None,
+        values=values[rows] if values is not None else None,
+        greedy_cost=cost,
+    )
 
 
 def all_groups(w: World, k: int) -> Tensor:
@@ -510,6 +527,101 @@ def test_discount_weighs_each_token_by_what_is_left_and_keeps_the_baseline():
     estimate = expected_estimate(ReMax(kl=kl, gamma=gamma, clip_reward_value=0.0), key())
     assert close(estimate, exact(w.greedy_rewards))
     assert (estimate - exact(torch.zeros_like(w.rewards))).norm() > 0.05 * estimate.norm()  # b does not drop out
+
+
+# ---- the baselines of ReMax
+
+
+ANY = {"constant": 0.7, "greedy": -1.3, "kl": 2.1, "others": 0.6, "past": 0.8}
+
+
+def remax(baseline: str, kl: KLPenalty, k: int = 1, coefficients: dict[str, float] | None = None) -> ReMax:
+    """Without discount and clip; with the coefficients given it uses them, whatever it has learned."""
+    algorithm = ReMax(gamma=1.0, clip_reward_value=0.0, kl=replace(kl), baseline=baseline, samples_per_prompt=k)
+    if coefficients is not None:
+        algorithm.calibration.coefficients = lambda: {name: coefficients[name] for name in algorithm.calibration.names}
+    return algorithm
+
+
+BASELINED = [  # the last two: a KL that charges nothing before the update, and none
+    KLPenalty(BETA),
+    KLPenalty(BETA, reach="one_step"),
+    KLPenalty(BETA, normalize=True),
+    KLPenalty(BETA, "full", "loss", "full_step"),
+    KLPenalty(BETA, "k3", "loss", "one_step"),
+    NO_KL,
+]
+
+
+def baselined_objective(w: World, kl: KLPenalty) -> Tensor:
+    if not kl.active:
+        return (w.probability * w.rewards).sum()
+    return kl_objective(w, w.k1.sum(1) / w.sequences.answer_lengths) if kl.normalize else stated_objective(w, kl)
+
+
+@pytest.mark.parametrize("kl", BASELINED, ids=lambda kl: f"{kl.coefficient}-{kl.estimator}-{kl.where}-{kl.reach}")
+def test_any_coefficients_of_a_baseline_leave_the_expectation_alone(kl):
+    for k, w_key in ((1, key()), (2, key(length=2)), (3, key(vocabulary=3, length=2))):
+        w = world(*w_key)
+        exact = w.gradient(baselined_objective(w, kl))
+        for name, coefficients in (("greedy", None), ("greedy_kl", None), ("calibrated", ANY)):
+            algorithm = remax(name, kl, k, coefficients)
+            assert close(expected_estimate(algorithm, w_key, groups=all_groups(w, k)), exact), (k, name)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[1:], ids=["tempered", "top-p", "all"])
+def test_any_coefficients_under_another_distribution(sampling):
+    w_key = key(sampling)
+    exact = world(*w_key).gradient(stated_objective(world(*w_key), KLPenalty(BETA)))
+    assert close(expected_estimate(remax("calibrated", KLPenalty(BETA), 1, ANY), w_key), exact)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_coefficients_of_earlier_rollouts_leave_the_expectation_alone_and_take_the_noise_away(k):
+    # Some earlier rollouts, then every answer there is, in one step.
+    w_key = key(length=3 - (k > 1))
+    w = world(*w_key)
+    groups, draws = all_groups(w, k), torch.Generator().manual_seed(9)
+    algorithm = remax("calibrated", KLPenalty(BETA), k)
+    for _ in range(4):
+        chosen = w.fixed[groups].prod(1).multinomial(200, replacement=True, generator=draws)
+        algorithm.prepare(drawn(algorithm, w_key, groups[chosen].flatten()))
+    estimate = expected_estimate(deepcopy(algorithm), w_key, groups=groups)
+    assert max(abs(c - PAPER.get(name, 0.0)) for name, c in algorithm.calibration.coefficients().items()) > 0.1
+    assert close(estimate, w.gradient(stated_objective(w, KLPenalty(BETA))))
+
+    def noise(learned: ReMax) -> float:
+        """E sum_t w_t A_t^2: what the coefficients are to make small, from its definition."""
+        rows = groups.flatten()
+        batch = learned.prepare(drawn(learned, w_key, rows))
+        logprobs, reference = outputs(w_key)[0].logprobs.detach()[rows], outputs(w_key)[1][rows]
+        penalty = learned.kl.in_advantage(logprobs - reference, batch.sequences.answer_mask)
+        squares = learned.token_advantages(batch, penalty).square() * w.score_square[rows]
+        return float((squares.sum(1) * w.fixed[groups].prod(1).repeat_interleave(k)).sum())
+
+    fixed = [remax("greedy", KLPenalty(BETA), k), remax("calibrated", KLPenalty(BETA), k, dict.fromkeys(ANY, 0.0))]
+    fixed = [remax("greedy", KLPenalty(BETA), k), remax("calibrated", KLPenalty(BETA), k, dict.fromkeys(ANY, 0.0))]
+    most = {1: 0.95, 2: 1.01}[k]  # with answers of two tokens the greedy one is as good a baseline as any of these
+    assert noise(algorithm) < most * min(map(noise, fixed))
+
+
+def test_the_paper_s_baseline_is_one_of_the_calibrated_ones():
+    rows = torch.arange(len(world().rewards))
+    fixed = {"constant": 0.0, "greedy": 1.0, "kl": 0.0, "others": 0.0, "past": 0.0}
+    for kl in BASELINED:
+        first, paper, named = remax("calibrated", kl), remax("greedy", kl), remax("calibrated", kl, 1, fixed)
+        expected = paper.prepare(drawn(paper, key(), rows)).expected
+        assert torch.equal(expected, world().greedy_rewards)
+        for algorithm in (first, named):  # an uncalibrated one begins as the paper's
+            assert torch.equal(algorithm.prepare(drawn(algorithm, key(), rows)).expected, expected)
+
+
+def test_the_weight_of_an_answer_has_the_mean_of_its_score_s_square():
+    # sum_y pi(y) (1 - pi(y)) = sum_y pi(y) (1 - 2 pi(y) + sum_v pi(v)^2)
+    w = world()
+    weights = token_weights(w.logq.detach(), w.sequences.answer_mask)
+    assert (w.fixed @ weights.sum(1)).item() == pytest.approx((w.fixed @ w.score_square.sum(1)).item(), abs=1e-12)
+    assert (weights - w.score_square).abs().max() > 0.1
 
 
 # ---- log-probs of the model for answers of the sampling distribution

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from remax.algorithms import ALGORITHMS, KLPenalty, build_algorithm
+from remax.algorithms.base import on_one_rank
 from remax.core.logprobs import PolicyOutput, token_stats
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
@@ -17,12 +18,13 @@ VOCABULARY, WIDTH, PAD = 6, 5, 0
 PROMPTS, ANSWERS = [3, 1, 4, 2, 2, 5, 1, 3], [4, 1, 2, 6, 3, 1, 5, 2]
 SETTINGS = {
     "remax": {"gamma": 0.95},
+    "remax, calibrated": {"baseline": "calibrated", "samples_per_prompt": 2, "clip_reward_value": 1.0},
     "reinforce": {"baseline_decay": 0.9},
     "rloo": {"samples_per_prompt": 4},
     "grpo": {"samples_per_prompt": 2},
     "ppo": {"advantage_scaling": "batch"},
 }
-KL = {"grpo": KLPenalty(0.1, "full", "loss", "full_step")}
+KL = {"grpo": KLPenalty(0.1, "full", "loss", "full_step"), "remax, calibrated": KLPenalty(0.1)}
 
 
 class Policy(torch.nn.Module):
@@ -66,13 +68,19 @@ def rollout() -> Rollout:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return Rollout(sequences, noise(8), noise(8), noise(8, 6), noise(8, 6), noise(8, 6))
+    scored = Rollout(sequences, noise(8), noise(8), noise(8, 6), noise(8, 6), noise(8, 6))
+    return replace(scored, greedy_cost=noise(8))
 
 
 def build(name: str, aggregation: str | None = None, **more):
-    return build_algorithm(
-        name, kl=KL.get(name), loss_aggregation=aggregation, entropy_coef=0.01, **SETTINGS[name], **more
+    algorithm = build_algorithm(
+        name.split(",")[0], kl=KL.get(name), loss_aggregation=aggregation, entropy_coef=0.01, **SETTINGS[name], **more
     )
+    if "calibrated" in name:  # which an earlier rollout was for
+        before = replace(algorithm, sum_across_ranks=on_one_rank)
+        before.prepare(rollout())
+        algorithm.load_state_dict(before.state_dict())
+    return algorithm
 
 
 def gradient(algorithm, parts: list[Rollout], denominator: Tensor) -> Tensor:
@@ -97,7 +105,7 @@ def whole(algorithm) -> Tensor:
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "sequence_mean"])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_cut_in_any_way(name, aggregation):
     expected = whole(build(name, aggregation))
     assert expected.norm() > 1e-3
@@ -111,7 +119,7 @@ def test_cut_in_any_way(name, aggregation):
             torch.testing.assert_close(cut, expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_in_any_order(name):
     for order in ([4, 5, 6, 7, 0, 1, 2, 3], [3, 2, 1, 0, 7, 6, 5, 4]):  # answers of a group stay together
         algorithm = build(name)
@@ -121,7 +129,7 @@ def test_in_any_order(name):
         torch.testing.assert_close(permuted, whole(build(name)), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_padded_or_trimmed(name):
     algorithm, plain = build(name), rollout()
     ids = torch.nn.functional.pad(plain.sequences.input_ids, (0, 7), value=PAD)
@@ -130,7 +138,7 @@ def test_padded_or_trimmed(name):
     torch.testing.assert_close(padded, whole(build(name)), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_on_two_ranks(name):
     """Each rank holds half of the rows; sums over ranks are those of both halves, gradients are added."""
     halves = [rollout().select(torch.arange(start, start + 4)) for start in (0, 4)]
@@ -151,3 +159,7 @@ def test_on_two_ranks(name):
         count = count + algorithm.count(prepared.sequences)
         parts += prepared.split(2)
     torch.testing.assert_close(gradient(algorithm, parts, count), whole(build(name)), atol=1e-12, rtol=0)
+
+
+def test_every_algorithm_is_here():
+    assert {name.split(",")[0] for name in SETTINGS} == set(ALGORITHMS)

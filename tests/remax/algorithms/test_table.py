@@ -22,7 +22,7 @@ def test_settings_arrive():
 def test_a_setting_that_does_nothing_is_refused_with_its_readers():
     with pytest.raises(ValueError, match="lam=0.5 does nothing in remax; it belongs to ppo"):
         build_algorithm("remax", lam=0.5)
-    with pytest.raises(ValueError, match="belongs to rloo, grpo"):
+    with pytest.raises(ValueError, match="belongs to remax, rloo, grpo"):
         build_algorithm("reinforce", samples_per_prompt=4)
     with pytest.raises(ValueError, match="belongs to ppo"):
         build_algorithm("grpo", epochs=2)
