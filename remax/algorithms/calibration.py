@@ -35,8 +35,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-PAPER = {"greedy": 1.0}
-CHARGED = {"greedy": 1.0, "kl": -1.0}  # the greedy answer pays for its KL as the sampled ones do
+FEATURES = ("constant", "greedy", "kl", "others", "past")
+PAPER = dict.fromkeys(FEATURES, 0.0) | {"greedy": 1.0}
+CHARGED = PAPER | {"kl": -1.0}  # the greedy answer pays for its KL as the sampled ones do
 
 
 def token_weights(logprobs: Tensor | None, mask: Tensor) -> Tensor:
@@ -59,14 +60,12 @@ class Calibration:
     """Least squares on sums that are forgotten exponentially; see the top of the file.
 
     Attributes:
-        names: Of the features; the first is `constant`, the second `greedy`.
         forgetting: What the sums are multiplied with before a rollout's own are added.
         ridge: How hard the coefficients are held at those of the paper.
         sums: Over the tokens of earlier rollouts and all ranks: products of each two of the features and the
             `advantage` that the paper's baseline leaves, times w_t; and the number of `answers`.
     """
 
-    names: tuple[str, ...]
     forgetting: float = 0.9
     ridge: float = 1.0
     sums: dict[str, float] = field(default_factory=dict)
@@ -78,21 +77,20 @@ class Calibration:
             raise ValueError(f"ridge is {self.ridge}; it must be positive")
 
     def coefficients(self) -> dict[str, float]:
-        """The coefficients c by name."""
-        found = dict.fromkeys(self.names, 0.0) | PAPER
+        """The coefficients c, by `FEATURES`; that of a feature which was always zero stays as it is."""
         weight = self.sums.get("constant x constant", 0.0)
         if weight <= 0:
-            return found
-        columns, n = (*self.names, "advantage"), self.sums["answers"]
+            return PAPER
+        columns, n = (*FEATURES, "advantage"), self.sums["answers"]
         second = torch.tensor([[self._product(a, b) for b in columns] for a in columns], dtype=torch.float64)
         mean = second[0] / weight
         spread = second / weight - mean[:, None] * mean  # weighted covariance
         noise = spread[-1, -1].clamp(min=0.0)
-        held = n * spread[1:-1, 1:-1] + self.ridge * noise * torch.eye(len(self.names) - 1, dtype=torch.float64)
+        held = n * spread[1:-1, 1:-1] + self.ridge * noise * torch.eye(len(FEATURES) - 1, dtype=torch.float64)
         slopes = torch.linalg.pinv(held, hermitian=True) @ (n * spread[1:-1, -1])
         constant = mean[-1] * n / (n + self.ridge) - slopes @ mean[1:-1]
-        changes = zip(self.names, [float(constant), *slopes.tolist()], strict=True)
-        return {name: found[name] + change for name, change in changes}
+        changes = zip(FEATURES, [float(constant), *slopes.tolist()], strict=True)
+        return {name: PAPER[name] + change for name, change in changes}
 
     def _product(self, a: str, b: str) -> float:
         return self.sums[f"{a} x {b}"] if f"{a} x {b}" in self.sums else self.sums[f"{b} x {a}"]
@@ -107,13 +105,13 @@ class Calibration:
         """Adds a rollout to the sums; one with a number that is not finite is left out, on all ranks.
 
         Args:
-            columns: By the features' names, (B, A) g_t times the feature, or q_t.
+            columns: By `FEATURES`, (B, A) g_t times the feature, or q_t; zeros where there is none.
             advantage: (B, A) A_t by the paper's baseline.
             weights: (B, A) w_t.
         """
-        z = torch.stack([*(columns[name] for name in self.names), advantage]).double().flatten(1)  # (F + 1, B * A)
+        nothing, names = torch.zeros_like(advantage), (*FEATURES, "advantage")
+        z = torch.stack([*(columns.get(name, nothing) for name in FEATURES), advantage]).double().flatten(1)  # (6, B A)
         second = (z * weights.double().flatten()) @ z.T
-        names = (*self.names, "advantage")
         own = {f"{a} x {b}": second[i, j] for i, a in enumerate(names) for j, b in enumerate(names) if i <= j}
         found = sum_across_ranks(own | {"answers": len(weights)})
         if all(map(math.isfinite, found.values())):

@@ -81,7 +81,7 @@ class ReMax(Algorithm):
     clip_on: str = "difference"
     samples_per_prompt: int = 1
     baseline: str = "greedy"
-    calibration: Calibration = field(init=False)
+    calibration: Calibration = field(default_factory=Calibration, init=False)
     coefficients: dict[str, float] = field(default_factory=PAPER.copy, init=False)
     greedy: ClassVar[bool] = True
 
@@ -91,8 +91,6 @@ class ReMax(Algorithm):
             raise ValueError(f"remax with samples_per_prompt {self.samples_per_prompt}: it needs at least 1 answer")
         if self.baseline not in ("greedy", "greedy_kl", "calibrated"):
             raise ValueError(f"remax with baseline {self.baseline!r}; choose greedy, greedy_kl or calibrated")
-        features = {"kl": self._charges, "others": self.samples_per_prompt > 1, "past": self._charges_the_past}
-        self.calibration = Calibration(("constant", "greedy", *(name for name, there in features.items() if there)))
 
     @property
     def needs_greedy_cost(self) -> bool:
@@ -108,11 +106,6 @@ class ReMax(Algorithm):
     def _charges(self) -> bool:
         """Whether the KL is in the advantage."""
         return self.kl.active and (self.kl.where == "reward" or self.kl.reach == "full_step")
-
-    @property
-    def _charges_the_past(self) -> bool:
-        """Whether p_1 - p_t is what the tokens before t cost."""
-        return self._charges and self.kl.reach == "full_step" and not self.kl.normalize
 
     def _penalty(self, logprobs: Tensor | None, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
         """(B, A) float64 p_t. A KL over the vocabulary is taken by k1, which needs drawn tokens' log-probs alone."""
@@ -143,7 +136,7 @@ class ReMax(Algorithm):
         if self._charges:
             features["kl"] = present(rollout.greedy_cost, "Rollout.greedy_cost").double()
         if self.baseline == "greedy_kl":
-            self.coefficients = CHARGED if self._charges else PAPER
+            self.coefficients = CHARGED
             return self._compare(rollout, self._expected(features).to(rollout.rewards.dtype))
 
         mask, logprobs = rollout.sequences.answer_mask, rollout.old_logprobs
@@ -159,14 +152,15 @@ class ReMax(Algorithm):
         difference = clipped_difference(rewards, expected, limit, self.clip_on)
         learned = difference + (clip(expected, limit) if on_reward else expected)
         columns = {name: discounts * feature[:, None] for name, feature in features.items()}
-        columns["past"] = past_cost(penalty, mask)
+        if self.kl.reach == "full_step":  # of a one_step KL, p_1 - p_t holds what y_t itself costs
+            columns["past"] = past_cost(penalty, mask)
         advantage = discounts * (learned - greedy)[:, None] - penalty
         self.calibration.learn(columns, advantage, weights, self.sum_across_ranks)
         return self._compare(rollout, expected.to(rollout.rewards.dtype))
 
     def _expected(self, features: Mapping[str, Tensor]) -> Tensor:
         """(B,) c . f."""
-        return sum((c * features[name] for name, c in self.coefficients.items() if name in features), torch.tensor(0.0))
+        return torch.stack([self.coefficients[name] * feature for name, feature in features.items()]).sum(0)
 
     def _compare(self, rollout: Rollout, expected: Tensor) -> Rollout:
         difference = clipped_difference(rollout.rewards, expected, self.clip_reward_value, self.clip_on)
@@ -175,7 +169,7 @@ class ReMax(Algorithm):
     def token_advantages(self, batch: Rollout, penalty: Tensor) -> Tensor:
         """See `remax_advantages`; a calibrated baseline also charges a share of what earlier tokens cost."""
         mask = batch.sequences.answer_mask
-        if share := self.coefficients.get("past", 0.0):
+        if share := self.coefficients["past"]:
             penalty = penalty + share * past_cost(penalty, mask)
         return remax_advantages(
             batch.rewards,

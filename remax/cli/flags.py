@@ -365,7 +365,9 @@ class AlgorithmFlags(Flags, group="algorithm"):
     algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo"] = usual(
         "remax", "how an answer's advantage is estimated"
     )
-    samples_per_prompt: Count | None = usual(None, "answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others)")
+    samples_per_prompt: Count | None = usual(
+        None, "sampled answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others; only remax takes more)"
+    )
     baseline_decay: BelowOne = flag(
         0.0, "reinforce: decay of a moving-average baseline; 0: no baseline", only="baseline_decay"
     )

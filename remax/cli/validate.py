@@ -412,7 +412,7 @@ def check_algorithm(args: Step3Arguments) -> None:
                 reason += f"{', '.join(known)} has more"
             raise UserError(f"--{name} {getattr(args, name)} with --algo {args.algo}: {reason}")
     samples, several = args.samples_per_prompt, readers("samples_per_prompt")
-    if samples == 1 and args.algo in several:
+    if samples == 1 and ALGORITHMS[args.algo]().samples_per_prompt > 1:
         raise UserError(
             f"--samples_per_prompt 1 with --algo {args.algo}: it compares the answers to a prompt; 2 or more"
         )

@@ -180,8 +180,8 @@ class Trainer:
             columns: Of the data, a value for each prompt.
 
         Returns:
-            (B,) rewards, (B,) baseline, (B, A) log-probs of the sampled answers under the reference where the same
-            forwards gave them, and the sampled answers' scores by each part of the reward.
+            (B,) rewards, (B,) rewards of the prompts' greedy answers, (B, A) log-probs of the sampled answers under the
+            reference where the same forwards gave them, and the sampled answers' scores by each part of the reward.
         """
         both = sampled if greedy is None else Sequences.concatenate([sampled, greedy], self.pad_id)
         samples = self.algorithm.samples_per_prompt
@@ -194,7 +194,8 @@ class Trainer:
             reference, of_trunk = self.judge.read(both, len(sampled), forwards)
         rewards, parts = self.reward.score_parts(both, forwards, of_both, of_trunk)
         figures = {f"reward/{k}": Figure(scores[: len(sampled)].sum(), len(sampled)) for k, scores in parts.items()}
-        return rewards[: len(sampled)], None if greedy is None else rewards[len(sampled) :], reference, figures
+        baseline = None if greedy is None else rewards[len(sampled) :].repeat_interleave(samples)
+        return rewards[: len(sampled)], baseline, reference, figures
 
     @torch.no_grad()
     def annotate(self, sampled: Sequences, rewards: Tensor, reference: Tensor | None = None) -> Rollout:
@@ -311,7 +312,7 @@ class Trainer:
         return (
             means
             | {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
-            | {"kl_coefficient": self.algorithm.kl.coefficient}
+            | self.algorithm.figures()
             | result.figures
         )
 

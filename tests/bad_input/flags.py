@@ -134,7 +134,12 @@ CASES = [
     Case(
         "one answer for rloo", "remax", "--algo rloo --samples_per_prompt 1", "--samples_per_prompt 1 with --algo rloo"
     ),
-    Case("several answers for remax", "remax", "--samples_per_prompt 4", "--samples_per_prompt 4 with --algo remax"),
+    Case(
+        "several answers for reinforce",
+        "remax",
+        "--algo reinforce --samples_per_prompt 4",
+        "--samples_per_prompt 4 with --algo reinforce",
+    ),
     Case("flag of ppo for remax", "remax", "--ppo_epochs 2", "--ppo_epochs 2 with --algo remax"),
     Case("KL without a penalty", "remax", "--penalty none --adaptive_kl", "--adaptive_kl with --penalty none"),
     Case("greedy longer than the answer", "remax", "--max_greedy_seq_len 9", "--max_greedy_seq_len 9: must not exceed"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from remax.algorithms.calibration import Calibration, answer_cost, past_cost, token_weights
+from remax.algorithms.calibration import PAPER, Calibration, answer_cost, past_cost, token_weights
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.remax import ReMax
 from remax.core.rollout import Rollout
@@ -48,10 +48,9 @@ def test_the_first_rollout_has_the_paper_s_baseline_and_the_next_one_what_it_tau
     # d = r - greedy = 1, 0: mean 1/2, variance 1/4; greedy: mean 1, variance 1; covariance -1/2. Of n = 2 answers
     # slope = -(2/2) / (2 + 1/4) = -4/9,  constant = 1/2 * 2/3 + 4/9 = 7/9,  b = 7/9 + (1 - 4/9) greedy
     assert expected(algorithm, [9.0, 9.0], [0.0, 9.0]) == pytest.approx([7 / 9, 7 / 9 + 5])
-    assert algorithm.coefficients == pytest.approx({"constant": 7 / 9, "greedy": 5 / 9})
-    assert algorithm.figures() == pytest.approx(
-        {"kl_coefficient": 0.0, "calibration/constant": 7 / 9, "calibration/greedy": 5 / 9}
-    )
+    found = {"constant": 7 / 9, "greedy": 5 / 9, "kl": 0.0, "others": 0.0, "past": 0.0}
+    logged = {f"calibration/{name}": c for name, c in found.items()}
+    assert algorithm.figures() == pytest.approx({"kl_coefficient": 0.0} | logged, abs=1e-12)
 
 
 def test_earlier_rollouts_count_less():
@@ -205,15 +204,16 @@ def test_the_fit_is_over_all_ranks_and_is_state():
         assert algorithm.calibration.coefficients() == pytest.approx(alone.calibration.coefficients(), rel=1e-12)
     resumed = calibrated()
     resumed.load_state_dict(json.loads(json.dumps(alone.state_dict())))
-    assert resumed.calibration.coefficients() == alone.calibration.coefficients() != Calibration(("constant", "greedy"))
+    assert resumed.calibration.coefficients() == alone.calibration.coefficients() != PAPER
     assert "calibration" not in ReMax().state_dict()
 
 
 def test_what_it_asks_for():
     one_step = ReMax(baseline="calibrated", samples_per_prompt=2)
-    assert one_step.calibration.names == ("constant", "greedy", "kl", "others")
-    assert calibrated(kl=KLPenalty(0.1)).calibration.names == ("constant", "greedy", "kl", "past")
     assert one_step.needs_greedy_cost and one_step.needs_old_logprobs
+    for _ in range(2):
+        one_step.prepare(rollout([1.0, 2.0, 4.0, 1.0], [0.5, 0.5, 2.0, 2.0], [2, 3, 1, 2]))
+    assert one_step.coefficients["past"] == 0.0 not in (one_step.coefficients["others"], one_step.coefficients["kl"])
     for kl in (KLPenalty(0.0), KLPenalty(0.1, "k3", "loss", "one_step")):  # nothing is charged before the update
         assert not calibrated(kl=kl).needs_greedy_cost and not calibrated(kl=kl).needs_old_logprobs
     assert not (ReMax().needs_greedy_cost or ReMax().needs_old_logprobs)
@@ -222,4 +222,4 @@ def test_what_it_asks_for():
             ReMax(**settings)
     for settings in ({"forgetting": 1.0}, {"ridge": 0.0}):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\)|must be positive"):
-            Calibration(("constant", "greedy"), **settings)
+            Calibration(**settings)

@@ -539,7 +539,8 @@ def remax(baseline: str, kl: KLPenalty, k: int = 1, coefficients: dict[str, floa
     """Without discount and clip; with the coefficients given it uses them, whatever it has learned."""
     algorithm = ReMax(gamma=1.0, clip_reward_value=0.0, kl=replace(kl), baseline=baseline, samples_per_prompt=k)
     if coefficients is not None:
-        algorithm.calibration.coefficients = lambda: {name: coefficients[name] for name in algorithm.calibration.names}
+        past = coefficients["past"] if kl.reach == "full_step" else 0.0  # as is always learned
+        algorithm.calibration.coefficients = lambda: coefficients | {"past": past}
     return algorithm
 
 
@@ -587,7 +588,7 @@ def test_coefficients_of_earlier_rollouts_leave_the_expectation_alone_and_take_t
         chosen = w.fixed[groups].prod(1).multinomial(200, replacement=True, generator=draws)
         algorithm.prepare(drawn(algorithm, w_key, groups[chosen].flatten()))
     estimate = expected_estimate(deepcopy(algorithm), w_key, groups=groups)
-    assert max(abs(c - PAPER.get(name, 0.0)) for name, c in algorithm.calibration.coefficients().items()) > 0.1
+    assert max(abs(c - PAPER[name]) for name, c in algorithm.calibration.coefficients().items()) > 0.1
     assert close(estimate, w.gradient(stated_objective(w, KLPenalty(BETA))))
 
     def noise(learned: ReMax) -> float:

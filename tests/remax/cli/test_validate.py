@@ -331,7 +331,10 @@ def test_refused_in_steps_1_and_2(parse, line, message):
         ("--critic_learning_rate 1e-5 --algo rloo", r"with --algo rloo: only --algo ppo reads it"),
         ("--baseline_decay 0.9", r"--baseline_decay 0.9 with --algo remax: only --algo reinforce reads it"),
         ("--two_pass_rollout --algo grpo", r"with --algo grpo: only --algo remax reads it"),
-        ("--samples_per_prompt 2", r"--samples_per_prompt 2 with --algo remax: .* use --algo rloo or grpo"),
+        (
+            "--samples_per_prompt 2 --algo ppo",
+            r"--samples_per_prompt 2 with --algo ppo: .* use --algo remax or rloo or grpo",
+        ),
         ("--samples_per_prompt 1 --algo rloo", r"--samples_per_prompt 1 with --algo rloo: .* 2 or more"),
         ("--algo ppo --ppo_mini_batches 3", r"--ppo_mini_batches 3: must divide the 16 answers"),
         (
