@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --output docs/results/gpu.md
 
-Runs the tests that need a GPU, the demo in bf16, `benchmarks/rounding.py` and `benchmarks/step_cost.py`, and writes
+Runs the tests that need a GPU, the demo in bf16, `benchmarks/rounding.py` and `benchmarks/rlhf_step.py`, and writes
 their figures into one document. A part that fails is written down as failed, and the exit status is 1.
 """
 
@@ -90,7 +90,7 @@ def rounding() -> tuple[bool, list[str]]:
 
 
 def step_cost(folder: Path, shape: str) -> tuple[bool, list[str]]:
-    command = ["benchmarks/step_cost.py", "--shape", shape]
+    command = ["benchmarks/rlhf_step.py", "--shape", shape, "--dtype", "bf16"]
     status, output, _ = run(sys.executable, *command, "--output", folder / "cost.md")
     if status:
         return False, ["## What a step costs", "", f"ended with status {status}: {output[-500:]}", ""]
@@ -101,7 +101,7 @@ def step_cost(folder: Path, shape: str) -> tuple[bool, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="docs/results/gpu.md", help="a Markdown file")
-    parser.add_argument("--shape", default="1.1b", help="of the models of step_cost.py")
+    parser.add_argument("--shape", default="1.1b", help="of the models of rlhf_step.py")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import runpy
 import statistics
 import sys
@@ -22,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from step_cost import MAIN, PARTS, SHAPES, make_models, measured_apart, spread
+from measuring import ROOT, SHAPES, machine, measured_apart, spread
 
+MAIN = ROOT / "step3_rlhf_finetuning/main.py"
+PARTS = ("seconds_generation", "seconds_scoring", "seconds_update", "seconds_per_step")
 RANK = 16
 ADAPTERS = f"--actor_lora_dim {RANK} --only_optimize_lora"
 CRITIC = f"--algo ppo --critic_lora_dim {RANK}"
@@ -74,6 +75,38 @@ def predicted(way: Way, shape: str, dtype: str, rank: int = RANK) -> int:
     trained, frozen = BYTES[dtype]
     learning = way.trained[0] * policy + way.trained[1] * scorer + way.sets * adapters
     return trained * learning + frozen * (way.frozen[0] * policy + way.frozen[1] * scorer)
+
+
+def make_models(folder: Path, shape: str, dtype: str) -> None:
+    """A policy and a reward model of the shape, with the tokenizer of the built-in corpus, and its data."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    from remax.demo.corpus import make_corpus, make_rows
+    from remax.demo.tiny_models import train_tokenizer
+
+    rows, _ = make_rows(seed=0, train_rows=200, test_rows=1)
+    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows])
+    hidden, wide, layers, heads, key_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+        config.num_labels = 1
+        with torch.device(place):
+            model = kind.from_config(config, dtype=getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]))
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    make_corpus(folder / "data", seed=0, train_rows=2000, test_rows=64)
 
 
 def make_hydra(folder: Path, shape: str) -> None:
@@ -174,16 +207,13 @@ as large as each setting's memory allows; here all settings have one batch size.
 
 
 def report(args: argparse.Namespace, figures: dict[str, dict]) -> str:
-    import deepspeed
     import torch
-    import transformers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, deepspeed {deepspeed.__version__}"
     libraries = max(found["libraries"] for found in figures.values())
     seconds = "of the clock" if torch.cuda.is_available() else "of CPU time, on one core"
+    where = machine("torch", "transformers", "deepspeed")
     lines = [
-        f"{device}; {versions}; Llama of {args.shape}, {args.dtype}, ZeRO {0 if args.dtype == 'fp32' else 1}, adapters "
+        f"{where}; Llama of {args.shape}, {args.dtype}, ZeRO {0 if args.dtype == 'fp32' else 1}, adapters "
         f"of rank {RANK} on every linear layer; {args.prompts} prompts, answers of {args.tokens} tokens, micro-batches "
         f"of {args.micro_batch}; seconds {seconds}, median [range] of {args.steps - 1} steps. Model states are those "
         "of all engines, each as it steps; the peak is the whole process's during a step, libraries included "

@@ -196,6 +196,80 @@ def test_the_comparison_counts_what_follows_the_warm_up(comparison, tmp_path):
     assert comparison.rate(ends, rows=8) == pytest.approx(8 * 3 / 4)
 
 
+# ---------------------------------------------------------------------------------------------------- what a step costs
+
+
+@pytest.fixture(scope="module")
+def step_cost(root):
+    """benchmarks/rlhf_step.py."""
+    import importlib
+
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(root / "benchmarks")
+    yield importlib.import_module("rlhf_step")
+    patch.undo()
+    shutdown()
+
+
+def test_ways_to_a_step_take_turns_on_the_same_answers(step_cost, tmp_path, monkeypatch):
+    from rlhf_ways.authors import Authors
+    from rlhf_ways.ours import Ours
+
+    cell = step_cost.Cell(prompts=4, prompt=6, answer=8, lengths="natural", top_p=0.9, shape="tiny")
+    assert cell.ways == ("ReMax", "authors' way")
+    turns = []
+    for kind in (Ours, Authors):
+        step = kind.step
+        monkeypatch.setattr(kind, "step", lambda self, rows, step=step: turns.append(type(self)) or step(self, rows))
+    monkeypatch.setattr(step_cost, "best_rates", lambda dtype: {"flops": 1e9, "bytes": 1e9})
+    cell.make_models(tmp_path)
+    found = step_cost.one(
+        cell, cell.ways, 2, tmp_path
+    )  # which compares the lengths of the answers with those asked for
+    assert turns == [Authors, Ours, Ours, Authors, Authors, Ours]
+    # of each quarter of the lengths 1..8 one prompt, sampled and greedy: 1 or 2, 3 or 4, ...
+    assert all(2 * 16 <= tokens <= 2 * 20 for tokens in found["tokens"]["ReMax"])
+    assert found["tokens"]["ReMax"] == found["tokens"][step_cost.AUTHORS]
+    for way in cell.ways:
+        assert len(found["ways"][way]) == 2
+        for step in found["ways"][way]:
+            assert sum(step[part] for part in step_cost.PARTS) == pytest.approx(step["step"])
+            assert all(step[part] > 0 for part in step_cost.PARTS[:-1])
+    found["peak"] = dict.fromkeys(cell.ways, found["peak"])
+    rows = [line for line in step_cost.report([(cell, found)], 2, "here").splitlines() if line.startswith("| llama")]
+    assert [row.split(" | ")[1] for row in rows] == [*cell.ways, *cell.ways]  # of two tables
+    assert rows[0].startswith("| llama 4 x 6+8 natural, top-p 0.9 | ReMax | ")
+
+
+def test_a_ratio_is_that_of_a_round(step_cost):
+    cell = step_cost.Cell(prompts=2)
+    steps = {"ReMax": [1.0, 2.0, 4.0], "authors' way": [3.0, 2.0, 2.0]}  # ratios 3, 1 and 1/2
+    parts = dict.fromkeys(step_cost.PARTS, 0.25)
+    found = {"ways": {way: [parts | {"step": s} for s in of_way] for way, of_way in steps.items()}}
+    found["operations"] = dict.fromkeys(steps, [dict.fromkeys(step_cost.PARTS[:-1], 10**9)] * 3)
+    found |= {"tokens": dict.fromkeys(steps, [100] * 3), "peak": dict.fromkeys(steps, 2**20)}
+    found["best"] = [{"flops": 1e9, "bytes": 1e9}, {"flops": 8e9, "bytes": 1e9}]
+    text = step_cost.report([(cell, found)], 3, "here")
+    assert (
+        "| authors' way | 2.00 [2.00, 3.00] | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 | 50 | 1 | 1.00 [0.50, 3.00] |" in text
+    )
+    # 4 parts of 10^9 operations at 8 * 10^9 a second: half a second, of a part an eighth, which took a quarter
+    assert "| ReMax | 0.50 | 50 % | 50 % | 50 % | 50 % | 4.00 [2.00, 8.00] |" in text
+
+
+def test_the_matrix_products_of_a_step_by_hand(step_cost):
+    from rlhf_ways.products import Size, products
+
+    # Weights 10, 1 layer, 2 wide, 3 words; a prompt of 2 tokens, a sampled answer of 2, a greedy one of 1.
+    # Read once: the prompt, 2 * 10 * 2 + 4 * 2 * (1 + 2) = 64.
+    # Generated: the first sampled token is read, 20 + 8 * 3 = 44; the head for 3 tokens, 3 * 2 * 2 * 3 = 36.
+    # Scored: 3 tokens, 60 + 8 * (3 + 4 + 3) = 140. Reference: 2 tokens, 40 + 8 * (3 + 4) = 96, and the head, 24.
+    found = products(Size(10, 1, 2, 3), 2, [[2]], [1], critic=False)
+    assert found == {"generate": 64 + 44 + 36, "score": 64 + 140, "reference": 64 + 96 + 24, "update": 3 * 184}
+    with_critic = products(Size(10, 1, 2, 3), 2, [[2]], [], critic=True)
+    assert with_critic["reference"] == 184 + 160 and with_critic["update"] == 3 * (184 + 160)
+
+
 # ------------------------------------------------------------------------------------------------- one trunk, predicted
 
 

@@ -1,0 +1,106 @@
+"""What the benchmarks share: shapes of models, processes of their own, medians, and what the machine can do at best."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# hidden size, feed-forward, layers, heads, key heads, vocabulary: TinyLlama, Llama 3.2 3B, Llama 2 7B; small for CPUs
+SHAPES = {
+    "tiny": (32, 64, 1, 2, 2, 256),
+    "10m": (256, 1024, 6, 8, 8, 8192),
+    "134m": (768, 2048, 12, 12, 12, 32000),
+    "1.1b": (2048, 5632, 22, 32, 4, 32000),
+    "3.2b": (3072, 8192, 28, 24, 8, 128256),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+}
+
+
+def spread(numbers: Sequence[float], digits: int = 3) -> str:
+    """Median [least, greatest]."""
+    least, greatest = min(numbers), max(numbers)
+    return f"{statistics.median(numbers):.{digits}f} [{least:.{digits}f}, {greatest:.{digits}f}]"
+
+
+def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> list[float]:
+    """Of each round: what came of two sides that took turns."""
+    return [a / b for a, b in zip(dividends, divisors, strict=True)]
+
+
+def figures_of(name: str, command: Sequence[str | Path], **variables: str) -> dict:
+    """What a program prints as its last line that begins with FIGURES; ends this one where it prints none.
+
+    Args:
+        variables: Added to its environment.
+    """
+    modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": modules} | variables
+    done = subprocess.run([str(word) for word in command], env=environment, stdout=subprocess.PIPE, text=True)
+    last = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("FIGURES")), None)
+    if done.returncode or last is None:
+        sys.exit(f"{name} ended with status {done.returncode}\n{done.stdout[-3000:]}")
+    return json.loads(last.removeprefix("FIGURES"))
+
+
+def measured_apart(program: str, ways: Iterable[str], folder: Path) -> Iterator[tuple[str, dict]]:
+    """(way, its figures): `program` again in a process for each, with --one WAY and --folder beside its own flags."""
+    for way in ways:
+        yield way, figures_of(way, [sys.executable, program, *sys.argv[1:], "--one", way, "--folder", folder])
+
+
+def machine(*packages: str) -> str:
+    """The device and the versions that figures were measured with."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        table = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.*)", table.read_text()) if table.is_file() else None
+        threads = torch.get_num_threads()
+        device = f"{found[1] if found else platform.processor()}, {threads} thread{'s' * (threads > 1)} a rank"
+    return f"{device}; Python {platform.python_version()}, {', '.join(map(installed, packages))}"
+
+
+def installed(package: str) -> str:
+    """Its name and version."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+
+def best_rates(dtype: str) -> dict[str, float]:
+    """The most FLOP/s of a matrix product, and bytes/s that are read and written by a copy, seen on this device."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device, number = "cuda" if cuda else "cpu", {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+    def seconds(run) -> float:
+        found = []
+        for _ in range(8):
+            begin = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - begin)
+        return min(found)
+
+    flops = 0.0
+    for n in (4096, 8192) if cuda else (512, 1024, 1536):
+        a, b = (torch.randn(n, n, device=device, dtype=number) for _ in range(2))
+        flops = max(flops, 2 * n**3 / seconds(lambda a=a, b=b: torch.mm(a, b)))
+    source = torch.ones(2**28 if cuda else 2**25, device=device)
+    target = torch.empty_like(source)
+    return {"flops": flops, "bytes": 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))}

@@ -1,0 +1,454 @@
+"""What a step of step 3 costs: seconds of its parts and peak memory, beside other ways to the same step.
+
+    python benchmarks/rlhf_step.py --output docs/results/rlhf_step.md
+    python benchmarks/rlhf_step.py --family llama --prompts 16 --size 64+64 --lengths natural --rounds 5
+    python benchmarks/rlhf_step.py --shape 1.1b --dtype bf16
+
+The first measures what docs/results shows, the second one setting; the third, for a GPU, one of a large model.
+Compared are ReMax, RLOO, GRPO and PPO by this pipeline's own trainer, ReMax in the authors' way (`rlhf_ways/authors`),
+and, where trl 1.16.0 is installed, TRL's RLOO and GRPO trainers. All ways answer the same prompts with answers of the
+same lengths (`rlhf_ways/models.py` says how) by the same sampling. They take turns in one process, `--rounds` times
+after a first round that does not count; a ratio is the median of the rounds' ratios. Models that do not fit beside one
+another (`--apart`; the larger shapes) have a process for each way. Peak memory always comes from such a process: on a
+GPU what torch allocated, on a CPU the resident set without what the libraries take.
+
+With two ranks, one and two ranks are started by turns, each rank on a core of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from measuring import SHAPES, best_rates, figures_of, machine, ratios, spread
+
+OURS = ("ReMax", "ReMax, greedy answers cut", "RLOO k=2", "GRPO k=2", "PPO")
+AUTHORS = "authors' way"
+TRL = ("TRL RLOO k=2", "TRL GRPO k=2")
+WAYS = (*OURS, AUTHORS, *TRL)
+PARTS = ("generate", "score", "reference", "update", "rest")
+PACKAGES = ("torch", "transformers", "deepspeed", "trl")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting in which ways are compared.
+
+    Attributes:
+        prompts: Of a step, on one rank.
+        answer: Longest answer, in tokens; every one with forced lengths, else they are even on 1..answer.
+        more: Further flags of step 3.
+        seconds: By the clock (`wall`), or those of this process on its core (`cpu`).
+    """
+
+    family: str = "llama"
+    prompts: int = 16
+    prompt: int = 64
+    answer: int = 64
+    lengths: str = "forced"
+    top_p: float = 1.0
+    ranks: int = 1
+    ways: tuple[str, ...] = ("ReMax", AUTHORS)
+    shape: str = "10m"
+    dtype: str = "fp32"
+    micro_batch: int = 16
+    more: str = ""
+    seconds: str = "wall"
+
+    def __str__(self) -> str:
+        truncated = f", top-p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"{self.family} {self.prompts} x {self.prompt}+{self.answer} {self.lengths}{truncated}"
+
+    @property
+    def forward_rows(self) -> int:
+        """Of a training forward."""
+        return min(self.micro_batch, self.prompts)
+
+    def make_models(self, folder: Path) -> None:
+        """Writes the models and tokenizers that all ways read."""
+        from rlhf_ways.models import make_models
+
+        make_models(folder, self.family, self.shape, self.dtype, self.answer, 2 * (self.prompt + self.answer))
+
+    def rows(self, seed: int) -> list[list[int]]:
+        """The prompts of a step."""
+        from rlhf_ways.models import prompt_rows
+
+        return prompt_rows(self.shape, self.prompts, self.prompt, self.answer, self.lengths == "natural", seed)
+
+    def written(self, way: str, rows: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+        """Of each prompt the lengths of its sampled answers, and that of its greedy one where there are any."""
+        from rlhf_ways.models import answer_length
+
+        lengths = [answer_length(row, self.answer) for row in rows]
+        if way.endswith("k=2"):
+            return [[n, n] for n in lengths], []
+        greedy = {"PPO": 0, "ReMax, greedy answers cut": max(1, self.answer // 4)}.get(way, self.answer)
+        return [[n] for n in lengths], [min(n, greedy) for n in lengths] if greedy else []
+
+
+NATURAL = replace(Cell(), lengths="natural")
+LONG = {"prompt": 128, "answer": 256}
+SUITE = (
+    replace(Cell(), family="opt", ways=WAYS),
+    replace(Cell(), ways=("ReMax", AUTHORS, "RLOO k=2", "TRL RLOO k=2")),
+    replace(Cell(), prompts=4),
+    replace(Cell(), prompts=64),
+    replace(Cell(), **LONG),
+    replace(Cell(), top_p=0.9),
+    replace(NATURAL, ways=("ReMax", AUTHORS, "RLOO k=2", "TRL RLOO k=2")),
+    replace(NATURAL, family="opt"),
+    replace(NATURAL, **LONG),
+    replace(NATURAL, top_p=0.9),
+    replace(Cell(), ranks=2, ways=("ReMax",)),
+)
+
+
+# ------------------------------------------------------------------------------------------- in a process of its own
+
+
+def trl_is_here() -> bool:
+    return importlib.util.find_spec("trl") is not None
+
+
+def one(cell: Cell, ways: Sequence[str], rounds: int, folder: Path) -> dict:
+    """Rounds of all ways in this process: each way's steps, its peak memory where it is alone, and the best rates."""
+    import torch
+    from rlhf_ways.authors import Authors
+    from rlhf_ways.ours import Ours
+    from rlhf_ways.products import products, size_of
+    from rlhf_ways.with_trl import Theirs
+    from transformers import AutoConfig
+
+    from utils.distributed import init_distributed, rank
+
+    steps = [cell.rows(1000 * int(os.environ.get("RANK", "0")) + seed) for seed in range(rounds + 1)]
+    if trl_is_here():
+        import trl  # noqa: F401, so that what libraries take is the same for all ways
+    # TRL's come first: they would take part in the process group
+    theirs = {way: Theirs(way, folder, cell, steps) for way in ways if way in TRL}
+    init_distributed()
+    libraries = 0 if torch.cuda.is_available() else resident("VmRSS")
+    sides = {
+        way: Authors(way, folder, cell) if way == AUTHORS else Ours(way, folder, cell) for way in ways if way not in TRL
+    }
+    sides |= theirs
+    found: dict = {"ways": {way: [] for way in ways}, "best": [], "peak": 0}
+    for i, rows in enumerate(steps):
+        found["best"].append(best_rates(cell.dtype))
+        for way in ways if i % 2 else reversed(ways):
+            forget_peak()
+            record = sides[way].step(rows)
+            sampled, _ = cell.written(way, rows)
+            wanted = statistics.mean(length for lengths in sampled for length in lengths)
+            if abs(record["length"] - wanted) > 0.01:
+                raise RuntimeError(f"{way}: answers of {record['length']} tokens, where {wanted} were wanted")
+            if i:
+                found["ways"][way].append(record)
+                found["peak"] = max(found["peak"], peak() - libraries)
+    size = size_of(AutoConfig.from_pretrained(folder / "policy"))
+    found["operations"], found["tokens"] = {}, {}
+    for way in ways:
+        told = [cell.written(way, rows) for rows in steps[1:]]
+        needs = [products(size, cell.prompt, *lengths, critic=way == "PPO") for lengths in told]
+        found["operations"][way] = needs
+        found["tokens"][way] = [sum(map(sum, sampled)) + sum(greedy) for sampled, greedy in told]
+    return found if rank() == 0 else {}
+
+
+def forget_peak() -> None:
+    """From here on `peak` counts."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
+
+
+def peak() -> int:
+    """The most bytes that torch allocated on a GPU, or that were resident."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+# --------------------------------------------------------------------------------------------------- from the outside
+
+
+def measure(cell: Cell, ways: Sequence[str], rounds: int, folder: Path) -> dict:
+    """`one` in a process of its own."""
+    command = [sys.executable, __file__, "--one", json.dumps([asdict(cell), list(ways), rounds, str(folder)])]
+    return figures_of(f"{cell}: {', '.join(ways)}", command)
+
+
+def together(cell: Cell, rounds: int, folder: Path, memory: bool = True) -> dict:
+    """All ways by turns, then the peak memory of each alone."""
+    found = measure(cell, cell.ways, rounds, folder)
+    found["peak"] = {way: measure(cell, [way], 1, folder)["peak"] if memory else 0 for way in cell.ways}
+    return found
+
+
+def apart(cell: Cell, rounds: int, folder: Path) -> dict:
+    """Each way alone."""
+    each = {way: measure(cell, [way], rounds, folder) for way in cell.ways}
+    found = {name: {way: each[way][name][way] for way in each} for name in ("ways", "operations", "tokens")}
+    best = [rates for way in each for rates in each[way]["best"]]
+    return found | {"best": best, "peak": {way: each[way]["peak"] for way in each}}
+
+
+def in_ranks(cell: Cell, rounds: int, folder: Path) -> dict:
+    """The first way of a cell by one rank and by `cell.ranks` in turns, as many prompts a rank: tokens a second."""
+    found: dict = {"one": [], "all": []}
+    for _ in range(3):
+        for name, ranks in (("one", 1), ("all", cell.ranks)):
+            each = of_ranks(cell, ranks, max(2, rounds // 2), folder)
+            way = cell.ways[0]
+            found[name] += [
+                ranks * t / step["step"] for t, step in zip(each["tokens"][way], each["ways"][way], strict=True)
+            ]
+    return found
+
+
+def of_ranks(cell: Cell, ranks: int, rounds: int, folder: Path) -> dict:
+    """`one` by several ranks, each on a core of its own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from utils.distributed import free_port
+
+    cores, port = sorted(os.sched_getaffinity(0)), free_port()
+    work = json.dumps([asdict(cell), list(cell.ways), rounds, str(folder)])
+
+    def start(rank: int) -> dict:
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1, "CORE": cores[rank % len(cores)]}
+        texts = {name: str(value) for name, value in variables.items()}
+        return figures_of(f"{cell}, rank {rank}", [sys.executable, __file__, "--one", work], **texts)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(start, range(ranks)))[0]
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def seconds(found: dict, way: str, part: str) -> list[float]:
+    return [step[part] for step in found["ways"][way]]
+
+
+def best(found: dict, what: str) -> float:
+    return max(rates[what] for rates in found["best"])
+
+
+def needed(found: dict, way: str, part: str | None = None) -> list[float]:
+    """Seconds that the matrix products of a part, or of the whole step, need at the best rate."""
+    return [sum(o.values() if part is None else [o[part]]) / best(found, "flops") for o in found["operations"][way]]
+
+
+def times_table(results: list[tuple[Cell, dict]]) -> list[str]:
+    def rows() -> Iterator[list[str]]:
+        for cell, found in results:
+            mine = seconds(found, "ReMax", "step") if "ReMax" in found["ways"] else None
+            for way in found["ways"]:
+                whole = seconds(found, way, "step")
+                parts = [f"{statistics.median(seconds(found, way, part)):.2f}" for part in PARTS]
+                rate = statistics.median(ratios(found["tokens"][way], whole))
+                ratio = spread(ratios(whole, mine), 2) if mine and way != "ReMax" else ""
+                yield [
+                    str(cell),
+                    way,
+                    spread(whole, 2),
+                    *parts,
+                    f"{rate:.0f}",
+                    f"{found['peak'][way] / 2**20:.0f}",
+                    ratio,
+                ]
+
+    head = ["setting", "way", "step s", *PARTS, "generated tokens/s", "peak MiB", "its step / ReMax's"]
+    return ["## Steps", "", *table(head, rows())]
+
+
+def products_table(results: list[tuple[Cell, dict]]) -> list[str]:
+    """How near our own parts are to what their matrix products need."""
+
+    def rows() -> Iterator[list[str]]:
+        for cell, found in results:
+            for way in found["ways"]:
+                if way not in ("ReMax", AUTHORS):
+                    continue
+                shares = []
+                for part in PARTS[:-1]:
+                    share = statistics.median(ratios(needed(found, way, part), seconds(found, way, part)))
+                    shares.append(f"{100 * share:.0f} %")
+                whole = spread(ratios(seconds(found, way, "step"), needed(found, way)), 2)
+                yield [str(cell), way, f"{statistics.median(needed(found, way)):.2f}", *shares, whole]
+
+    head = [
+        "setting",
+        "way",
+        "products alone s",
+        *(f"{part}, of the best rate" for part in PARTS[:-1]),
+        "step / products",
+    ]
+    return ["## Beside what the matrix products need", "", *table(head, rows())]
+
+
+def derived(results: list[tuple[Cell, dict]]) -> list[str]:
+    """What needs two lines of the tables."""
+    lines = ["## Besides", ""]
+    for cell, found in results:
+        ways = found["ways"]
+        if "ReMax, greedy answers cut" in ways and "ReMax" in ways:
+            cut = ratios(seconds(found, "ReMax, greedy answers cut", "generate"), seconds(found, "ReMax", "generate"))
+            lines.append(
+                f"- {cell}: greedy answers of at most a quarter save {100 * (1 - statistics.median(cut)):.0f} % of a "
+                "generation."
+            )
+        for name in ("RLOO", "GRPO"):
+            if f"TRL {name} k=2" in ways and f"{name} k=2" in ways:
+                ratio = ratios(seconds(found, f"TRL {name} k=2", "step"), seconds(found, f"{name} k=2", "step"))
+                lines.append(f"- {cell}: TRL's {name} takes {spread(ratio, 2)} times this project's.")
+    alike: dict[Cell, list[tuple[int, float]]] = {}
+    for cell, found in results:
+        if "ReMax" in found["ways"]:
+            cost = 1000 * statistics.median(seconds(found, "ReMax", "step")) / cell.prompts
+            alike.setdefault(replace(cell, prompts=0, ways=()), []).append((cell.prompts, cost))
+    for cell, costs in alike.items():
+        if len(costs) > 1:
+            told = ", ".join(f"{cost:.0f} ms with {prompts}" for prompts, cost in sorted(costs))
+            lines.append(f"- {replace(cell, prompts=1)}: a prompt costs {told} of a step.")
+    return [*lines, ""]
+
+
+def ranks_table(results: list[tuple[Cell, dict]]) -> list[str]:
+    def rows() -> Iterator[list[str]]:
+        for cell, found in results:
+            ratio = statistics.median(found["all"]) / statistics.median(found["one"])
+            yield [str(cell), str(cell.ranks), spread(found["one"], 0), spread(found["all"], 0), f"{ratio:.2f}"]
+
+    head = ["setting, a rank", "ranks", "tokens/s of one", "tokens/s of all", "times"]
+    return ["## Ranks", "", *table(head, rows())] if results else []
+
+
+def report(results: list[tuple[Cell, dict]], rounds: int, versions: str) -> str:
+    alone = [(cell, found) for cell, found in results if cell.ranks == 1]
+    lines = [f"{versions}. Medians [least, greatest] of {rounds} rounds.", ""]
+    if alone:
+        rates = [(best(found, "flops") / 1e9, best(found, "bytes") / 1e9) for _, found in alone]
+        flops, moved = (statistics.median(column) for column in zip(*rates, strict=True))
+        lines += [f"Best rates seen: {flops:.0f} GFLOP/s of a matrix product, {moved:.0f} GB/s of a copy.", ""]
+        lines += times_table(alone) + products_table(alone) + derived(alone)
+    return "\n".join(lines + ranks_table([(cell, found) for cell, found in results if cell.ranks > 1])).rstrip()
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--shape", choices=SHAPES, help="of all models (10m)")
+    flags.add_argument("--dtype", choices=("fp32", "bf16"))
+    flags.add_argument("--family", choices=("llama", "opt"))
+    flags.add_argument("--prompts", type=int, help="of a step, on one rank")
+    flags.add_argument("--size", help="tokens of a prompt + of the longest answer (64+64)")
+    flags.add_argument(
+        "--lengths", choices=("forced", "natural"), help="all answers the longest, or even on 1..longest"
+    )
+    flags.add_argument("--top_p", type=float)
+    flags.add_argument("--ranks", type=int, help="more than one: beside one rank alone, ReMax only")
+    flags.add_argument("--micro_batch", type=int, help="rows of a training forward")
+    flags.add_argument("--ways", nargs="+", choices=WAYS)
+    flags.add_argument("--more", help="further flags of step 3, for this project's ways")
+    flags.add_argument("--seconds", choices=("wall", "cpu"), help="of the clock, or on a core: where others work too")
+    flags.add_argument("--cells", type=int, nargs="+", help="of those that docs/results shows, these (from 0)")
+    flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--apart", action="store_true", help="a process for each way (always for shapes from 1.1b)")
+    flags.add_argument("--no_memory", action="store_true", help="leaves out the processes for the peak memory")
+    flags.add_argument("--output", help="a Markdown file for the tables; all figures go into a .json beside it")
+    flags.add_argument("--one", help=argparse.SUPPRESS)
+    return flags
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """The settings asked for: those of docs/results, or one."""
+    names = (
+        "shape",
+        "dtype",
+        "family",
+        "prompts",
+        "lengths",
+        "top_p",
+        "ranks",
+        "micro_batch",
+        "ways",
+        "more",
+        "seconds",
+    )
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.size:
+        given |= dict(zip(("prompt", "answer"), map(int, args.size.split("+")), strict=True))
+    if args.cells is not None or not given.keys() - {"seconds"}:
+        return [replace(cell, **given) for cell in (SUITE if args.cells is None else [SUITE[i] for i in args.cells])]
+    start = (
+        Cell()
+        if args.shape in (None, "tiny", "10m")
+        else Cell(prompts=32, answer=128, ways=("ReMax", "RLOO k=2", "PPO", AUTHORS))
+    )
+    return [replace(start, **given | ({"ways": tuple(args.ways)} if args.ways else {}))]
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.one:
+        if "CORE" in os.environ:
+            os.sched_setaffinity(0, {int(os.environ["CORE"])})
+        cell, ways, rounds, folder = json.loads(args.one)
+        print(
+            "FIGURES" + json.dumps(one(Cell(**cell | {"ways": tuple(cell["ways"])}), ways, rounds, Path(folder))),
+            flush=True,
+        )
+        return
+    results = []
+    for cell in cells_of(args):
+        if not trl_is_here() or cell.shape not in ("tiny", "10m"):
+            cell = replace(cell, ways=tuple(way for way in cell.ways if way not in TRL))
+        with tempfile.TemporaryDirectory() as name:
+            cell.make_models(Path(name))
+            if cell.ranks > 1:
+                found = in_ranks(cell, args.rounds, Path(name))
+            elif args.apart or cell.shape not in ("tiny", "10m"):
+                found = apart(cell, args.rounds, Path(name))
+            else:
+                found = together(cell, args.rounds, Path(name), not args.no_memory)
+            results.append((cell, found))
+        print(report(results[-1:], args.rounds, machine(*PACKAGES)), flush=True)
+        if args.output:
+            write(args.output, results, args.rounds)
+
+
+def write(output: str, results: list[tuple[Cell, dict]], rounds: int) -> None:
+    path, versions = Path(output), machine(*PACKAGES)
+    command = f"python benchmarks/rlhf_step.py {shlex.join(sys.argv[1:])}"
+    path.write_text(f"# What a step costs\n\n    {command}\n\n{report(results, rounds, versions)}\n")
+    figures = [{"setting": asdict(cell), **found} for cell, found in results]
+    path.with_suffix(".json").write_text(json.dumps({"machine": versions, "command": command, "cells": figures}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
