@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["remax", "remax.*", "utils", "utils.*"]),
+    package_data={"remax.report": ["page.html", "page.css", "page.js"]},
     python_requires=">=3.10",
     # The lowest and highest versions that the tests ran with, see docs/dependencies.md. What these libraries are relied
     # on for beyond their documentation: tests/test_compat.py.

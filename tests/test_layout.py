@@ -39,7 +39,11 @@ ROOMS = {
     "checks": (*ENGINES, "engines", "rewards", "checkpoint", "evaluation"),
     "training": ("core", "algorithms", "models", "engines", "rewards", "checkpoint", "evaluation"),
     "cli": ("algorithms", "rewards"),
-    "stages": (*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
+    "report": (),
+    "stages": (
+        *(*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
+        "report",
+    ),
     "demo": (*ENGINES, "engines", "evaluation"),
     "doctor.py": ("cli", "stages"),
     "answers.py": ("cli", "stages"),
@@ -152,7 +156,9 @@ def test_wheel_contains_the_packages(tmp_path, run_command):
     assert built.returncode == 0, built.stdout
     (wheel,) = tmp_path.glob("*.whl")
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    assert set(names) == {short(path) for room in ("remax", "utils") for path in (ROOT / room).rglob("*.py")}
+    held = [path for room in ("remax", "utils") for path in (ROOT / room).rglob("*.py")]
+    held += list((ROOT / "remax/report").glob("page.*"))  # what the report is made of
+    assert set(names) == set(map(short, held))
 
 
 def test_sdist_contains_what_a_clone_has(tmp_path, run_command):

@@ -19,6 +19,7 @@ from remax.evaluation.ranking import SIDES
 from remax.models.loading import check_length, load_config, quiet_libraries
 from remax.models.policy import check_policy_config
 from remax.models.reward_model import prepare_pad_token, store_score_statistics
+from remax.report.stage import report_stage
 from remax.stages import resume
 from remax.stages.data import finetune_loaders
 from remax.stages.models import Tokenizer, load_policy_model, trained_hydra, trained_policy, trained_reward
@@ -116,6 +117,7 @@ def train_and_export(
     except TrainingStopped as stopped:
         metrics.remark("stopped", str(stopped))
         metrics.close()
+        report_stage(output)
         export_and_exit(stopped, learner.model, tokenizer, output / "last", zero3=learner.zero3)
     metrics.close()
     if isinstance(learner, (TrainedReward, TrainedHydra)):
@@ -124,5 +126,6 @@ def train_and_export(
     write_note(output, "results.json", results)
     if not isinstance(task, Supervised) and task.calibration:
         write_note(output, "calibration.json", {"bins": task.calibration})
+    report_stage(output)
     print0(f"model written to {output}")
     shutdown()

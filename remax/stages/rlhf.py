@@ -18,6 +18,7 @@ from remax.core.sequences import Prompts
 from remax.evaluation.answers import write_answers
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
 from remax.models.loading import quiet_libraries
+from remax.report.stage import report_stage
 from remax.rewards.composite import try_functions
 from remax.stages import resume
 from remax.stages.data import PromptData, columns_of, data_config, load_data
@@ -127,10 +128,12 @@ def run_rlhf(args: Step3Arguments) -> None:
     except TrainingStopped as stopped:
         metrics.remark("stopped", str(stopped))
         metrics.close()
+        report_stage(output)
         export_and_exit(stopped, actor.model, tokenizer, output / "actor_last", zero3=actor.zero3)
     metrics.close()
     save_final(args, output, trainer, tokenizers)
     write_note(output, "results.json", state.results)
+    report_stage(output)
     print0(best_model(state, args.best_by, output / "actor"))
     shutdown()
 

@@ -766,6 +766,18 @@ EVALUATION = [
          f"{ROOM}/evaluation/test_policy.py::test_perplexity_by_hand"),
     ),
     *faults(
+        "remax/report/page.py",
+        f"{ROOM}/report/test_page.py",
+        ("report-escape", 'for mark in "<>&', 'for mark in ">&', "an answer ends the page's data"),
+        ("report-numbers", "len(prompts)), ", "0), ", "all answers are to the first prompt"),
+    ),
+    *faults(
+        "remax/report/verdict.py",
+        f"{ROOM}/report/test_verdict.py",
+        ("report-sign", "if sign * after <= sign * before:", "if after <= before:", "a lower perplexity counts as worse"),
+        ("report-errors", "math.hypot(*(float(value)", "sum((float(value)", "standard errors are added up"),
+    ),
+    *faults(
         "remax/evaluation/ranking.py",
         f"{ROOM}/evaluation/test_ranking.py",
         ("ranking-ties", "return 0.5 + 0.5 * difference.sign()", "return (difference > 0).float()", "ties are lost"),
