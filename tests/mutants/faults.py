@@ -774,7 +774,8 @@ EVALUATION = [
     *faults(
         "remax/report/verdict.py",
         f"{ROOM}/report/test_verdict.py",
-        ("report-sign", "if sign * after <= sign * before:", "if after <= before:", "a lower perplexity counts as worse"),
+        ("report-sign", "if sign * after <= sign * before:", "if after <= before:",
+         "a lower perplexity counts as worse"),
         ("report-errors", "math.hypot(*(float(value)", "sum((float(value)", "standard errors are added up"),
     ),
     *faults(
