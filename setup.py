@@ -29,6 +29,7 @@ setup(
         "numpy>=2.0",
         "peft>=0.20",
         "pyyaml>=6.0.1",
+        "scikit-learn>=1.7",
         "sentencepiece>=0.2",
         "tensorboard>=2.18",
         "torch>=2.8",

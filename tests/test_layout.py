@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from remax.cli.evaluation import AnswersArguments, DoctorArguments, PromptEvalArguments, RewardEvalArguments
+from remax.cli.evaluation import (
+    AnswersArguments,
+    DoctorArguments,
+    PromptEvalArguments,
+    RewardEvalArguments,
+    WinrateArguments,
+)
 from remax.cli.flags import Step1Arguments, Step2Arguments, Step3Arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +53,7 @@ ROOMS = {
     "demo": (*ENGINES, "engines", "evaluation"),
     "doctor.py": ("cli", "stages"),
     "answers.py": ("cli", "stages"),
+    "winrate.py": ("cli", "stages"),
 }
 OF_CLI = {"remax.rewards.process", "remax.rewards.sources"}  # what the command line may see of the rewards
 MAY_IMPORT_DEEPSPEED = {f"remax/engines/{name}.py" for name in ("base", "optimizer", "policy", "zero")}
@@ -235,7 +242,7 @@ def test_documents_name_make_targets_that_exist(document):
 def known_flags() -> set[str]:
     """Flags of the stages' programs, of modules that call add_argument themselves, and of the launchers."""
     programs = (Step1Arguments, Step2Arguments, Step3Arguments)
-    programs += (PromptEvalArguments, RewardEvalArguments, DoctorArguments, AnswersArguments)
+    programs += (PromptEvalArguments, RewardEvalArguments, DoctorArguments, AnswersArguments, WinrateArguments)
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     flags = {f.name for arguments in programs for f in fields(arguments)} | set(re.findall(r"\"--(\w+)\"", text))
     return flags | {"help"} | OF_OTHERS

@@ -1,4 +1,4 @@
-"""The flags of the programs that train nothing: prompt_eval.py of step 1, rw_eval.py of step 2, doctor, answers."""
+"""The flags of the programs that train nothing: prompt_eval.py of step 1, rw_eval.py of step 2, and those of remax."""
 
 import math
 import os
@@ -116,6 +116,36 @@ class AnswersArguments(ConfigFlag, group="model and questions"):
 
 
 @dataclass(kw_only=True)
+class WinrateArguments(ConfigFlag, group="answers and judge"):
+    """All flags of remax.winrate."""
+
+    answers: list[str] = flag(
+        [],
+        "files of answers in AlpacaEval's format, as remax.answers writes them (the words before the first flag): how "
+        "often the first model wins over the second; of three or more, every pair, and ratings",
+    )
+    judge: str = flag(
+        help="reward:MODEL, a reward model of step 2; lm:MODEL, a causal language model; or annotations:FILE, what "
+        "alpaca_eval has written, with which files of answers are not needed"
+    )
+    lengths: bool = flag(False, "show how the rate depends on which answer is longer, and by how much")
+    difficulty: str | None = flag(
+        None,
+        "AlpacaEval's df_gamed.csv, for its own length-controlled rate; for its prompts, baseline and judge alone. "
+        "Without it lengths and a constant explain the verdicts (its variant `minimal`)",
+    )
+    output: str | None = flag(None, "json file to write: the verdicts, as annotations of alpaca_eval")
+    json: bool = flag(False, "print the figures as JSON")
+    max_seq_len: Count | None = flag(None, "longest text that the judge reads; default: its positions, at most 4096")
+    batch_size: Count = flag(16, "texts per device that are judged together")
+    dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
+    local_rank: Rank = flag(-1, "set by the launcher")
+
+
+JUDGES = ("reward", "lm", "annotations")
+
+
+@dataclass(kw_only=True)
 class DoctorArguments(SamplingFlags, RewardSourceFlags, ConfigFlag, group="models, data and generation, as in step 3"):
     """All flags of the doctor."""
 
@@ -219,12 +249,42 @@ def parse_answers(argv: Sequence[str] | None = None) -> AnswersArguments:
     return args
 
 
+def parse_winrate(argv: Sequence[str] | None = None) -> WinrateArguments:
+    """The flags of remax.winrate, as `parse_reward_eval`; bare words at the start are --answers."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--answers")
+    description = "How often one model's answers are preferred to another's, with intervals and controlled for length"
+    args = read_flags(WinrateArguments, words, description, "python -m remax.winrate A.json B.json ... [flags]")
+    kind, _, name = args.judge.partition(":")
+    if kind not in JUDGES or not name:
+        raise UserError(f"--judge {args.judge}: expected reward:MODEL, lm:MODEL or annotations:FILE")
+    if kind != "annotations":
+        check_model("judge", name)
+        if len(args.answers) < 2:
+            raise UserError(
+                f"{len(args.answers)} files of answers are given; expected two or more, such as A.json B.json"
+            )
+    elif args.output:
+        raise UserError("--output: is for the verdicts of a model; the annotations are a file already")
+    if repeated := [file for i, file in enumerate(args.answers) if file in args.answers[:i]]:
+        raise UserError(f"--answers {repeated[0]}: is given twice")
+    for flag_name, file in [("answers", file) for file in args.answers] + [("difficulty", args.difficulty)]:
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"--{flag_name} {file}: no such file (looked from {Path.cwd()})")
+    check_output(args)
+    if args.output and any(Path(args.output).exists() and Path(args.output).samefile(file) for file in args.answers):
+        raise UserError(f"--output {args.output}: is a file of --answers; choose another name")
+    args.dtype = resolve_dtype("dtype", args.dtype)
+    return args
+
+
 def stdout_to_stderr(wanted: bool) -> redirect_stdout:
     """With --json, what reading data and functions prints goes to stderr: it is no JSON."""
     return redirect_stdout(sys.stderr if wanted else sys.stdout)
 
 
-def check_output(args: RewardEvalArguments | PromptEvalArguments | AnswersArguments) -> None:
+def check_output(args: RewardEvalArguments | PromptEvalArguments | AnswersArguments | WinrateArguments) -> None:
     """`--output` is a file that can be written, and none of those that are read."""
     if not args.output:
         return

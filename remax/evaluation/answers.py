@@ -13,9 +13,9 @@ from remax.core.batches import groups
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.policy import Actor
 from remax.generation.hugging_face import beam_search
-from utils.data.chat import ChatTemplate, Messages
+from utils.data.chat import ChatTemplate, Messages, TemplateRefuses
 from utils.data.collate import pad
-from utils.data.shapes import Conversation, RowSkipped, finish
+from utils.data.shapes import Conversation, RowSkipped, as_answer, finish
 from utils.data.tokens import beginning, encode_prompts, keep_end
 from utils.distributed import device, is_main
 from utils.files import write_rows
@@ -72,6 +72,18 @@ def write_question(question: str, template: ChatTemplate | None, flag: str) -> s
     if question.endswith("Assistant:"):
         return question
     return write_prompt([{"role": "user", "content": question}], template, flag)
+
+
+def write_answer(question: str, answer: str, template: ChatTemplate | None, flag: str) -> tuple[str, str]:
+    """A question as by `write_question`, and an answer as it follows."""
+    prompt = write_question(question, template, flag)
+    if template is None or prompt == question:
+        return prompt, as_answer(prompt, answer)
+    messages = [{"role": "user", "content": question}]
+    try:
+        return prompt, template.answer(messages, prompt, answer)
+    except TemplateRefuses as error:
+        raise UserError(f"{flag}: the chat template refuses an answer to {question[:100]!r} ({error})") from error
 
 
 def as_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None = None) -> Prompts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from remax.core.batches import groups
 from remax.core.sequences import Sequences
-from remax.engines.scorer import Reward
 from utils.data.collate import pad
 from utils.data.tokens import beginning, encode_answers, end_ids, join, plain_ids, with_beginning
 from utils.distributed import device, gather_objects, rank, world_size
@@ -55,7 +55,13 @@ def _padded(texts: Sequence[EncodedText], pad_id: int) -> Sequences:
     return Sequences(ids, prompt_lengths, lengths - prompt_lengths).to(device())
 
 
-def score_texts(reward: Reward, texts: Sequence[EncodedText], *, batch_size: int, pad_id: int) -> Tensor:
+class Scoring(Protocol):
+    """What gives sequences a number each: a `Reward`, or a judge."""
+
+    def score(self, sequences: Sequences) -> Tensor: ...
+
+
+def score_texts(reward: Scoring, texts: Sequence[EncodedText], *, batch_size: int, pad_id: int) -> Tensor:
     """(n,) float32 scores in the order of `texts`, on every rank; the ranks share the work.
 
     Texts of similar length are scored together, the longest first: where memory is too small, that shows at once.

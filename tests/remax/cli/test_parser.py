@@ -5,7 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from remax.cli.evaluation import AnswersArguments, DoctorArguments, PromptEvalArguments, RewardEvalArguments
+from remax.cli.evaluation import (
+    AnswersArguments,
+    DoctorArguments,
+    PromptEvalArguments,
+    RewardEvalArguments,
+    WinrateArguments,
+)
 from remax.cli.flags import Count, Flags, Step1Arguments, Step2Arguments, Step3Arguments, flag
 from remax.cli.parser import build_parser, flags_of, read_flags
 from utils.run import UserError
@@ -52,7 +58,10 @@ def test_the_short_help_lists_the_usual_flags_and_says_where_the_others_are(argu
     assert last not in build_parser(arguments, "Step").format_help()
 
 
-@pytest.mark.parametrize("arguments", [DoctorArguments, PromptEvalArguments, RewardEvalArguments, AnswersArguments])
+SMALL = [DoctorArguments, PromptEvalArguments, RewardEvalArguments, AnswersArguments, WinrateArguments]
+
+
+@pytest.mark.parametrize("arguments", SMALL)
 def test_small_programs_list_every_flag_at_once(arguments):
     text = build_parser(arguments, "Program", everything=False).format_help()
     assert all(f"\n  --{name} " in text for name in flags_of(arguments))
