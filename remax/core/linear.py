@@ -8,6 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """(n, k) @ (k, m), in float32 where the numbers have 16 bits."""
+    if a.dtype not in SIXTEEN_BITS:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
 
 class _LinearInFloat32(torch.autograd.Function):
     """The weight itself is kept for the backward pass, no view or copy of it: at ZeRO-3 it is gone in between."""
@@ -15,9 +24,7 @@ class _LinearInFloat32(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        if hidden.is_cuda:
-            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        return hidden.float() @ weight.float().t()
+        return product_in_float32(hidden, weight.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -35,7 +42,7 @@ def linear_in_float32(hidden: Tensor, weight: Tensor, bias: Tensor | None = None
     float32 until then.
     """
     hidden = hidden.to(weight.dtype)
-    if weight.dtype not in (torch.float16, torch.bfloat16):
+    if weight.dtype not in SIXTEEN_BITS:
         return F.linear(hidden, weight, bias)
     logits = _LinearInFloat32.apply(hidden.flatten(0, -2), weight).unflatten(0, hidden.shape[:-1])
     return logits if bias is None else logits + bias

@@ -2,7 +2,8 @@
 
 A batch of B answers of A tokens over V words would make logits of B*A*V numbers, six times over in a naive loss. Here
 the head is applied to `chunk` tokens at a time and each chunk is computed again in the backward pass, so the peak is
-chunk*V.
+chunk*V. Where nothing but log-probs carries a gradient, and all words can be drawn, `remax.core.fused` does the same in
+fewer passes.
 """
 
 from __future__ import annotations
@@ -78,13 +79,22 @@ def token_stats(
     stats_grad: bool = False,
     reference_hidden: Tensor | None = None,
     reference_head: Head | None = None,
+    fused: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N, H) hidden states and (N,) target ids -> log-probs, entropy, KL, each (N,), computed in `chunks` pieces.
 
     With more than one piece each is recomputed in the backward pass. The number of pieces is the caller's, because
     under ZeRO-3 each call of the head gathers its weight over all ranks: every rank must call it equally often. Rows
     are added where N < chunks.
+
+    Args:
+        fused: The head as `fused_stats`: hidden states, targets, chunks, scale, entropy -> log-probs and entropy. It is
+            asked once, for all pieces, instead of `head` where it can say what is wanted.
     """
+    if fused and not sampling.truncates and reference_hidden is None and not (entropy and stats_grad):
+        scale = 1 / sampling.temperature
+        logprob, h = fused(hidden, targets=targets, chunks=chunks, scale=scale, entropy=entropy)
+        return logprob, h, torch.zeros_like(h)
 
     def piece(h: Tensor, y: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
@@ -17,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from remax.core.fused import fused_stats
 from remax.core.linear import linear_in_float32
 from remax.core.logprobs import Head, token_stats
 from remax.core.sampling import Sampling
@@ -95,7 +97,7 @@ class PolicyModel(nn.Module):
             prepare_packing(hf)
         self.own_generation_config = own_generation_config or hf.generation_config
         head = cast(nn.Linear, hf.get_output_embeddings())
-        head.forward = MethodType(_logits_in_float32, head)  # type: ignore[method-assign]
+        head.forward = MethodType(_read_by_head, head)  # type: ignore[method-assign]
 
     def head(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V) logits."""
@@ -111,6 +113,19 @@ class PolicyModel(nn.Module):
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and 3
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @property
+    def fused(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """The head as `token_stats` takes it, None where logits are not a multiple of its products.
+
+        It is asked through the module, whose hooks make its weight whole at ZeRO-3.
+        """
+        config, head = self.hf.config, self.hf.get_output_embeddings()
+        if getattr(config, "final_logit_softcapping", None) is not None or head.weight.dtype == torch.float16:
+            return None
+        factor = getattr(config, "logit_scale", None) or 1.0
+        factor /= getattr(config, "logits_scaling", None) or 1.0
+        return lambda hidden, *, scale, **of_targets: head(hidden, scale=factor * scale, **of_targets)
 
     def hidden(self, sequences: Sequences) -> Tensor:
         """(B, A, H) last hidden states at the positions that predict the answer tokens."""
@@ -150,14 +165,17 @@ class PolicyModel(nn.Module):
     def stats(self, hidden: Tensor, sequences: Sequences, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(B, A, H) hidden states of the sequences -> what `forward` returns, with the options of `token_stats`."""
         mask, places = sequences.answer_mask, sequences.answer_places  # (B, A), 2 of (N,)
-        stats = token_stats(hidden[places], self.head, sequences.answer_ids[places], **options)
+        stats = token_stats(hidden[places], self.head, sequences.answer_ids[places], fused=self.fused, **options)
         logprobs, h, kl = (
             torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in stats
         )
         return logprobs, h, kl
 
 
-def _logits_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
+def _read_by_head(head: nn.Linear, hidden: Tensor, **of_targets: Any) -> Any:
+    """Logits, or with `targets` what `fused_stats` gives."""
+    if of_targets:
+        return fused_stats(hidden, head.weight, head.bias, **of_targets)
     return linear_in_float32(hidden, head.weight, head.bias)
 
 

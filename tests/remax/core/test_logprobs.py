@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from remax.core.fused import fused_stats
 from remax.core.logprobs import chunk_stats, token_stats
 from remax.core.sampling import Sampling
 
@@ -247,4 +248,8 @@ def test_no_tensor_over_the_vocabulary_is_larger_than_a_chunk(chunks, rows):
             reference_head=p.reference_head,
         )
         gradients(p, *stats)
+    assert largest.rows == rows
+    with LargestTensor() as largest:
+        logprobs, _ = fused_stats(p.hidden, p.weight, None, targets=p.targets, chunks=chunks, entropy=True)
+        gradients(p, logprobs)
     assert largest.rows == rows
