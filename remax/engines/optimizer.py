@@ -34,9 +34,9 @@ class OptimizerConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) -> torch.optim.Optimizer:
-    """DeepSpeed's CPU Adam when the optimizer states live in CPU memory, else torch's AdamW (fused on a GPU).
+    """DeepSpeed's CPU Adam when the optimizer states live in CPU memory, else torch's fused AdamW.
 
-    The latter needs no compiler.
+    The latter needs no compiler. It goes through the weights once, without it ten times.
     """
     groups = optimizer_groups(model, config.weight_decay, config.lora_learning_rate, config.critic)
     if offload:
@@ -44,7 +44,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
 
         announce_compilation("cpu_adam")
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def announce_compilation(operator: str) -> None:
