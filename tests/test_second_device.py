@@ -51,12 +51,12 @@ def listed(step: dict[str, dict[str, int]]) -> str:
 
 
 def test_waits_of_a_remax_step(found, capsys):
-    # 4 prompts in one batch, learned from in 2 micro-batches, by Llamas. Read are the lengths of both kinds of answers
-    # and of 2 micro-batches, a denominator, a gradient's norm and the figures; transformers looks in each of 6 forwards
-    # whether rows are packed. Copied is the batch. Another wait wants a reason.
+    # 4 prompts in one batch, learned from in 2 micro-batches, by Llamas. Read are the lengths of both kinds of answers,
+    # a denominator, a gradient's norm and the figures; transformers looks in each of 6 forwards if rows are packed.
+    # Copied are the batch, and the order of the rows in the micro-batches. Another wait wants a reason.
     for step in found["trainings"]["remax"]["steps"]:
-        assert sum(ours(step["reads"]).values()) <= 13, listed(step)
-        assert sum(ours(step["copies"]).values()) <= 3, listed(step)
+        assert sum(ours(step["reads"]).values()) <= 11, listed(step)
+        assert sum(ours(step["copies"]).values()) <= 4, listed(step)
     with capsys.disabled():
         print(f"\n{listed(step)}")
 

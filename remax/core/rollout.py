@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -44,9 +45,13 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def select(self, rows: Tensor | slice) -> Rollout:
-        """Some of the rows; per-token tensors are cut to the width of the longest answer among them."""
-        sequences = self.sequences.select(rows)
+    def select(self, rows: Tensor | slice, numbers: Sequence[int] | None = None) -> Rollout:
+        """Some of the rows; per-token tensors are cut to the width of the longest answer among them.
+
+        Args:
+            numbers: See `Sequences.select`.
+        """
+        sequences = self.sequences.select(rows, numbers)
         width = sequences.answer_width
 
         def pick(x: Tensor | None) -> Tensor | None:
@@ -58,25 +63,32 @@ class Rollout:
         rest = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name not in ("sequences", "rewards")}
         return Rollout(sequences, self.rewards[rows], **rest)
 
-    def split(self, size: int, *, group: int = 1) -> Iterator[Rollout]:
-        """Micro-batches of at most `size` rows; rows of similar length together, so that little of them is padding.
+    def split(self, size: int, *, group: int = 1, packed: bool = False) -> Iterator[Rollout]:
+        """Micro-batches of `size` rows; the same number of them on every rank, from the same number of rows.
 
-        Every rank cuts the same number of micro-batches from the same number of rows.
+        Rows of similar length come together, so that little of them is padding.
 
         Args:
             size: Most rows of a micro-batch.
             group: How many adjacent rows (the answers to one prompt) stay together and adjacent; it divides `size`.
+            packed: Rows are read without padding, and `size` is a mean: each micro-batch has about as many tokens.
 
         Raises:
             ValueError: `size` or the number of rows would cut a group.
         """
         if size % group or len(self) % group:
             raise ValueError(f"{len(self)} rows in micro-batches of {size} cannot keep groups of {group} together")
-        longest = self.sequences.lengths.view(-1, group).amax(1)  # (B / group,)
-        within = torch.arange(group, device=longest.device)
-        order = (longest.argsort(stable=True)[:, None] * group + within).flatten()  # (B,)
-        for start in range(0, len(self), size):
-            yield self.select(order[start : start + size])
+        lengths = list(map(sum, zip(*self.sequences.counts, strict=True)))
+        groups = [lengths[start : start + group] for start in range(0, len(self), group)]
+        if packed:
+            parts = balanced(list(map(sum, groups)), math.ceil(len(self) / size))
+        else:
+            order = sorted(range(len(groups)), key=lambda k: max(groups[k]))
+            parts = [order[start : start + size // group] for start in range(0, len(order), size // group)]
+        cut = [[k * group + i for k in part for i in range(group)] for part in parts]
+        rows = torch.tensor(sum(cut, []), device=self.rewards.device)
+        for of_part, numbers in zip(rows.split(list(map(len, cut))), cut, strict=True):
+            yield self.select(of_part, numbers)
 
     @staticmethod
     def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
@@ -97,3 +109,14 @@ class Rollout:
 
         rest = {f.name: join(f.name) for f in fields(Rollout) if f.name not in ("sequences", "rewards")}
         return Rollout(sequences, torch.cat([part.rewards for part in parts]), **rest)
+
+
+def balanced(weights: Sequence[float], parts: int) -> list[list[int]]:
+    """Places of the weights in so many parts of about equal sums: the heaviest first, each to the lightest part."""
+    found: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0.0] * parts
+    for k in sorted(range(len(weights)), key=lambda k: -weights[k]):
+        lightest = sums.index(min(sums))
+        found[lightest].append(k)
+        sums[lightest] += weights[k]
+    return found

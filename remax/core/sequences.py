@@ -187,10 +187,18 @@ class Sequences:
         longest = max(map(sum, zip(*self.counts, strict=True)))
         return replace(self, input_ids=self.input_ids[:, :longest])._knowing(self.counts)
 
-    def select(self, rows: Tensor | slice) -> Sequences:
-        """Some of the rows, trimmed."""
+    def select(self, rows: Tensor | slice, numbers: Sequence[int] | None = None) -> Sequences:
+        """Some of the rows, trimmed.
+
+        Args:
+            numbers: The `rows` once more, where they are a tensor that need not be read then.
+        """
         some = Sequences(self.input_ids[rows], self.prompt_lengths[rows], self.answer_lengths[rows])
-        return (some._knowing([lengths[rows] for lengths in self.counts]) if isinstance(rows, slice) else some).trim()
+        if isinstance(rows, slice):
+            some._knowing([lengths[rows] for lengths in self.counts])
+        elif numbers is not None:
+            some._knowing([[lengths[k] for k in numbers] for lengths in self.counts])
+        return some.trim()
 
     def in_parts(self, parts: int) -> list[Sequences]:
         """The rows in order, in `parts` parts of nearly equal size, each trimmed."""

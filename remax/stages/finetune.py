@@ -109,7 +109,7 @@ def train_and_export(
         wandb=vars(args) if "wandb" in args.reports else None,
         console_every=args.console_every,
         total_steps=cadence.total_steps(len(loader)),
-        quiet=[f"pairs_{side}" for side in SIDES],
+        quiet=[*(f"pairs_{side}" for side in SIDES), *(f"seconds_{part}" for part in ("data", "update", "rest"))],
         drop_after=-1 if resumed is None else resumed,
     )
     try:

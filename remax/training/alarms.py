@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
-from utils.distributed import sum_across_ranks
+from remax.core.sums import Figure, Figures
 from utils.present import present
 
 COMPARED = ("entropy", "length", "ended", "distinct_trigrams")  # with the run's start
@@ -85,41 +85,45 @@ def distinct_ngrams(sequences: Sequences, n: int = 3) -> tuple[Tensor, Tensor]:
     return first_of_its_kind.sum(), whole.sum()
 
 
-def rollout_figures(
-    rollout: Rollout,
-    reward: float,
-    length: float,
-    sum_across_ranks: Callable[[Mapping[str, float | Tensor]], dict[str, float]] = sum_across_ranks,
-) -> dict[str, float]:
-    """Figures over the answers of all ranks, from one reduction; `reward` and `length` are the means over all ranks.
+def rollout_tallies(rollout: Rollout) -> Figures:
+    """What `rollout_figures` needs of the answers of this rank."""
+    distinct, trigrams = distinct_ngrams(rollout.sequences)
+    rows, r, n = len(rollout), rollout.rewards.double(), rollout.sequences.answer_lengths.double()  # (B,)
+    advantages = present(rollout.advantages, "Rollout.advantages")  # (B, A) or (B, 1)
+    if advantages.shape[1] > 1:
+        advantages = advantages.masked_fill(~rollout.sequences.answer_mask, 0.0)
+    return {
+        "repeated_trigrams": Figure(trigrams - distinct, trigrams),
+        "reward": Figure(r.sum(), rows),
+        "reward_square": Figure(r.square().sum(), rows),
+        "length": Figure(n.sum(), rows),
+        "length_square": Figure(n.square().sum(), rows),
+        "reward_length": Figure((r * n).sum(), rows),
+        "zero_advantages": Figure((advantages.abs() <= 1e-6).all(1).sum(), rows),
+    }
+
+
+def rollout_figures(means: Mapping[str, float]) -> dict[str, float]:
+    """Figures over the answers of all ranks, from the means of their tallies.
 
     Returns:
+        - `reward` and `length`, and `reward_std`, the reward's standard deviation;
         - `distinct_trigrams`: different trigrams of an answer over its trigrams, 1 where nothing is repeated;
         - `reward_length_correlation`: Pearson's, 0 where either does not vary;
         - `zero_advantages`: share of answers whose advantages are all 0: they leave the policy as it is.
     """
-    distinct, trigrams = distinct_ngrams(rollout.sequences)
-    r = rollout.rewards.double() - reward  # (B,)
-    n = rollout.sequences.answer_lengths.double() - length  # (B,)
-    advantages = present(rollout.advantages, "Rollout.advantages")  # (B, A) or (B, 1)
-    if advantages.shape[1] > 1:
-        advantages = advantages.masked_fill(~rollout.sequences.answer_mask, 0.0)
-    total = sum_across_ranks(
-        {
-            "answers": float(len(rollout)),
-            "distinct": distinct,
-            "trigrams": trigrams,
-            "rr": r.square().sum(),
-            "nn": n.square().sum(),
-            "rn": (r * n).sum(),
-            "zero": (advantages.abs() <= 1e-6).all(1).sum(),
-        }
-    )
-    spread = math.sqrt(total["rr"] * total["nn"])
+    reward, length = means["reward"], means["length"]
+    of_reward, of_length = means["reward_square"] - reward**2, means["length_square"] - length**2
+    # A difference of two squares is rounded to some 1e-16 of them.
+    varies = of_reward > 1e-13 * means["reward_square"] and of_length > 1e-13 * means["length_square"]
+    covariance = means["reward_length"] - reward * length
     return {
-        "distinct_trigrams": total["distinct"] / total["trigrams"] if total["trigrams"] else 1.0,
-        "reward_length_correlation": total["rn"] / spread if spread > 0 else 0.0,
-        "zero_advantages": total["zero"] / total["answers"],
+        "reward": reward,
+        "reward_std": math.sqrt(max(of_reward, 0.0)),
+        "length": length,
+        "distinct_trigrams": 1 - means["repeated_trigrams"],
+        "reward_length_correlation": covariance / math.sqrt(of_reward * of_length) if varies else 0.0,
+        "zero_advantages": means["zero_advantages"],
     }
 
 

@@ -51,14 +51,13 @@ def optimizer_step(task: Task, batches: list[Any], losses: list[Part] | None = N
         name, total = next(iter(totals.items()))  # the batches' losses add up, whichever count they are weighed by
         figures = add(figures, {"loss": Figure(loss.detach() * total, counts[i][name]), **more})
     result = task.learner.step()
-    seconds = time.perf_counter() - begin
     means = reduce(figures | {"tokens of a rank": tokens, "slots of a rank": slots})
     tokens_read, slots_computed = means.pop("tokens of a rank"), means.pop("slots of a rank")
     return (
         means
         | result.figures
         | {"padding_share": 1 - tokens_read / slots_computed}
-        | {"seconds_per_step": seconds, "tokens_per_second": tokens_read * world_size() / seconds}
+        | {"seconds_update": time.perf_counter() - begin, "tokens": tokens_read * world_size()}
     )
 
 

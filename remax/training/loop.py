@@ -162,7 +162,11 @@ class Learner(Protocol):
         ...
 
     def learn(self, step: int, batches: list[Any]) -> dict[str, float]:
-        """One step on its batches; figures, equal on every rank."""
+        """One step on its batches; figures, equal on every rank.
+
+        Among them are `tokens`, those of all ranks that a rate is told of, and the seconds of parts of the step, as
+        "seconds_<part>".
+        """
         ...
 
     def check(self, step: int, figures: dict[str, float]) -> None:
@@ -225,6 +229,8 @@ class _Run:
         self.total, self.bound = cadence.total_steps(len(loader)), cadence.bound(len(loader))
         self.started = time.perf_counter()
         self.pause = 0.0  # seconds that the last checkpoint has taken
+        self.turn = self.logged = self.started  # when the loop turned to the next batches, and last logged a step
+        self.aside = 0.0  # seconds since then that belong to no step: evaluations and checkpoints
         self.suspect, self.norm_known = 0, False  # the first of the last steps that were not finite; 0: they were
         self.left_out = range(0)  # of the batches that are drawn from here on
         self.asked = self.started  # when the loop last asked whether to stop
@@ -267,19 +273,24 @@ class _Run:
         state, total = self.state, self.total
         if state.finished or state.step >= total:
             return
+        self.turn = self.logged = time.perf_counter()
+        self.aside = 0.0
         for drawn, batches in enumerate(batches_of_steps(self.loader, self.cadence, state)):
             if drawn in self.left_out:
                 continue
             self.step(batches)
             bar.update(1)
             if state.step % (self.cadence.evaluate_every or self.epoch_steps) == 0 or state.step == total:
-                if reason := self.evaluate():
+                with self.outside_of_steps():
+                    reason = self.evaluate()
+                if reason:
                     print0(f"stopped at step {state.step}: {reason}")
                     state.finished = True
                     break
             if state.step >= total:
                 break
             self.keep(self.checkpoints is not None and self.checkpoints.due(state.step))
+            self.turn = time.perf_counter()
 
     def go_back(self, lost: NotFinite) -> None:
         """To the last checkpoint, and on without the batches of the last steps that were not finite; once.
@@ -331,16 +342,39 @@ class _Run:
 
     def step(self, batches: list[Any]) -> None:
         """One step of the learner, with its figures."""
-        state = self.state
+        state, waited = self.state, time.perf_counter() - self.turn
         state.step += 1
         with error_context(f"step {state.step}"), at(f"step {state.step}"):
             figures = self.learner.learn(state.step, batches)
-        shown = {f"train/{k}": v for k, v in figures.items()}
+        shown = {f"train/{k}": v for k, v in self.timed(figures, waited).items()}
         if self.pause:
             shown["train/seconds_checkpoint"], self.pause = self.pause, 0.0
         self.metrics.log(state.step, shown, epoch=state.step / self.epoch_steps)
         self.suspect = 0 if self.finite(figures) else self.suspect or state.step
         self.learner.check(state.step, figures)
+
+    def timed(self, figures: Mapping[str, float], waited: float) -> dict[str, float]:
+        """The figures of a step with its wall time, which its parts, the wait for batches and the rest add up to.
+
+        It goes from one step's log to the next one's, without evaluations and checkpoints.
+        """
+        now = time.perf_counter()
+        seconds, self.logged, self.aside = now - self.logged - self.aside, now, 0.0
+        parts = sum(value for name, value in figures.items() if name.startswith("seconds_"))
+        spent = {
+            "seconds_data": waited,
+            "seconds_rest": max(seconds - waited - parts, 0.0),
+            "seconds_per_step": seconds,
+        }
+        rest = {name: value for name, value in figures.items() if name != "tokens"}
+        return {**rest, **spent, "tokens_per_second": figures["tokens"] / seconds}
+
+    @contextmanager
+    def outside_of_steps(self) -> Iterator[None]:
+        """What happens inside is part of no step's time."""
+        begin = time.perf_counter()
+        yield
+        self.aside += time.perf_counter() - begin
 
     def finite(self, figures: Mapping[str, float]) -> bool:
         """Whether a step's loss is a number, and the gradient that was applied."""
@@ -381,7 +415,7 @@ class _Run:
         assert self.checkpoints is not None
         state, seconds = self.state, self.seconds
         self.started, state.seconds = time.perf_counter(), seconds
-        with at(f"the checkpoint of step {state.step}"):
+        with at(f"the checkpoint of step {state.step}"), self.outside_of_steps():
             self.metrics.flush()
             self.pause = self.checkpoints.save(state.step)
 

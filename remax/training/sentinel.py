@@ -16,11 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from remax.core.rollout import Rollout
-from remax.training.alarms import COMPARED, Alarm, Thresholds, drift_alarms, fatal_alarms, rollout_figures
-from utils.distributed import sum_across_ranks
+from remax.training.alarms import COMPARED, Alarm, Thresholds, drift_alarms, fatal_alarms
 from utils.metrics import warn
 from utils.run import NotFinite, TrainingStopped
 
@@ -42,9 +39,6 @@ class Sentinel:
     thresholds: Thresholds = field(default_factory=Thresholds)
     warn: Callable[[str], None] = warn
     remark: Callable[[str, str, int], None] = lambda kind, text, step: None
-    sum_across_ranks: Callable[[Mapping[str, float | Tensor]], dict[str, float]] = field(
-        default=sum_across_ranks, repr=False
-    )
     fatal: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -60,13 +54,12 @@ class Sentinel:
         """Judges a step.
 
         Returns:
-            Further figures: those of `rollout_figures`, and `alarms`, the number of warnings that hold.
+            A further figure: `alarms`, the number of warnings that hold.
         """
-        extra = rollout_figures(rollout, figures["reward"], figures["length"], self.sum_across_ranks)
-        alarms = self.judge({**figures, **extra})
+        alarms = self.judge(figures)
         for alarm in alarms:
             self.raise_alarm(step, alarm)
-        return {**extra, "alarms": float(len(alarms))}
+        return {"alarms": float(len(alarms))}
 
     def judge(self, figures: dict[str, float]) -> list[Alarm]:
         """Takes one step's reduced figures in, and returns what is wrong now."""

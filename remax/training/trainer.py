@@ -28,7 +28,7 @@ from remax.engines.policy import Actor, Judge, Reference
 from remax.engines.scorer import Reward, TrainedReward
 from remax.evaluation.policy import PolicyEvaluation
 from remax.rewards.composite import CompositeReward
-from remax.training.alarms import start_again
+from remax.training.alarms import rollout_figures, rollout_tallies, start_again
 from remax.training.loop import Cadence, TrainState, train
 from remax.training.sentinel import Sentinel
 from remax.training.suspects import Decode, Part, suspects
@@ -245,7 +245,8 @@ class Trainer:
         """
         denominator = sum_across_ranks({"count": self.algorithm.count(rollout.sequences)})["count"]
         group = self.algorithm.samples_per_prompt if self.algorithm.compares_answers else 1
-        parts, kl = list(rollout.split(self.settings.micro_batch_size, group=group)), self.algorithm.kl
+        packed, kl = self.actor.model.packing, self.algorithm.kl
+        parts = list(rollout.split(self.settings.micro_batch_size, group=group, packed=packed))
         figures: Figures = {}
         # A backward pass before a step reaches all that the engine learns, or ZeRO 1 would keep a part of the gradient.
         text_follows = self.unsupervised is not None and not self.one_engine
@@ -293,28 +294,18 @@ class Trainer:
     def summarise(self, rollout: Rollout, figures: Figures, timer: Timer, result: StepResult) -> dict[str, float]:
         """The figures of a step over all ranks; an adaptive KL coefficient moves by them."""
         rows, ended = len(rollout), rollout.sequences.ended(self.actor.model.hf.generation_config.eos_token_id)
-        local = figures | {
-            "reward": Figure(rollout.rewards.sum(), rows),
-            "reward_square": Figure(rollout.rewards.square().sum(), rows),
-            "length": Figure(rollout.sequences.answer_lengths.sum(), rows),
-            "ended": Figure(ended.sum(), rows),
-        }
+        tallies = rollout_tallies(rollout)
+        local = figures | tallies | {"ended": Figure(ended.sum(), rows)}
         if rollout.baseline is not None:
             local["baseline"] = Figure(rollout.baseline.sum(), len(rollout.baseline))
         local |= {f"seconds_{name}": Figure(value, 1) for name, value in timer.seconds.items()}
         local |= {"tokens of a rank": Figure(timer.tokens, 1), "answers of a rank": Figure(rows, 1)}
         means = reduce(local, self.settings.optimizer_steps(self.algorithm))
-        seconds = sum(means[f"seconds_{name}"] for name in timer.seconds)
         tokens, answers = (means.pop(f"{name} of a rank") * world_size() for name in ("tokens", "answers"))
         if "kl" in means:
             self.algorithm.update(means["kl"], answers)
-        means["reward_std"] = math.sqrt(max(means.pop("reward_square") - means["reward"] ** 2, 0.0))
-        return (
-            means
-            | {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
-            | self.algorithm.figures()
-            | result.figures
-        )
+        of_rollout = rollout_figures({name: means.pop(name) for name in tallies})
+        return of_rollout | means | {"tokens": tokens} | self.algorithm.figures() | result.figures
 
     # --------------------------------------------------------------------------------------------------------- the loop
 

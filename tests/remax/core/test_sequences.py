@@ -214,6 +214,24 @@ def test_split_keeps_groups_together():
             list(rollout.select(slice(0, rows)).split(size, group=2))
 
 
+def test_split_without_padding_balances_tokens():
+    # Prompts of one token, answers of 1 to 9: the heaviest row first, each goes to the lighter part.
+    answers = [3, 9, 1, 8, 1, 7]
+    ids, one = torch.arange(60).view(6, 10), torch.ones(6, dtype=torch.long)
+    rollout = Rollout(Sequences(ids, one, torch.tensor(answers)), torch.tensor(answers).float())
+    parts = list(rollout.split(3, packed=True))
+    # 10 | 9, then 10 | 17, 14 | 17, 16 | 17, 18 | 17 tokens
+    assert [part.rewards.tolist() for part in parts] == [[9, 3, 1, 1], [8, 7]]
+    assert [part.sequences.tokens for part in parts] == [18, 17]
+    for part in parts:
+        known = part.sequences.counts
+        del part.sequences.__dict__["counts"]
+        assert part.sequences.counts == known  # what was not read is what would have been
+    # Groups of two, (3, 9), (1, 8), (1, 7), of 14, 11 and 10 tokens, stay together.
+    parts = list(rollout.split(4, group=2, packed=True))
+    assert [part.rewards.tolist() for part in parts] == [[3, 9], [1, 8, 1, 7]]
+
+
 def test_only_the_answers_of_a_dialogue_are_learned():
     ids = torch.arange(12).view(2, 6)
     lengths = {"lengths": torch.tensor([6, 3]), "prompt_lengths": torch.tensor([2, 1])}

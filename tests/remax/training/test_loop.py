@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from remax.checkpoint.checkpoints import Checkpoints, Saving, newest
+from remax.training import loop
 from remax.training.loop import Cadence, _Run
 from utils.data.loaders import EpochSampler
 
@@ -155,3 +157,31 @@ def test_rows_that_do_not_fit_the_steps_to_come_are_told_of(batch, max_steps, wo
     assert words in said if words else "rows that are left" not in said
     second.state.epoch = 1  # the data has ended
     assert ("--max_steps" in second.ended()) == (max_steps > 0)
+
+
+def test_the_parts_of_a_step_add_up_to_its_wall_time(monkeypatch):
+    # Drawing a batch takes 1 s, learning 5 s, of which 3 are the update's, a record 0.5 s; an evaluation is no step's.
+    clock, records = SimpleNamespace(now=0.0), []
+
+    def takes(seconds: float, result=None):
+        clock.now += seconds
+        return result
+
+    def log(step: int, values: dict[str, float], epoch: float) -> None:
+        takes(0.5)
+        if "train/loss" in values:
+            records.append({name.removeprefix("train/"): value for name, value in values.items()})
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    learner = Idle()
+    learner.label, learner.headline, learner.sign = "idle", "loss", -1
+    learner.learn = lambda step, batches: takes(5, {"loss": 1.0, "seconds_update": 3.0, "tokens": 13.0})
+    learner.evaluate = lambda: takes(100, SimpleNamespace(figures={"loss": 1.0}))
+    learner.check, learner.evaluated = lambda *_: None, lambda *_: takes(10)
+    loader = DataLoader(range(3), 1, sampler=EpochSampler(3, 1), collate_fn=lambda rows: takes(1, rows))
+    _Run(learner, loader, Cadence(evaluate_every=2), SimpleNamespace(log=log), None).all_steps()
+    assert [record["seconds_per_step"] for record in records] == [6, 6.5, 6.5]
+    for record in records:
+        parts = [record[f"seconds_{part}"] for part in ("data", "update", "rest")]
+        assert parts[:2] == [1, 3] and sum(parts) == record["seconds_per_step"]
+        assert record["tokens_per_second"] == 13 / record["seconds_per_step"] and "tokens" not in record

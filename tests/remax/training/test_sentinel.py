@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import count
-from threading import Barrier
 
 import pytest
 import torch
 
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
-from remax.training.alarms import Thresholds, distinct_ngrams, fatal_alarms, rollout_figures
+from remax.core.sums import add, reduce
+from remax.training.alarms import Thresholds, distinct_ngrams, fatal_alarms, rollout_figures, rollout_tallies
 from remax.training.sentinel import Sentinel
 from utils.run import TrainingStopped
 
@@ -87,47 +85,45 @@ def rollout_of(answers, rewards, advantages) -> Rollout:
 ROLLOUT = ([[1], [1, 2], [1, 2, 3], [1, 1, 1, 1]], [1.0, 2.0, 3.0, 2.0], [[0.0], [1.0], [0.0], [-1.0]])
 
 
+def figures_of(*rollouts: Rollout) -> dict[str, float]:
+    """Those of the rollouts of several ranks together."""
+    tallies: dict = {}
+    for rollout in rollouts:
+        tallies = add(tallies, rollout_tallies(rollout))
+    return rollout_figures(reduce(tallies))
+
+
 def test_figures_by_hand():
     # lengths 1 2 3 4, rewards 1 2 3 2: deviations -1.5 -.5 .5 1.5 and -1 0 1 0; r = 2 / sqrt(5 * 2)
-    figures = rollout_figures(rollout_of(*ROLLOUT), reward=2.0, length=2.5)
-    assert figures == pytest.approx(
-        {
-            "distinct_trigrams": (1 + 1) / (1 + 2),
-            "reward_length_correlation": 2 / math.sqrt(10),
-            "zero_advantages": 2 / 4,
-        }
-    )
+    expected = {
+        "reward": 2.0,
+        "reward_std": math.sqrt(2 / 4),
+        "length": 2.5,
+        "distinct_trigrams": (1 + 1) / (1 + 2),
+        "reward_length_correlation": 2 / math.sqrt(10),
+        "zero_advantages": 2 / 4,
+    }
+    assert figures_of(rollout_of(*ROLLOUT)) == pytest.approx(expected)
+    of_ranks = [rollout_of(*(column[rows] for column in ROLLOUT)) for rows in (slice(0, 1), slice(1, 4))]
+    assert figures_of(*of_ranks) == pytest.approx(expected)
 
 
 def test_advantages_of_tokens_count_within_the_answer_only():
     # PPO's advantages: what stands behind an answer's end is no advantage.
     rollout = rollout_of([[1, 2], [3]], [0.0, 1.0], [[0.0, 0.0], [0.0, 7.0]])
-    assert rollout_figures(rollout, 0.5, 1.5)["zero_advantages"] == 1.0
+    assert figures_of(rollout)["zero_advantages"] == 1.0
 
 
-def test_equal_lengths_or_rewards_have_no_correlation():
-    rollout = rollout_of([[1], [2]], [0.0, 1.0], [[1.0], [1.0]])
-    figures = rollout_figures(rollout, 0.5, 1.0)
-    assert figures["reward_length_correlation"] == 0.0 and figures["distinct_trigrams"] == 1.0
-
-
-def test_two_ranks_give_the_figures_of_one():
-    ranks, told = Barrier(2), {}
-
-    def figures(rank: int) -> dict[str, float]:
-        rows, call = slice(2 * rank, 2 * rank + 2), count()
-
-        def sum_across_ranks(values):
-            step = next(call)
-            told[step, rank] = {name: float(value) for name, value in values.items()}
-            ranks.wait(timeout=10)
-            return {name: told[step, 0][name] + told[step, 1][name] for name in values}
-
-        return rollout_figures(rollout_of(*(column[rows] for column in ROLLOUT)), 2.0, 2.5, sum_across_ranks)
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(figures, range(2))
-    assert first == second == pytest.approx(rollout_figures(rollout_of(*ROLLOUT), 2.0, 2.5))
+@pytest.mark.parametrize("level", [0.1, 1e6 / 3])
+def test_equal_lengths_or_rewards_have_no_correlation(level):
+    equal_lengths = rollout_of([[1], [2]], [0.0, 1.0], [[1.0], [1.0]])
+    equal_rewards = rollout_of([[1], [2, 3], [4]], [level] * 3, [[1.0]] * 3)
+    for rollout in (equal_lengths, equal_rewards):
+        figures = figures_of(rollout)
+        assert figures["reward_length_correlation"] == 0.0 and figures["distinct_trigrams"] == 1.0
+    # A spread of a millionth of its level is one: that of the lengths.
+    spread = rollout_of([[1], [2, 3], [4]], [1.0, 1.0 + 1e-6, 1.0], [[1.0]] * 3)
+    assert figures_of(spread)["reward_length_correlation"] == pytest.approx(1.0, abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------ judgement
@@ -289,8 +285,7 @@ def test_a_warning_names_step_figure_cause_and_remedy_and_is_not_repeated_at_onc
     kept: list[tuple[str, str, int]] = []
     sentinel = Sentinel(VOCABULARY, replace(Thresholds(), repeat_after=30), told.append, lambda *row: kept.append(row))
     assert watch(sentinel, range(1, 11))[-1]["alarms"] == 0.0
-    found = watch(sentinel, range(11, 60), entropy=0.01)
-    assert found[-1]["alarms"] == 1.0 and "distinct_trigrams" in found[-1]
+    assert watch(sentinel, range(11, 60), entropy=0.01)[-1]["alarms"] == 1.0
     assert len(told) == 2  # at step 20, when the recent mean falls below the limit, and 30 steps later
     first, second = (int(message.split("step ")[1].split(":")[0]) for message in told)
     assert second - first == 30

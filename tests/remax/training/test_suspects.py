@@ -59,6 +59,7 @@ def test_the_rows_of_all_ranks_are_named(monkeypatch):
 def test_the_trainer_says_whose_reward_it_was():
     rollout = Rollout(ROWS, torch.tensor([NAN, 1.0]), advantages=torch.ones(2, 1))
     figures = {"loss": 1.0, "reward": NAN, "length": 2.0, "entropy": 1.0, "ended": 1.0, "grad_norm": 1.0}
+    figures |= dict.fromkeys(("distinct_trigrams", "reward_length_correlation", "zero_advantages"), 0.0)
     trainer = SimpleNamespace(
         step=lambda batches: (rollout, figures), watchers=[], sentinel=Sentinel(9), losses=[], decode=words, suspects=""
     )
