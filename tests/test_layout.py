@@ -50,7 +50,7 @@ ROOMS = {
         *(*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
         "report",
     ),
-    "demo": (*ENGINES, "engines", "evaluation"),
+    "demo": (*ENGINES, "engines", "evaluation", "report"),
     "doctor.py": ("cli", "stages"),
     "answers.py": ("cli", "stages"),
     "winrate.py": ("cli", "stages"),

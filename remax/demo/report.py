@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ from remax.generation.decoder import GenerationSettings
 from remax.models.loading import quiet_libraries
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
+from remax.report.runs import Run, moving_average, read_run
 from utils.data.encoding import Encoder, Names, encode_rows
 from utils.data.loaders import COLLATORS, KINDS, eval_order, make_loader
 from utils.data.preferences import load_data_set
@@ -75,7 +74,7 @@ def main() -> None:
     files = {name: output / file for name, file in names.items()}
     plot(files["plot"], stages["remax"], summary)
     files["samples"].write_text(samples(answers), encoding="utf-8")
-    summary["seconds"] = {stage.folder.name: stage.seconds for stage in stages.values()}
+    summary["seconds"] = {stage.folder.name: round(stage.seconds, 1) for stage in stages.values()}
     summary["seconds"]["report"] = round(time.perf_counter() - started, 1)
     summary["verdict"] = dict(zip(("passed", "text"), verdict(summary), strict=True))
     summary["paths"] = {name: str(path) for name, path in (folders | files).items()}
@@ -97,42 +96,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a stage has left in its folder."""
-
-    folder: Path  # its --output_dir
-    arguments: dict[str, Any]  # its flags
-    metrics: list[dict[str, Any]]  # the records of metrics.jsonl
-    seconds: float  # from its start to its last record
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric."""
-        records = [record for record in self.metrics if record.get(name) is not None]
-        return [record["step"] for record in records], [record[name] for record in records]
-
-
-def read_stage(folder: Path) -> Stage:
-    """A stage's run.json and metrics.jsonl; UserError where they are missing."""
+def read_stage(folder: Path) -> Run:
+    """A stage's run; UserError where it has not come to its end."""
     for name in ("run.json", "metrics.jsonl", "results.json"):
         if not (folder / name).is_file():
             raise UserError(
                 f"--output_dir {folder.parent}: {folder} has no {name}; expected the three stages of the demo, run to "
                 "their end (make demo)"
             )
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    metrics = read_rows(folder / "metrics.jsonl")
-    seconds = metrics[-1]["time"] - datetime.fromisoformat(run["started"]).timestamp()
-    return Stage(folder, run["arguments"], metrics, round(seconds, 1))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read_run(folder)
 
 
 def measure(
-    data: Path, folders: dict[str, Path], stages: dict[str, Stage], seed: int
+    data: Path, folders: dict[str, Path], stages: dict[str, Run], seed: int
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The summary's figures, and each policy's sampled answers: rows {prompt, answer, reward, true_reward, length}.
 
@@ -291,7 +267,7 @@ def readable(text: str) -> str:
 TRAIN, BASELINE, HELD_OUT, GOAL = "#8fb4d9", "#e3b77c", "#1f4e79", "#5a8f3c"
 
 
-def plot(path: Path, stage: Stage, summary: dict[str, Any]) -> None:
+def plot(path: Path, stage: Run, summary: dict[str, Any]) -> None:
     """Learned reward, true reward, KL and length over ReMax's steps: training as lines, held-out prompts as points."""
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -347,15 +323,9 @@ def plot(path: Path, stage: Stage, summary: dict[str, Any]) -> None:
     figure.savefig(path)
 
 
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Means over the last `window` values; the first ones over what there is."""
-    return [math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-
-
-def true_rewards_over_steps(stage: Stage) -> tuple[list[int], list[Estimate]]:
+def true_rewards_over_steps(stage: Run) -> tuple[list[int], list[Estimate]]:
     """Steps, and the true reward of the answers that the stage has kept of each evaluation (--save_answers)."""
-    found = {int(path.stem.removeprefix("step_")): path for path in (stage.folder / "answers").glob("step_*.jsonl")}
-    rows_of = {step: read_rows(found[step]) for step in sorted(found)}
+    rows_of = {step: stage.answers("answers", step) for step in stage.answered("answers")}
     texts = [([row["prompt"] for row in rows], [row["answer"] for row in rows]) for rows in rows_of.values()]
     return list(rows_of), [corpus.mean_true_reward(*of_step) for of_step in texts]
 

@@ -12,6 +12,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # of a curve
 CURVES = ("reward", "kl", "length", "entropy", "loss", "accuracy", "perplexity")
 SHOWN = 4  # prompts with their answers
+MOST = 200  # answers of an evaluation that are looked at
 LONGEST = 300  # characters of a text
 WORDS = {"good": "Went well", "unclear": "Look closer", "bad": "Did not go well"}
 
@@ -78,16 +79,18 @@ def curves(run: Run) -> list[str]:
 
 def answers(run: Run) -> str:
     """A few prompts with their first and last answers: those whose reward has grown most, and least."""
-    kept = run.answers("close_ups") or run.answers("answers")
-    if len(kept) < 2:
+    kind = "close_ups" if run.answered("close_ups") else "answers"
+    steps = run.answered(kind)
+    if len(steps) < 2:
         return ""
-    first, last = kept[min(kept)], kept[max(kept)]
-    pairs = [pair for pair in zip(first, last, strict=False) if pair[0]["prompt"] == pair[1]["prompt"]]
+    first, last = min(steps), max(steps)
+    both = (run.answers(kind, step, MOST) for step in (first, last))
+    pairs = [pair for pair in zip(*both, strict=False) if pair[0]["prompt"] == pair[1]["prompt"]]
     pairs = [pair for pair in pairs if all(isinstance(row.get("reward"), (int, float)) for row in pair)]
     pairs.sort(key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
     if len(pairs) > SHOWN:
         pairs = pairs[: SHOWN // 2] + pairs[-SHOWN // 2 :]
-    rows = [["prompt", f"answer at step {min(kept)}", "reward", f"answer at step {max(kept)}", "reward"]]
+    rows = [["prompt", f"answer at step {first}", "reward", f"answer at step {last}", "reward"]]
     return table(rows + [answer_row(*pair) for pair in pairs])
 
 

@@ -315,13 +315,14 @@ for (const row of rows) {
   if (!firstOf.has(key)) firstOf.set(key, row);
 }
 const before = row => { const first = firstOf.get(`${row.run}/${row.prompt}/${row.place}`); return first === row ? null : first; };
-const browser = {run: "", step: "", text: "", sort: "reward", down: true, paint: "kl", beside: "before", limits: {}, count: PAGE, only: null};
+const browser = {run: "", step: "", text: "", sort: "reward", down: true, paint: "kl", beside: "before", close: rows.some(row => row.tokens), limits: {}, count: PAGE, only: null};
 
 function wanted() {
   const inside = (value, [low, high] = []) => (low === undefined || (value !== undefined && value >= low)) && (high === undefined || (value !== undefined && value <= high));
   const text = browser.text.toLowerCase();
   const found = rows.filter(row => browser.only !== null ? row.index === browser.only
     : (browser.run === "" || row.run === +browser.run) && (browser.step === "" || row.step === +browser.step)
+    && (!browser.close || row.tokens)
     && ["reward", "length", "kl"].every(name => inside(row[name], browser.limits[name]))
     && (!text || row.answer.toLowerCase().includes(text) || data.prompts[row.prompt].toLowerCase().includes(text)));
   const gain = row => before(row)?.reward === undefined ? undefined : row.reward - before(row).reward;
@@ -336,7 +337,7 @@ for (const paint of ["kl", "advantage"]) {
 }
 function painted(row) {
   const values = row[`token_${browser.paint}`];
-  if (!values) return [row.answer];
+  if (!values) return [row.answer.trim()];
   return row.tokens.map((token, i) => {
     const share = Math.min(1, Math.abs(values[i]) / strengths[browser.paint][row.run]) * 0.75;
     const told = ["kl", "advantage"].filter(name => row[`token_${name}`]).map(name => `${name === "kl" ? "KL" : name} ${shown(row[`token_${name}`][i])}`);
@@ -366,8 +367,8 @@ function answer(row) {
     row.kl === undefined ? null : `KL ${shown(row.kl)}`].filter(text => text !== null);
   const block = (name, ...content) => make("div", {}, make("span", {class: "quiet"}, name), make("div", {class: "text"}, content));
   const first = before(row), columns = [block("sampled answer", painted(row))];
-  if (browser.beside === "before" && first) columns.push(block(`changed since step ${first.step} (reward ${shown(first.reward)})`, difference(first.answer, row.answer)));
-  if (browser.beside === "greedy" && row.greedy !== undefined) columns.push(block(`greedy answer (reward ${shown(row.greedy_reward)})`, row.greedy));
+  if (browser.beside === "before" && first) columns.push(block(`changed since step ${first.step} (reward ${shown(first.reward)})`, difference(first.answer.trim(), row.answer.trim())));
+  if (browser.beside === "greedy" && row.greedy !== undefined) columns.push(block(`greedy answer (reward ${shown(row.greedy_reward)})`, row.greedy.trim()));
   return make("article", {class: "card answer", "data-index": row.index},
     make("div", {class: "text prompt"}, data.prompts[row.prompt].trim().replace(/\n\s*\n/g, "\n")), make("div", {class: "beside"}, columns),
     make("div", {}, chips.map(text => make("span", {class: "chip"}, text))));
@@ -395,6 +396,8 @@ function answers() {
     }})));
   const direct = make("button", {"aria-label": "order", onclick: event => { browser.down = !browser.down; event.currentTarget.textContent = browser.down ? "↓" : "↑"; change("count", () => PAGE)(); }}, "↓");
   const has = name => rows.some(row => row[name] !== undefined);
+  const close = has("tokens") && rows.some(row => !row.tokens) ? make("label", {}, make("input", {type: "checkbox", checked: true,
+    onchange: event => change("close")(event.target.checked)}), "token by token only") : null;
   const bar = make("div", {class: "bar"},
     make("input", {type: "search", placeholder: "search prompts and answers", "aria-label": "search", oninput: event => change("text")(event.target.value)}),
     many ? select("run", [["", "all"], ...runs.map((run, i) => [String(i), run.name])], change("run"), "") : null,
@@ -402,9 +405,9 @@ function answers() {
     select("sort by", [["reward", "reward"], ["gain", "gain in reward"], ["length", "length"], ...(has("kl") ? [["kl", "KL"]] : []), ["step", "step"], ["prompt", "prompt"]], change("sort"), "reward"), direct,
     select("colour", [["kl", "KL of a token"], ["advantage", "advantage of a token"], ["", "none"]], change("paint"), "kl"),
     select("beside", [["before", "what changed"], ...(has("greedy") ? [["greedy", "greedy answer"]] : []), ["", "nothing"]], change("beside"), "before"),
-    limit("reward", "reward"), limit("length", "length"), has("kl") ? limit("kl", "KL") : null, count, all);
+    limit("reward", "reward"), limit("length", "length"), has("kl") ? limit("kl", "KL") : null, close, count, all);
   const legend = has("tokens") ? make("p", {class: "quiet"}, "less ", make("span", {class: "scale"}), " more: KL, log π − log π_ref, is positive where the policy finds a token "
-    + "more probable than its reference; the advantage is that against the greedy answer. Answers without colours were kept without their tokens.") : null;
+    + "more probable than its reference; the advantage is that against the greedy answer.") : null;
   draw();
   const cloud = scatter(index => { browser.only = index; draw(); list.scrollIntoView({block: "center"}); });
   return [cloud, section("Answers to held-out prompts", bar, legend, list, more)];

@@ -168,14 +168,14 @@ def browsed(run: Run, index: int, prompts: dict[str, int], budget: int) -> list[
     A row has the run's index, step, prompt (an index into `prompts`, which grows), answer, length and reward; of a
     close-up also what `remax.evaluation.close_ups` tells. Before and after are answers to one prompt of one place.
     """
-    close, kept = run.answers("close_ups"), run.answers("answers")
     rows: list[Record] = []
     left = {"texts": budget, "tokens": budget}
-    for step in chosen(sorted({*close, *kept}), run.best_step):
-        looked_at = {(row["prompt"], row["answer"]) for row in close.get(step, [])}
-        others = [row for row in kept.get(step, []) if (row["prompt"], row["answer"]) not in looked_at]
+    for step in chosen(sorted({*run.answered("close_ups"), *run.answered("answers")}), run.best_step):
+        close = run.answers("close_ups", step)
+        looked_at = {(row["prompt"], row["answer"]) for row in close}
+        others = [row for row in run.answers("answers", step, ROWS) if (row["prompt"], row["answer"]) not in looked_at]
         seen: dict[str, int] = {}
-        for row in [*close.get(step, []), *others[:ROWS]]:
+        for row in [*close, *others]:
             prompt, answer = str(row["prompt"]), str(row["answer"])
             place = seen[prompt] = seen.get(prompt, -1) + 1
             size = len(answer) + len(str(row.get("greedy", ""))) + 80 + (0 if prompt in prompts else len(prompt))

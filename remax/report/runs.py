@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from utils.files import LARGEST
 from utils.run import UserError
 
 Record = dict[str, Any]
@@ -99,14 +99,16 @@ class Run:
         known = {step: sign * row[name] for step, row in self.evaluations.items() if row.get(name) is not None}
         return max(known, key=lambda step: (known[step], -step)) if known else 0
 
-    def answers(self, kind: str, steps: Iterable[int] | None = None) -> dict[int, list[Record]]:
-        """The answers of the evaluations by step: `answers`, or `close_ups` with their tokens."""
-        found = {}
-        for path in (self.folder / kind).glob("step_*.jsonl"):
-            number = path.stem.removeprefix("step_")
-            if number.isdecimal() and (steps is None or int(number) in steps):
-                found[int(number)] = [row for row in read_rows(path) if "prompt" in row and "answer" in row]
-        return dict(sorted(found.items()))
+    def answered(self, kind: str) -> dict[int, Path]:
+        """The files of the evaluations' answers by step: `answers`, or `close_ups` with their tokens."""
+        named = {path.stem.removeprefix("step_"): path for path in (self.folder / kind).glob("step_*.jsonl")}
+        return dict(sorted((int(number), path) for number, path in named.items() if number.isdecimal()))
+
+    def answers(self, kind: str, step: int, most: int | None = None) -> list[Record]:
+        """The answers of one evaluation, the first `most` of them; none where none were kept."""
+        path = self.answered(kind).get(step)
+        rows = read_rows(path, most) if path else []
+        return [row for row in rows if "prompt" in row and "answer" in row]
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
@@ -156,18 +158,17 @@ def read_object(path: Path) -> Record:
     return found
 
 
-def read_rows(path: Path) -> list[Record]:
-    """The json objects of a file of one a line; what is none, such as a torn line, is left out."""
-    if path.stat().st_size > LARGEST:
-        raise UserError(f"{path}: is larger than {LARGEST // 2**20} MiB")
+def read_rows(path: Path, most: int | None = None) -> list[Record]:
+    """The json objects of a file of one a line, of its first `most` lines; what is none (a torn line) is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in islice(file, most):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                found.append(row)
     return found
 
 

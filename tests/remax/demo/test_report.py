@@ -11,7 +11,6 @@ from remax.checkpoint.export import export
 from remax.demo import report as program
 from remax.demo.corpus import best_answer, make_rows, true_reward
 from remax.demo.report import (
-    moving_average,
     plot,
     read_stage,
     readable,
@@ -86,11 +85,6 @@ def test_table_is_aligned_and_says_everything():
         assert part in text
     assert "5 answers to 4 held-out prompts" in text and "over prompts" in text
     assert "sft 12, report 4" in text and "some/where" in text and max(map(len, lines)) <= 110
-
-
-def test_moving_average():
-    assert moving_average([1.0, 2.0, 6.0, 4.0], 3) == [1.0, 1.5, 3.0, 4.0]
-    assert moving_average([1.0, 2.0], 1) == [1.0, 2.0]
 
 
 def test_readable_text_stays_in_one_cell():

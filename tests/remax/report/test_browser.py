@@ -28,6 +28,9 @@ def pages(make_run, tmp_path_factory):
     one = make_run(folder / "remax", reward_model_name_or_path=[str(reward)])
     (one / "remarks.jsonl").write_text(json.dumps({"step": 7, "kind": "KL", "text": EVIL}) + "\n")
     other = make_run(folder / "rloo", algo="rloo")
+    (other / "answers").mkdir()
+    plain = {"prompt": "And?", "answer": " Not token by token.", "length": 5, "reward": 0.0}
+    (other / "answers" / "step_000030.jsonl").write_text(json.dumps(plain) + "\n")
     sets = {"one": [one], "several": [one, other], "reward": [reward]}
     return {name: write_report(read_runs(runs), folder / f"{name}.html")[0] for name, runs in sets.items()}
 
@@ -146,7 +149,9 @@ def test_several_runs_lie_over_one_another(tab, pages):
     assert count(tab, "[data-run]") == 2 and count(tab, "[data-figure=kl] .curve:not(.raw)") == 4
     tab.run("[...document.querySelectorAll('button')].find(x => x.textContent === 'rloo').click()")
     assert count(tab, "[data-figure=kl] .curve:not(.raw)") == 2
-    assert counted(tab) == "6 of 24 answers"
+    assert counted(tab) == "6 of 25 answers"
+    tab.run("document.querySelector('[type=checkbox]').click()")
+    assert counted(tab) == "7 of 25 answers" and "Not token by token." in answers(tab)[-1]
     choose(tab, "run", "1")
-    assert counted(tab) == "3 of 24 answers"
+    assert counted(tab) == "4 of 25 answers"
     assert "algo" in tab.run("document.querySelector('[aria-label=Settings] table').innerText")

@@ -16,8 +16,9 @@ def test_a_finished_run(make_run, tmp_path):
     assert run.series("train/baseline")[1] == [1.0] * 30
     assert list(run.evaluations) == [0, 10, 20, 30] and run.evaluations[10]["reward"] == 1.5
     assert run.headline == ("reward", 1) and run.best_step == 30
-    assert [len(rows) for rows in run.answers("close_ups").values()] == [3, 3, 3, 3]
-    assert list(run.answers("close_ups", steps=[10])) == [10] and run.answers("answers") == {}
+    assert list(run.answered("close_ups")) == [0, 10, 20, 30] and run.answered("answers") == {}
+    assert len(run.answers("close_ups", 10)) == 3 and len(run.answers("close_ups", 10, most=2)) == 2
+    assert run.answers("answers", 10) == []
 
 
 def test_a_lower_perplexity_is_better_and_of_equals_the_first_is_the_best(make_run, tmp_path):
@@ -37,7 +38,7 @@ def test_a_run_that_was_killed(make_run, tmp_path):
     torn.write_text(torn.read_text()[:-20])
     run = read_run(folder)
     assert (run.state, run.last_step, run.stopped) == ("unfinished", 14, None)
-    assert len(run.answers("close_ups")[10]) == 2
+    assert len(run.answers("close_ups", 10)) == 2
     (folder / "remarks.jsonl").write_text('{"step": 14, "kind": "stopped", "text": "lost"}\n{"step"')
     assert read_run(folder).state == "stopped" and read_run(folder).stopped == "lost"
     (folder / "metrics.jsonl").write_text("")
@@ -74,4 +75,5 @@ def test_what_is_no_run_is_named(make_run, tmp_path):
 
 
 def test_moving_average_is_over_the_last_values():
-    assert moving_average([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert moving_average([1.0, 2.0, 6.0, 4.0], 3) == [1.0, 1.5, 3.0, 4.0]
+    assert moving_average([1.0, 2.0], 1) == [1.0, 2.0]
