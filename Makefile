@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-hydra demo-seeds test test-fast test-slow test-latest gpu mutants check style clean
+.PHONY: help demo demo-hydra demo-seeds test test-fast test-slow test-latest gpu mutants docs check style clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -78,6 +78,11 @@ test-latest: ## the quick tests with the newest releases of all but torch, in .v
 
 mutants: $(READY) ## hand-made faults, each of which some test must notice: half an hour (JOBS=2: two at a time)
 	python tests/mutants/run.py --jobs $(JOBS)
+
+docs: $(READY) ## the documents as a site with a gallery: build/site/index.html; each link is followed
+	python -c 'import material' 2>/dev/null || python -m pip install --disable-pip-version-check --quiet \
+		--no-build-isolation -c constraints.txt -e '.[docs]'
+	python docs/build_site.py
 
 check: $(READY) ## lint, types, import direction, shell scripts
 	ruff check .

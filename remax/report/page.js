@@ -5,8 +5,8 @@ const runs = data.runs, many = runs.length > 1;
 // Names of figures: title, unit; those that come first are drawn first.
 const FIGURES = {
   reward: ["Reward", ""], kl: ["KL to the reference", "nats per answer"], length: ["Answer length", "tokens"],
-  accuracy: ["Accuracy on pairs", "share"], loss: ["Loss", ""], perplexity: ["Perplexity of the data's answers", ""],
-  margin: ["Margin of scores", ""], entropy: ["Entropy", "nats per token"], ended: ["Answers that end", "share"],
+  accuracy: ["Accuracy on pairs", "share"], perplexity: ["Perplexity of the data's answers", ""],
+  margin: ["Margin of scores", ""], entropy: ["Entropy", "nats per token"], ended: ["Answers that end", "share"], loss: ["Loss", ""],
   grad_norm: ["Gradient norm", "before clipping"], distinct_trigrams: ["Distinct trigrams", "share"],
   objective: ["Reward − price of the KL", ""], kl_per_token: ["KL", "nats per token"], lr: ["Learning rate", ""],
   reward_length_correlation: ["Correlation of reward and length", ""], zero_advantages: ["Answers that teach nothing", "share"],
@@ -143,8 +143,9 @@ function curveChart(name) {
   const at = frame(all.flatMap(line => line.xs), [...spread, ...ends], `${title(name)}: ${last}`);
   for (const [i, run] of runs.entries()) {
     if (view.off.has(i)) continue;
-    for (const step of run.resumed) mark(at, place(run, step), "resumed", `${run.name}: gone on after step ${step}`);
-    for (const row of run.remarks) mark(at, place(run, row.step), row.kind === "stopped" ? "bad" : "", `${row.kind}: ${row.text}`);
+    const shade = many ? color(i) : "";
+    for (const step of run.resumed) mark(at, place(run, step), "resumed", `${run.name}: gone on after step ${step}`, shade);
+    for (const row of run.remarks) mark(at, place(run, row.step), row.kind === "stopped" ? "bad" : "", `${row.kind}: ${row.text}`, shade);
   }
   for (const line of lines) {
     at.inside.append(make("path", {class: "curve raw", d: path(line.xs, line.raw, at), style: `stroke:${line.shade}`}),
@@ -166,8 +167,8 @@ function curveChart(name) {
   return make("figure", {class: "card", style: "margin:0", "data-figure": name},
     make("h3", {}, title(name), unit ? make("span", {class: "quiet"}, `  ${unit}`) : null), at.svg, legend);
 }
-function mark(at, x, kind, text) {
-  at.svg.append(make("line", {class: `mark ${kind}`, x1: at.x(x), x2: at.x(x), y1: TOP, y2: HEIGHT - BOTTOM},
+function mark(at, x, kind, text, shade) {
+  at.svg.append(make("line", {class: `mark ${kind}`, x1: at.x(x), x2: at.x(x), y1: TOP, y2: HEIGHT - BOTTOM, style: shade && `stroke:${shade}`},
     make("title", {}, text)));
 }
 /** The values below the pointer. */
@@ -422,7 +423,7 @@ function scatter(choose) {
       style: `fill:${color(row.run)};opacity:${(0.15 + 0.65 * row.step / last).toFixed(2)};cursor:pointer`, onclick: () => choose(row.index),
       onpointermove: event => tell(event, [`step ${row.step}, reward ${shown(row.reward)}, ${title(name)} ${shown(row[name])}`, row.answer.slice(0, 160)]),
       onpointerleave: () => { tip.hidden = true; }}));
-    return make("div", {class: "card"}, make("h3", {}, `Reward against ${name === "kl" ? "KL" : "length"}`, make("span", {class: "quiet"}, "  answer by answer; later steps are darker")), at.svg);
+    return make("div", {class: "card"}, make("h3", {}, `Reward against ${name === "kl" ? "KL" : "length"}`, make("span", {class: "quiet"}, "  answer by answer; later steps are stronger")), at.svg);
   });
   const shownRuns = runs.map((run, i) => [run.eval, i]).filter(([held]) => held.series.kl && held.series.reward);
   if (shownRuns.length) {
