@@ -9,7 +9,14 @@ from typing import Any
 from remax.report.runs import Record, Run
 
 CLEAR = 3.0  # standard errors
-SPLIT = {"generation": "generation", "scoring": "scoring", "update": "update", "checkpoint": "checkpoints"}
+SPLIT = {  # train/seconds_NAME -> what it is called
+    "data": "waiting for data",
+    "generation": "generation",
+    "scoring": "scoring",
+    "update": "update",
+    "rest": "rest of the steps",
+    "checkpoint": "checkpoints",
+}
 
 
 @dataclass(frozen=True)
@@ -100,16 +107,10 @@ def calibration_error(bins: list[Record]) -> float:
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Seconds of the training by what they went into; `evaluation and the rest` is what no step accounts for.
-
-    Steps 1 and 2 know their steps as wholes.
-    """
-    of_parts = {title: math.fsum(run.series(f"train/seconds_{name}")[1]) for name, title in SPLIT.items()}
-    steps = math.fsum(run.series("train/seconds_per_step")[1])
-    inside = math.fsum(of_parts[title] for title in ("generation", "scoring", "update"))
-    found = of_parts | ({} if inside else {"steps": steps})
+    """Seconds of the training by what they went into; `evaluation and start` is what no step accounts for."""
+    found = {title: math.fsum(run.series(f"train/seconds_{name}")[1]) for name, title in SPLIT.items()}
     whole = (run.series("run/seconds")[1] or [0.0])[-1]
-    found["evaluation and the rest"] = max(0.0, whole - math.fsum(found.values()))
+    found["evaluation and start"] = max(0.0, whole - math.fsum(found.values()))
     return {title: round(value, 2) for title, value in found.items() if value > 0.005}
 
 

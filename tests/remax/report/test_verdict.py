@@ -70,11 +70,12 @@ def test_a_reward_model(make_run, tmp_path):
 
 def test_time_is_split(run):
     # 30 steps of 0.5 + 0.25 + 0.25 s; 61 s in all
-    rest = "evaluation and the rest"
+    rest = "evaluation and start"
     assert time_split(run) == {"generation": 15.0, "scoring": 7.5, "update": 7.5, rest: 31.0}
-    names = ("seconds_generation", "seconds_scoring", "seconds_update")
-    wholes = [{name: value for name, value in row.items() if not name.endswith(names)} for row in run.records]
-    assert time_split(replace(run, records=wholes)) == {"steps": 30.0, rest: 31.0}
+    more = {"train/seconds_checkpoint": 2.0, "train/seconds_data": 0.1}
+    slow = [row | (more if row["step"] == 5 and "train/kl" in row else {}) for row in run.records]
+    of_slow = {"waiting for data": 0.1, "checkpoints": 2.0, rest: 28.9}
+    assert time_split(replace(run, records=slow)) == time_split(run) | of_slow
     told = facts(run)
     assert (told["time"], told["device"], told["parameters"]) == ("1 min 01 s", "cpu × 2", "1,000")
 
