@@ -59,9 +59,9 @@ def test_the_attention_is_named_in_the_configuration_and_can_be_exchanged(llama,
 def test_a_registered_attention_gets_no_mask_and_every_further_argument(llama, recorded):
     # remax/models/packing.py: attend_in_pieces
     llama.set_attn_implementation("recorded")
-    llama.base_model(input_ids=torch.arange(5)[None], use_cache=False, piece_lengths=(2, 3))
+    llama.base_model(input_ids=torch.arange(5)[None], use_cache=False, pieces=((2, 3),))
     assert len(recorded) == llama.config.num_hidden_layers
-    assert all(call["mask"] is None and call["piece_lengths"] == (2, 3) for call in recorded)
+    assert all(call["mask"] is None and call["pieces"] == ((2, 3),) for call in recorded)
 
 
 def test_sdpa_without_a_mask_is_causal_and_gives_rows_first(llama):

@@ -277,12 +277,17 @@ def resolve_frozen(args: Step2Arguments | Step3Arguments, stage_flag: str, offlo
         setattr(args, stage_flag, 0)
 
 
+def check_attention(args: FinetuneArguments | Step3Arguments) -> None:
+    """An attention that can do what else is asked for."""
+    if args.packing and args.attn_implementation == "eager":
+        raise UserError("--packing with --attn_implementation eager: only sdpa and flash_attention_2 keep rows apart")
+
+
 def check_finetune(args: FinetuneArguments) -> None:
     check_model("model_name_or_path", args.model_name_or_path)
     check_lora(args, "")
     check_offload("zero_stage", args.zero_stage, offload=args.offload, offload_parameters=args.offload_parameters)
-    if args.packing and args.attn_implementation == "eager":
-        raise UserError("--packing with --attn_implementation eager: only sdpa and flash_attention_2 keep rows apart")
+    check_attention(args)
     check_dtype("dtype", args.dtype, args.bf16)
 
 
@@ -335,6 +340,7 @@ def check_step3(args: Step3Arguments) -> None:
         )
     stage = args.actor_zero_stage
     check_offload("actor_zero_stage", stage, offload=args.offload, offload_parameters=args.offload_parameters)
+    check_attention(args)
     if args.zero3_generation == "synced" and stage != 3:
         raise UserError(f"--zero3_generation synced with --actor_zero_stage {stage}: is for ZeRO 3 only")
     if args.penalty == "none":

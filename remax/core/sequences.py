@@ -118,6 +118,21 @@ class Sequences:
         """The B prompt lengths and the B answer lengths, as numbers. Kept, since reading them waits for a GPU."""
         return torch.stack([self.prompt_lengths, self.answer_lengths]).tolist()
 
+    @cached_property
+    def first_rows(self) -> list[int]:
+        """B numbers: of the first row with the same prompt, which is each row's own where none before it has it."""
+        first: dict[tuple[int, ...], int] = {}
+        prompts = zip(self.input_ids[:, : max(self.counts[0])].tolist(), self.counts[0], strict=True)
+        return [first.setdefault(tuple(ids[:length]), i) for i, (ids, length) in enumerate(prompts)]
+
+    @property
+    def rows_of_prompts(self) -> dict[int, list[int]]:
+        """The numbers of the rows with the same prompt, by the first of them, in order."""
+        rows: dict[int, list[int]] = {}
+        for i, first in enumerate(self.first_rows):
+            rows.setdefault(first, []).append(i)
+        return rows
+
     def _knowing(self, counts: list[list[int]]) -> Sequences:
         """The same object, with `counts` that need not be read."""
         self.__dict__["counts"] = counts

@@ -21,6 +21,7 @@ from remax.engines.zero import gathered
 from remax.generation.decoder import Answers, Decoder, GenerationSettings
 from remax.generation.rollout import DEFAULT_DECODER, rollout
 from remax.models.loading import evaluating
+from remax.models.packing import unpacked
 from remax.models.trunk import REFERENCE_AND_REWARD, REWARD, Use
 from utils.distributed import device, world_size
 from utils.present import present
@@ -108,8 +109,8 @@ class Actor(_Policy, Learner):
 
     @contextmanager
     def generating(self) -> Iterator[bool]:
-        """See `Engine.generating`; inside, the model itself is the actor."""
-        with self.switched(), self.engine.generating(self.gather_for_generation) as synced:
+        """See `Engine.generating`; inside, the model itself is the actor, and reads rows that are not packed."""
+        with self.switched(), unpacked(self.model), self.engine.generating(self.gather_for_generation) as synced:
             yield synced
 
     def rollout(self, prompts: Prompts, *, samples: int = 1, greedy: bool = True, logprobs: bool = False) -> Answers:

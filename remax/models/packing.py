@@ -5,10 +5,14 @@ joined to a single one just before the model reads them, and what is needed of i
 places. Loader, loss and everything between stay as they are, so loss and gradient are those of the padded batch but
 for rounding (and for the draws of dropout).
 
-Positions count from zero in every piece, and a token attends to its own piece alone. With `sdpa` each piece is
-attended to by itself (`attend_in_pieces`), so no mask is needed, causal kernels serve, and no work is done between
-pieces. With `flash_attention_2` transformers finds the pieces from the positions. Not with `eager`: it needs a mask
-over the whole row, and not every family's masks keep the pieces of one apart (OPT's do not).
+Positions count from zero in every row, and a token attends to its own row alone. With `sdpa` each piece is attended to
+by itself (`attend_in_pieces`), so no mask over the whole is needed, causal kernels serve, and no work is done between
+rows. With `flash_attention_2` transformers finds the rows from the positions. Not with `eager`: it needs a mask over
+the whole, and not every family's masks keep the rows of one apart (OPT's do not).
+
+With `sdpa`, answers to one prompt also share it: [prompt | answer | answer ...]. The prompt's tokens are computed once;
+an answer's tokens go on from the prompt's last position and attend to the prompt and to their own answer. What a causal
+model makes of the prompt does not depend on what follows, so the numbers are the same again, and gradients add up.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from remax.core.sequences import Sequences, places
+from utils.distributed import device
 from utils.run import UserError
 
 IN_PIECES = "sdpa_in_pieces"  # transformers makes no mask for an attention that it has no mask function for
@@ -46,31 +51,42 @@ def attend_in_pieces(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    piece_lengths: tuple[int, ...],
+    pieces: tuple[tuple[int, ...], ...],
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each of the pieces that the only row consists of: an attention of transformers.
+    """Causal attention within each of the rows that the only row consists of: an attention of transformers.
 
     Args:
         query: (1, heads, N, D); key and value are (1, key heads, N, D).
         attention_mask: None; transformers makes no mask for this attention.
-        piece_lengths: Tokens of each piece; they add up to N.
+        pieces: Tokens of a row; or those of a prompt, then of each of its answers. All together they add up to N.
         sliding_window: How many tokens a token sees, itself included.
 
     Returns:
         (1, N, heads, D), and no attention weights.
     """
-    parts, longest = [], max(piece_lengths)
-    for q, k, v in zip(*(x.split(piece_lengths, dim=2) for x in (query, key, value)), strict=True):
-        mask, length = None, q.shape[2]
-        if sliding_window is not None and length > sliding_window:
-            mask = band(longest, sliding_window, q.device)[..., :length, :length]
-        parts.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+    longest = max(first + max(rest, default=0) for first, *rest in pieces)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask, length, before = None, k.shape[2], k.shape[2] - q.shape[2]
+        if before or (sliding_window is not None and length > sliding_window):
+            mask = band(longest, sliding_window or longest, q.device)[..., before:length, :length]
+        return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+
+    lengths = [length for group in pieces for length in group]
+    split = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    parts = []
+    for _, *answers in pieces:
+        first = next(split)
+        parts.append(attend(*first))
+        for _ in answers:
+            q, k, v = next(split)
+            parts.append(attend(q, *(torch.cat(pair, 2) for pair in zip(first[1:], (k, v), strict=True))))
     return torch.cat(parts, 1), None
 
 
-@functools.lru_cache(maxsize=1)  # one mask for all pieces and layers of a batch: each would keep its own for backward
+@functools.lru_cache(maxsize=2)  # one mask for all pieces and layers of a batch, with a window and without
 def band(length: int, window: int, device: torch.device) -> Tensor:
     """(1, 1, length, length) bool: True where token i sees token j, i - window < j <= i."""
     column = torch.arange(length, device=device)
@@ -79,6 +95,11 @@ def band(length: int, window: int, device: torch.device) -> Tensor:
 
 
 AttentionInterface.register(IN_PIECES, attend_in_pieces)
+
+
+def pays(hf: PreTrainedModel) -> bool:
+    """Whether packing is likely to be faster: on a GPU a launch for each piece and layer may cost more than padding."""
+    return device().type == "cpu" or hf.config._attn_implementation == "flash_attention_2"
 
 
 def prepare_packing(hf: PreTrainedModel) -> None:
@@ -104,6 +125,9 @@ def prepare_packing(hf: PreTrainedModel) -> None:
 @contextlib.contextmanager
 def unpacked(model: Reader) -> Iterator[None]:
     """Inside, a packing model reads padded batches with the attention that transformers gave it."""
+    if not model.packing:
+        yield
+        return
     implementation = model.hf.config._attn_implementation
     model.packing = False
     model.hf.set_attn_implementation("sdpa" if implementation == IN_PIECES else implementation)
@@ -114,30 +138,74 @@ def unpacked(model: Reader) -> Iterator[None]:
         model.hf.set_attn_implementation(implementation)
 
 
+def shares_prompts(model: Reader) -> bool:
+    """Whether answers to one prompt that the model reads in one forward have it computed once."""
+    return model.packing and model.hf.config._attn_implementation == IN_PIECES
+
+
 @dataclass(frozen=True)
 class Packed:
-    """The rows of a batch joined to one, without padding."""
+    """The rows of a batch joined to one, without padding.
 
-    input_ids: Tensor  # (1, N)
-    position_ids: Tensor  # (1, N), from zero in each piece
-    start: Tensor  # (B,) column of each piece's first token
-    lengths: Tensor  # (B,) tokens of each piece, N in all
+    Attributes:
+        input_ids: (1, N).
+        position_ids: (1, N), from zero in each row.
+        prompt_start: (B,) column of each prompt's first token.
+        answer_start: (B,) column of each answer's first token.
+        prompt_lengths: (B,) tokens of each prompt.
+        lengths: (B,) tokens of each row.
+        pieces: See `attend_in_pieces`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    prompt_start: Tensor
+    answer_start: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+    pieces: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def join(cls, sequences: Sequences) -> Packed:
-        lengths = sequences.lengths
-        rows, positions = places(lengths, sequences.tokens)  # (N,)
-        ids = sequences.input_ids[rows, positions]
-        return cls(ids[None], positions[None], lengths.cumsum(0) - lengths, lengths)
+    def join(cls, sequences: Sequences, share: bool = False) -> Packed:
+        """The rows in order; with `share` each answer behind those before it that have the same prompt."""
+        prompts, answers = sequences.prompt_lengths, sequences.answer_lengths  # (B,)
+        own = torch.arange(len(sequences), device=prompts.device)
+        first, rows = own, {i: [i] for i in range(len(sequences))}  # rows by the first with their prompt
+        if share and len(rows := sequences.rows_of_prompts) < len(sequences):
+            first = torch.tensor(sequences.first_rows, device=prompts.device)
+        order = first.argsort(stable=True)  # (B,)
+        skipped = prompts * (first != own)  # (B,) tokens that are there already
+        added = (prompts + answers - skipped)[order]
+        counts = list(zip(*sequences.counts, strict=True))
+        pieces = tuple(
+            (counts[i][0], *(counts[j][1] for j in same if counts[j][1])) if len(same) > 1 else (sum(counts[i]),)
+            for i, same in rows.items()
+        )
+        begin = torch.empty_like(own).scatter_(0, order, added.cumsum(0) - added)
+        place, offset = places(added, sum(map(sum, pieces)))  # (N,)
+        row = order[place]
+        column = offset + skipped[row]
+        return cls(
+            sequences.input_ids[row, column][None],
+            column[None],
+            begin[first],
+            begin + prompts - skipped,
+            prompts,
+            sequences.lengths,
+            pieces,
+        )
 
     def at(self, values: Tensor, columns: Tensor) -> Tensor:
-        """(1, N, ...) values of the tokens -> those at some columns of the pieces.
+        """(1, N, ...) values of the tokens -> those at some columns of the rows.
 
-        They are (B, ...) for columns (B,) and (B, A, ...) for columns (B, A). Beyond the end of a piece, the values of
+        They are (B, ...) for columns (B,) and (B, A, ...) for columns (B, A). Beyond the end of a row, the values of
         its last token are repeated.
         """
         tail = (slice(None), *[None] * (columns.dim() - 1))
-        return values[0, self.start[tail] + torch.minimum(columns, self.lengths[tail] - 1)]
+        columns = torch.minimum(columns, self.lengths[tail] - 1)
+        before = self.prompt_lengths[tail]
+        in_answer = self.answer_start[tail] - before + columns
+        return values[0, torch.where(columns < before, self.prompt_start[tail] + columns, in_answer)]
 
 
 def last_hidden(hf: PreTrainedModel, sequences: Sequences, columns: Tensor, packing: bool) -> Tensor:
@@ -145,14 +213,18 @@ def last_hidden(hf: PreTrainedModel, sequences: Sequences, columns: Tensor, pack
     if not packing:  # no attention mask: see `sequences`
         states = hf.base_model(input_ids=sequences.input_ids, use_cache=False).last_hidden_state  # (B, T, H)
         return sequences.at(states, columns)
-    packed = Packed.join(sequences)
-    pieces: dict[str, Any] = {"position_ids": packed.position_ids}
-    if hf.config._attn_implementation == IN_PIECES:
-        pieces["piece_lengths"] = tuple(map(sum, zip(*sequences.counts, strict=True)))
-    states = hf.base_model(input_ids=packed.input_ids, use_cache=False, **pieces).last_hidden_state  # (1, N, H)
+    in_pieces = hf.config._attn_implementation == IN_PIECES
+    packed = Packed.join(sequences, share=in_pieces)
+    options: dict[str, Any] = {"position_ids": packed.position_ids}
+    if in_pieces:
+        options["pieces"] = packed.pieces
+    states = hf.base_model(input_ids=packed.input_ids, use_cache=False, **options).last_hidden_state  # (1, N, H)
     return packed.at(states, columns)
 
 
 def token_slots(sequences: Sequences, packing: bool) -> int:
-    """Tokens that `last_hidden` has the model compute, padding included."""
+    """Token slots of the rows as `last_hidden` has the model compute them, padding included.
+
+    A prompt that rows share counts for each of them.
+    """
     return sequences.tokens if packing else sequences.input_ids.numel()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from remax.algorithms import ALGORITHMS
-from remax.checks.packing import check_packing
+from remax.checks.packing import check_packing, start_packing
 from remax.cli.evaluation import DoctorArguments
 from remax.cli.flags import Step3Arguments
 from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
 from remax.engines.policy import Actor, Judge, Reference, TrainedHydra
+from remax.engines.roles import Role
 from remax.engines.scorer import Reward, TrainedReward
 from remax.engines.zero import copied_head, loading
 from remax.models.hydra import HydraModel, check_hydra_config, load_hydra
@@ -46,6 +48,7 @@ from remax.stages.settings import (
     reference_model,
     reward_engine,
 )
+from utils.distributed import print0
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer, same_vocabulary
 
@@ -89,25 +92,28 @@ def load_hydra_model(spec: ModelSpec, tokenizer: Tokenizer, *, new_head: bool = 
 def trained_policy(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokenizer, max_len: int) -> Actor:
     """A policy that learns given answers, of rows of at most `max_len` tokens."""
     engine = TrainedEngine(load_policy_model(spec, tokenizer), spec.engine, optimizer)
+    actor = Actor(engine)
     if spec.packing:
-        check_packing(engine, max_len, hidden_only=True)
-    return Actor(engine)
+        check_packing(actor, max_len, hidden_only=True)
+    return actor
 
 
 def trained_reward(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokenizer, max_len: int) -> TrainedReward:
     """A reward model that learns; its head may be new."""
     engine = TrainedEngine(load_scorer(spec, tokenizer, new_head=True), spec.engine, optimizer)
+    reward = TrainedReward(engine)
     if spec.packing:
-        check_packing(engine, max_len, every_token=True)
-    return TrainedReward(engine)
+        check_packing(reward, max_len, every_token=True)
+    return reward
 
 
 def trained_hydra(spec: ModelSpec, optimizer: OptimizerConfig, tokenizer: Tokenizer, max_len: int) -> TrainedHydra:
     """A policy and reward model in one that learns; its score head may be new."""
     engine = TrainedEngine(load_hydra_model(spec, tokenizer, new_head=True), spec.engine, optimizer)
+    both = TrainedHydra(engine)
     if spec.packing:
-        check_packing(engine, max_len, hidden_only=True)
-    return TrainedHydra(engine)
+        check_packing(both, max_len, hidden_only=True)
+    return both
 
 
 @dataclass(frozen=True)
@@ -281,6 +287,28 @@ def build_models(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Mo
     if tokenizers.critic is not None and critic is None:
         critic = build_critic(args, tokenizers.critic, steps)
     return Models(actor, reference, reward, critic)
+
+
+def pack_rows(args: Step3Arguments, models: Models) -> None:
+    """Has every model read its rows packed, as --packing says; where some cannot, or gain nothing, says so once.
+
+    Raises:
+        UserError: --packing was given, and a model cannot.
+    """
+    longest = args.max_prompt_seq_len + args.max_answer_seq_len
+    padded = defaultdict[str, list[str]](list)  # models by the reason why they do not
+    roles: list[tuple[str, Role, str]] = [("actor", models.actor, "hidden_only")]
+    roles += [("reference", models.reference, "hidden_only")]
+    roles += [("reward", part.model, "every_token") for part in models.reward.models]
+    roles += [("critic", models.critic, "every_token")] if models.critic is not None else []
+    engines: set[int] = set()  # several roles may hold one
+    for name, role, read in roles:
+        if id(role.engine) not in engines:
+            engines.add(id(role.engine))
+            if reason := start_packing(role, longest, args.packing, **{read: True}):
+                padded[reason].append(name)
+    for reason, names in padded.items():
+        print0(f"{', '.join(dict.fromkeys(names))}: rows are padded, since {reason}")
 
 
 def build_critic(args: Step3Arguments, tokenizer: Tokenizer, steps: int) -> TrainedReward:

@@ -461,16 +461,22 @@ MODELS = [
     *faults(
         "remax/models/packing.py",
         f"{ROOM}/models/test_packing.py",
-        ("packing-start", "lengths.cumsum(0) - lengths, lengths)", "lengths.cumsum(0), lengths)",
+        ("packing-start", "added.cumsum(0) - added", "added.cumsum(0)",
          "values are read in the next row"),
-        ("packing-positions", "positions[None], lengths",
-         "torch.arange(len(rows), device=rows.device)[None], lengths", "positions run on from row to row", [
+        ("packing-positions", "column[None],", "torch.arange(len(row), device=row.device)[None],",
+         "positions run on from row to row", [
          f"{ROOM}/models/test_packing.py::test_packing_is_a_partition_of_the_rows", (1, "supervised, packed, LoRA"), ]),
         ("packing-window", "(column > row - window)", "(column >= row - window)", "a window is one token too wide"),
+        ("packing-shared-position", "column = offset + skipped[row]", "column = offset",
+         "an answer to a shared prompt starts at position 0"),
+        ("packing-shared-answer", "begin + prompts - skipped", "begin + prompts",
+         "a shared prompt is passed over twice"),
+        ("packing-shared-mask", "[..., before:length, :length]", "[..., : length - before, :length]",
+         "an answer sees only the beginning of its prompt"),
         ("packing-slots", "return sequences.tokens if packing else sequences.input_ids.numel()",
          "return sequences.input_ids.numel()", "packing is said to pad",
          [f"{ROOM}/training/test_finetune.py::test_padding_is_told", (1, "supervised, packed, LoRA")]),
-        ("packing-left-off", "        model.packing = True\n", "        pass\n",
+        ("packing-left-off", "    finally:\n        model.packing = True\n", "    finally:\n        pass\n",
          "the check switches packing off for good"),
     ),
 ]
@@ -895,7 +901,7 @@ CHECKS = [
     *faults(
         "remax/checks/packing.py",
         f"{ROOM}/models/test_packing.py",
-        ("packing-check-blind", "if not difference <= RELATIVE_TOLERANCE[engine.config.dtype]:",
+        ("packing-check-blind", "if not difference <= RELATIVE_TOLERANCE[role.engine.config.dtype]:",
          "if not difference <= 10 * max(RELATIVE_TOLERANCE.values()):", "a leak between rows passes"),
     ),
 ]

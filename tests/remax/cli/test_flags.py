@@ -440,6 +440,7 @@ READ = {
         "TrainedReward(engine, use) if ALGORITHMS[args.algo].critic else None",
         "if tokenizers.critic is not None and args.critic_is_reward",
     ],
+    f"{MODELS}:pack_rows": ["longest = " + LONGEST, "start_packing(role, longest, args.packing, **{read: True})"],
     f"{MODELS}:build_critic": [REWARDS, "TrainedReward(engine, CRITIC if args.critic_is_reward else None)"],
     f"{MODELS}:load_trunk": [
         "if args.share == 'reference'",

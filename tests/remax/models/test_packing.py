@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from remax.checks.packing import check_packing
+from remax.checks.packing import check_packing, start_packing
 from remax.core.logprobs import PolicyOutput
 from remax.core.sequences import Sequences
-from remax.engines.base import Engine
+from remax.engines.base import Engine, FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.roles import Role
 from remax.models.loading import prepare_training
 from remax.models.lora import add_lora
 from remax.models.packing import IN_PIECES, Packed, attend_in_pieces, band, prepare_packing, token_slots, unpacked
@@ -54,11 +55,52 @@ def test_packing_is_a_partition_of_the_rows(rows, spare):
     assert token_slots(sequences, True) == len(real) and token_slots(sequences, False) == ids.numel()
     # unpack(pack(x)) = x on every token; behind a row's end stands its last one
     back = packed.at(packed.input_ids, torch.arange(width).expand_as(ids))
+    assert packed.pieces == tuple((p + a,) for p, a in rows)
     last = ids.gather(1, sequences.end_index[:, None])
     assert torch.equal(back, torch.where(sequences.mask, ids, last))
     assert torch.equal(packed.at(packed.input_ids, sequences.end_index), last[:, 0])
     vectors = torch.stack([packed.input_ids, -packed.input_ids], -1)  # (1, N, 2)
     assert torch.equal(packed.at(vectors, sequences.end_index), torch.stack([last[:, 0], -last[:, 0]], -1))
+
+
+def sharing(sequences: Sequences, prompt_of: list[int]) -> Sequences:
+    """The rows, of which each gets the prompt of another, in front of its own answer."""
+    ids = torch.zeros(len(sequences), int(sequences.prompt_lengths.max() + sequences.answer_lengths.max())).long()
+    prompts = sequences.prompt_lengths[prompt_of]
+    for i, j in enumerate(prompt_of):
+        prompt = sequences.input_ids[j, : prompts[i]]
+        answer = sequences.input_ids[i, sequences.prompt_lengths[i] : sequences.lengths[i]]
+        ids[i, : len(prompt) + len(answer)] = torch.cat([prompt, answer])
+    return Sequences(ids, prompts, sequences.answer_lengths)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=rows_of_tokens, choice=st.randoms(use_true_random=False))
+def test_a_shared_prompt_is_there_once(rows, choice):
+    prompts, answers = (torch.tensor(lengths) for lengths in zip(*rows, strict=True))
+    ids = torch.arange(len(rows) * 12).view(len(rows), 12)
+    prompt_of = [choice.randrange(len(rows)) for _ in rows]
+    sequences = sharing(Sequences(ids, prompts, answers), prompt_of)
+    packed = Packed.join(sequences, share=True)
+    read = packed.input_ids[0].tolist()
+    wanted = [ids[i, int(prompts[i]) :][: int(answers[i])] for i in range(len(rows))]
+    wanted += [ids[j, : int(prompts[j])] for j in set(prompt_of)]
+    assert sorted(read) == sorted(torch.cat(wanted).tolist())  # each answer once, each prompt once
+    columns = torch.arange(12).expand_as(ids).clamp(max=sequences.end_index[:, None])
+    assert torch.equal(packed.at(packed.input_ids, columns), sequences.at(sequences.input_ids, columns))
+    assert torch.equal(packed.at(packed.position_ids, columns), columns)  # an answer goes on from its prompt
+    assert sum(map(sum, packed.pieces)) == len(read)
+    split = iter(torch.tensor(read).split([n for group in packed.pieces for n in group]))
+    begins = [[int(next(split)[0]) for _ in group] for group in packed.pieces]
+    firsts = [int(sequences.input_ids[min(i for i, j in enumerate(prompt_of) if j == p), 0]) for p in set(prompt_of)]
+    assert sorted(group[0] for group in begins) == sorted(firsts)
+
+
+def test_an_empty_answer_is_no_piece(make_policy):
+    rows = Sequences(torch.tensor([[5, 6, 7], [5, 6, 0]]), torch.tensor([2, 2]), torch.tensor([1, 0]))
+    assert Packed.join(rows, share=True).pieces == ((2, 1),)
+    model = PolicyModel(AutoModelForCausalLM.from_pretrained(make_policy("gpt2")), packing=True)
+    assert model(rows)[0].tolist()[1] == [0.0]
 
 
 def test_a_window_of_two():
@@ -207,6 +249,42 @@ def test_the_pieces_and_layers_of_a_batch_share_one_mask(make_policy, sequences_
     assert band.cache_info().misses == 1 and band.cache_info().hits == long * layers - 1
 
 
+SIX = [0, 0, 2, 0, 2, 5]  # whose prompt each of six rows has: three, two and one answer to a prompt
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [(family, torch.float64) for family in FAMILIES] + [("mistral", torch.float32)]
+)
+def test_answers_that_share_a_prompt_have_the_numbers_of_padded_rows(
+    family, dtype, make_policy, make_scorer, sequences_of
+):
+    # Log-probs, scores, values before each token, and the gradient of all of them.
+    rows = sharing(sequences_of(7, 6, 300), SIX)
+    weights = torch.randn(rows.answer_mask.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    spared = 2 * int(rows.prompt_lengths[0]) + int(rows.prompt_lengths[2])
+    readers = [(AutoModelForCausalLM, make_policy, PolicyModel, [{}])]
+    if family not in ("cohere", "granite"):  # transformers has no classifiers of them
+        readers += [(AutoModelForSequenceClassification, make_scorer, RewardModel, [{"every_token": True}, {}])]
+    for auto, make, kind, reads in readers:
+        found, slots = [], []
+        for packing in (False, True):
+            model = kind(auto.from_pretrained(folder_of(make, family), dtype=dtype), packing=packing).eval()
+            embedding = model.hf.get_input_embeddings()
+            embedding.register_forward_pre_hook(lambda module, args, to=slots: to.append(args[0].numel()))
+            outputs = [model(rows, **how) for how in reads]
+            values = [x[0] if isinstance(x, tuple) else x for x in outputs]
+            sum((x * (weights if x.dim() > 1 else weights[:, 0])).sum() for x in values).backward()
+            found.append((values, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        assert {*slots} == {rows.input_ids.numel(), rows.tokens - spared} and slots[0] > slots[-1]
+        exact = dtype == torch.float64 and kind is PolicyModel and family in ("gpt2", "opt")  # nothing in float32 there
+        bound = 1e-12 if exact else 1e-5
+        for a, b in zip(found[0][0], found[1][0], strict=True):
+            torch.testing.assert_close(b, a, rtol=bound, atol=10 * bound)
+        norm = torch.cat([g.flatten() for g in found[0][1].values()]).norm()
+        difference = torch.cat([(found[1][1][name] - g).flatten() for name, g in found[0][1].items()]).norm()
+        assert norm > 1e-2 and difference <= bound * norm
+
+
 # --- the check on the live model
 
 
@@ -215,7 +293,7 @@ def checked(model, dtype: str = "fp32", max_len: int = 18) -> None:
     engine.model = engine.wrapped = model
     engine.config = EngineConfig(dtype=dtype)
     read = {"every_token": True} if isinstance(model, RewardModel) else {"hidden_only": True}
-    check_packing(engine, max_len, **read)
+    check_packing(Role(engine), max_len, **read)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -228,16 +306,51 @@ def test_the_check_passes_the_families(family, make_policy):
 
 
 def test_the_check_finds_a_leak(make_policy, make_scorer, monkeypatch):
-    def leaking(*tensors, piece_lengths, **options):
-        return attend_in_pieces(*tensors, piece_lengths=(sum(piece_lengths),), **options)
+    def leaking(*tensors, pieces, **options):
+        return attend_in_pieces(*tensors, pieces=((sum(map(sum, pieces)),),), **options)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, IN_PIECES, leaking)
-    for model in (
-        PolicyModel(AutoModelForCausalLM.from_pretrained(make_policy("opt")), packing=True),
-        RewardModel(AutoModelForSequenceClassification.from_pretrained(make_scorer("llama")), packing=True),
-    ):
-        with pytest.raises(UserError, match="--packing: .*'(opt|llama)'.*change each other's values"):
-            checked(model)
+    def blind(*tensors, pieces, **options):  # answers that do not see the prompt they share
+        return attend_in_pieces(*tensors, pieces=tuple((n,) for group in pieces for n in group), **options)
+
+    for attention in (leaking, blind):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, IN_PIECES, attention)
+        for model in (
+            PolicyModel(AutoModelForCausalLM.from_pretrained(make_policy("opt")), packing=True),
+            RewardModel(AutoModelForSequenceClassification.from_pretrained(make_scorer("llama")), packing=True),
+        ):
+            with pytest.raises(UserError, match="--packing: .*'(opt|llama)'.*change each other's values"):
+                checked(model)
+
+
+def test_packing_starts_where_it_pays_and_can(make_policy, monkeypatch):
+    def role(family: str, **options) -> Role:
+        hf = AutoModelForCausalLM.from_pretrained(make_policy(family), **options)
+        return Role(FrozenEngine(PolicyModel(hf), EngineConfig()))
+
+    def state(of: Role):
+        return of.model.packing, of.model.hf.config._attn_implementation
+
+    llama = role("llama")
+    assert start_packing(llama, 18, False, hidden_only=True) == "" and state(llama) == (False, "sdpa")
+    with monkeypatch.context() as patch:
+        patch.setattr("remax.models.packing.device", lambda: torch.device("cuda"))
+        assert "flash_attention_2" in start_packing(llama, 18, None, hidden_only=True)
+        assert state(llama) == (False, "sdpa")
+    assert start_packing(llama, 18, None, hidden_only=True) == "" and state(llama) == (True, IN_PIECES)
+
+    def one_piece(*tensors, pieces, **options):
+        return attend_in_pieces(*tensors, pieces=((tensors[1].shape[2],),), **options)
+
+    for attention, of, reason in [
+        (attend_in_pieces, role("opt", attn_implementation="eager"), "with models of the type 'opt' and eager"),
+        (one_piece, role("opt"), "packed rows change each other's values"),
+    ]:
+        before = state(of)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, IN_PIECES, attention)
+        assert reason in start_packing(of, 18, None, hidden_only=True)
+        assert state(of) == before  # goes on with padded rows
+        with pytest.raises(UserError, match=f"--packing: .*{reason}"):
+            start_packing(of, 18, True, hidden_only=True)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-4), ("bf16", 3e-2)])
@@ -254,9 +367,9 @@ def test_the_check_refuses_what_rounding_cannot_explain(dtype, bound, make_polic
             values[0, 0] += 8 * self.size * self.model.packing
             return values
 
-    check_packing(OffBy(0.8 * bound), 9)
+    check_packing(Role(OffBy(0.8 * bound)), 9)
     with pytest.raises(UserError, match="change each other's values"):
-        check_packing(OffBy(1.2 * bound), 9)
+        check_packing(Role(OffBy(1.2 * bound)), 9)
 
 
 def test_the_check_reaches_beyond_the_window(make_policy, monkeypatch):
@@ -314,5 +427,5 @@ def test_the_attention_is_put_back_and_not_saved(make_policy, sequences_of, tmp_
 def test_attention_in_pieces_wants_to_know_them():
     # A model that does not hand the pieces on must not be taken for one row.
     q = torch.ones(1, 1, 2, 4)
-    with pytest.raises(TypeError, match="piece_lengths"):
+    with pytest.raises(TypeError, match="pieces"):
         attend_in_pieces(torch.nn.Module(), q, q, q, None)

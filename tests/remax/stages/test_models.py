@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,19 @@ from remax.checkpoint.export import export
 from remax.cli.validate import parse_step3
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.roles import Role
 from remax.models.hydra import load_hydra
 from remax.models.reward_model import load_reward_model, store_score_statistics
 from remax.stages import models, settings
-from remax.stages.models import build_models, build_reward, check_models, load_policy_model, load_scorer
+from remax.stages.models import (
+    Models,
+    build_models,
+    build_reward,
+    check_models,
+    load_policy_model,
+    load_scorer,
+    pack_rows,
+)
 from remax.stages.rlhf import try_reward_functions
 from utils.data.batches import PromptBatch
 from utils.run import UserError
@@ -149,6 +159,26 @@ def test_a_faulty_function_is_found_before_weights_are_read(flags, tmp_path):
         UserError, match=rf"rules.py:right: takes solution, but the data has prompt, answer \(.* {data}\)$"
     ):
         try_reward_functions(lacks, tokenizer, held_out)
+
+
+def test_each_model_is_asked_once_to_pack_and_what_does_not_is_named(flags, make_scorer, monkeypatch, capsys):
+    asked = []
+
+    def start(role, longest, wanted, **read):
+        asked.append((role.engine, longest, wanted, read))
+        return "" if role.engine == "critic" else "it is eager"
+
+    monkeypatch.setattr(models, "start_packing", start)
+    actor, critic = Role("actor"), Role("critic")
+    parts = [SimpleNamespace(model=Role(name)) for name in ("first", "second", "critic")]  # which shares its weights
+    reward = SimpleNamespace(models=parts)
+    args = flags("--reward_model_name_or_path", make_scorer("llama"), "--packing")
+    pack_rows(args, Models(actor, Role("actor"), reward, critic))
+    longest = args.max_prompt_seq_len + args.max_answer_seq_len
+    assert asked[0] == ("actor", longest, True, {"hidden_only": True})
+    assert [engine for engine, *_ in asked] == ["actor", "first", "second", "critic"]
+    assert all(read == {"every_token": True} for *_, read in asked[1:])
+    assert capsys.readouterr().out == "actor, reward: rows are padded, since it is eager\n"
 
 
 def test_which_model_gets_which_role(flags, make_scorer, tmp_path, monkeypatch):
