@@ -80,7 +80,7 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         "remax, full KL, rewards": (
             3,
             "--algo remax --penalty full_kl_full_step --reward_fn {functions}:words:-0.1 --two_pass_rollout"
-            " --normalize_reward --best_by objective --disable_actor_dropout"
+            " --packing false --normalize_reward --best_by objective --disable_actor_dropout"
             " --actor_model_name_or_path {models}/gpt2 --reward_model_name_or_path {models}/gpt2-reward:0.5",
         ),
         "reinforce": (
@@ -92,7 +92,7 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         "ppo": (
             3,
             "--algo ppo --ppo_epochs 2 --ppo_mini_batches 2 --lam 0.9 --gamma 0.98 --critic_learning_rate 2e-3"
-            " --critic_weight_decay 0.2 --cliprange 0.1 --cliprange_value 0.3 --enable_ema"
+            " --packing false --critic_weight_decay 0.2 --cliprange 0.1 --cliprange_value 0.3 --enable_ema"
             " --unsupervised_dataset_name {text} --unsup_coef 0.4 --per_device_unsupervised_batch_size 2" + GPT2,
         ),
         "remax, one trunk": (3, "--algo remax --reward_fn {functions}:words:-0.1 --enable_ema" + HYDRA),
@@ -124,7 +124,9 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         "remax, ZeRO 2": (
             3,
             "--algo remax --actor_zero_stage 2 --enable_ema --unsupervised_dataset_name {text} --unsup_coef 0.6"
-            " --per_device_unsupervised_batch_size 2 --log_variance --generation_batches 2" + OPT + FROZEN_3,
+            " --packing false --per_device_unsupervised_batch_size 2 --log_variance --generation_batches 2"
+            + OPT
+            + FROZEN_3,
         ),
         "remax, ZeRO 3": (3, "--algo remax --actor_zero_stage 3 --enable_ema" + LLAMA + FROZEN_3),
         "remax, ZeRO 3, LoRA": (
@@ -133,7 +135,7 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
             " _proj --only_optimize_lora --actor_gradient_checkpointing" + LLAMA,
         ),
         "reinforce": (3, "--algo reinforce --baseline_decay 0.6 --adaptive_kl --adaptive_kl_horizon 40" + GPT2),
-        "rloo": (3, "--algo rloo --samples_per_prompt 2 --actor_zero_stage 1" + LLAMA),
+        "rloo": (3, "--algo rloo --packing false --samples_per_prompt 2 --actor_zero_stage 1" + LLAMA),
         "grpo, ZeRO 2": (3, "--algo grpo --samples_per_prompt 2 --actor_zero_stage 2 --logprob_chunk_size 16" + OPT),
         "ppo, ZeRO 2 and 3": (
             3,
