@@ -52,7 +52,7 @@ def listed(step: dict[str, dict[str, int]]) -> str:
 
 def test_waits_of_a_remax_step(found, capsys):
     # 4 prompts in one batch, learned from in 2 micro-batches, by Llamas. Read are the lengths of both kinds of answers,
-    # a denominator, a gradient's norm and the figures; transformers looks in each of 6 forwards if rows are packed.
+    # a denominator, a gradient's norm and the figures; and in each forward the prompts, to find those that rows share.
     # Copied are the batch, and the order of the rows in the micro-batches. Another wait wants a reason.
     for step in found["trainings"]["remax"]["steps"]:
         assert sum(ours(step["reads"]).values()) <= 11, listed(step)
@@ -62,7 +62,7 @@ def test_waits_of_a_remax_step(found, capsys):
 
 
 def test_faults_are_found(found):
-    assert found["faults"]["mask"]["error"].startswith("remax/models/policy.py:")
+    assert found["faults"]["mask"]["error"].startswith("remax/models/reward_model.py:")
     right, wrong = found["trainings"]["remax"]["steps"][0]["reads"], found["faults"]["read"]["steps"][0]["reads"]
     assert sum(wrong.values()) == sum(right.values()) + 2  # one for each micro-batch
     assert [place.split(":")[0] for place in wrong.keys() - right.keys()] == ["remax/training/trainer.py"]

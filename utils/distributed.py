@@ -228,6 +228,15 @@ def sum_across_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, fl
     return dict(zip(names, sums, strict=True))
 
 
+def largest_of_ranks(number: int) -> int:
+    """The largest of one whole number of each rank, on all of them."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def gather_objects(obj: Any) -> list[Any]:
     """Every rank's object, in rank order, on every rank (pickled: for small things); waits for no GPU."""
     if _alone():

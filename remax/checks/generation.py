@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remax.checks.findings import SKIPPED, TOLERANCE, WARNING, Finding, combine, finding, gap
+from remax.checks.findings import EXACT, SKIPPED, TOLERANCE, WARNING, Finding, Report, combine, finding, gap
 from remax.checks.rewards import label_of
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
@@ -25,6 +25,7 @@ from utils.present import present
 
 PROBE_ROWS = 4  # prompts on each rank, besides one that is there to be padded
 PROBE_TOKENS = 32
+AGREES = "generation agrees with the forward"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def check_drawn(actor: Actor, probe: Probe) -> Finding:
     logprobs = logprobs_under(actor, probe.sampled, actor.generation.sampling)
     size = gap(probe.drawn_from, logprobs, probe.sampled.answer_mask)
     return finding(
-        "generation agrees with the forward",
+        AGREES,
         size.mean <= TOLERANCE[actor.engine.config.dtype],
         f"log-probs differ by {size} nats over {size.count} tokens",
         "the update would learn from another distribution than the answers come from: look for a penalty or top_k in "
@@ -113,6 +114,21 @@ def check_drawn(actor: Actor, probe: Probe) -> Finding:
         "--actor_dtype fp32 to see whether rounding is the cause",
         mean=size.mean,
         largest=size.largest,
+    )
+
+
+def decode_serves(actor: Actor, report: Report | None) -> bool:
+    """Whether the decode's log-probs may stand for those of the update's forward, which need not be computed then.
+
+    Both must be of one distribution, and equal but for float32's rounding; `report` may say that they are not. In 16
+    bits, or with rounded factors (--tf32), the two round differently, and a ratio of them would be noise.
+    """
+    exact = actor.engine.config.dtype == "fp32" and torch.get_float32_matmul_precision() == "highest"
+    drawn = [found for found in report.findings if found.check == AGREES] if report is not None else []
+    return (
+        exact
+        and actor.sampling == actor.generation.sampling
+        and all(found.numbers["largest"] <= EXACT for found in drawn)
     )
 
 

@@ -202,13 +202,14 @@ class Sequences:
         longest = max(map(sum, zip(*self.counts, strict=True)))
         return replace(self, input_ids=self.input_ids[:, :longest])._knowing(self.counts)
 
-    def select(self, rows: Tensor | slice, numbers: Sequence[int] | None = None) -> Sequences:
+    def select(self, rows: Tensor | slice | list[int], numbers: Sequence[int] | None = None) -> Sequences:
         """Some of the rows, trimmed.
 
         Args:
             numbers: The `rows` once more, where they are a tensor that need not be read then.
         """
         some = Sequences(self.input_ids[rows], self.prompt_lengths[rows], self.answer_lengths[rows])
+        numbers = rows if isinstance(rows, list) else numbers
         if isinstance(rows, slice):
             some._knowing([lengths[rows] for lengths in self.counts])
         elif numbers is not None:
@@ -219,6 +220,30 @@ class Sequences:
         """The rows in order, in `parts` parts of nearly equal size, each trimmed."""
         bounds = [(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(len(self)).tensor_split(parts)]
         return [self.select(slice(*bound)) for bound in bounds]
+
+    def balanced(self, parts: int, *, together: bool = False) -> list[list[int]]:
+        """The numbers of the rows in `parts` parts with about as many tokens each, rows of similar length together.
+
+        Args:
+            parts: At most the number of rows.
+            together: Rows with the same prompt stay together, where there are enough prompts for all parts.
+        """
+        sizes = [sum(lengths) for lengths in zip(*self.counts, strict=True)]
+        groups = list(self.rows_of_prompts.values()) if together else []
+        if len(groups) < parts:
+            groups = [[i] for i in range(len(self))]
+        groups.sort(key=lambda rows: max(sizes[i] for i in rows))
+        found: list[list[int]] = [[] for _ in range(parts)]
+        total, done, part = sum(sizes), 0, 0
+        for place, rows in enumerate(groups):
+            size = sum(sizes[i] for i in rows)
+            full = done + size / 2 > total * (part + 1) / parts  # more than half of it would lie in the next part
+            last_chance = len(groups) - place == parts - part - 1  # each of the parts to come gets one
+            if found[part] and part < parts - 1 and (full or last_chance):
+                part += 1
+            found[part] += rows
+            done += size
+        return found
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same rows on a device."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
 from remax.core.linear import linear_in_float32
 from remax.core.logprobs import Head, PolicyOutput
@@ -21,9 +20,9 @@ from remax.engines.zero import gathered
 from remax.generation.decoder import Answers, Decoder, GenerationSettings
 from remax.generation.rollout import DEFAULT_DECODER, rollout
 from remax.models.loading import evaluating
-from remax.models.packing import unpacked
+from remax.models.packing import shares_prompts, unpacked
 from remax.models.trunk import REFERENCE_AND_REWARD, REWARD, Use
-from utils.distributed import device, world_size
+from utils.distributed import device, largest_of_ranks
 from utils.present import present
 
 
@@ -33,11 +32,7 @@ def _chunks(sequences: Sequences, chunk_size: int, same_on_all_ranks: bool) -> i
     Where the ranks must call the head equally often, the largest number among them.
     """
     chunks = max(math.ceil(sequences.answer_tokens / chunk_size), 1)
-    if same_on_all_ranks and world_size() > 1:
-        most = torch.tensor(chunks, device=device())
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most)
-    return chunks
+    return largest_of_ranks(chunks) if same_on_all_ranks else chunks
 
 
 class _Policy(Role):
@@ -53,11 +48,15 @@ class _Policy(Role):
         self.sampling, self.chunk_size = sampling, chunk_size
 
     @torch.no_grad()
-    def _frozen_logprobs(self, sequences: Sequences) -> Tensor:
+    def _frozen_logprobs(self, sequences: Sequences, forwards: int) -> Tensor:
         """(B, A) log-probs without gradient, in eval mode."""
-        chunks = _chunks(sequences, self.chunk_size, self.zero3)
+
+        def read(part: Sequences) -> Tensor:
+            chunks = _chunks(part, self.chunk_size, self.zero3)
+            return self.ask(part, chunks=chunks, sampling=self.sampling)[0]
+
         with evaluating(self.model):
-            return self.ask(sequences, chunks=chunks, sampling=self.sampling)[0]
+            return self.in_forwards(sequences, forwards, read)
 
 
 class Actor(_Policy, Learner):
@@ -156,9 +155,9 @@ class Actor(_Policy, Learner):
         )
         return PolicyOutput(logprobs, h if entropy else None, kl if reference_hidden is not None else None)
 
-    def old_logprobs(self, sequences: Sequences) -> Tensor:
-        """(B, A) log-probs without gradient, in eval mode."""
-        return self._frozen_logprobs(sequences)
+    def old_logprobs(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+        """(B, A) log-probs without gradient, in eval mode; see `Role.in_forwards`."""
+        return self._frozen_logprobs(sequences, forwards)
 
 
 class TrainedHydra(Actor):
@@ -184,15 +183,15 @@ class Reference(_Policy):
         # truncated.
         super().__init__(engine, (sampling or Sampling()).without_truncation(), chunk_size, use)
 
-    def logprobs(self, sequences: Sequences) -> Tensor:
-        """(B, A) log-probs of the answers."""
-        return self._frozen_logprobs(sequences)
+    def logprobs(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+        """(B, A) log-probs of the answers; see `Role.in_forwards`."""
+        return self._frozen_logprobs(sequences, forwards)
 
     @torch.no_grad()
-    def hidden(self, sequences: Sequences) -> Tensor:
+    def hidden(self, sequences: Sequences, forwards: int = 1) -> Tensor:
         """(B, A, H) hidden states, from which `head` makes the reference's full distribution chunk by chunk."""
         with evaluating(self.model):
-            return self.ask(sequences, hidden_only=True)
+            return self.in_forwards(sequences, forwards, partial(self.ask, hidden_only=True))
 
     @torch.no_grad()
     def head(self) -> Head:
@@ -220,22 +219,22 @@ class Judge(_Policy):
         """The reference's log-probs of the first rows' answers, and the scores of all.
 
         Args:
-            forwards: See `Reward.score`.
+            forwards: See `Role.in_forwards`.
 
         Returns:
             (first, A), where A is the width of these rows' answers alone, and (B,) float32.
         """
-        logprobs, scores, begin = [], [], 0
-        width = sequences.select(slice(0, first)).answer_width
+        width, where = sequences.select(slice(0, first)).answer_width, sequences.input_ids.device
+        logprobs, scores = torch.zeros(first, width, device=where), torch.zeros(len(sequences), device=where)
         with evaluating(self.model):
-            for part in sequences.in_parts(forwards):
-                of_part = min(max(first - begin, 0), len(part))
+            for rows in map(sorted, sequences.balanced(forwards, together=shares_prompts(self.model))):
+                part, of_part = sequences.select(rows), sum(i < first for i in rows)
+                places = torch.tensor(rows, device=where)
                 if of_part:
                     chunks = _chunks(part.select(slice(0, of_part)), self.chunk_size, self.zero3)
                     found, score = self.ask(part, rows=of_part, chunks=chunks, sampling=self.sampling)
-                    logprobs.append(pad(found, (0, width - found.shape[1])))
+                    logprobs[places[:of_part], : found.shape[1]] = found
                 else:
                     score = self.engine(part, use=REWARD)
-                scores.append(score)
-                begin += len(part)
-        return torch.cat(logprobs), torch.cat(scores)
+                scores[places] = score
+        return logprobs, scores

@@ -5,12 +5,17 @@ Where that engine's model is a `Trunk`, a role says what it uses of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from remax.core.sequences import Sequences
 from remax.engines.base import Engine, StepResult
+from remax.models.packing import shares_prompts
 from remax.models.trunk import Use
 
 
@@ -29,6 +34,27 @@ class Role:
     def ask(self, *args: Any, **options: Any) -> Any:
         """The model's forward, as the role uses it."""
         return self.engine(*args, **options, **({} if self.use is None else {"use": self.use}))
+
+    def in_forwards(self, sequences: Sequences, forwards: int, read: Callable[[Sequences], Tensor]) -> Tensor:
+        """What `read` says of the rows, by several forwards of about as many tokens each.
+
+        Answers to one prompt are read together where the model shares it.
+
+        Args:
+            forwards: At most B; at ZeRO-3 the same number on every rank.
+            read: Gives (b,), or (b, a, ...) with a the longest answer of the b rows.
+
+        Returns:
+            (B,) or (B, A, ...), 0 in columns beyond the longest answer of a forward.
+        """
+        if forwards == 1:
+            return read(sequences)
+        rows = sequences.balanced(forwards, together=shares_prompts(self.model))
+        found, width = [read(sequences.select(some)) for some in rows], sequences.answer_width
+        if found[0].dim() > 1:
+            found = [pad(x, (*(0, 0) * (x.dim() - 2), 0, width - x.shape[1])) for x in found]
+        joined = torch.cat(found)
+        return joined[torch.tensor(sum(rows, []), device=joined.device).argsort()]
 
     def switched(self) -> AbstractContextManager[None]:
         """Inside, what asks the model itself finds the role's adapters on."""

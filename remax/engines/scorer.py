@@ -23,10 +23,10 @@ class Reward(Role):
         """(B,) float32 reward of each answer, read at its last token.
 
         Args:
-            forwards: How many micro-batches the rows are cut into, at most B; at ZeRO-3 the same number on every rank.
+            forwards: How many micro-batches the rows are cut into, see `Role.in_forwards`.
         """
         with evaluating(self.model):
-            return torch.cat([self.ask(part) for part in sequences.in_parts(forwards)])
+            return self.in_forwards(sequences, forwards, self.ask)
 
     def score_parts(
         self,
@@ -54,7 +54,7 @@ class TrainedReward(Learner):
         return self.ask(sequences, every_token=True)
 
     @torch.no_grad()
-    def old_values(self, sequences: Sequences) -> Tensor:
-        """(B, A) values at rollout time: without gradient, in eval mode."""
+    def old_values(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+        """(B, A) values at rollout time: without gradient, in eval mode; see `Role.in_forwards`."""
         with evaluating(self.model):
-            return self.values(sequences)
+            return self.in_forwards(sequences, forwards, self.values)

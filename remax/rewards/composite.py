@@ -157,6 +157,11 @@ class CompositeReward:
         return next((part.model for part in self.models if part.model.use is not None), None)
 
     @property
+    def zero3(self) -> bool:
+        """Whether a part is a model whose every forward needs all ranks."""
+        return any(part.model.zero3 for part in self.models)
+
+    @property
     def part_names(self) -> tuple[str, ...]:
         """Names of what `score_parts` gives beside the total: of all parts where there are several."""
         return tuple(part.name for part in self.parts) if len(self.parts) > 1 else ()

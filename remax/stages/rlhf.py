@@ -11,6 +11,7 @@ from remax.checkpoint.ema import WeightAverage
 from remax.checkpoint.export import export, export_and_exit, write_note
 from remax.checks.examination import examine
 from remax.checks.findings import Report
+from remax.checks.generation import decode_serves
 from remax.checks.rewards import held_out_pairs
 from remax.cli.flags import Step3Arguments
 from remax.cli.validate import make_algorithm
@@ -61,6 +62,7 @@ def run_rlhf(args: Step3Arguments) -> None:
     steps = settings.cadence.total_steps(len(data.train))
     models = build_models(args, tokenizers, steps * settings.optimizer_steps(algorithm))
     pack_rows(args, models)
+    report = None
     if not (args.skip_doctor or found):  # the start was examined, and the actor is no longer its reference
         report = examine_models(args, models, tokenizer, data)
         print0(report.table())
@@ -123,6 +125,7 @@ def run_rlhf(args: Step3Arguments) -> None:
         sentinel=Sentinel(len(tokenizer), remark=metrics.remark),
         watchers=watchers,
         decode=tokenizer.decode,
+        trusts_decode=decode_serves(actor, report),
     )
     try:
         state = trainer.train(data.train, checkpoints)

@@ -33,13 +33,15 @@ from remax.training.loop import Cadence, TrainState, train
 from remax.training.sentinel import Sentinel
 from remax.training.suspects import Decode, Part, suspects
 from utils.data.batches import PromptBatch, SupervisedBatch
-from utils.distributed import print0, sum_across_ranks, world_size
+from utils.distributed import largest_of_ranks, print0, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 from utils.present import present
 from utils.run import NotFinite
 from utils.whereabouts import at
 
 OF_ROWS = ("rewards", "baseline", "reference_logprobs", "old_logprobs", "values")  # of a rollout, one for each row
+FULL_FORWARD = 8192  # tokens of a forward without gradient that keep a processor busy
+SCORED_TOGETHER = 8  # micro-batches of the update that such a forward may hold
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
 
 
@@ -100,6 +102,8 @@ class Trainer:
         sentinel: Warns of a training that goes wrong, or ends it.
         watchers: (step, rollout, figures) -> further figures to log, equal on every rank.
         decode: Token ids as text, for messages.
+        trusts_decode: The decode's log-probs are those of the update's forward but for rounding, so that they serve as
+            old log-probs without another forward.
     """
 
     actor: Actor
@@ -118,6 +122,7 @@ class Trainer:
     sentinel: Sentinel | None = None
     watchers: list[Watcher] = field(default_factory=list)
     decode: Decode = str
+    trusts_decode: bool = False
     losses: list[Part] = field(default_factory=list, init=False)  # of the present step's micro-batches
     suspects: str = field(default="", init=False)  # what was not finite in it
 
@@ -139,10 +144,10 @@ class Trainer:
             self.critic.train()
         for batch in batches:
             with timer("generation"):
-                sampled, greedy = self.answer(batch)  # y ~ pi(.|x), and ybar, the greedy answer
+                sampled, greedy, drawn = self.answer(batch)  # y ~ pi(.|x), ybar, the greedy answer, and log pi(y|x)
             with timer("scoring"):
                 reward, baseline, reference, parts = self.score(sampled, greedy, batch.columns)  # r(x, y), r(x, ybar)
-                collected.append(replace(self.annotate(sampled, reward, reference), baseline=baseline))
+                collected.append(replace(self.annotate(sampled, reward, reference, drawn), baseline=baseline))
             timer.tokens += sum(x.answer_tokens for x in (sampled, greedy) if x is not None)
             figures = add(figures, parts)
         rollout = Rollout.concatenate(collected, self.pad_id)
@@ -156,17 +161,33 @@ class Trainer:
                 self.average.update()
         return rollout, self.summarise(rollout, figures, timer, result)
 
-    def answer(self, batch: PromptBatch) -> tuple[Sequences, Sequences | None]:
-        """Sampled answers to a batch of prompts, and greedy ones where the algorithm needs them."""
+    def answer(self, batch: PromptBatch) -> tuple[Sequences, Sequences | None, Tensor | None]:
+        """Sampled answers to a batch of prompts, greedy ones where the algorithm needs them, and old log-probs.
+
+        The last are (B, A) and of the sampled answers, as the decode found them, where they serve: see
+        `trusts_decode`.
+        """
         batch = to_device(batch)
         prompts = Prompts(batch.input_ids, batch.lengths)
         samples, greedy = self.algorithm.samples_per_prompt, self.algorithm.greedy
-        answers = self.actor.rollout(prompts, samples=samples, greedy=greedy)
-        return present(answers.sampled, "the sampled rollout"), answers.greedy
+        logprobs = self.algorithm.needs_old_logprobs and self.trusts_decode
+        answers = self.actor.rollout(prompts, samples=samples, greedy=greedy, logprobs=logprobs)
+        return present(answers.sampled, "the sampled rollout"), answers.greedy, answers.logprobs
 
-    def forwards(self, sampled: Sequences) -> int:
-        """Micro-batches in which rows are read: as many on every rank, since ZeRO-3 needs all in each forward."""
-        return math.ceil(len(sampled) / self.settings.micro_batch_size)
+    def forwards(self, rows: Sequences) -> int:
+        """Micro-batches of the update that rows make: as many on every rank, since ZeRO-3 needs all in each forward."""
+        return math.ceil(len(rows) / self.settings.micro_batch_size)
+
+    def scoring_forwards(self, rows: Sequences) -> int:
+        """Forwards without gradient in which rows are read.
+
+        They keep no activations, so each takes more rows than a micro-batch of the update, and full ones save nothing
+        further. Where a model is at ZeRO-3 there are as many on every rank.
+        """
+        fewest = math.ceil(self.forwards(rows) / SCORED_TOGETHER)
+        forwards = min(max(fewest, math.ceil(rows.tokens / FULL_FORWARD)), len(rows))
+        roles = (self.actor, self.reference, self.reward, self.critic)
+        return largest_of_ranks(forwards) if any(role is not None and role.zero3 for role in roles) else forwards
 
     @torch.no_grad()
     def score(
@@ -189,8 +210,8 @@ class Trainer:
             name: [value for value in values for _ in range(samples)] + ([] if greedy is None else list(values))
             for name, values in (columns or {}).items()
         }
-        forwards, reference, of_trunk = self.forwards(sampled), None, None
-        if self.judge is not None:
+        forwards, reference, of_trunk = self.scoring_forwards(both), None, None
+        if self.judge is not None and self.needs_reference:
             reference, of_trunk = self.judge.read(both, len(sampled), forwards)
         rewards, parts = self.reward.score_parts(both, forwards, of_both, of_trunk)
         figures = {f"reward/{k}": Figure(scores[: len(sampled)].sum(), len(sampled)) for k, scores in parts.items()}
@@ -198,30 +219,32 @@ class Trainer:
         return rewards[: len(sampled)], baseline, reference, figures
 
     @torch.no_grad()
-    def annotate(self, sampled: Sequences, rewards: Tensor, reference: Tensor | None = None) -> Rollout:
-        """The answers with what the models know of them at the time of the rollout, by one forward of each.
+    def annotate(
+        self,
+        sampled: Sequences,
+        rewards: Tensor,
+        reference: Tensor | None = None,
+        old_logprobs: Tensor | None = None,
+    ) -> Rollout:
+        """The answers with what the models know of them at the time of the rollout.
 
         Args:
             reference: (B, A) log-probs under the reference, where they are known.
+            old_logprobs: (B, A) log-probs under the actor, where they are known.
         """
-        forwards = self.forwards(sampled)
-        known = [None] * forwards if reference is None else reference.tensor_split(forwards)
-        parts = [
-            Rollout(
-                part,
-                reward,
-                reference_logprobs=self.reference.logprobs(part)
-                if logprobs is None
-                else logprobs[:, : part.answer_width],
-                old_logprobs=self.actor.old_logprobs(part) if self.algorithm.needs_old_logprobs else None,
-                values=self.critic.old_values(part) if self.critic else None,
-                reference_hidden=self.reference.hidden(part) if self.reference_head else None,
-            )
-            for part, reward, logprobs in zip(
-                sampled.in_parts(forwards), rewards.tensor_split(forwards), known, strict=True
-            )
-        ]
-        return Rollout.concatenate(parts, self.pad_id)
+        forwards, algorithm = self.scoring_forwards(sampled), self.algorithm
+        if reference is None and self.needs_reference:
+            reference = self.reference.logprobs(sampled, forwards)
+        if old_logprobs is None and algorithm.needs_old_logprobs:
+            old_logprobs = self.actor.old_logprobs(sampled, forwards)
+        return Rollout(
+            sampled,
+            rewards,
+            reference_logprobs=reference,
+            old_logprobs=old_logprobs,
+            values=self.critic.old_values(sampled, forwards) if self.critic else None,
+            reference_hidden=self.reference.hidden(sampled, forwards) if self.reference_head else None,
+        )
 
     def mini_batches(self, rollout: Rollout) -> Iterator[Rollout]:
         """The rollout in `mini_batches` parts of equal size, as its rows follow one another.
@@ -333,6 +356,11 @@ class Trainer:
     def sign(self) -> int:
         """A higher reward, or objective, is better."""
         return 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference is read in a step: not without a penalty. Evaluations measure the KL all the same."""
+        return self.algorithm.kl.active
 
     @property
     def one_engine(self) -> bool:

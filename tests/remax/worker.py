@@ -397,17 +397,17 @@ def trainer_update(
 
     saved: list[Rollout] = []
 
-    def answer(batch: PromptBatch) -> tuple[Sequences, None]:
+    def answer(batch: PromptBatch) -> tuple[Sequences, None, None]:
         rollout = fixed_rollout(batch.prompts[0], batch.input_ids)
         sequences = rollout.sequences
         wide = torch.nn.functional.pad(sequences.input_ids, (0, extra_columns), value=7)
         saved.append(replace(rollout, sequences=replace(sequences, input_ids=wide)))
-        return saved[-1].sequences, None
+        return saved[-1].sequences, None, None
 
     def score(sampled: Sequences, greedy: None, columns: dict) -> tuple[torch.Tensor, torch.Tensor, None, dict]:
         return saved[-1].rewards, saved[-1].baseline, None, {}
 
-    def annotate(sampled: Sequences, rewards: torch.Tensor, known: None) -> Rollout:
+    def annotate(sampled: Sequences, rewards: torch.Tensor, *known: None) -> Rollout:
         rollout = saved[-1]
         if trainer.reference_head is not None:
             rollout = replace(rollout, reference_hidden=reference.hidden(sampled))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,15 @@ from transformers import AutoTokenizer, LogitsProcessor
 from remax.checks import generation as generation_checks
 from remax.checks import models as model_checks
 from remax.checks.examination import built_in_prompts, examine
-from remax.checks.findings import FAILURE, OK, SKIPPED, WARNING, Report
-from remax.checks.generation import Probe, check_drawn, check_greedy, take_probe, with_padded_row
+from remax.checks.findings import FAILURE, OK, SKIPPED, WARNING, Finding, Report
+from remax.checks.generation import (
+    Probe,
+    check_drawn,
+    check_greedy,
+    decode_serves,
+    take_probe,
+    with_padded_row,
+)
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import Engine, FrozenEngine
@@ -226,6 +234,26 @@ def test_answers_from_another_distribution_than_the_learned_one_raise_a_warning(
     report = examine(**patient)
     assert results(report)["sampling is what is learned"] == WARNING
     assert not report.failures
+
+
+def test_the_decode_serves_where_its_logprobs_are_those_of_the_forward():
+    def actor(dtype="fp32", evaluated=Sampling(top_p=0.9)) -> SimpleNamespace:
+        drawn = GenerationSettings(8, 0, Sampling(top_p=0.9))
+        engine = SimpleNamespace(config=EngineConfig(1, dtype=dtype))
+        return SimpleNamespace(engine=engine, sampling=evaluated, generation=drawn)
+
+    def report(largest: float) -> Report:
+        return Report([Finding(generation_checks.AGREES, OK, "", numbers={"mean": 1e-6, "largest": largest})])
+
+    assert decode_serves(actor(), None) and decode_serves(actor(), report(9e-4))
+    assert not decode_serves(actor(), report(1.1e-3))
+    assert not decode_serves(actor("bf16"), None) and not decode_serves(actor("bf16"), report(0.0))
+    assert not decode_serves(actor(evaluated=Sampling()), None)  # --logprobs_of model
+    try:
+        torch.set_float32_matmul_precision("high")  # --tf32
+        assert not decode_serves(actor(), None)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_ranks_with_equal_noise_are_found(monkeypatch):

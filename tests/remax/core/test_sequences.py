@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from remax.core.rollout import Rollout
 from remax.core.sequences import Prompts, Sequences, learned_mask, length_mask, places
@@ -251,3 +253,32 @@ def test_select_then_concatenate_gives_the_rows_back():
         joined = Rollout.concatenate([rollout.select(rows) for rows in order.split(2)], PAD)
         assert as_rows(joined) == [as_rows(rollout)[i] for i in order.tolist()]
         assert joined.values is None
+
+
+@given(rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=9), data=st.data())
+def test_balanced_parts_hold_each_row_once_and_about_as_many_tokens(rows, data):
+    prompts, answers = (torch.tensor(lengths) for lengths in zip(*rows, strict=True))
+    ids = torch.randint(0, 2, (len(rows), 18), generator=torch.Generator().manual_seed(len(rows)))
+    sequences = Sequences(ids, prompts, answers)
+    parts = data.draw(st.integers(1, len(rows)))
+    together = data.draw(st.booleans())
+    found = sequences.balanced(parts, together=together)
+    assert len(found) == parts and all(found) and sorted(sum(found, [])) == list(range(len(rows)))
+    sizes = [int(sequences.lengths[some].sum()) for some in found]
+    groups = list(sequences.rows_of_prompts.values())
+    if together and len(groups) >= parts:
+        assert all(any(set(group) <= set(some) for some in found) for group in groups)
+    else:
+        groups = [[i] for i in range(len(rows))]
+        longest = [int(sequences.lengths[some].max()) for some in found]
+        assert longest == sorted(longest)
+    largest = max(int(sequences.lengths[group].sum()) for group in groups)
+    assert max(sizes) <= int(sequences.lengths.sum()) / parts + largest  # a part ends where its share does
+
+
+def test_rows_of_prompts_tell_equal_prompts_from_longer_ones():
+    ids = torch.tensor([[1, 2, 3], [1, 2, 9], [1, 2, 3], [1, 4, 0]])
+    rows = Sequences(ids, torch.tensor([2, 2, 3, 1]), torch.tensor([1, 1, 0, 1]))
+    assert rows.first_rows == [0, 0, 2, 3] and rows.rows_of_prompts == {0: [0, 1], 2: [2], 3: [3]}
+    some = rows.select([2, 0])
+    assert some.counts == [[3, 2], [0, 1]] and some.input_ids.tolist() == [[1, 2, 3]] * 2

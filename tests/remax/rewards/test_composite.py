@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from remax.algorithms import build_algorithm
 from remax.algorithms.kl import KLPenalty
 from remax.checks.generation import take_probe
+from remax.checks.packing import start_packing
 from remax.checks.rewards import check_scores
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import Engine, FrozenEngine, StepResult
@@ -26,6 +28,7 @@ from remax.models.reward_model import load_reward_model
 from remax.rewards import composite
 from remax.rewards.composite import CompositeReward, FunctionReward, Part, try_functions
 from remax.rewards.functions import RewardFunction, reward_function
+from remax.training import trainer as trainer_module
 from remax.training.trainer import Trainer, TrainerSettings
 from utils.data.batches import PromptBatch
 from utils.data.tokens import encode_prompts
@@ -248,7 +251,7 @@ def make_trainer(make_policy):
             actor,
             reference,
             reward,
-            build_algorithm(algo, kl=KLPenalty(0.0, reach="full_step"), **settings.pop("algorithm", {})),
+            build_algorithm(algo, **({"kl": KLPenalty(0.0)} | settings.pop("algorithm", {}))),
             TrainerSettings(**settings),
             measure=None,
             metrics=None,
@@ -280,34 +283,46 @@ def test_a_rule_alone_is_learned(make_trainer, tokenizers):
     assert before < 0.15 and after > 0.8, (before, after)
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("algo", ["remax", "rloo"])
-def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, judges):
+def test_scoring_in_several_forwards_gives_the_same_rollout(algo, packing, make_trainer, judges, monkeypatch):
     (first, second), tokenizer = judges
     rule = by_rule(lambda prompt, answer: len(answer), tokenizer)
     reward = CompositeReward([Part("first", first), Part("second", second, -1.0), Part("length", rule, 0.1)])
-    samples = {"samples_per_prompt": 2} if algo == "rloo" else {}
-    answers = 7 * samples.get("samples_per_prompt", 1)
-    rollouts, tallies = [], []
-    for size in (answers, 3):
-        trainer = make_trainer(reward, tokenizer, algo, micro_batch_size=size, algorithm=samples)
+    options = {"kl": KLPenalty(0.1)} | ({"samples_per_prompt": 2} if algo == "rloo" else {})
+    answers = 7 * options.get("samples_per_prompt", 1)
+    rollouts, tallies, read = [], [], []
+    for full in (10_000, 60):
+        monkeypatch.setattr(trainer_module, "FULL_FORWARD", full)
+        trainer = make_trainer(reward, tokenizer, algo, algorithm=options)
         counted = [Counting(role) for role in (first, second, trainer.reference)]
         torch.manual_seed(0)
         original, answered = trainer.actor.rollout, []
         trainer.actor.rollout = lambda *args, of=original, to=answered, **kw: to.append(of(*args, **kw)) or to[-1]
-        sampled, greedy = trainer.answer(prompts_of(7))
+        sampled, greedy, _ = trainer.answer(prompts_of(7))
+        if full == 60 and packing:  # after the rollouts of padded rows
+            for role in (first, second):
+                assert start_packing(role, 60, True, every_token=True) == ""
+            assert start_packing(trainer.reference, 60, True, hidden_only=True) == ""
+        for counter in counted:
+            counter.rows.clear()
         rewards, baseline, _, parts = trainer.score(sampled, greedy)
         rollouts.append(replace(trainer.annotate(sampled, rewards), baseline=baseline))
         tallies.append({name: float(figure.total) for name, figure in parts.items()})
         assert all(figure.count == answers for figure in parts.values())
         for counter, role in zip(counted, (first, second, trainer.reference), strict=True):
             role.engine = counter.engine
-        # A forward of a reward model takes the greedy answers of its micro-batch along.
-        assert [len(counter.rows) for counter in counted] == [-(-answers // size)] * 3
-        assert max(counted[0].rows) <= size * (2 if algo == "remax" else 1) and max(counted[2].rows) <= size
+        read.append([counter.rows for counter in counted])
+    both = answers + (7 if algo == "remax" else 0)  # the greedy answers go along with the sampled ones
+    assert read[0] == [[both], [both], [answers]]
+    assert [sum(rows) for rows in read[1]] == [both, both, answers] and min(map(len, read[1])) > 1
+    if packing:
+        assert all(rows % 2 == 0 for rows in read[1][0])  # with the answer that has the same prompt
     whole, cut = rollouts
     for name in ("rewards", "baseline", "reference_logprobs"):
         if (expected := getattr(whole, name)) is not None:
             torch.testing.assert_close(getattr(cut, name), expected, rtol=1e-4, atol=1e-4)
+    assert whole.reference_logprobs is not None
     assert torch.equal(cut.sequences.input_ids, whole.sequences.input_ids)
     sampled, greedy = answered[0].sampled, answered[0].greedy
     torch.testing.assert_close(whole.rewards, reward.score(sampled), rtol=1e-4, atol=1e-4)
@@ -317,6 +332,36 @@ def test_scoring_in_micro_batches_gives_the_same_rollout(algo, make_trainer, jud
     assert tallies[0] == pytest.approx(tallies[1]) and tallies[0].keys() == {
         f"reward/{n}" for n in ("first", "second", "length")
     }
+
+
+@pytest.mark.parametrize("algo", ["remax", "rloo"])
+def test_without_a_penalty_no_step_reads_the_reference(algo, make_trainer, judges):
+    (first, _), tokenizer = judges
+    samples = {"samples_per_prompt": 2} if algo == "rloo" else {}
+    for coefficient in (0.0, 0.1):
+        options = {"kl": KLPenalty(coefficient)} | samples
+        trainer = make_trainer(first, tokenizer, algo, algorithm=options, micro_batch_size=2)
+        counter = Counting(trainer.reference)
+        rollout, figures = trainer.step([prompts_of(4)])
+        asked = coefficient > 0
+        assert bool(counter.rows) == asked == ("kl" in figures) == (rollout.reference_logprobs is not None)
+        assert math.isfinite(figures["loss"])
+
+
+def test_old_logprobs_are_those_of_the_decode_where_it_is_trusted(make_trainer, judges):
+    (first, _), tokenizer = judges
+    found = []
+    for trusted in (False, True):
+        trainer = make_trainer(first, tokenizer, "rloo", algorithm={"kl": KLPenalty(0.1), "samples_per_prompt": 2})
+        trainer.trusts_decode = trusted
+        counter = Counting(trainer.actor)
+        torch.manual_seed(0)
+        sampled, greedy, drawn = trainer.answer(prompts_of(4))
+        rollout = trainer.annotate(sampled, torch.zeros(8), None, drawn)
+        assert len(counter.rows) == (0 if trusted else 1)  # forwards of the actor besides the decode
+        found.append(rollout.old_logprobs)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
+    assert found[0].abs().sum() > 1
 
 
 @pytest.mark.parametrize("algo", ["remax", "rloo"])

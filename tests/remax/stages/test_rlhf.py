@@ -39,6 +39,7 @@ def stubbed(monkeypatch):
     note("load_data", SimpleNamespace(train=[0] * 20, evaluation=[], plain_text=None))
     note("build_models", Models(None, None, SimpleNamespace(part_names=())))
     note("pack_rows")
+    note("decode_serves")
     note("examine_models", Report([Finding("a check", FAILURE, "0 of 1", "mend it")]))
     note("MetricsLogger", SimpleNamespace(close=lambda: None, remark=None))
     note("Trainer", SimpleNamespace(train=lambda *_: called.append("train") or STATE))
