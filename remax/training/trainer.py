@@ -27,6 +27,7 @@ from remax.engines.base import StepResult, TrainedEngine
 from remax.engines.policy import Actor, Judge, Reference
 from remax.engines.scorer import Reward, TrainedReward
 from remax.evaluation.policy import PolicyEvaluation
+from remax.models.packing import shares_prompts
 from remax.rewards.composite import CompositeReward
 from remax.training.alarms import rollout_figures, rollout_tallies, start_again
 from remax.training.loop import Cadence, TrainState, train
@@ -267,9 +268,8 @@ class Trainer:
         are two steps in one, but for the gradient's norm, which is clipped as a whole.
         """
         denominator = sum_across_ranks({"count": self.algorithm.count(rollout.sequences)})["count"]
-        group = self.algorithm.samples_per_prompt if self.algorithm.compares_answers else 1
         packed, kl = self.actor.model.packing, self.algorithm.kl
-        parts = list(rollout.split(self.settings.micro_batch_size, group=group, packed=packed))
+        parts = list(rollout.split(self.settings.micro_batch_size, group=self.rows_together, packed=packed))
         figures: Figures = {}
         # A backward pass before a step reaches all that the engine learns, or ZeRO 1 would keep a part of the gradient.
         text_follows = self.unsupervised is not None and not self.one_engine
@@ -356,6 +356,17 @@ class Trainer:
     def sign(self) -> int:
         """A higher reward, or objective, is better."""
         return 1
+
+    @property
+    def rows_together(self) -> int:
+        """How many adjacent answers to a prompt stay in one micro-batch of the update.
+
+        All that the loss compares; else as many as fit, where the actor computes what they share once.
+        """
+        samples = self.algorithm.samples_per_prompt
+        if self.algorithm.compares_answers:
+            return samples
+        return math.gcd(samples, self.settings.micro_batch_size) if shares_prompts(self.actor.model) else 1
 
     @property
     def needs_reference(self) -> bool:

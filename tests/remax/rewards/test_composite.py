@@ -20,7 +20,7 @@ from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import Engine, FrozenEngine, StepResult
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
-from remax.engines.scorer import Reward
+from remax.engines.scorer import Reward, TrainedReward
 from remax.evaluation.policy import PolicyEvaluation, evaluate_policy
 from remax.generation.decoder import GenerationSettings
 from remax.models.policy import load_policy
@@ -222,6 +222,16 @@ class PlainActor(Actor):
         return StepResult(self.optimizer.param_groups[0]["lr"], 1.0, False)
 
 
+class PlainCritic(TrainedReward):
+    """A critic that learns so, too."""
+
+    def __init__(self, model):
+        super().__init__(FrozenEngine(model, CPU))
+        model.requires_grad_(True)
+
+    backward, step = PlainActor.backward, PlainActor.step
+
+
 class Counting:
     """Calls a model and notes how many rows each forward has."""
 
@@ -346,6 +356,52 @@ def test_without_a_penalty_no_step_reads_the_reference(algo, make_trainer, judge
         asked = coefficient > 0
         assert bool(counter.rows) == asked == ("kl" in figures) == (rollout.reference_logprobs is not None)
         assert math.isfinite(figures["loss"])
+
+
+@pytest.mark.parametrize("algo", ["remax", "rloo", "ppo"])
+def test_the_fast_step_is_the_plain_one(algo, make_trainer, judges, make_scorer):
+    # Padded rows in small micro-batches, with a forward for everything; then packed, prompts shared, old log-probs from
+    # the decode. Weights after a step along the gradient itself, and every figure but the times.
+    (first, _), tokenizer = judges
+    options = {"kl": KLPenalty(0.1)} | ({} if algo == "ppo" else {"samples_per_prompt": 4})
+    weights, told, tokens = [], [], []
+    for fast in (False, True):
+        trainer = make_trainer(first, tokenizer, algo, algorithm=options, micro_batch_size=4 if fast else 2)
+        trained = [trainer.actor]
+        if algo == "ppo":
+            model = load_reward_model(str(make_scorer("llama")), "--c", dtype=torch.float32, tokenizer=tokenizer)
+            trainer.critic = PlainCritic(model)
+            trained.append(trainer.critic)
+        for role in trained:
+            role.optimizer = torch.optim.SGD(role.model.parameters(), lr=0.1)
+        if fast:
+            trainer.trusts_decode = True
+            for role in (trainer.actor, trainer.reference):
+                assert start_packing(role, 60, True, hidden_only=True) == ""
+            for role in (first, trainer.critic) if algo == "ppo" else (first,):
+                assert start_packing(role, 60, True, every_token=True) == ""
+        slots = []
+
+        def note(module, args, to=slots):
+            if torch.is_grad_enabled():
+                to.append(args[0].numel())
+
+        trainer.actor.model.hf.get_input_embeddings().register_forward_pre_hook(note)
+        torch.manual_seed(0)
+        rollout, figures = trainer.step([prompts_of(4)])
+        weights.append(torch.cat([p.detach().flatten() for role in trained for p in role.model.parameters()]))
+        told.append({name: x for name, x in figures.items() if "second" not in name})  # nor tokens_per_second
+        tokens.append(sum(slots))
+    start = make_trainer(first, tokenizer, algo, algorithm=options).actor.model
+    start = torch.cat([p.detach().flatten() for p in start.parameters()])
+    moved = (weights[0][: len(start)] - start).norm()
+    assert moved > 1e-3 and (weights[1] - weights[0]).norm() < 1e-3 * moved
+    assert told[0].keys() == told[1].keys() and told[1] == pytest.approx(told[0], rel=1e-3, abs=1e-4)
+    if algo == "ppo":
+        assert told[1]["ratio"] == pytest.approx(1, abs=1e-5)  # no step was taken since the decode
+    else:
+        prompts = sum(rollout.sequences.prompt_lengths[::4].tolist())
+        assert tokens[1] == rollout.sequences.answer_tokens + prompts < tokens[0]
 
 
 def test_old_logprobs_are_those_of_the_decode_where_it_is_trusted(make_trainer, judges):
