@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rlhf_ways.clock import Clock
 
+from remax.checks.generation import decode_serves
 from remax.cli.validate import make_algorithm, parse_step3
 from remax.models.loading import quiet_libraries
 from remax.stages.models import build_models, check_models
@@ -71,6 +72,7 @@ class Ours:
             judge=models.judge,
             sentinel=Sentinel(len(tokenizers.actor)),
             decode=tokenizers.actor.decode,
+            trusts_decode=decode_serves(models.actor, None),
         )
         self.clock, self.steps = Clock(cell.seconds), 0
         for role, methods in WATCHED.items():

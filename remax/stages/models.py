@@ -251,10 +251,18 @@ def load_critic(args: Step3Arguments, spec: ModelSpec, tokenizer: Tokenizer) -> 
 
 
 def build_models(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Models:
-    """Actor, reference, reward, and for PPO a critic, each by its own ZeRO stage; `steps` are the optimizer's.
+    """Actor, reference, reward, and for PPO a critic, each by its own ZeRO stage, and packing where --packing says so.
 
-    With --share several of them hold one engine.
+    Args:
+        steps: The optimizer's.
     """
+    models = build_roles(args, tokenizers, steps)
+    pack_rows(args, models)
+    return models
+
+
+def build_roles(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Models:
+    """All of `build_models` but packing. With --share several roles hold one engine."""
     tokenizer, spec, shared = tokenizers.actor, actor_model(args), args.share != "none"
     distribution, chunk_size = evaluated_distribution(args), args.logprob_chunk_size
     model = load_trunk(args, spec, tokenizer) if shared else load_policy_model(spec, tokenizer)

@@ -23,7 +23,7 @@ from remax.report.stage import report_stage
 from remax.rewards.composite import try_functions
 from remax.stages import resume
 from remax.stages.data import PromptData, columns_of, data_config, load_data
-from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, pack_rows, reward_functions
+from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, reward_functions
 from remax.stages.settings import trainer_settings
 from remax.training.loop import TrainState
 from remax.training.sentinel import Sentinel
@@ -61,7 +61,6 @@ def run_rlhf(args: Step3Arguments) -> None:
     settings = trainer_settings(args)
     steps = settings.cadence.total_steps(len(data.train))
     models = build_models(args, tokenizers, steps * settings.optimizer_steps(algorithm))
-    pack_rows(args, models)
     report = None
     if not (args.skip_doctor or found):  # the start was examined, and the actor is no longer its reference
         report = examine_models(args, models, tokenizer, data)

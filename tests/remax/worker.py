@@ -48,7 +48,7 @@ from remax.models.saved_adapters import add_saved
 from remax.models.weights import held_part
 from remax.rewards.composite import CompositeReward, FunctionReward, Part
 from remax.rewards.functions import RewardFunction
-from remax.stages.models import build_models, check_models, pack_rows
+from remax.stages.models import build_models, check_models
 from remax.stages.settings import trainer_settings
 from remax.training.finetune import finetune
 from remax.training.loop import Cadence
@@ -512,7 +512,6 @@ def training_by_flags(folder: Path, name: str, flags: list[str], prompts: list[l
     tokenizers = check_models(args)
     set_seed(0)
     models = build_models(args, tokenizers, steps)
-    pack_rows(args, models)
     actor, critic = models.actor, models.critic
     trainer = Trainer(
         actor,

@@ -430,7 +430,7 @@ READ = {
         "if args.normalize_reward",
         "ModelSpec(source.name, flag, engine, args.attn_implementation)",
     ],
-    f"{MODELS}:build_models": [
+    f"{MODELS}:build_roles": [
         "eos_ids = actor.model.hf.generation_config.eos_token_id if args.reward_fn else None",
         "distribution, chunk_size = (evaluated_distribution(args), args.logprob_chunk_size)",
         "gather_for_generation=args.zero3_generation == 'gather'",
@@ -552,7 +552,7 @@ def test_every_model_of_step_3_gets_its_own_settings(monkeypatch, line):
     record(monkeypatch, models, "Actor", "Reference", "Reward", "TrainedReward")
     args = parse(3, f"--algo ppo --actor_zero_stage 3 --reference_zero_stage 1 --critic_dtype fp32 {line}")
     tokenizer = SimpleNamespace(pad_token_id=7)
-    built = models.build_models(args, models.Tokenizers(tokenizer, ["of the reward"], "of the critic"), 50)
+    built = models.build_roles(args, models.Tokenizers(tokenizer, ["of the reward"], "of the critic"), 50)
 
     actor, reference = settings.actor_model(args), settings.reference_model(args)
     critic, engine = settings.critic_model(args, "me/reward"), settings.reward_engine(args)

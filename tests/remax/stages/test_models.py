@@ -20,8 +20,8 @@ from remax.models.reward_model import load_reward_model, store_score_statistics
 from remax.stages import models, settings
 from remax.stages.models import (
     Models,
-    build_models,
     build_reward,
+    build_roles,
     check_models,
     load_policy_model,
     load_scorer,
@@ -210,7 +210,7 @@ def test_which_model_gets_which_role(flags, make_scorer, tmp_path, monkeypatch):
     def build(*more: str):
         args = flags(*line, *more)
         own = check_models(args)
-        return args, own, build_models(args, own, 50)
+        return args, own, build_roles(args, own, 50)
 
     args, own, built = build("--actor_zero_stage", "3")
     (first, second) = (part.scorer.engine.model for part in built.reward.parts)

@@ -38,7 +38,6 @@ def stubbed(monkeypatch):
     note("check_models", SimpleNamespace(actor=Words([0] * 300)))
     note("load_data", SimpleNamespace(train=[0] * 20, evaluation=[], plain_text=None))
     note("build_models", Models(None, None, SimpleNamespace(part_names=())))
-    note("pack_rows")
     note("decode_serves")
     note("examine_models", Report([Finding("a check", FAILURE, "0 of 1", "mend it")]))
     note("MetricsLogger", SimpleNamespace(close=lambda: None, remark=None))
@@ -58,11 +57,11 @@ def test_models_are_examined_before_the_training_unless_told_not_to(skip, stubbe
     args = arguments(tmp_path, f"--skip_doctor {skip} --seed 77 --max_steps 9")
     if skip:
         rlhf.run_rlhf(args)
-        assert "examine_models" not in stubbed and stubbed.index("pack_rows") < stubbed.index("train")
+        assert "examine_models" not in stubbed and stubbed.index("build_models") < stubbed.index("train")
     else:
         with pytest.raises(UserError, match="the examination failed .* a check: 0 of 1. mend it"):
             rlhf.run_rlhf(args)
-        assert stubbed[-2:] == ["pack_rows", "examine_models"] and "train" not in stubbed
+        assert stubbed[-1] == "examine_models" and "train" not in stubbed
     assert (tmp_path / "run.json").exists() == skip  # a run that is refused leaves that of the run before
     assert stubbed.index("seed 77") < stubbed.index("build_models")
 
