@@ -54,7 +54,7 @@ def tokens_of(
     lists = {name: values.double().tolist() for name, values in numbers.items()}
     ids, found = some.sequences.input_ids.tolist(), []
     for i, (start, length) in enumerate(zip(*some.sequences.counts, strict=True)):
-        per_token = {name: [round(value, 3) for value in of_rows[i][:length]] for name, of_rows in lists.items()}
+        per_token = {name: [round(value, 3) + 0.0 for value in of_rows[i][:length]] for name, of_rows in lists.items()}
         found.append({"tokens": pieces(tokenizer, ids[i][start : start + length])} | per_token)
     return found
 

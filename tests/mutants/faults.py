@@ -794,6 +794,13 @@ EVALUATION = [
          f"{ROOM}/evaluation/test_policy.py::test_perplexity_by_hand"),
     ),
     *faults(
+        "remax/evaluation/close_ups.py",
+        f"{ROOM}/evaluation/test_policy.py",
+        ("close-ups-kl", "own - present(some.reference_logprobs", "present(some.reference_logprobs",
+         "a token's KL is its log-prob under the reference"),
+        ("close-ups-pieces", 'if text.endswith(BROKEN) and end < len(ids):', "if False:", "half characters are told"),
+    ),
+    *faults(
         "remax/report/page.py",
         f"{ROOM}/report/test_page.py",
         ("report-escape", 'for mark in "<>&', 'for mark in ">&', "an answer ends the page's data"),

@@ -173,7 +173,8 @@ def test_a_message_of_several_lines_becomes_one():
 
 
 def test_what_would_mix_with_a_new_run_goes_when_that_begins(tmp_path):
-    for name in ("answers/step_000060.jsonl", "tensorboard/events", "results.json", "actor/config.json"):
+    of_a_run = ("answers/step_000060.jsonl", "close_ups/step_000060.jsonl", "tensorboard/events", "results.json")
+    for name in (*of_a_run, "calibration.json", "report.html", "report.md", "actor/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")
     run.open_folder(tmp_path)
