@@ -321,12 +321,13 @@ const browser = {run: "", step: "", text: "", sort: "reward", down: true, paint:
 function wanted() {
   const inside = (value, [low, high] = []) => (low === undefined || (value !== undefined && value >= low)) && (high === undefined || (value !== undefined && value <= high));
   const text = browser.text.toLowerCase();
-  const found = rows.filter(row => browser.only !== null ? row.index === browser.only
+  const found = rows.filter(row => browser.only ? browser.only(row)
     : (browser.run === "" || row.run === +browser.run) && (browser.step === "" || row.step === +browser.step)
     && (!browser.close || row.tokens)
     && ["reward", "length", "kl"].every(name => inside(row[name], browser.limits[name]))
     && (!text || row.answer.toLowerCase().includes(text) || data.prompts[row.prompt].toLowerCase().includes(text)));
   const gain = row => before(row)?.reward === undefined ? undefined : row.reward - before(row).reward;
+  if (browser.only) return found.sort((a, b) => a.step - b.step);
   const key = row => browser.sort === "gain" ? gain(row) : row[browser.sort];
   const missing = value => value === undefined || value === null;
   return found.sort((a, b) => missing(key(a)) - missing(key(b)) || (browser.down ? key(b) - key(a) : key(a) - key(b)) || a.index - b.index);
@@ -361,7 +362,8 @@ function difference(from, to) {
   }
   return found;
 }
-function answer(row) {
+const same = row => other => other.run === row.run && other.prompt === row.prompt && other.place === row.place;
+function answer(row, choose) {
   const chips = [many ? runs[row.run].name : null, `step ${row.step}`, `reward ${shown(row.reward)}`,
     ...Object.keys(row).filter(name => name.startsWith("reward/")).map(name => `${name.slice(7)} ${shown(row[name])}`),
     row.greedy_reward === undefined ? null : `greedy ${shown(row.greedy_reward)}`, `${row.length} tokens`,
@@ -372,16 +374,22 @@ function answer(row) {
   if (browser.beside === "greedy" && row.greedy !== undefined) columns.push(block(`greedy answer (reward ${shown(row.greedy_reward)})`, row.greedy.trim()));
   return make("article", {class: "card answer", "data-index": row.index},
     make("div", {class: "text prompt"}, data.prompts[row.prompt].trim().replace(/\n\s*\n/g, "\n")), make("div", {class: "beside"}, columns),
-    make("div", {}, chips.map(text => make("span", {class: "chip"}, text))));
+    make("div", {}, chips.map(text => make("span", {class: "chip"}, text)), rows.filter(same(row)).length > 1 && !browser.only
+      ? make("button", {onclick: () => choose(same(row))}, "over the steps") : null));
 }
 function answers() {
   if (!rows.length) return null;
   const list = make("div", {id: "answers"}), count = make("span", {class: "quiet", id: "count", "aria-live": "polite"});
   const more = make("button", {onclick: () => { browser.count += PAGE; draw(); }}, "more answers");
   const all = make("button", {onclick: () => { browser.only = null; draw(); }}, "all answers again");
+  function choose(only) {
+    browser.only = only;
+    draw();
+    bar.scrollIntoView();
+  }
   function draw() {
     const found = wanted();
-    list.replaceChildren(...found.slice(0, browser.count).map(answer));
+    list.replaceChildren(...found.slice(0, browser.count).map(row => answer(row, choose)));
     count.textContent = `${found.length} of ${rows.length} answers`;
     more.hidden = found.length <= browser.count;
     all.hidden = browser.only === null;
@@ -410,7 +418,7 @@ function answers() {
   const legend = has("tokens") ? make("p", {class: "quiet"}, "less ", make("span", {class: "scale"}), " more: KL, log π − log π_ref, is positive where the policy finds a token "
     + "more probable than its reference; the advantage is that against the greedy answer.") : null;
   draw();
-  const cloud = scatter(index => { browser.only = index; draw(); list.scrollIntoView({block: "center"}); });
+  const cloud = scatter(index => choose(row => row.index === index));
   return [cloud, section("Answers to held-out prompts", bar, legend, list, more)];
 }
 function scatter(choose) {

@@ -128,6 +128,10 @@ def test_answers_are_sorted_filtered_and_compared(tab, pages):
     assert counted(tab) == "4 of 12 answers"
     choose(tab, "beside", "greedy")
     assert "greedy answer (reward 0.5)" in answers(tab)[0]
+    tab.run("document.querySelector('#answers .answer button').click()")
+    course = answers(tab)  # of one prompt, over the evaluations
+    assert [f"step {step}reward" in text for step, text in zip((0, 10, 20, 30), course, strict=True)] == [True] * 4
+    tab.run("[...document.querySelectorAll('button')].find(x => x.textContent === 'all answers again').click()")
     tab.run("document.querySelector('circle[data-index]').dispatchEvent(new MouseEvent('click'))")
     assert counted(tab) == "1 of 12 answers"
 
