@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,25 @@ def spread(numbers: Sequence[float], digits: int = 3) -> str:
 def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> list[float]:
     """Of each round: what came of two sides that took turns."""
     return [a / b for a, b in zip(dividends, divisors, strict=True)]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+NOTES = "\n## What it shows\n"
+
+
+def write_results(output: str, title: str, program: str, body: str, figures: dict) -> None:
+    """A Markdown file with the command and the tables, and a .json beside it with all figures.
+
+    What somebody wrote behind the heading of `NOTES` is kept.
+    """
+    path, command = Path(output), f"python benchmarks/{program}.py {shlex.join(sys.argv[1:])}".rstrip()
+    notes = path.read_text().partition(NOTES)[2] if path.is_file() else ""
+    path.write_text(f"# {title}\n\n    {command}\n\n{body}\n" + (NOTES + notes) * bool(notes))
+    path.with_suffix(".json").write_text(json.dumps({"command": command, **figures}) + "\n")
 
 
 def figures_of(name: str, command: Sequence[str | Path], **variables: str) -> dict:

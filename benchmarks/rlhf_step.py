@@ -18,10 +18,8 @@ With two ranks, one and two ranks are started by turns, each rank on a core of i
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -29,7 +27,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from measuring import SHAPES, best_rates, figures_of, machine, ratios, spread
+from measuring import SHAPES, best_rates, figures_of, machine, ratios, spread, table, write_results
+from turns import trl_is_here
 
 OURS = ("ReMax", "ReMax, greedy answers cut", "RLOO k=2", "GRPO k=2", "PPO")
 AUTHORS = "authors' way"
@@ -114,10 +113,6 @@ SUITE = (
 
 
 # ------------------------------------------------------------------------------------------- in a process of its own
-
-
-def trl_is_here() -> bool:
-    return importlib.util.find_spec("trl") is not None
 
 
 def one(cell: Cell, ways: Sequence[str], rounds: int, folder: Path) -> dict:
@@ -245,10 +240,6 @@ def of_ranks(cell: Cell, ranks: int, rounds: int, folder: Path) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------- the report
-
-
-def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def seconds(found: dict, way: str, part: str) -> list[float]:
@@ -439,15 +430,11 @@ def main() -> None:
             results.append((cell, found))
         print(report(results[-1:], args.rounds, machine(*PACKAGES)), flush=True)
         if args.output:
-            write(args.output, results, args.rounds)
-
-
-def write(output: str, results: list[tuple[Cell, dict]], rounds: int) -> None:
-    path, versions = Path(output), machine(*PACKAGES)
-    command = f"python benchmarks/rlhf_step.py {shlex.join(sys.argv[1:])}"
-    path.write_text(f"# What a step costs\n\n    {command}\n\n{report(results, rounds, versions)}\n")
-    figures = [{"setting": asdict(cell), **found} for cell, found in results]
-    path.with_suffix(".json").write_text(json.dumps({"machine": versions, "command": command, "cells": figures}) + "\n")
+            versions = machine(*PACKAGES)
+            cells = [{"setting": asdict(cell), **found} for cell, found in results]
+            figures = {"machine": versions, "cells": cells}
+            body = report(results, args.rounds, versions)
+            write_results(args.output, "What a step costs", "rlhf_step", body, figures)
 
 
 if __name__ == "__main__":

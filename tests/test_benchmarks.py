@@ -147,53 +147,54 @@ def test_packing_prints_its_tables(root, corpus, monkeypatch, capsys):
         assert float(rows[start + 2][3].split()[0]) == pytest.approx(rates[2] / rates[0], abs=0.02)
 
 
+# -------------------------------------------------------------------------------------------------------- steps 1 and 2
+
+
 @pytest.fixture(scope="module")
-def comparison(root):
-    """benchmarks/trl/compare.py."""
+def finetuning(root):
+    """benchmarks/finetune.py."""
     import importlib
 
     patch = pytest.MonkeyPatch()
-    patch.syspath_prepend(root / "benchmarks/trl")
-    yield importlib.import_module("compare")
+    patch.syspath_prepend(root / "benchmarks")
+    yield importlib.import_module("finetune")
     patch.undo()
+    shutdown()
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "rl"])
-def test_the_stages_take_the_flags_of_the_comparison(
-    comparison, corpus, tiny_model, tiny_reward_model, tmp_path, stage
-):
-    from remax.cli.validate import parse_step1, parse_step2, parse_step3
+@pytest.mark.parametrize("work", ["supervised", "reward model", "DPO"])
+def test_padded_and_packed_steps_learn_the_same_rows(finetuning, tmp_path, work):
+    from rlhf_ways.models import make_models
 
-    (tmp_path / "data").symlink_to(corpus)
-    (tmp_path / "policy").symlink_to(tiny_model("llama"))
-    (tmp_path / "reward").symlink_to(tiny_reward_model("llama"))
-    args = comparison.parser().parse_args(["--data_path", "rows.jsonl.gz"])
-    parse = {"sft": parse_step1, "rl": parse_step3}.get(stage, parse_step2)
-    generated = set()
-    for side, extra in comparison.sides(stage).items():
-        command = comparison.command_of(stage, side, args, tmp_path, tmp_path / "out")
-        if extra is None:
-            assert json.loads(command[-1])["stage"] == stage
-            continue
-        assert command[1].endswith("main.py")
-        flags = parse(command[2:])
-        assert flags.max_steps == args.steps
-        if stage == "rl":
-            answers = flags.per_device_generation_batch_size * (flags.samples_per_prompt + (flags.algo == "remax"))
-            generated.add(answers)
-    assert generated == ({args.prompts * comparison.SAMPLES} if stage == "rl" else set())
+    args = finetuning.parser().parse_args("--shape tiny --rows 2 --rounds 2 --steps 1 --shorter 8".split())
+    make_models(tmp_path, "llama", "tiny", "fp32", longest=64, positions=finetuning.LONGEST)
+    found = finetuning.one(work, args, tmp_path)
+    padded, packed = (found["losses"][side] for side in ("padded", "packed"))
+    assert padded == pytest.approx(packed, rel=1e-3) and len(padded) == 3
+    lines = [line.split(" | ") for line in finetuning.report({work: found}, "here", args).splitlines()]
+    rows = [line for line in lines if line[0] == f"| {work}"]
+    assert [row[1] for row in rows] == ["padded", "packed"]
+    first, second = (a / b for a, b in zip(*(found["rates"][side] for side in ("packed", "padded")), strict=True))
+    assert float(rows[1][4].split()[0]) == pytest.approx((first + second) / 2, abs=0.006)  # the rounds' ratios
 
 
-def test_the_comparison_counts_what_follows_the_warm_up(comparison, tmp_path):
-    # Steps end at 10, 13, 14, 15, 17: behind the second one 3 steps of 8 rows in 4 seconds.
-    ends = [10.0, 13.0, 14.0, 15.0, 17.0]
-    (tmp_path / "ours").mkdir()
-    records = [{"step": 0, "time": 1.0, "eval/loss": 3.0}]
-    records += [{"step": i, "time": end, "train/loss": 2.0} for i, end in enumerate(ends, start=1)]
-    records.append({"step": 5, "time": 30.0, "eval/loss": 1.0})
-    (tmp_path / "ours" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert comparison.step_times(tmp_path / "ours") == ends
-    assert comparison.rate(ends, rows=8) == pytest.approx(8 * 3 / 4)
+def test_results_keep_what_was_written_about_them(finetuning, tmp_path, monkeypatch):
+    from measuring import write_results
+
+    monkeypatch.setattr("sys.argv", ["finetune.py", "--rows", "2"])
+    output = tmp_path / "finetune.md"
+    write_results(str(output), "Title", "finetune", "old table", {"a": 1})
+    output.write_text(output.read_text() + "\n## What it shows\n\nMuch.\n")
+    write_results(str(output), "Title", "finetune", "new table", {"a": 2})
+    text = "# Title\n\n    python benchmarks/finetune.py --rows 2\n\nnew table\n\n## What it shows\n\nMuch.\n"
+    assert output.read_text() == text
+    assert json.loads(output.with_suffix(".json").read_text())["a"] == 2
+
+
+def test_the_tokens_of_rows_by_hand(finetuning):
+    row = {"prompt": [5, 5, 5], "chosen": [6, 6], "rejected": [7]}
+    assert finetuning.tokens_of("supervised", [row]) == 3 + 2 + 1  # and the end token
+    assert finetuning.tokens_of("DPO", [row, row]) == 2 * (3 + 2 + 1 + 3 + 1 + 1)
 
 
 # ---------------------------------------------------------------------------------------------------- what a step costs

@@ -1,11 +1,11 @@
-"""A step of TRL's trainers, one at a time: each trains in a thread of its own, which waits for its turn."""
+"""A step of TRL's trainers of reinforcement learning."""
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 from rlhf_ways.clock import Clock
+from turns import SHARED, Turns
 
 WAYS = {"TRL RLOO k=2": "RLOO", "TRL GRPO k=2": "GRPO"}
 SAMPLES = 2
@@ -14,7 +14,6 @@ WATCHED = {
     "_generate": "generate",
     "_calculate_rewards": "score",
     "_generate_and_score_completions": "reference",
-    "compute_loss": "update",
     "training_step": "update",
 }
 
@@ -22,29 +21,18 @@ WATCHED = {
 class Theirs:
     """One of `WAYS`."""
 
-    def __init__(self, way: str, folder: Path, cell, rounds: list[list[list[int]]]) -> None:
+    def __init__(self, way: str, folder: Path, cell, steps: list[list[list[int]]]) -> None:
         """Makes the trainer.
 
         Args:
-            rounds: The prompts of each step to come: TRL wants a data set beforehand.
+            steps: The prompts of each step to come: TRL wants a data set beforehand.
         """
         import trl
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-        from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
         tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
-        kind, theirs = WAYS[way], self
-
-        class Turns(TrainerCallback):
-            def on_step_begin(self, *args, **options):
-                theirs.turn.acquire()
-
-            def on_step_end(self, *args, **options):
-                theirs.length = theirs.trainer._metrics["train"]["completions/mean_length"][-1]
-                theirs.over.release()
-
-        config = getattr(trl, f"{kind}Config")(
+        config = getattr(trl, f"{WAYS[way]}Config")(
             output_dir=str(folder / "trl"),
             per_device_train_batch_size=cell.prompts * SAMPLES,
             num_generations=SAMPLES,
@@ -53,52 +41,28 @@ class Theirs:
             top_k=0,
             temperature=1.0,
             beta=0.05,
-            max_steps=len(rounds),
-            learning_rate=9.65e-6,
+            max_steps=len(steps),
             shuffle_dataset=False,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            adam_beta2=0.95,
+            **SHARED,
         )
-        prompts = [tokenizer.decode(row) for rows in rounds for row in rows]
-        model = AutoModelForCausalLM.from_pretrained(folder / "policy")
-        model.generation_config.max_length = None
-        self.trainer = getattr(trl, f"{kind}Trainer")(
-            model,
+        self.trainer = getattr(trl, f"{WAYS[way]}Trainer")(
+            AutoModelForCausalLM.from_pretrained(folder / "policy"),
             reward_funcs=AutoModelForSequenceClassification.from_pretrained(folder / "reward"),
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            train_dataset=Dataset.from_dict({"prompt": [tokenizer.decode(row) for rows in steps for row in rows]}),
             processing_class=tokenizer,
             reward_processing_classes=AutoTokenizer.from_pretrained(folder / "reward"),
-            callbacks=[Turns()],
         )
-        self.trainer.remove_callback(PrinterCallback)
-        self.clock = Clock(cell.seconds)
+        self.clock, self.length = Clock(cell.seconds), 0.0
         for name, part in WATCHED.items():
             self.clock.watch(self.trainer, name, part)
-        self.turn, self.over = threading.Semaphore(0), threading.Semaphore(0)
-        self.failure: BaseException | None = None
-        self.length = 0.0  # mean, of the last step's answers
-        self.thread = threading.Thread(target=self._train, daemon=True)
-        self.thread.start()
+        self.turns = Turns(self.trainer, self._look)
 
-    def _train(self) -> None:
-        try:
-            self.trainer.train()
-        except BaseException as failure:  # noqa: BLE001, to be raised in the thread that measures
-            self.failure = failure
-            self.over.release()
+    def _look(self) -> None:
+        self.length = self.trainer._metrics["train"]["completions/mean_length"][-1]
 
     def step(self, rows: list[list[int]]) -> dict[str, float]:
         """The next step: seconds of its parts."""
         with self.clock.step() as found:
-            self.turn.release()
-            self.over.acquire()
-        if self.failure is not None:
-            raise self.failure
+            self.turns.step()
         return found | {"length": self.length}
