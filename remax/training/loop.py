@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, NoReturn, Protocol, cast
@@ -21,6 +21,7 @@ from remax.checkpoint.state import RunState, Stateful
 from remax.core.batches import groups
 from remax.engines.base import TrainedEngine
 from remax.engines.zero import Size, size_of
+from utils.data.ahead import Ahead
 from utils.data.loaders import ResumableSampler
 from utils.distributed import gather_objects, is_main, peak_memory, print0, sum_across_ranks
 from utils.metrics import MetricsLogger, progress
@@ -224,6 +225,7 @@ class _Run:
         checkpoints: Checkpoints | None,
     ):
         self.learner, self.loader, self.cadence, self.metrics = learner, loader, cadence, metrics
+        self.ahead = Ahead(loader, cadence.batches_per_step + 1)
         self.checkpoints, self.state = checkpoints, TrainState()
         self.epoch_steps = cadence.steps_per_epoch(len(loader))
         self.total, self.bound = cadence.total_steps(len(loader)), cadence.bound(len(loader))
@@ -275,22 +277,23 @@ class _Run:
             return
         self.turn = self.logged = time.perf_counter()
         self.aside = 0.0
-        for drawn, batches in enumerate(batches_of_steps(self.loader, self.cadence, state)):
-            if drawn in self.left_out:
-                continue
-            self.step(batches)
-            bar.update(1)
-            if state.step % (self.cadence.evaluate_every or self.epoch_steps) == 0 or state.step == total:
-                with self.outside_of_steps():
-                    reason = self.evaluate()
-                if reason:
-                    print0(f"stopped at step {state.step}: {reason}")
-                    state.finished = True
+        with closing(batches_of_steps(self.ahead, self.cadence, state)) as steps:
+            for drawn, batches in enumerate(steps):
+                if drawn in self.left_out:
+                    continue
+                self.step(batches)
+                bar.update(1)
+                if state.step % (self.cadence.evaluate_every or self.epoch_steps) == 0 or state.step == total:
+                    with self.outside_of_steps():
+                        reason = self.evaluate()
+                    if reason:
+                        print0(f"stopped at step {state.step}: {reason}")
+                        state.finished = True
+                        break
+                if state.step >= total:
                     break
-            if state.step >= total:
-                break
-            self.keep(self.checkpoints is not None and self.checkpoints.due(state.step))
-            self.turn = time.perf_counter()
+                self.keep(self.checkpoints is not None and self.checkpoints.due(state.step))
+                self.turn = time.perf_counter()
 
     def go_back(self, lost: NotFinite) -> None:
         """To the last checkpoint, and on without the batches of the last steps that were not finite; once.
@@ -318,7 +321,7 @@ class _Run:
             return
         values: dict[str, Stateful] = {
             "training": self.state,
-            "rows": cast(ResumableSampler, self.loader.sampler),
+            "rows": self.ahead,
             **self.learner.values,
         }
         self.checkpoints.begin(RunState(self.learner.engines, values, self.learner.average))
@@ -446,20 +449,21 @@ class _Run:
         return f" ({self.bound})" if self.bound and self.total == state.step else ""
 
 
-def batches_of_steps(loader: DataLoader, cadence: Cadence, state: TrainState) -> Iterator[list[Any]]:
+def batches_of_steps(loader: Ahead, cadence: Cadence, state: TrainState) -> Generator[list[Any], None, None]:
     """The batches of one step after the other, epoch by epoch; counts the epochs in `state`, and begins where it is.
 
     Raises:
         TrainingStopped: A row of streamed data is faulty; on every rank at the same step, as each reads all rows.
     """
-    sampler = cast(ResumableSampler, loader.sampler)
+    sampler = loader.sampler
     for epoch in count(state.epoch):
         if epoch == cadence.epochs and cadence.epochs:
             return
         sampler.set_epoch(epoch)
         before, begun = state.step, sampler.resume_at
         try:
-            yield from groups(loader, cadence.batches_per_step)
+            with closing(iter(loader)) as batches:
+                yield from groups(batches, cadence.batches_per_step)
         except UserError as error:
             raise TrainingStopped(f"The training data cannot be read any further: {error}") from error
         state.epoch = epoch + 1

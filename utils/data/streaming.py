@@ -5,6 +5,7 @@ converted and encoded in chunks by the functions that stored data uses, blended,
 are like those of `loaders`, except that the length of an epoch is unknown.
 """
 
+import copy
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -284,7 +285,8 @@ def build_streaming_loaders(
     """
     first = [first_texts(stream, config, stage) for stream in streams]
     kind = loaders.kind_of(config, stage, (*first, *(stream.held_out for stream in streams)))
-    encoder = Encoder(kind, tokenizer, max_len, config.overlong, config.train_on)
+    own = copy.deepcopy(tokenizer)  # rows are encoded in a thread, while others use the tokenizer
+    encoder = Encoder(kind, own, max_len, config.overlong, config.train_on)
     encode = partial(encode_rows, encoder=encoder, cache_dir=None, in_memory=True)
     held_out: list[Dataset] = []
     record: list[dict[str, Any]] = []

@@ -293,6 +293,9 @@ class Loader(list):
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
 
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
 
 class Noting(Supervised):
     """Evaluation counts its calls, and must happen in evaluation mode."""

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from remax.checkpoint.checkpoints import Checkpoints, Saving, newest
 from remax.training import loop
 from remax.training.loop import Cadence, _Run
+from utils.data.ahead import Ahead
 from utils.data.loaders import EpochSampler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -172,6 +173,11 @@ def test_the_parts_of_a_step_add_up_to_its_wall_time(monkeypatch):
         if "train/loss" in values:
             records.append({name.removeprefix("train/"): value for name, value in values.items()})
 
+    class InTurn(Ahead):
+        def __iter__(self):
+            yield from self.loader
+
+    monkeypatch.setattr(loop, "Ahead", InTurn)
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     learner = Idle()
     learner.label, learner.headline, learner.sign = "idle", "loss", -1

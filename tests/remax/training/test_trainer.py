@@ -275,6 +275,9 @@ class Epochs(torch.utils.data.Sampler):
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
 
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
     def __iter__(self):
         return iter(range(self.rows))
 
