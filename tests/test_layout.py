@@ -19,6 +19,7 @@ from remax.cli.evaluation import (
     WinrateArguments,
 )
 from remax.cli.flags import Step1Arguments, Step2Arguments, Step3Arguments
+from remax.cli.planning import PlanArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
@@ -45,15 +46,17 @@ ROOMS = {
     "checks": (*ENGINES, "engines", "rewards", "checkpoint", "evaluation"),
     "training": ("core", "algorithms", "models", "engines", "rewards", "checkpoint", "evaluation"),
     "cli": ("algorithms", "rewards"),
+    "planning": ("core", "models", "engines"),
     "report": (),
     "stages": (
         *(*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
-        "report",
+        *("planning", "report"),
     ),
     "demo": (*ENGINES, "engines", "evaluation", "report"),
     "doctor.py": ("cli", "stages"),
     "answers.py": ("cli", "stages"),
     "winrate.py": ("cli", "stages"),
+    "plan.py": ("cli", "stages"),
 }
 OF_CLI = {"remax.rewards.process", "remax.rewards.sources"}  # what the command line may see of the rewards
 MAY_IMPORT_DEEPSPEED = {f"remax/engines/{name}.py" for name in ("base", "optimizer", "policy", "zero")}
@@ -243,6 +246,7 @@ def known_flags() -> set[str]:
     """Flags of the stages' programs, of modules that call add_argument themselves, and of the launchers."""
     programs = (Step1Arguments, Step2Arguments, Step3Arguments)
     programs += (PromptEvalArguments, RewardEvalArguments, DoctorArguments, AnswersArguments, WinrateArguments)
+    programs += (PlanArguments,)
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     flags = {f.name for arguments in programs for f in fields(arguments)} | set(re.findall(r"\"--(\w+)\"", text))
     return flags | {"help"} | OF_OTHERS

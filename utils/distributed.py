@@ -246,6 +246,11 @@ def gather_objects(obj: Any) -> list[Any]:
     return gathered
 
 
+def device_memory() -> int | None:
+    """Bytes of this rank's GPU; None where it has none."""
+    return torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
+
+
 def peak_memory() -> int:
     """The most bytes that any rank has held so far: allocated on its GPU, or resident where there is none."""
     if torch.cuda.is_available():

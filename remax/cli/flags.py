@@ -462,7 +462,7 @@ class WatchFlags(Flags, group="watching and checking"):
     log_variance_gradient_steps: CountOrZero = flag(
         0, "with --log_variance: optimizer steps between measurements of the gradient's variance; 0: never"
     )
-    skip_doctor: bool = flag(False, "do not check models, tokenizer and generation before training")
+    skip_doctor: bool = flag(False, "do not check memory (on GPUs), models, tokenizer and generation before training")
     logprob_chunk_size: Count = flag(1024, "tokens whose logits are in memory at once")
     enable_test_mode: bool = flag(False, "stop after --test_stop_step optimizer steps (after one if that is 0)")
     test_stop_step: CountOrZero = flag(0, "with --enable_test_mode")

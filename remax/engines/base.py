@@ -110,7 +110,7 @@ class TrainedEngine(Engine):
                 model=model,
                 optimizer=adam,
                 lr_scheduler=schedule,
-                config=training_config(config, count_parameters(model)),
+                config=training_config(config, count_parameters(model, trained_only=True)),
                 dist_init_required=False,
             )
         self.model = self.wrapped.module

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default
+# Parameters that ZeRO-3 has put together at a time. A layer of a 7B model has 200 million: with less than a few layers'
+# worth each gather waits for the one before.
+MOST_LIVE = 1_000_000_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,19 +59,18 @@ def _zero3(offload_parameters: bool) -> dict[str, Any]:
     return {
         "offload_param": {"device": "cpu" if offload_parameters else "none", "pin_memory": torch.cuda.is_available()},
         "stage3_param_persistence_threshold": 10_000,
-        # A layer of a 7B model has 200 million parameters: with less than a few layers' worth each gather waits for the
-        # one before. 2 GB in 16 bits at most, while the next layers travel.
-        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_max_live_parameters": MOST_LIVE,
         "stage3_prefetch_bucket_size": 50_000_000,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
 
 
 def training_config(config: EngineConfig, parameters: int = LARGEST_BUCKET) -> dict[str, Any]:
-    """For a trained model of so many parameters."""
+    """For a model of which so many parameters learn."""
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": torch.cuda.is_available()}
-    # Buffers of so many numbers are held for the gradients: no more than there are.
-    zero |= dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), min(LARGEST_BUCKET, parameters))
+    # Buffers of so many numbers are held for the gradients: no more than there are, but an even number.
+    bucket = min(LARGEST_BUCKET, parameters + parameters % 2)
+    zero |= dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), bucket)
     if config.zero_stage >= 1:
         zero["offload_optimizer"] = {
             "device": "cpu" if config.offload else "none",

@@ -127,7 +127,12 @@ def load_config(name_or_path: str, flag: str, *, disable_dropout: bool = False) 
         )
     config.use_cache = config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
-    for name, value in list(config.to_dict().items()) if disable_dropout else ():
+    return without_dropout(config) if disable_dropout else config
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same object, with every dropout rate 0, by whatever name the family has for it."""
+    for name, value in list(config.to_dict().items()):
         if isinstance(value, float) and is_dropout(name):
             setattr(config, name, 0.0)
     return config

@@ -24,13 +24,14 @@ from remax.rewards.composite import try_functions
 from remax.stages import resume
 from remax.stages.data import PromptData, columns_of, data_config, load_data
 from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, reward_functions
+from remax.stages.planning import refuse_what_cannot_fit
 from remax.stages.settings import trainer_settings
 from remax.training.loop import TrainState
 from remax.training.sentinel import Sentinel
 from remax.training.trainer import Trainer, Watcher
 from remax.training.variance import VarianceMeter
 from utils.data.batches import PromptBatch
-from utils.distributed import init_distributed, print0, set_seed, shutdown, sum_across_ranks
+from utils.distributed import device_memory, init_distributed, print0, set_seed, shutdown, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
 from utils.run import TrainingStopped, open_folder, start_run
 
@@ -44,6 +45,7 @@ def run_rlhf(args: Step3Arguments) -> None:
     tokenizers = check_models(args)
     tokenizer = tokenizers.actor
     init_distributed(args.local_rank)
+    refuse_what_cannot_fit(args, world_size(), device_memory())
     set_seed(args.seed)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     output = open_folder(args.output_dir)

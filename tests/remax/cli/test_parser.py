@@ -14,6 +14,7 @@ from remax.cli.evaluation import (
 )
 from remax.cli.flags import Count, Flags, Step1Arguments, Step2Arguments, Step3Arguments, flag
 from remax.cli.parser import build_parser, flags_of, read_flags
+from remax.cli.planning import PlanArguments
 from utils.run import UserError
 
 
@@ -58,7 +59,7 @@ def test_the_short_help_lists_the_usual_flags_and_says_where_the_others_are(argu
     assert last not in build_parser(arguments, "Step").format_help()
 
 
-SMALL = [DoctorArguments, PromptEvalArguments, RewardEvalArguments, AnswersArguments, WinrateArguments]
+SMALL = [DoctorArguments, PlanArguments, PromptEvalArguments, RewardEvalArguments, AnswersArguments, WinrateArguments]
 
 
 @pytest.mark.parametrize("arguments", SMALL)

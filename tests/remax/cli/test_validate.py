@@ -502,6 +502,11 @@ def test_reading_flags_imports_neither_torch_nor_transformers():
             "a.json b.json --judge gpt4",
             "--judge gpt4: expected reward:MODEL, lm:MODEL or annotations:FILE",
         ),
+        (
+            "remax/plan.py",
+            "--model Llama-2-7b --zero 0",
+            "--zero 0 with --dtype bf16: training in 16 bits needs --zero 1, 2 or 3",
+        ),
     ],
 )
 def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message):
@@ -519,7 +524,7 @@ def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message
 
 def test_programs_import_what_takes_time_where_ctrl_c_is_caught():
     programs = [*MAIN, "step1_supervised_finetuning/prompt_eval.py", "step2_reward_model_finetuning/rw_eval.py"]
-    programs += ["remax/doctor.py", "remax/answers.py", "remax/winrate.py"]
+    programs += ["remax/doctor.py", "remax/answers.py", "remax/winrate.py", "remax/plan.py"]
     code = (
         "import runpy, sys\n"
         f"for program in {programs}: runpy.run_path(program, run_name='imported')\n"

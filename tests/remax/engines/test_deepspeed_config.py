@@ -27,6 +27,9 @@ def test_buckets_are_no_larger_than_the_model():
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 1000
     zero = training_config(EngineConfig(2), parameters=7_000_000_000)["zero_optimization"]
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 500_000_000
+    assert (
+        training_config(EngineConfig(2), parameters=1001)["zero_optimization"]["allgather_bucket_size"] == 1002
+    )  # even
 
 
 def test_the_next_layers_travel_while_one_computes(monkeypatch):

@@ -1,0 +1,1 @@
+"""What a training will hold in memory, before anything is loaded: parts by name, phases, the batch that fits."""

@@ -1,0 +1,293 @@
+"""From a job to the bytes of its phases, term by term.
+
+Every row is taken to be as long as it may be. What a phase adds to the models' states is what its largest part adds:
+a phase's parts come one after the other, and what the one has used serves the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from remax.core.sampling import Sampling
+from remax.engines.deepspeed_config import EngineConfig
+from remax.planning.dry_run import Held, Sizes, Sketch, decoding, learning, reading, sizes
+from remax.planning.states import (
+    CRITIC_STEP,
+    CRITIC_UPDATE,
+    EVALUATION,
+    PHASES,
+    ROLLOUT,
+    SCORING,
+    STEP,
+    UPDATE,
+    Machine,
+    Moment,
+    Term,
+    always,
+    frozen,
+    gathered,
+    gradients,
+    numbers,
+    trained,
+)
+
+GIB = 2**30
+# Of a GPU: what CUDA, its libraries and NCCL take, and the share of tensors that is lost between them.
+CONTEXT, FRAGMENTS = 1.5 * GIB, 0.03
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model as a job holds it.
+
+    Attributes:
+        more: Parameters that learn beside those of the sketch: the critic's adapters and head on the actor's trunk.
+    """
+
+    sketch: Sketch
+    engine: EngineConfig
+    more: int = 0
+
+    @property
+    def size(self) -> Sizes:
+        """Numbers of its parameters."""
+        size = sizes(self.sketch)
+        return Sizes(size.parameters + self.more, size.trained + self.more, size.largest)
+
+    @property
+    def gathered(self) -> float:
+        """See `states.gathered`."""
+        return gathered(self.size, self.engine)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows are together at a time on one rank, and how long they are at most.
+
+    Attributes:
+        prompts: Answered together; 0: nothing is answered (steps 1 and 2).
+        samples: Answers to each.
+        greedy: Each prompt gets a greedy answer, too.
+        micro: Rows of a training forward; what is scored goes by the same number of forwards.
+        batches: Batches of prompts before an optimizer step.
+        evaluated: Rows of an evaluation.
+        chunk: Tokens whose logits are in memory at once.
+        sampling: What answers are drawn from.
+        measured_in: What log-probs of the actor's are evaluated in.
+    """
+
+    prompts: int = 0
+    samples: int = 1
+    greedy: bool = False
+    micro: int = 1
+    batches: int = 1
+    evaluated: int = 0
+    prompt: int = 256
+    answer: int = 256
+    chunk: int = 1024
+    sampling: Sampling = Sampling()
+    measured_in: Sampling = Sampling()
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest row."""
+        return self.prompt + self.answer
+
+    @property
+    def answers(self) -> int:
+        """Sampled, of a batch of prompts."""
+        return self.prompts * self.samples
+
+    @property
+    def decoded(self) -> int:
+        """Rows of a decode."""
+        return self.answers + (self.prompts if self.greedy else 0)
+
+    @property
+    def scored(self) -> int:
+        """Rows of a forward of the reward model."""
+        forwards = -(-self.answers // self.micro)
+        return -(-self.decoded // forwards)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an optimizer step."""
+        return max(self.answers * self.batches // self.micro, 1) if self.prompts else self.batches
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training.
+
+    Attributes:
+        actor: What learns: a policy, or in step 2 a reward model.
+        reference: None where it is the actor without its adapters, or there is none.
+        rewards: Reward models with weights of their own.
+        critic: PPO's, where it has weights of its own.
+        shared_critic: PPO's critic is the actor's trunk, and learns in the same backward pass.
+        old_logprobs: The actor reads its answers once before the update.
+        full_kl: Over the vocabulary: the reference's hidden states are kept.
+        stats_grad: Entropy or KL carry a gradient.
+        average: A moving average of the weights is kept in CPU memory.
+    """
+
+    actor: Planned
+    rows: Rows
+    machine: Machine
+    reference: Planned | None = None
+    rewards: tuple[Planned, ...] = ()
+    critic: Planned | None = None
+    shared_critic: bool = False
+    old_logprobs: bool = False
+    full_kl: bool = False
+    stats_grad: bool = False
+    average: bool = False
+    synced_generation: bool = False
+
+    def with_rows(self, prompts: int, micro: int | None = None) -> Job:
+        """The same with another batch; `micro` None: all answers in one."""
+        rows = replace(self.rows, prompts=prompts)
+        return replace(self, rows=replace(rows, micro=rows.answers if micro is None else micro))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Terms of a job on one rank."""
+
+    job: Job
+    terms: Sequence[Term]
+
+    @property
+    def phases(self) -> list[str]:
+        return [phase for phase in PHASES if self.job.critic or phase not in (CRITIC_UPDATE, CRITIC_STEP)][
+            0 if self.job.rows.prompts else 2 :
+        ]
+
+    def of(self, phase: str) -> float:
+        """Bytes at the phase's peak, as torch allocates them."""
+        return sum(term.at.get(phase, 0.0) for term in self.terms)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the largest peak."""
+        return max(map(self.of, self.phases))
+
+    @property
+    def host(self) -> float:
+        """Bytes in CPU memory, of one rank, beside what a process has anyway."""
+        return sum(term.host for term in self.terms)
+
+    @property
+    def allowance(self) -> float:
+        """Bytes to leave free: what a GPU needs beside tensors, and fragments."""
+        return CONTEXT + FRAGMENTS * self.peak if self.job.machine.cuda else 0.0
+
+    def fits(self, memory: float) -> bool:
+        """Whether a device of so many bytes holds it."""
+        return self.peak + self.allowance <= memory
+
+
+def plan(job: Job) -> Plan:
+    """Every term of a job."""
+    return Plan(job, list(_terms(job)))
+
+
+def _terms(job: Job) -> Iterator[Term]:
+    machine, size = job.machine, job.actor.size
+    yield from trained("actor", size, job.actor.engine, machine)
+    if job.reference is not None:
+        yield from frozen("reference", job.reference.size, job.reference.engine, machine)
+    for i, reward in enumerate(job.rewards):
+        name = "reward model" if len(job.rewards) == 1 else f"reward model {i + 1}"
+        yield from frozen(name, reward.size, reward.engine, machine)
+    if job.critic is not None:
+        yield from trained("critic", job.critic.size, job.critic.engine, machine, CRITIC_UPDATE, CRITIC_STEP)
+    if job.average:
+        yield always("actor: moving average", 4 * size.trained / machine.ranks, machine.cuda)
+    yield from _of_answers(job)
+    yield from _of_learning(job)
+
+
+def _of_answers(job: Job) -> Iterator[Term]:
+    """Rollout, scoring and evaluation."""
+    rows = job.rows
+    if not rows.prompts:
+        if rows.evaluated:
+            name, size = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])
+            yield Term(f"forward: {name}", {EVALUATION: size})
+        return
+    written = {ROLLOUT: rows.decoded} | ({EVALUATION: rows.evaluated} if rows.evaluated else {})
+    found = {
+        phase: decoding(_plain(job.actor.sketch), n, rows.prompt, rows.answer, rows.sampling)
+        for phase, n in written.items()
+    }
+    whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
+    read = {SCORING: max(_forwards(job, rows.scored, rows.micro), key=lambda one: one[1])}
+    if rows.evaluated:
+        read[EVALUATION] = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])
+        if whole + found[EVALUATION].cache + found[EVALUATION].beside > read[EVALUATION][1]:
+            del read[EVALUATION]
+        else:
+            del found[EVALUATION]
+    yield Term("keys and values of the answers", {phase: one.cache for phase, one in found.items()})
+    yield Term("decoding: a step's tensors, logits", {phase: one.beside for phase, one in found.items()})
+    if whole:
+        yield Term("actor: gathered to decode", dict.fromkeys(found, whole))
+    for phase, (name, size) in read.items():
+        yield Term(f"forward: {name}", {phase: size})
+    if job.full_kl and job.reference is not None:
+        width = job.reference.sketch.config.hidden_size * numbers(job.reference.engine)
+        kept = rows.answers * rows.batches * rows.answer * width
+        yield Term("reference: hidden states of the answers", {SCORING: kept, UPDATE: kept, STEP: kept})
+
+
+def _plain(sketch: Sketch) -> Sketch:
+    """The model as it reads without learning."""
+    return replace(sketch, checkpointing=False)
+
+
+def _forwards(job: Job, scored: int, rows: int) -> Iterator[tuple[str, float]]:
+    """Whose forward without gradient takes what, with the parameters that ZeRO 3 gathers for it."""
+    own, one = job.rows, (job.actor, rows)
+    readers = [("reward model", model, scored) for model in job.rewards]
+    if job.reference is not None:
+        readers.append(("reference", job.reference, rows))
+    else:
+        readers.append(("actor", *one))
+    if job.old_logprobs:
+        readers.append(("actor", *one))
+    if job.critic is not None:
+        readers.append(("critic", job.critic, rows))
+    for name, model, n in readers:
+        sampling = own.measured_in if name == "actor" else own.measured_in.without_truncation()
+        held = reading(_plain(model.sketch), n, own.tokens, own.answer, chunk=own.chunk, sampling=sampling)
+        yield name, held + model.gathered
+
+
+def _of_learning(job: Job) -> Iterator[Term]:
+    """The update of what learns."""
+    learners = [("actor", job.actor, UPDATE)]
+    if job.critic is not None:
+        learners.append(("critic", job.critic, CRITIC_UPDATE))
+    for name, model, phase in learners:
+        rows, kl = job.rows, {"stats_grad": job.stats_grad, "full_kl": job.full_kl} if name == "actor" else {}
+        held = learning(
+            model.sketch, rows.micro, rows.tokens, rows.answer, chunk=rows.chunk, sampling=rows.measured_in, **kl
+        )
+        kept = held.kept * (2 if job.shared_critic else 1)
+        moments = gradients(model.size, model.engine, job.machine, rows.micro_batches)
+        found = [_parts(moment, kept, held) for moment in moments]
+        largest = max(found, key=lambda parts: sum(parts.values())) | {"gathered parameters": model.gathered}
+        yield from (Term(f"{name}: {part}", {phase: size}) for part, size in largest.items() if size)
+
+
+def _parts(moment: Moment, kept: int, held: Held) -> dict[str, float]:
+    """Bytes of a moment of the backward pass."""
+    beside = "logits, their gradients, the head's" if moment.head else "backward of a layer"
+    return {
+        "sums of gradients": moment.sums,
+        "buckets of gradients": moment.buckets,
+        "activations kept for the backward pass": kept * moment.kept,
+        beside: held.head if moment.head else held.layer,
+    }

@@ -1,0 +1,84 @@
+"""The planner's command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from remax import plan
+from utils.run import UserError
+
+SMALL = "--model gpt2 --gpus 1 --prompt_len 64 --answer_len 48 --gradient_checkpointing false --frozen_zero 0 --zero 2"
+SMALL += " --offload false"
+
+
+def run(monkeypatch, capsys, line: str) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["plan", *line.split()])
+    status = 0
+    try:
+        plan.main()
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().out
+
+
+def test_the_tables(monkeypatch, capsys, tmp_path):
+    # A run of 2 ranks with 4 prompts each and two batches a step: 16 prompts in 8 seconds, the first step apart.
+    flags = {"per_device_generation_batch_size": 4, "generation_batches": 2, "gradient_accumulation_steps": 1}
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": flags, "world_size": 2}))
+    steps = [{"step": i, "train/seconds_per_step": s} for i, s in enumerate((90, 8, 8), start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    line = f"{SMALL} --gpu_memory 12 --algo remax --batch 16 --prompts 7200"
+    status, out = run(monkeypatch, capsys, f"{line} --rates {tmp_path}")
+    assert status == 0
+    take = "take: --actor_zero_stage 2 --per_device_generation_batch_size 16 --per_device_training_batch_size 8"
+    assert "remax: 0.124 billion parameters, bf16; 1 x 12 GiB" in out and take in out
+    assert "an epoch over 7,200 prompts: 1.0 hours" in out  # 7200 * 8 / 16 seconds
+    (head,) = [line for line in out.splitlines() if "GiB on each GPU" in line]
+    assert head.split()[4:] == ["rollout", "scoring", "update", "step", "evaluation"]
+    lines = out.splitlines()
+    below = lines[lines.index(head) + 1 :]
+    columns = [below[i].rsplit(maxsplit=5)[1:] for i in range(len(below)) if below[i].startswith("  sum")]
+    assert len(columns) == 1 and all(float(cell) > 1 for cell in columns[0])
+    weights = next(line for line in below if line.startswith("  actor: weights"))
+    assert weights.split()[2:] == ["0.23"] * 5  # 2 bytes of 124 M
+
+
+def test_as_json(monkeypatch, capsys):
+    line = f"{SMALL} --gpu_memory 12 --algo remax --prompts 64 --seconds_per_step 3600 --batch 16 --json"
+    status, out = run(monkeypatch, capsys, line)
+    found = json.loads(out)["remax"]
+    assert status == 0 and found["fits"] and found["hours"] == pytest.approx(4.0)
+    for phase, size in found["phases"].items():
+        assert size == pytest.approx(sum(term["bytes"].get(phase, 0) for term in found["terms"]))
+
+
+def test_nothing_fits(monkeypatch, capsys):
+    status, out = run(monkeypatch, capsys, f"{SMALL} --gpu_memory 2 --algo ppo --batch 1")
+    assert status == 1
+    assert "1 prompt per GPU: fits in no way; takes " in out and "Try more GPUs, --lora" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--model gpt2 --share all", "--share all: what models share must not learn; give --lora"),
+        ("--model gpt2 --reward_fn --algo ppo", "--reward_fn with --algo ppo: the critic starts from a reward model"),
+        ("--model gpt2 --rates there --prompts 5", "--rates there: has no metrics.jsonl"),
+        ("--model gpt2 --seconds_per_step 5", "--prompts: give the size of the data set"),
+        ("--model gpt2 --answer_len 2000", r"--prompt_len \+ --answer_len: 2256 tokens, but the model of --model has"),
+        ("--model gpt2 --offload --zero 0", "--offload with --zero 0: offloading is a part of ZeRO"),
+        ("--model none", "--model none: is no folder, no name that the planner knows"),
+    ],
+)
+def test_bad_flags_are_refused(monkeypatch, capsys, line, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, capsys, line)
+
+
+def test_a_run_that_tells_nothing_is_refused(monkeypatch, capsys, tmp_path):
+    for name, text in (("run.json", "{}"), ("metrics.jsonl", "")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="is no run of step 3"):
+        run(monkeypatch, capsys, f"--model gpt2 --prompts 5 --rates {tmp_path}")
