@@ -49,8 +49,8 @@ class Case:
     family: str = "llama"
     dtype: str = "fp32"
     flags: str = "--algo remax --actor_zero_stage 2"
-    prompts: int = 16
-    micro: int = 8
+    prompts: int = 8
+    micro: int = 4
     prompt: int = 64
     answer: int = 64
     ranks: int = 1
@@ -68,7 +68,7 @@ CPU_CASES = (
     Case("ReMax, larger", "134m", prompts=4, micro=4),
     Case("ReMax, bf16, ZeRO 2", dtype="bf16", prompts=4, micro=2),
     Case("ReMax, ZeRO 3", flags="--algo remax --actor_zero_stage 3 --reference_zero_stage 3 --reward_zero_stage 3"),
-    Case("ReMax, ZeRO 2, 2 ranks", ranks=2, prompts=8, micro=4),
+    Case("ReMax, ZeRO 2, 2 ranks", ranks=2),
 )
 ON_GPU: dict[str, Any] = {"shape": "1.1b", "dtype": "bf16", "prompts": 32, "micro": 16, "answer": 128}
 GPU_CASES = (
