@@ -6,6 +6,7 @@ which are written out here.
 
 import argparse
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -477,3 +478,14 @@ def test_the_stage_understands_the_script(script, call, tmp_path):
     assert not args.notices  # no retired flag, none without effect
     for flag, value in TABLE[stage, name].items():
         assert flag == "data_path" or getattr(args, flag) in (value, [value]), flag
+
+
+PLANNED = runpy.run_path(str(ROOT / "tests/script_memory.py"))
+
+
+@pytest.mark.parametrize("script", PLANNED["SCRIPTS"], ids=short)
+def test_the_script_says_what_gpus_hold_it(script, call, tmp_path):
+    # `python tests/script_memory.py --write` after a change that moves memory
+    (tmp_path / "config.json").write_text("{}")
+    line = PLANNED["line_of"](script, call(short(script)).words, tmp_path)
+    assert PLANNED["LINE"].findall(script.read_text(encoding="utf-8")) == [line]

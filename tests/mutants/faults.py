@@ -443,7 +443,8 @@ MODELS = [
     *faults(
         "remax/models/loading.py",
         f"{ROOM}/models/test_loading.py",
-        ("loading-dropout", "if disable_dropout else ():", "if False else ():", "--disable_dropout is ignored",
+        ("loading-dropout", "return without_dropout(config) if disable_dropout else config", "return config",
+         "--disable_dropout is ignored",
          f"{ROOM}/models/test_loading.py::test_dropout_is_off"),
         ("loading-pdrop", 'field.endswith(("dropout", "pdrop"))', 'field.endswith("dropout")',
          "GPT-2 keeps its dropout",
@@ -617,7 +618,34 @@ ENGINES = [
         ("config-bf16", '{"enabled": config.dtype == "bf16"}', '{"enabled": False}', "bf16 is ignored"),
         ("config-stage", 'zero = {"stage": 3, ', 'zero = {"stage": 2, ', "wrong stage"),
         ("config-sums", '"grad_accum_dtype": "fp32"', '"grad_accum_dtype": None', "sums of gradients have 16 bits"),
-        ("config-buckets", "min(LARGEST_BUCKET, parameters)", "LARGEST_BUCKET", "gigabytes of buffers for any model"),
+        ("config-buckets", "min(LARGEST_BUCKET, parameters + parameters % 2)", "LARGEST_BUCKET",
+         "gigabytes of buffers for any model"),
+    ),
+]
+
+PLANNING = [
+    *faults(
+        "remax/planning/dry_run.py",
+        f"{ROOM}/planning/test_dry_run.py",
+        ("planning-end", "self.live -= self.sizes.pop(place)", "self.sizes.pop(place)", "nothing is ever given back"),
+        ("planning-layers", "(b - a) * (sketch.layers - few)", "(b - a) * (sketch.layers - few - 1)",
+         "a layer is forgotten"),
+    ),
+    *faults(
+        "remax/planning/states.py",
+        f"{ROOM}/planning/test_states.py",
+        ("planning-adam", "(8 if one_copy else 12) * part", "8 * part", "no weights in fp32"),
+        ("planning-sums", "before, after = 4 * part,", "before, after = 0 * part,", "earlier gradients"),
+    ),
+    *faults(
+        "remax/planning/phases.py",
+        f"{ROOM}/planning/test_advice.py",
+        ("planning-greedy", "self.answers + (self.prompts if self.greedy else 0)", "self.answers", "no greedy rows"),
+    ),
+    *faults(
+        "remax/planning/advice.py",
+        f"{ROOM}/planning/test_advice.py::test_the_largest_batch_fits_and_a_larger_one_does_not",
+        ("planning-largest", "if too_many - low <= 1:", "if too_many - low <= 2:", "one row too few"),
     ),
 ]
 
@@ -1516,6 +1544,7 @@ FAULTS = [
     *MODELS,
     *GENERATION,
     *ENGINES,
+    *PLANNING,
     *REWARDS,
     *CHECKPOINT,
     *EVALUATION,

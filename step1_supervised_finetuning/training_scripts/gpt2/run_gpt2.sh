@@ -2,6 +2,7 @@
 # GPT-2 (124M), supervised, for the short texts of the ReMax paper's GPT-2 experiment: 64 + 48 tokens. The paper took its
 # prompts from IMDB; that set holds no answers, so an instruction set with short ones stands here.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 16 GB (2.9 GiB), 1 x 16 GB (4.1 GiB), nothing offloaded: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-openai-community/gpt2}
 DATA=${DATA:-Dahoas/synthetic-instruct-gptj-pairwise}

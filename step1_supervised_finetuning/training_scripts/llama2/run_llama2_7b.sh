@@ -2,6 +2,7 @@
 # Llama-2-7B, supervised, with the settings of the ReMax authors' script of this name.
 # On eight GPUs of 80 GB nothing need be offloaded (--offload false), which spares time: docs/hardware.md.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 40 GB (22 GiB), 1 x 80 GB (44 GiB), 113 GiB of CPU memory: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
 DATA=${DATA:-Dahoas/rm-static}

@@ -3,6 +3,7 @@
 # are those of the authors' Llama-2-7B script, for its 384 + 384 tokens.
 # On eight GPUs of 80 GB nothing need be offloaded (--offload false), which spares time: docs/hardware.md.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 40 GB (23 GiB), 1 x 80 GB (46 GiB), 121 GiB of CPU memory: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-v0.1}
 DATA=${DATA:-HuggingFaceH4/ultrafeedback_binarized}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # OPT-1.3B, supervised, with the settings of the ReMax authors' script of this name.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 16 GB (9.0 GiB), 1 x 40 GB (26 GiB), nothing offloaded: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-facebook/opt-1.3b}
 DATA=${DATA:-Dahoas/rm-static}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # OPT-350M, reward model, with the settings of the ReMax authors' script of this name.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 16 GB (3.7 GiB), 1 x 16 GB (8.0 GiB), nothing offloaded: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-facebook/opt-350m}
 DATA=${DATA:-Dahoas/rm-static}

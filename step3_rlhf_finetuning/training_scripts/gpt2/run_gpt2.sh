@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # GPT-2 (124M), ReMax, with the 64 + 48 tokens of the ReMax paper's GPT-2 experiment; the rest as in the authors' scripts.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 16 GB (1.9 GiB), 1 x 16 GB (3.5 GiB), nothing offloaded: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/gpt2/sft}
 REWARD_MODEL=${REWARD_MODEL-$ROOT/output/gpt2/reward}

@@ -2,6 +2,7 @@
 # Llama-2-7B, Hydra-ReMax: actor, reference and reward model are one frozen model, from step 2's script of this name, and one
 # set of adapters of rank 16. By arithmetic one GPU of 24 GB holds it (docs/hydra.md). Other settings as llama2/run_llama2_7b.sh.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 24 GB (21 GiB), 1 x 24 GB (21 GiB), nothing offloaded: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/hydra_7b/hydra_sft}
 REWARD_MODEL=${REWARD_MODEL-} # the model's own score head

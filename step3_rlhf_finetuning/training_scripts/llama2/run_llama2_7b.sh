@@ -2,6 +2,7 @@
 # Llama-2-7B, ReMax, with the settings of the ReMax authors' script of this name.
 # On eight GPUs of 80 GB nothing need be offloaded, which spares time: docs/hardware.md has the flags.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 24 GB (21 GiB), 1 x 80 GB (41 GiB), 138 GiB of CPU memory: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/llama2_7b/sft}
 REWARD_MODEL=${REWARD_MODEL-$ROOT/output/llama2_7b/reward}

@@ -4,6 +4,7 @@
 # from lmsys-chat-1m and the reward from UltraRM-13B; here both come from UltraFeedback.
 # On eight GPUs of 80 GB nothing need be offloaded, which spares time: docs/hardware.md has the flags.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 40 GB (32 GiB), 1 x 80 GB (55 GiB), 148 GiB of CPU memory: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.2}
 REWARD_MODEL=${REWARD_MODEL-$ROOT/output/mistral_7b/reward}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # OPT-1.3B with a reward model of OPT-350M, ReMax, with the settings of the ReMax authors' script of this name.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
+# Fits 8 x 16 GB (8.4 GiB), 1 x 40 GB (28 GiB), nothing offloaded: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/opt_1.3b/sft}
 REWARD_MODEL=${REWARD_MODEL-$ROOT/output/opt_350m/reward}
