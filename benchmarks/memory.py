@@ -25,10 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = ROOT / "step3_rlhf_finetuning/main.py"
 MIB = 2**20
 RECORD = str(ROOT / "docs/results/memory.json")
+PHASES = ("rollout", "scoring", "update", "step", "critic's update", "critic's step", "evaluation")
 # hidden size, feed-forward, layers, heads, key heads, vocabulary
 SHAPES = {
     "tiny": (32, 64, 1, 2, 2, 1024),
@@ -276,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", help="only those whose names begin so")
     parser.add_argument("--json", default=RECORD, help="file of what was measured; cases that are not run keep theirs")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/results/memory.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -296,6 +300,8 @@ def main() -> None:
             print(case.name, flush=True)
             for phase, real, size in compared(case, measured[case.name], torch.cuda.is_available()):
                 print(f"  {phase:18} {size / MIB:9.1f} {real / MIB:9.1f}  {size / real - 1:+.1%}", flush=True)
+    if args.write:
+        fill(ROOT / "docs/results/memory.md", tables(measured, torch.cuda.is_available()))
 
 
 def compared(case: Case, measured: dict[str, int], cuda: bool) -> Iterator[tuple[str, int, float]]:
@@ -304,6 +310,111 @@ def compared(case: Case, measured: dict[str, int], cuda: bool) -> Iterator[tuple
     for phase in plan.phases:
         if phase in measured:
             yield phase, measured[phase], plan.of(phase)
+
+
+# --------------------------------------------------------------------------------------------- beside published figures
+
+GIB = 2**30
+A100 = 79.15 * GIB  # what torch finds of an A100 or A800 of 80 GB
+# README of the authors' code, and the ICML version of arXiv 2310.10505: GPUs, Adam offloaded, algorithm, the most
+# prompts of all GPUs together in either; None: out of memory.
+PUBLISHED = (
+    (4, False, "ppo", None, None),
+    (4, False, "remax", 104, 96),
+    (4, True, "ppo", 120, 112),
+    (4, True, "remax", 160, 152),
+    (1, True, "ppo", 32, 30),
+    (1, True, "remax", 42, 38),
+)
+
+
+def job_of_7b(algo: str, gpus: int, offload: bool = False, more: str = "") -> Any:
+    """Llama-2-7B by the authors' settings: 256 + 256 tokens, ZeRO 2, checkpointing, frozen models offloaded."""
+    from remax.cli.validate import parse_step3
+    from remax.planning.shapes import config_of as by_name
+    from remax.planning.states import Machine
+    from remax.stages.planning import job_of
+
+    flags = f"--algo {algo} --actor_zero_stage 2 --actor_gradient_checkpointing --offload_reference_model"
+    flags += " --offload_reward_model --actor_dtype bf16 --reward_dtype bf16 --per_device_eval_batch_size 8"
+    flags += " --data_path a/b --actor_model_name_or_path meta/llama --reward_model_name_or_path meta/llama"
+    flags += " --critic_gradient_checkpointing" if algo == "ppo" else ""
+    flags += " --offload" if offload else ""
+    args = parse_step3([*flags.split(), *more.split()])
+    return job_of(args, Machine(gpus), lambda name, flag: by_name("Llama-2-7b", flag))
+
+
+def largest_batches() -> Iterator[str]:
+    """Rows of the table beside the published batches."""
+    from remax.planning.advice import largest
+
+    heads = "GPUs|Adam offloaded|algorithm|authors' README|ICML version|planned|planned, `--two_pass_rollout`".split(
+        "|"
+    )
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
+    for gpus, offload, algo, readme, icml in PUBLISHED:
+        cells = []
+        for more in ("", "--two_pass_rollout") if algo == "remax" else ("",):
+            found = largest(job_of_7b(algo, gpus, offload, more), A100)
+            cells.append("out of memory" if found is None else str(found.job.rows.prompts * gpus))
+        names = [str(gpus), "yes" if offload else "no", {"ppo": "PPO", "remax": "ReMax"}[algo]]
+        published = ["out of memory" if x is None else str(x) for x in (readme, icml)]
+        yield f"| {' | '.join([*names, *published, *cells, *[''] * (2 - len(cells))])} |"
+
+
+def model_states() -> Iterator[str]:
+    """Rows of the table beside the paper's memory of Llama-2-7B, in GiB on one GPU, without activations."""
+    from remax.planning.phases import plan
+    from remax.planning.states import STEP
+
+    held = {}
+    for algo in ("remax", "ppo"):
+        job = job_of_7b(algo, 1)
+        terms = [term for term in plan(job).terms if term.name.split(": ")[0] in ("actor", "critic")]
+        trained = sum(term.at.get(STEP, 0.0) for term in terms if term.name.startswith("actor"))
+        held[algo] = trained / GIB
+    frozen = 2 * job.actor.size.parameters / GIB
+    critic = 18 * job.critic.size.parameters / GIB
+    yield "| GiB | paper | planned |"
+    yield "|---|---|---|"
+    rows = (
+        ("a trained model", "147.02", held["remax"]),
+        ("a frozen model", "12.55", frozen),
+        ("PPO: two trained, two frozen", "319.14", held["ppo"] + critic + 2 * frozen),
+        ("ReMax: one trained, two frozen", "172.12", held["remax"] + 2 * frozen),
+    )
+    yield from (f"| {name} | {published} | {ours:.2f} |" for name, published, ours in rows)
+
+
+def tables(measured: dict[str, dict[str, int]], cuda: bool) -> dict[str, list[str]]:
+    """The tables of docs/results/memory.md by their names."""
+    heads = ("case", *PHASES)
+    rows, errors = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)], []
+    for case in GPU_CASES if cuda else CPU_CASES:
+        if case.name not in measured:
+            continue
+        cells = dict.fromkeys(PHASES, "")
+        for phase, real, size in compared(case, measured[case.name], cuda):
+            errors.append(size / real - 1)
+            cells[phase] = f"{size / MIB:.0f} / {real / MIB:.0f} ({errors[-1]:+.0%})"
+        rows.append(f"| {' | '.join([case.name, *cells.values()])} |")
+    within = sum(abs(error) <= 0.1 for error in errors)
+    rows += ["", f"{within} of {len(errors)} peaks are within 10 %; from {min(errors):+.1%} to {max(errors):+.1%}.", ""]
+    rows.append(machine("torch", "deepspeed", "transformers") + ".")
+    if cuda:
+        return {"gpu": rows}
+    return {"cpu": rows, "batches": list(largest_batches()), "models": list(model_states())}
+
+
+def fill(document: Path, found: dict[str, list[str]]) -> None:
+    """Puts tables between their marks; the prose stays."""
+    text = document.read_text(encoding="utf-8")
+    for name, lines in found.items():
+        begin, end = (f"<!-- {word} {name} -->\n" for word in ("begin", "end"))
+        before, _, rest = text.partition(begin)
+        text = before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+    document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -320,3 +320,38 @@ def test_predicted_bytes_by_hand(hydra):
         "Dynamic-LoRA-ReMax": "2 / 1",
         "Hydra-ReMax": "1 / 1",
     }
+
+
+# ----------------------------------------------------------------------------------------------------- memory, planned
+
+
+@pytest.fixture(scope="module")
+def memory(root):
+    """benchmarks/memory.py."""
+    import importlib
+
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(root / "benchmarks")
+    yield importlib.import_module("memory")
+    patch.undo()
+
+
+def test_the_planner_stands_beside_what_was_measured(memory, root, tmp_path):
+    measured = json.loads((root / "docs/results/memory.json").read_text())
+    case = next(case for case in memory.CPU_CASES if case.name == "ReMax, ZeRO 2")
+    found = list(memory.compared(case, measured[case.name], cuda=False))
+    assert [phase for phase, *_ in found] == ["rollout", "scoring", "update", "step", "evaluation"]
+    for phase, real, size in found:
+        assert size == pytest.approx(real, rel=0.1), phase
+    document = tmp_path / "memory.md"
+    document.write_text("# Title\n<!-- begin cpu -->\nold\n<!-- end cpu -->\nWhat it means.\n")
+    memory.fill(document, {"cpu": ["| new |"]})
+    assert document.read_text() == "# Title\n<!-- begin cpu -->\n| new |\n<!-- end cpu -->\nWhat it means.\n"
+
+
+def test_the_published_models_in_gib(memory):
+    rows = [line.strip("| ").split(" | ") for line in memory.model_states()][2:]
+    # 18 and 2 bytes for each of 6.738 billion parameters of 2^30
+    assert float(rows[0][2]) == pytest.approx(18 * 6.738e9 / 2**30, abs=0.05)
+    assert [row[1:] for row in rows][1] == ["12.55", "12.55"]
+    assert float(rows[3][2]) / float(rows[2][2]) == pytest.approx(0.55, abs=0.01)

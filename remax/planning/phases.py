@@ -69,6 +69,7 @@ class Rows:
         prompts: Answered together; 0: nothing is answered (steps 1 and 2).
         samples: Answers to each.
         greedy: Each prompt gets a greedy answer, too.
+        apart: Sampled and greedy answers are decoded one after the other.
         micro: Rows of a training forward; what is scored goes by the same number of forwards.
         batches: Batches of prompts before an optimizer step.
         evaluated: Rows of an evaluation.
@@ -80,6 +81,7 @@ class Rows:
     prompts: int = 0
     samples: int = 1
     greedy: bool = False
+    apart: bool = False
     micro: int = 1
     batches: int = 1
     evaluated: int = 0
@@ -102,13 +104,18 @@ class Rows:
     @property
     def decoded(self) -> int:
         """Rows of a decode."""
+        return self.answers if self.apart else self.scored_in_all
+
+    @property
+    def scored_in_all(self) -> int:
+        """Rows of a batch of prompts, sampled and greedy."""
         return self.answers + (self.prompts if self.greedy else 0)
 
     @property
     def scored(self) -> int:
         """Rows of a forward of the reward model."""
         forwards = -(-self.answers // self.micro)
-        return -(-self.decoded // forwards)
+        return -(-self.scored_in_all // forwards)
 
     @property
     def micro_batches(self) -> int:
