@@ -315,6 +315,7 @@ def test_refused_in_steps_1_and_2(parse, line, message):
         ("--offload_parameters --actor_zero_stage 1", r"--offload_parameters with --actor_zero_stage 1"),
         ("--inference_tp_size 2 --enable_hybrid_engine", r"--inference_tp_size 2: .* --actor_zero_stage 3"),
         ("--zero3_generation synced", r"--zero3_generation synced with --actor_zero_stage 0"),
+        ("--packing --attn_implementation eager", r"--packing with --attn_implementation eager: only sdpa and flash"),
         ("--actor_dtype fp32 --actor_bf16", r"--actor_dtype fp32 with --actor_bf16: contradict"),
         ("--reward_dtype fp16", r"--reward_dtype fp16: DeepSpeed has no fp16 on a CPU"),
         ("--top_p 0", r"--top_p 0.0: must be above 0 and at most 1"),
