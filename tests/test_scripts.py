@@ -4,6 +4,7 @@ lines of the ReMax authors' own scripts work here as they are."""
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -300,6 +301,7 @@ def assert_script_did_its_work(script: Path, output: Path, printed: str, tiny_mo
         results = json.loads((output / "results.json").read_text())
         assert ("best_of_k_accuracy" in results["after"]) == (architecture == "gpt2")
         assert ("perplexity" in results["after"]) == (script.parent.name == "hydra")
+    assert_report(output, stage, printed)
     record = json.loads((output / "data.json").read_text())
     assert record.get("streaming", False) == (architecture == STREAMED)
     if stage == 3:
@@ -307,6 +309,22 @@ def assert_script_did_its_work(script: Path, output: Path, printed: str, tiny_mo
         output = output / "actor_final"
     assert_exported(output, stage)
     assert_trained(output, tiny_model(architecture))
+
+
+def assert_report(output: Path, stage: int, printed: str) -> None:
+    """Each stage ends with a page, and has kept what it shows."""
+    assert printed.count("report: ") == 1 and "no report" not in printed
+    assert (output / "report.md").read_text().startswith("# Report: result\n")
+    data = re.search(r'id="data">(.*?)</script>', (output / "report.html").read_text(), flags=re.DOTALL)
+    (run,) = json.loads(data[1])["runs"]
+    assert run["stage"] == f"step{stage}" and run["facts"]["state"] == "finished" and run["facts"]["steps"] == "2"
+    assert len(run["train"]["steps"]) == 2 and run["eval"]["steps"][0] == 0
+    assert bool(run["calibration"]) == (stage == 2)
+    close_ups = sorted(path.stem for path in output.glob("close_ups/*"))
+    assert close_ups == [f"step_{step:06d}" for step in run["eval"]["steps"] if stage == 3]
+    rows = json.loads(data[1])["rows"]
+    assert all(len(row["tokens"]) == row["length"] == len(row["token_advantage"]) for row in rows if "greedy" in row)
+    assert (stage == 3) == any("tokens" in row for row in rows)
 
 
 @pytest.mark.ranks
@@ -338,6 +356,7 @@ def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model,
     assert "training stopped. step " in done.stdout.splitlines()[-1]
     assert "learning rate" in done.stdout.splitlines()[-1] and f"result/{last}" in done.stdout.splitlines()[-1]
     assert (tmp_path / f"result/{last}/model.safetensors").is_file()
+    assert "**Did not go well.** Stopped at step " in (tmp_path / "result/report.md").read_text()
     lines = [json.loads(line) for line in (tmp_path / "result/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train/loss"] is None and lines[-1]["step"] >= 2  # the step that was lost is there too
 
