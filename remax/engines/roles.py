@@ -78,6 +78,10 @@ class Learner(Role):
         """Dropout on, or off."""
         self.engine.train(mode)
 
+    def slots(self, sequences: Sequences) -> int:
+        """Tokens that the model computes for these sequences, padding included."""
+        return self.engine.slots(sequences)
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulates the gradient of this rank's share of the loss; `last` on the micro-batch before `step`."""
         self.engine.backward(loss, last)

@@ -12,6 +12,8 @@ from remax.core.sequences import Sequences
 from remax.engines.roles import Learner, Role
 from remax.models.loading import evaluating
 
+ROWS_OF_FORWARD, MOST_FORWARDS = 4, 4  # of a padded batch while it is learned: fewer rows would leave a GPU idle
+
 
 class Reward(Role):
     """The frozen reward model."""
@@ -46,8 +48,21 @@ class TrainedReward(Learner):
     """The reward model while it learns (step 2), or a critic (PPO)."""
 
     def score(self, sequences: Sequences) -> Tensor:
-        """(B,) float32 with gradient."""
-        return self.ask(sequences)
+        """(B,) float32 with gradient; padded rows are read in several forwards, see `Role.in_forwards`."""
+        return self.in_forwards(sequences, self._forwards(sequences), self.ask)
+
+    def slots(self, sequences: Sequences) -> int:
+        """See `Learner.slots`."""
+        forwards = self._forwards(sequences)
+        if forwards == 1:
+            return super().slots(sequences)
+        return sum(sequences.select(rows).input_ids.numel() for rows in sequences.balanced(forwards))
+
+    def _forwards(self, sequences: Sequences) -> int:
+        """How many forwards read the rows: with rows of similar length in each, less of them is padding."""
+        if self.model.packing or self.zero3:  # where all ranks must read equally often, of unequal numbers of answers
+            return 1
+        return max(1, min(MOST_FORWARDS, len(sequences) // ROWS_OF_FORWARD))
 
     def values(self, sequences: Sequences) -> Tensor:
         """(B, A) float32 with gradient: the value before each answer token."""

@@ -39,7 +39,7 @@ def optimizer_step(task: Task, batches: list[Any], losses: list[Part] | None = N
     # Counted before they are copied: on a GPU each number would be waited for.
     rows, counts = [task.sequences(batch) for batch in batches], [task.count(batch) for batch in batches]
     tokens = Figure(sum(sequences.tokens for sequences in rows), 1)
-    slots = Figure(sum(task.learner.engine.slots(sequences) for sequences in rows), 1)
+    slots = Figure(sum(task.learner.slots(sequences) for sequences in rows), 1)
     batches = [to_device(batch) for batch in batches]
     totals = sum_across_ranks({name: sum(count[name] for count in counts) for name in counts[0]})
     figures: Figures = {}

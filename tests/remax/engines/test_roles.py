@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from remax.core.sampling import Sampling
+from remax.core.sequences import Sequences
 from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
@@ -105,3 +106,32 @@ def test_answers_are_scored_in_so_many_forwards(engine, sequences_of):
         torch.testing.assert_close(some, scores[0])
     assert not scores[0].requires_grad
     assert not any(p.requires_grad for p in whole.parameters())  # no memory for gradients either
+
+
+def test_padded_rows_are_learned_in_forwards_of_similar_length(engine):
+    lengths = torch.tensor(
+        [30, 11, 10, 40, 13, 12, 38, 14, 39]
+    )  # 90 of 207 tokens in the shorter ones, 2 forwards for 9 rows
+    torch.manual_seed(0)
+    rows = Sequences(torch.randint(3, 300, (9, 40)), torch.ones_like(lengths), lengths - 1)
+    frozen = engine("llama", scorer=True)
+    role, widths = TrainedReward(frozen), []
+    frozen.model.requires_grad_()
+    weight = torch.arange(9.0)
+
+    def gradients(scores: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad((scores * weight).sum(), list(frozen.model.parameters())))
+
+    whole = frozen.model(rows)
+    frozen.model.hf.base_model.register_forward_pre_hook(
+        lambda module, args, options: widths.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    scores = role.score(rows)
+    assert widths == [(6, 30), (3, 40)] and role.slots(rows) == 6 * 30 + 3 * 40
+    torch.testing.assert_close(scores, whole)
+    for found, expected in zip(gradients(scores), gradients(whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    frozen.config = EngineConfig(3)  # where every rank has to read as often as the others
+    widths.clear()
+    role.score(rows)
+    assert widths == [(9, 40)]
