@@ -46,7 +46,7 @@ ROOMS = {
     "checks": (*ENGINES, "engines", "rewards", "checkpoint", "evaluation"),
     "training": ("core", "algorithms", "models", "engines", "rewards", "checkpoint", "evaluation"),
     "cli": ("algorithms", "rewards"),
-    "planning": ("core", "models", "engines"),
+    "planning": ("core", "models", "engines", "training"),
     "report": (),
     "stages": (
         *(*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),

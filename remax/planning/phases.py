@@ -6,6 +6,7 @@ a phase's parts come one after the other, and what the one has used serves the n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ from remax.planning.states import (
     numbers,
     trained,
 )
+from remax.training.trainer import FULL_FORWARD, SCORED_TOGETHER
 
 GIB = 2**30
 # Of a GPU: what CUDA, its libraries and NCCL take, and the share of tensors that is lost between them.
@@ -70,7 +72,7 @@ class Rows:
         samples: Answers to each.
         greedy: Each prompt gets a greedy answer, too.
         apart: Sampled and greedy answers are decoded one after the other.
-        micro: Rows of a training forward; what is scored goes by the same number of forwards.
+        micro: Rows of a training forward.
         batches: Batches of prompts before an optimizer step.
         evaluated: Rows of an evaluation.
         chunk: Tokens whose logits are in memory at once.
@@ -111,11 +113,10 @@ class Rows:
         """Rows of a batch of prompts, sampled and greedy."""
         return self.answers + (self.prompts if self.greedy else 0)
 
-    @property
-    def scored(self) -> int:
-        """Rows of a forward of the reward model."""
-        forwards = -(-self.answers // self.micro)
-        return -(-self.scored_in_all // forwards)
+    def together(self, rows: int) -> int:
+        """Of so many rows those of a forward without gradient, as `Trainer.scoring_forwards` cuts them."""
+        fewest = math.ceil(math.ceil(rows / self.micro) / SCORED_TOGETHER)
+        return math.ceil(rows / min(max(fewest, math.ceil(rows * self.tokens / FULL_FORWARD)), rows))
 
     @property
     def micro_batches(self) -> int:
@@ -230,7 +231,8 @@ def _of_answers(job: Job) -> Iterator[Term]:
         for phase, n in written.items()
     }
     whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
-    read = {SCORING: max(_forwards(job, rows.scored, rows.micro), key=lambda one: one[1])}
+    at_once = rows.together(rows.scored_in_all), rows.together(rows.answers)
+    read = {SCORING: max(_forwards(job, *at_once), key=lambda one: one[1])}
     if rows.evaluated:
         read[EVALUATION] = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])
         if whole + found[EVALUATION].cache + found[EVALUATION].beside > read[EVALUATION][1]:
