@@ -328,7 +328,7 @@ PUBLISHED = (
 )
 
 
-def job_of_7b(algo: str, gpus: int, offload: bool = False, more: str = "") -> Any:
+def job_of_7b(algo: str, gpus: int, offload: bool = False) -> Any:
     """Llama-2-7B by the authors' settings: 256 + 256 tokens, ZeRO 2, checkpointing, frozen models offloaded."""
     from remax.cli.validate import parse_step3
     from remax.planning.shapes import config_of as by_name
@@ -340,7 +340,7 @@ def job_of_7b(algo: str, gpus: int, offload: bool = False, more: str = "") -> An
     flags += " --data_path a/b --actor_model_name_or_path meta/llama --reward_model_name_or_path meta/llama"
     flags += " --critic_gradient_checkpointing" if algo == "ppo" else ""
     flags += " --offload" if offload else ""
-    args = parse_step3([*flags.split(), *more.split()])
+    args = parse_step3(flags.split())
     return job_of(args, Machine(gpus), lambda name, flag: by_name("Llama-2-7b", flag))
 
 
@@ -348,19 +348,15 @@ def largest_batches() -> Iterator[str]:
     """Rows of the table beside the published batches."""
     from remax.planning.advice import largest
 
-    heads = "GPUs|Adam offloaded|algorithm|authors' README|ICML version|planned|planned, `--two_pass_rollout`".split(
-        "|"
-    )
+    heads = "GPUs|Adam offloaded|algorithm|authors' README|ICML version|planned".split("|")
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
     for gpus, offload, algo, readme, icml in PUBLISHED:
-        cells = []
-        for more in ("", "--two_pass_rollout") if algo == "remax" else ("",):
-            found = largest(job_of_7b(algo, gpus, offload, more), A100)
-            cells.append("out of memory" if found is None else str(found.job.rows.prompts * gpus))
+        found = largest(job_of_7b(algo, gpus, offload), A100)
+        planned = "out of memory" if found is None else str(found.job.rows.prompts * gpus)
         names = [str(gpus), "yes" if offload else "no", {"ppo": "PPO", "remax": "ReMax"}[algo]]
         published = ["out of memory" if x is None else str(x) for x in (readme, icml)]
-        yield f"| {' | '.join([*names, *published, *cells, *[''] * (2 - len(cells))])} |"
+        yield f"| {' | '.join([*names, *published, planned])} |"
 
 
 def model_states() -> Iterator[str]:

@@ -71,7 +71,6 @@ class Rows:
         prompts: Answered together; 0: nothing is answered (steps 1 and 2).
         samples: Answers to each.
         greedy: Each prompt gets a greedy answer, too.
-        apart: Sampled and greedy answers are decoded one after the other.
         micro: Rows of a training forward.
         batches: Batches of prompts before an optimizer step.
         evaluated: Rows of an evaluation.
@@ -83,7 +82,6 @@ class Rows:
     prompts: int = 0
     samples: int = 1
     greedy: bool = False
-    apart: bool = False
     micro: int = 1
     batches: int = 1
     evaluated: int = 0
@@ -105,12 +103,7 @@ class Rows:
 
     @property
     def decoded(self) -> int:
-        """Rows of a decode."""
-        return self.answers if self.apart else self.scored_in_all
-
-    @property
-    def scored_in_all(self) -> int:
-        """Rows of a batch of prompts, sampled and greedy."""
+        """Sampled and greedy answers of a batch of prompts."""
         return self.answers + (self.prompts if self.greedy else 0)
 
     def together(self, rows: int) -> int:
@@ -231,7 +224,7 @@ def _of_answers(job: Job) -> Iterator[Term]:
         for phase, n in written.items()
     }
     whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
-    at_once = rows.together(rows.scored_in_all), rows.together(rows.answers)
+    at_once = rows.together(rows.decoded), rows.together(rows.answers)
     read = {SCORING: max(_forwards(job, *at_once), key=lambda one: one[1])}
     if rows.evaluated:
         read[EVALUATION] = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])

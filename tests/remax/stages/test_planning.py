@@ -39,8 +39,7 @@ def test_flags_reach_the_job(arguments):
     assert job.actor.engine.offload and job.actor.sketch.checkpointing and job.average
     assert job.reference.engine.zero_stage == 3 and len(job.rewards) == 1 and job.critic is None
     assert not job_of(arguments(), Machine()).average
-    apart, together = (job_of(arguments(flag), Machine()).rows for flag in ("--two_pass_rollout", ""))
-    assert (apart.decoded, together.decoded, apart.scored_in_all, together.scored_in_all) == (8, 16, 16, 16)
+    assert job_of(arguments(), Machine()).rows.decoded == 16
     assert job_of(arguments("--logprobs_of model --top_p 0.9"), Machine()).rows.measured_in == Sampling()
 
 
