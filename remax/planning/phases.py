@@ -106,8 +106,14 @@ class Rows:
         """Sampled and greedy answers of a batch of prompts."""
         return self.answers + (self.prompts if self.greedy else 0)
 
-    def together(self, rows: int) -> int:
-        """Of so many rows those of a forward without gradient, as `Trainer.scoring_forwards` cuts them."""
+    def together(self, rows: int, share: bool = False) -> int:
+        """Of so many rows those of a forward without gradient, as `Trainer.scoring_forwards` cuts them.
+
+        Args:
+            share: Answers to a prompt share it: rows that would take as much as the answers and their prompts do.
+        """
+        if share:
+            return math.ceil(self.together(rows) * (self.prompt * self.prompts / rows + self.answer) / self.tokens)
         fewest = math.ceil(math.ceil(rows / self.micro) / SCORED_TOGETHER)
         return math.ceil(rows / min(max(fewest, math.ceil(rows * self.tokens / FULL_FORWARD)), rows))
 
@@ -224,7 +230,8 @@ def _of_answers(job: Job) -> Iterator[Term]:
         for phase, n in written.items()
     }
     whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
-    at_once = rows.together(rows.decoded), rows.together(rows.answers)
+    share = not job.machine.cuda  # where packing pays, see `remax.models.packing.pays`
+    at_once = rows.together(rows.decoded, share), rows.together(rows.answers, share)
     read = {SCORING: max(_forwards(job, *at_once), key=lambda one: one[1])}
     if rows.evaluated:
         read[EVALUATION] = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])

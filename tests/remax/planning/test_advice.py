@@ -41,6 +41,7 @@ def test_phases_and_rows():
     assert (rows.answers, rows.decoded, rows.decoded, rows.micro_batches) == (8, 16, 16, 2)
     # 16 rows are 4 micro-batches, all of which go together; of 100 rows of 256 tokens 32 have 8192
     assert (rows.together(16), rows.together(100)) == (16, 25)
+    assert rows.together(16, share=True) == 12  # 8 prompts and 16 answers of 128 tokens
     small, large = (plan(job("gpt2", Rows(n, greedy=True, micro=4, prompt=128, answer=128))) for n in (8, 16))
     assert large.of(ROLLOUT) > small.of(ROLLOUT)
     assert large.of(UPDATE) == small.of(UPDATE)  # micro-batches of the same size
