@@ -13,7 +13,15 @@ import torch
 from datasets import Dataset
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from remax.demo.tiny_models import tiny_config
@@ -72,6 +80,54 @@ def test_sdpa_without_a_mask_is_causal_and_gives_rows_first(llama):
     out = sdpa_attention_forward(layer, q, k, v, None)[0]
     assert out.shape == (1, 3, 4, 8)
     assert torch.allclose(out[:, 0], v[:, :, 0])  # the first token sees itself alone
+
+
+def test_a_cache_is_handed_each_layers_keys_and_the_attention_what_it_gives_back(llama, recorded):
+    # remax/generation/cache.py: PromptCache.update, attend
+    class Kept(Cache):
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            given.append((layer_idx, tuple(key_states.shape)))
+            key_states.remembered = layer_idx
+            return key_states, value_states
+
+    given: list[tuple] = []
+    found = []
+
+    def attention(module, query, key, value, attention_mask, **options):
+        found.append((key.remembered, attention_mask, tuple(query.shape)))
+        return value.transpose(1, 2), None
+
+    AttentionInterface.register("kept", attention)
+    llama.set_attn_implementation("kept")
+    where = {"position_ids": torch.tensor([[4], [2], [7]]), "past_key_values": Kept(layers=[])}
+    llama(input_ids=torch.tensor([[3], [5], [1]]), use_cache=True, **where)
+    layers, heads = range(llama.config.num_hidden_layers), llama.config.num_attention_heads
+    assert given == [(i, (3, heads, 1, 8)) for i in layers]
+    assert found == [(i, None, (3, heads, 1, 8)) for i in layers]
+
+
+def test_families_say_whether_their_attention_can_be_exchanged():
+    # remax/generation/loop.py: fault_of
+    from transformers import BloomForCausalLM, FalconForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, OPTForCausalLM
+
+    assert all(kind._supports_attention_backend for kind in (LlamaForCausalLM, OPTForCausalLM, GPT2LMHeadModel))
+    assert not any(kind._supports_attention_backend for kind in (BloomForCausalLM, FalconForCausalLM))
+
+
+def test_generate_takes_the_only_token_that_a_processor_leaves(llama):
+    # remax/generation/hugging_face.py: Choice; nothing that generate adds by itself comes before it
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            steps.append((tuple(input_ids.shape), scores.clone()))
+            return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([7]), 0.0)
+
+    steps: list[tuple] = []
+    ids = torch.tensor([[3, 5]])
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=[1], pad_token_id=0)
+    out = llama.generate(input_ids=ids, generation_config=config, logits_processor=LogitsProcessorList([Only()]))
+    assert out.tolist() == [[3, 5, 7, 7]]
+    assert [shape for shape, _ in steps] == [(1, 2), (1, 3)]
+    torch.testing.assert_close(steps[0][1], llama(input_ids=ids).logits[:, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_the_zero3_switch_is_process_wide_and_can_be_dropped():

@@ -37,8 +37,8 @@ def test_recorded_trainings_are_the_same_there(found):
 
 
 def ours(waits: dict[str, int]) -> dict[str, int]:
-    """Without those of Hugging Face's `generate`, which asks after every token whether all answers have ended."""
-    return {place: times for place, times in waits.items() if " _generate:" not in place}
+    """Without those of the decode, which looks after every few tokens at which answers have ended."""
+    return {place: times for place, times in waits.items() if not place.startswith("remax/generation/")}
 
 
 def listed(step: dict[str, dict[str, int]]) -> str:
@@ -53,11 +53,10 @@ def listed(step: dict[str, dict[str, int]]) -> str:
 def test_waits_of_a_remax_step(found, capsys):
     # 4 prompts in one batch, learned from in 2 micro-batches, by Llamas. Read are the lengths of both kinds of answers,
     # a denominator, a gradient's norm and the figures; and in each forward the prompts, to find those that rows share.
-    # Copied are the batch, the order of the rows in the micro-batches, and who shares a prompt with whom in the forward
-    # where some do. Another wait wants a reason.
+    # Copied are the batch, and the order of the rows in the micro-batches. Another wait wants a reason.
     for step in found["trainings"]["remax"]["steps"]:
-        assert sum(ours(step["reads"]).values()) <= 9, listed(step)
-        assert sum(ours(step["copies"]).values()) <= 5, listed(step)
+        assert sum(ours(step["reads"]).values()) <= 11, listed(step)
+        assert sum(ours(step["copies"]).values()) <= 4, listed(step)
     with capsys.disabled():
         print(f"\n{listed(step)}")
 

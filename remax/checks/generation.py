@@ -133,7 +133,7 @@ def decode_serves(actor: Actor, report: Report | None) -> bool:
 
 
 def check_padding(actor: Actor, probe: Probe) -> Finding:
-    """A prompt decoded in a left-padded batch has the log-probs that it has alone."""
+    """A prompt decoded in a batch with longer ones has the log-probs that it has alone."""
     width = int(probe.prompts.lengths[-1])
     alone = Prompts(probe.prompts.input_ids[-1:, -width:], probe.prompts.lengths[-1:])
     tokens, logprobs = [], []

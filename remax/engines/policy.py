@@ -21,7 +21,7 @@ from remax.generation.decoder import Answers, Decoder, GenerationSettings
 from remax.generation.rollout import DEFAULT_DECODER, rollout
 from remax.models.loading import evaluating
 from remax.models.packing import shares_prompts, unpacked
-from remax.models.trunk import REFERENCE_AND_REWARD, Use
+from remax.models.trunk import REFERENCE_AND_REWARD, REWARD, Use
 from utils.distributed import device, largest_of_ranks
 from utils.present import present
 
@@ -103,8 +103,8 @@ class Actor(_Policy, Learner):
         if self.zero3:
             gathers = self.gather_for_generation
             how = ", ZeRO-3 parameters gathered once per rollout" if gathers else ", ZeRO-3 ranks in step"
-        decodes = "two decodes" if self.generation.two_pass else "sampled and greedy rows in one decode"
-        return f"{self.decoder.name} ({decodes}{how})"
+        decodes = ", sampled and greedy ones one after the other" if self.generation.two_pass else ""
+        return f"{self.decoder.name}{decodes}{how}"
 
     @contextmanager
     def generating(self) -> Iterator[bool]:
@@ -229,10 +229,12 @@ class Judge(_Policy):
         with evaluating(self.model):
             for rows in map(sorted, sequences.balanced(forwards, together=shares_prompts(self.model))):
                 part, of_part = sequences.select(rows), sum(i < first for i in rows)
-                asked = max(of_part, 1)  # at ZeRO-3 every rank must call the head in each forward
-                chunks = _chunks(part.select(slice(0, asked)), self.chunk_size, self.zero3)
-                found, score = self.ask(part, rows=asked, chunks=chunks, sampling=self.sampling)
                 places = torch.tensor(rows, device=where)
-                logprobs[places[:of_part], : found.shape[1]] = found[:of_part, :width]
+                if of_part:
+                    chunks = _chunks(part.select(slice(0, of_part)), self.chunk_size, self.zero3)
+                    found, score = self.ask(part, rows=of_part, chunks=chunks, sampling=self.sampling)
+                    logprobs[places[:of_part], : found.shape[1]] = found
+                else:
+                    score = self.engine(part, use=REWARD)
                 scores[places] = score
         return logprobs, scores

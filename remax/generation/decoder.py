@@ -21,7 +21,7 @@ class GenerationSettings:
         pad_id: What generation fills the rows up with that have ended.
         sampling: The distribution that sampled answers are drawn from.
         max_greedy_tokens: Longest greedy answer, 0 for the same (ReMax-fast caps it).
-        two_pass: Two decodes instead of one (faster for large batches of small models).
+        two_pass: Two decodes instead of one, which takes longer and holds half as many keys and values at a time.
     """
 
     max_new_tokens: int
@@ -52,6 +52,37 @@ class Answers:
     greedy: Sequences | None = None
     logprobs: Tensor | None = None
     greedy_logprobs: Tensor | None = None
+
+    @classmethod
+    def of_rows(
+        cls,
+        prompts: Prompts,
+        tokens: Tensor,
+        logprobs: Tensor | None,
+        settings: GenerationSettings,
+        end_ids: list[int],
+        *,
+        samples: int,
+        greedy: bool,
+    ) -> Answers:
+        """The answers that some rows hold.
+
+        Args:
+            tokens: (B * samples + B, at least A) ids, the greedy answers' behind the others, if there are both; what
+                follows an end token, or the cap of a greedy answer, is filler.
+            logprobs: Theirs.
+        """
+        drawn, cap = len(prompts) * samples, settings.greedy_cap
+
+        def part(of: Prompts, rows: slice, longest: int) -> tuple[Sequences, Tensor | None]:
+            found = Sequences.from_generation(of, tokens[rows, :longest], end_ids, settings.pad_id)
+            return found, None if logprobs is None else found.of_answers(logprobs[rows])
+
+        sampled, of_sampled = (
+            part(prompts.repeat(samples), slice(drawn), settings.max_new_tokens) if samples else (None, None)
+        )
+        best, of_best = part(prompts, slice(drawn, None), cap) if greedy else (None, None)
+        return cls(sampled, best, of_sampled, of_best)
 
 
 class Decoder(Protocol):

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from remax.core.sequences import Prompts
 from remax.generation.decoder import Answers, Decoder, GenerationSettings
-from remax.generation.hugging_face import HuggingFaceDecoder
+from remax.generation.loop import SharedPromptDecoder
 
-DEFAULT_DECODER: Decoder = HuggingFaceDecoder()
+DEFAULT_DECODER: Decoder = SharedPromptDecoder()
 
 
 def rollout(

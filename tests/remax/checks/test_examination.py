@@ -29,8 +29,11 @@ from remax.engines.base import Engine, FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
+from remax.generation import hugging_face, loop
+from remax.generation.cache import PromptCache
 from remax.generation.decoder import GenerationSettings
-from remax.generation.hugging_face import GreedyRows
+from remax.generation.hugging_face import HuggingFaceDecoder
+from remax.generation.loop import SharedPromptDecoder
 from remax.models.lora import add_lora
 from remax.models.policy import load_policy
 from remax.models.reward_model import load_reward_model
@@ -154,8 +157,8 @@ def test_each_of_several_reward_models_is_checked(load, make_scorer):
 
 
 def generate_with(actor, monkeypatch, change) -> None:
-    """`change(kwargs)` may alter every call of the model's generate."""
-    original = actor.model.hf.generate
+    """Answers come from the model's generate; `change(kwargs)` may alter every call of it."""
+    actor.decoder, original = HuggingFaceDecoder(), actor.model.hf.generate
     monkeypatch.setattr(actor.model.hf, "generate", lambda **kwargs: original(**change(dict(kwargs))))
 
 
@@ -177,22 +180,71 @@ def test_a_hidden_penalty_is_found(load, monkeypatch):
     assert {"generation agrees with the forward"} <= set(failed(examine(**patient)))
 
 
-def test_a_hidden_top_k_is_found(load, monkeypatch):
-    # What generate does by itself when it is not told top_k=0.
+def without_a_look_before(actor) -> None:
+    """Answers come from our own loop even where it would see for itself that it cannot serve the model."""
+    actor.decoder = SharedPromptDecoder()
+    actor.decoder.faults[actor.model.hf] = ""
+
+
+def decode_with(actor, monkeypatch, change) -> None:
+    """`change(kwargs)` may alter every forward of a decode by our own loop, and its logits by what it returns."""
+    without_a_look_before(actor)
+    original = actor.model.hf.forward
+
+    def forward(**kwargs):
+        alter = change(kwargs)
+        out = original(**kwargs)
+        out.logits = alter(out.logits) if alter else out.logits
+        return out
+
+    monkeypatch.setattr(actor.model.hf, "forward", forward)
+
+
+def test_a_penalty_in_our_own_loop_is_found(load, monkeypatch):
+    patient = load()
+    decode_with(patient["actor"], monkeypatch, lambda _: lambda logits: logits - torch.arange(logits.shape[-1]) % 2)
+    assert {"generation agrees with the forward"} <= set(failed(examine(**patient)))
+
+
+@pytest.mark.parametrize("decoder", [SharedPromptDecoder(), HuggingFaceDecoder()], ids=["ours", "generate"])
+def test_a_hidden_top_k_is_found(decoder, load):
     patient = load()
 
-    def change(kwargs):
-        kwargs["generation_config"].top_k = 20
-        return kwargs
+    def with_top_k(model, prompts, settings, **options):
+        return decoder(model, prompts, replace(settings, sampling=Sampling(top_k=20)), **options)
 
-    generate_with(patient["actor"], monkeypatch, change)
+    patient["actor"].decoder = with_top_k
     assert failed(examine(**patient)) == ["generation agrees with the forward"]
 
 
-def test_a_greedy_baseline_that_is_not_greedy_is_found(load, monkeypatch):
+@pytest.mark.parametrize("module", [loop, hugging_face], ids=["ours", "generate"])
+def test_a_greedy_baseline_that_is_not_greedy_is_found(module, load, monkeypatch):
     patient = load()
-    monkeypatch.setattr(GreedyRows, "best", lambda self, logits: logits.topk(2).indices[:, 1])
+    if module is hugging_face:
+        patient["actor"].decoder = HuggingFaceDecoder()
+    monkeypatch.setattr(module, "most_probable", lambda logits: logits.topk(2).indices[:, 1])
     assert failed(examine(**patient)) == ["greedy tokens are the argmax"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_attention_to_padding_in_our_own_loop_is_found(family, load, monkeypatch):
+    patient = load(family)
+    without_a_look_before(patient["actor"])
+    for weight in patient["actor"].model.parameters():  # so that what is attended to matters
+        weight.mul_(8.0 if weight.dim() > 1 else 1.0)
+    monkeypatch.setattr(PromptCache, "hidden", lambda self, window: None)
+    assert {"generation agrees with the forward", "padding changes nothing"} <= set(failed(examine(**patient)))
+
+
+def test_positions_counted_from_elsewhere_in_our_own_loop_are_found(load, monkeypatch):
+    patient = load("gpt2")
+
+    def later(kwargs):
+        if "past_key_values" in kwargs:
+            kwargs["position_ids"] = kwargs["position_ids"] + 1
+
+    decode_with(patient["actor"], monkeypatch, later)
+    assert {"generation agrees with the forward"} <= set(failed(examine(**patient)))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -209,7 +261,7 @@ def test_attention_to_padding_is_found(family, load, monkeypatch):
 def test_positions_counted_from_the_padding_are_found(load, monkeypatch):
     # Left-padded GPT-2 with positions 0, 1, 2, ... from the first column of padding.
     patient = load("gpt2")
-    original = patient["actor"].model.hf.generate
+    patient["actor"].decoder, original = HuggingFaceDecoder(), patient["actor"].model.hf.generate
 
     def generate(**kwargs):
         forward = patient["actor"].model.hf.transformer.forward
