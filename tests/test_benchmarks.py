@@ -3,6 +3,7 @@
 Of packing: the tables, on a tiny model too.
 """
 
+import dataclasses
 import json
 import math
 import runpy
@@ -45,9 +46,10 @@ def test_every_estimator_pays_the_same_answers(modules):
     for estimator in experiment.ESTIMATORS.values():
         algorithm = experiment.make_algorithm(estimator, kl=0.1)
         assert estimator.answers == algorithm.samples_per_prompt + algorithm.greedy
+        assert estimator.samples == algorithm.samples_per_prompt and experiment.SAMPLES % estimator.samples == 0
 
 
-@pytest.mark.parametrize("name", ["remax", "ppo"])
+@pytest.mark.parametrize("name", ["remax", "ppo", "calibrated_2"])
 def test_a_run_spends_its_tokens(modules, setting, tmp_path, name):
     experiment, report = modules
     ppo = name == "ppo"
@@ -68,11 +70,11 @@ def test_a_run_spends_its_tokens(modules, setting, tmp_path, name):
 
 def test_gradient_variance(modules, setting, tmp_path):
     experiment, report = modules
-    probes = {name: experiment.PROBES[name] for name in ("reinforce", "reinforce, reward + 2", "remax", "rloo_4")}
-    probes["remax, reward + 2"] = experiment.PROBES["remax, reward + 2"]
+    names = ("reinforce", "reinforce, reward + 2", "remax", "remax, reward + 2", "calibrated_2", "rloo_4")
+    probes = {name: experiment.PROBES[name] for name in names}
     path = tmp_path / "variance.json"
     experiment.measure_variance(
-        path, setting.actor, setting, blocks=2, prompts=2, critic_steps=1, critic_rate=1e-3, probes=probes
+        path, setting.actor, setting, blocks=2, prompts=2, critic_steps=1, critic_rate=1e-3, rollouts=1, probes=probes
     )
     record = json.loads(path.read_text())
     figures = {name: record["probes"][name]["all"] for name in probes}
@@ -82,10 +84,55 @@ def test_gradient_variance(modules, setting, tmp_path):
     assert figures["reinforce, reward + 2"]["unit_variance"] > 2 * figures["reinforce"]["unit_variance"]
     assert figures["remax"]["tokens_per_unit"] > figures["reinforce"]["tokens_per_unit"]
     assert figures["rloo_4"]["tokens_per_unit"] == pytest.approx(4 * figures["reinforce"]["tokens_per_unit"])
+    assert figures["calibrated_2"]["tokens_per_unit"] > 2 * figures["reinforce"]["tokens_per_unit"]
     assert record["answers"] == 2 * 2 * 4
     assert record["rewards"]["kl"] == pytest.approx(0.0, abs=1e-4)  # the policy is the reference itself
     assert record["rewards"]["within"] > 0
     assert report.ratio(record["probes"]["remax"], record["probes"]["remax"]).startswith("1.00")
+
+
+def test_squared_gradients_of_answers(modules, setting, tmp_path):
+    experiment, report = modules
+    found = {}
+    for task, unevenness in experiment.TASKS.items():
+        path = tmp_path / f"{task}.json"
+        uneven = dataclasses.replace(setting, unevenness=unevenness)
+        experiment.measure_answers(path, setting.actor, uneven, blocks=2, prompts=4, rollouts=1)
+        record = json.loads(path.read_text())
+        means = {
+            name: sum(block["square"] for block in blocks) / sum(block["answers"] for block in blocks)
+            for name, blocks in record["probes"].items()
+        }
+        assert all(block["answers"] == 4 * 4 for blocks in record["probes"].values() for block in blocks)
+        found[task] = means
+        assert report.answers_table({"supervised": record}).count("\n") == 1 + len(means)
+    # What a prompt adds to all its answers alike, a greedy answer and other answers know, a mean over prompts does not.
+    for name in ("remax", "rloo_2", "rloo_4"):
+        assert found["uneven"][name] == pytest.approx(found["demo"][name], rel=1e-3)
+    assert found["uneven"]["reinforce_mean"] > 2 * found["demo"]["reinforce_mean"]
+    assert not {"ppo", "rloo_4_batch", "remax, reward + 2"} & found["demo"].keys()
+
+
+def test_the_squared_gradient_of_an_answer_is_that_of_its_logits(modules, setting):
+    # Of one answer under ReMax: autograd through sum_t A_t log softmax(z_t)[y_t] by the logits z.
+    experiment, _ = modules
+    experiment.set_seed(0)
+    fixed = experiment.FixedPolicy(setting.actor, setting)
+    loader = experiment.prompt_loaders(setting, fixed.tokenizer, 2, 0)[0]
+    drawn = experiment.draw(fixed, {True: None}, next(iter(loader)))
+    estimator = experiment.ESTIMATORS["remax"]
+    algorithm, whole = experiment.make_algorithm(estimator, 0.3), drawn.of(experiment.PROBES["remax"])
+    got = experiment.noise_of_answers(algorithm, whole, drawn, estimator)
+    part = algorithm.prepare(whole)
+    logits = fixed.model.head(fixed.model.hidden(part.sequences)).detach().requires_grad_()  # (B, A, V)
+    chosen = (
+        logits.log_softmax(-1).gather(-1, part.sequences.answer_ids[..., None])[..., 0] * part.sequences.answer_mask
+    )
+    loss, _ = algorithm.loss(part, experiment.PolicyOutput(chosen), 1)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert got["square"] == pytest.approx(float(gradient.square().sum()), rel=1e-4)
+    greedy = int(drawn.greedy.answer_lengths.sum())
+    assert got["tokens"] == int(part.sequences.answer_lengths.sum()) + 4 * greedy  # one for each of 4 answers
 
 
 def test_compare_by_hand(modules):
@@ -112,6 +159,51 @@ def test_intervals(modules):
     assert report.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx((1.0, 2.776 * math.sqrt(2 / 3)))
     # The jackknife of a mean is its standard error: of 1, 2, 3 without one each, 2.5, 2, 1.5
     assert report.jackknife(2.0, [2.5, 2.0, 1.5]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+
+
+def test_the_report_has_the_tables_of_every_task(modules, setting, tmp_path, monkeypatch):
+    # Records of two seeds with made-up figures; the folder's estimators.md has the markers of one table already.
+    experiment, report = modules
+    monkeypatch.setattr(report, "plot_rewards", lambda runs, path: path.touch())
+    monkeypatch.setattr(report, "plot_variance", lambda variance, path: path.touch())
+    (tmp_path / "estimators.md").write_text("# T\n<!-- begin answers -->\nold\n<!-- end answers -->\nProse.\n")
+
+    def runs(seeds: list[int]) -> list[dict]:
+        point = {"steps": 10, "seconds": 9.0, "cpu_seconds": 8.0, "reward": 2.0, "true_reward": 1.0, "kl": 1.0}
+        start = dict.fromkeys(point, 0.0) | {"tokens": 0}
+        return [
+            {
+                "run": dataclasses.asdict(experiment.Run(name, seed, 1e-3)),
+                "points": [start, point | {"tokens": 90 + seed}],
+            }
+            for name in experiment.ESTIMATORS
+            for seed in seeds
+        ]
+
+    figures = {"unit_variance": 4.0, "tokens_per_unit": 10.0, "variance": 2.0, "signal": 1.0, "cosine": 1.0}
+    probes = {name: {"all": figures, "without": [figures, figures]} for name in experiment.PROBES}
+    rewards = dict.fromkeys(("mean", "within", "among", "greedy", "kl"), 1.0)
+    blocks = [{"square": 6.0, "tokens": 20, "answers": 2}] * 2
+    answers = {"probes": {name: blocks for name in experiment.PROBES}}
+    task = {
+        "sweep": runs([9]),
+        "runs": runs([0, 1]),
+        "answers": {"supervised": answers},
+        "variance": {"supervised": {"rewards": rewards, "probes": probes}},
+    }
+    report.write({"demo": task, "uneven": task}, setting, tmp_path)
+    text = (tmp_path / "estimators.md").read_text()
+    names = ("rewards", "answers", "variance", "constant", "tokens", "seconds", "sweep")
+    assert all(f"<!-- begin {name}{behind} -->" in text for name in names for behind in ("", "_uneven"))
+    assert "old" not in text and "Prose." in text
+    assert "| calibrated | 3.00 ± 0.00 | 30 |" in text  # 6 / 2 an answer, times 20 / 2 tokens
+    assert "| calibrated_4 | 0.1 k | 2.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.70 ± 0.00 | 0.00 ± 0.00" in text
+    # variance 4 of a unit, 8 s / 10 steps for 8 // 2 prompts: 4 * 0.2
+    assert "| supervised | calibrated | 10.0 | 2 ± 0 | 1.00 (1.00 to 1.00) | 0.8 |" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"estimators_{kind}{behind}.png" for kind in ("reward", "variance") for behind in ("", "_uneven")
+    }
+    assert json.loads((tmp_path / "estimators.json").read_text())["tasks"].keys() == {"demo", "uneven"}
 
 
 def test_the_report_keeps_the_prose(modules, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from remax.algorithms import Algorithm, KLPenalty, build_algorithm
+from remax.algorithms import ALGORITHMS, Algorithm, KLPenalty, build_algorithm
 from remax.checkpoint.export import export
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sequences import Prompts, Sequences
-from remax.demo.corpus import mean_true_reward
+from remax.demo.corpus import ease, mean_true_reward
 from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
@@ -41,26 +42,44 @@ from utils.data.config import DataConfig
 from utils.data.loaders import build_loaders
 from utils.distributed import init_distributed, set_seed
 from utils.metrics import MetricsLogger
+from utils.present import present
 from utils.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """algorithm, settings: of `remax.algorithms`.   answers: generated per prompt, the greedy one included."""
+    """algorithm, settings: of `remax.algorithms`.   samples: drawn for each prompt."""
 
     algorithm: str
-    answers: int
-    settings: dict[str, float] = field(default_factory=dict)
+    samples: int = 1
+    settings: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> int:
+        """Generated per prompt, the greedy one included."""
+        return self.samples + ALGORITHMS[self.algorithm].greedy
+
+
+def calibrated(samples: int) -> Estimator:
+    return Estimator("remax", samples, {"baseline": "calibrated"})
 
 
 ESTIMATORS = {
-    "reinforce": Estimator("reinforce", 1),
-    "reinforce_mean": Estimator("reinforce", 1, {"baseline_decay": 0.9}),
-    "remax": Estimator("remax", 2),
-    "rloo_2": Estimator("rloo", 2, {"samples_per_prompt": 2}),
-    "rloo_4": Estimator("rloo", 4, {"samples_per_prompt": 4}),
-    "ppo": Estimator("ppo", 1),
+    "reinforce": Estimator("reinforce"),
+    "reinforce_mean": Estimator("reinforce", settings={"baseline_decay": 0.9}),
+    "remax": Estimator("remax"),
+    "remax_kl": Estimator("remax", settings={"baseline": "greedy_kl"}),
+    "calibrated": calibrated(1),
+    "calibrated_2": calibrated(2),
+    "calibrated_4": calibrated(4),
+    "rloo_2": Estimator("rloo", 2),
+    "rloo_4": Estimator("rloo", 4),
+    "rloo_4_opo": Estimator("rloo", 4, {"baseline": "length_weighted"}),
+    "rloo_4_otb": Estimator("rloo", 4, {"baseline": "token_weighted"}),
+    "rloo_4_batch": Estimator("rloo", 4, {"advantage_scaling": "batch"}),  # REINFORCE++ with a group baseline
+    "ppo": Estimator("ppo"),
 }
+TASKS = {"demo": 0.0, "uneven": 5.0}  # what the easiest kind of prompt adds to a reward, and the hardest takes off it
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,7 @@ class Setting:
     answers_per_step: generated for one optimizer step, greedy ones included.   tokens: generated in a whole run.
     kl: beta, reward per nat; k1 estimate, in the reward, full reach: the exact gradient of E[r] - beta * KL.
     evaluations: in a run, evenly spaced over its tokens, besides the one before it.
+    unevenness: times the `ease` of a prompt, added to the reward of all its answers (see TASKS).
     """
 
     data: str
@@ -83,6 +103,7 @@ class Setting:
     max_prompt: int = 48
     max_answer: int = 48
     data_split: str = "4,4,2"
+    unevenness: float = 0.0
 
 
 def make_algorithm(estimator: Estimator, kl: float, **more) -> Algorithm:
@@ -93,6 +114,7 @@ def make_algorithm(estimator: Estimator, kl: float, **more) -> Algorithm:
         gamma=1.0,
         clip_reward_value=0.0,
         loss_aggregation="sequence",
+        **({"samples_per_prompt": estimator.samples} if estimator.samples > 1 else {}),
         **(estimator.settings | more),
     )
 
@@ -120,6 +142,24 @@ class Run:
         parts = [self.estimator, f"seed{self.seed}", f"lr{self.rate:g}"]
         parts += [f"critic{self.critic_rate:g}"] if self.critic_rate else []
         return "-".join(parts + ([f"epochs{self.epochs}"] if self.epochs else []))
+
+
+class UnevenReward(Reward):
+    """The reward model, with what the kind of a prompt adds: pairs of answers to one prompt leave that open."""
+
+    def __init__(self, setting: Setting, tokenizer: PreTrainedTokenizerBase, engine: FrozenEngine):
+        super().__init__(engine)
+        self.unevenness, self.tokenizer = setting.unevenness, tokenizer
+
+    def score(self, sequences: Sequences, forwards: int = 1) -> Tensor:
+        scores = super().score(sequences, forwards)
+        if not self.unevenness:
+            return scores
+        rows = zip(sequences.input_ids.tolist(), sequences.counts[0], strict=True)
+        prompts = self.tokenizer.batch_decode(
+            [ids[:length] for ids, length in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return scores + self.unevenness * torch.tensor([ease(prompt) for prompt in prompts])
 
 
 class CountingActor(Actor):
@@ -176,7 +216,7 @@ def build_trainer(
         generation=GenerationSettings(setting.max_answer, tokenizer.pad_token_id),
     )
     reference = Reference(FrozenEngine(policy(), engine))
-    reward = Reward(FrozenEngine(load_scorer(setting, tokenizer), engine))
+    reward = UnevenReward(setting, tokenizer, FrozenEngine(load_scorer(setting, tokenizer), engine))
     algorithm = make_algorithm(estimator, setting.kl, epochs=run.epochs)
     critic = None
     if algorithm.critic:
@@ -246,27 +286,36 @@ def write_json(path: Path, record: dict) -> None:
 
 @dataclass(frozen=True)
 class Probe:
-    """An estimator whose gradient is measured. shift: a constant added to the reward of every answer."""
+    """An estimator whose gradient is measured.
+
+    shift: a constant added to the reward of every answer.   own_value: rewards are compared with the mean of further
+    answers to the same prompt, to which the running value of a prompt tends (SPO, arXiv 2509.13232); their tokens are
+    not counted.
+    """
 
     estimator: str
     shift: float = 0.0
     fitted_critic: bool = True
+    own_value: bool = False
 
 
-PROBES = {name: Probe(name) for name in ESTIMATORS} | {
+SCALED = [name for name, estimator in ESTIMATORS.items() if "advantage_scaling" in estimator.settings]
+PROBES = {name: Probe(name) for name in ESTIMATORS if name not in SCALED} | {  # scaled ones have another length
+    "prompt's own value": Probe("reinforce", own_value=True),
     "ppo, critic as loaded": Probe("ppo", fitted_critic=False),
     "reinforce, reward + 2": Probe("reinforce", shift=2.0),
     "reinforce, reward - 2": Probe("reinforce", shift=-2.0),
     "reinforce_mean, reward + 2": Probe("reinforce_mean", shift=2.0),
     "remax, reward + 2": Probe("remax", shift=2.0),
+    "calibrated, reward + 2": Probe("calibrated", shift=2.0),
 }
 SAMPLES = 4  # answers to each prompt, shared by all estimators
+FURTHER = 8  # answers to each prompt for its own value
 
 
 def units(estimator: Estimator, samples: int) -> list[slice]:
     """Rows of one prompt's `samples` answers that make one independent estimate each."""
-    size = estimator.settings.get("samples_per_prompt", 1)
-    return [slice(i, i + size) for i in range(0, samples, size)]
+    return [slice(i, i + estimator.samples) for i in range(0, samples, estimator.samples)]
 
 
 class FixedPolicy:
@@ -283,7 +332,7 @@ class FixedPolicy:
 
         self.model = load(policy).eval()
         self.reference = Reference(FrozenEngine(load(setting.actor), frozen))
-        self.reward = Reward(FrozenEngine(load_scorer(setting, self.tokenizer), frozen))
+        self.reward = UnevenReward(setting, self.tokenizer, FrozenEngine(load_scorer(setting, self.tokenizer), frozen))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def answer(self, batch: PromptBatch, samples: int, greedy: bool) -> tuple[Sequences, Sequences | None]:
@@ -293,18 +342,28 @@ class FixedPolicy:
         return answers.sampled, answers.greedy
 
     @torch.no_grad()
-    def score(self, sampled: Sequences, critic: RewardModel) -> Rollout:
-        return Rollout(
+    def score(self, sampled: Sequences, critic: RewardModel | None = None, greedy: Sequences | None = None) -> Rollout:
+        """With the greedy answers, a row for each prompt, also what a calibrated baseline reads of them."""
+        rollout = Rollout(
             sampled,
             self.reward.score(sampled),
             reference_logprobs=self.reference.logprobs(sampled),
             old_logprobs=self.model(sampled)[0],
-            values=critic(sampled, every_token=True),
+            values=None if critic is None else critic(sampled, every_token=True),
+        )
+        if greedy is None:
+            return rollout
+        algorithm, times = make_algorithm(ESTIMATORS["calibrated"], self.setting.kl), len(sampled) // len(greedy)
+        cost = algorithm.cost(self.model(greedy)[0], self.reference.logprobs(greedy), greedy.answer_mask)
+        baseline = self.reward.score(greedy)
+        return replace(
+            rollout,
+            baseline=baseline.repeat_interleave(times),
+            greedy_cost=cost.repeat_interleave(times),
         )
 
     def gradient(self, algorithm: Algorithm, part: Rollout) -> Tensor:
-        """(parameters,) of the loss: minus the estimate of the policy gradient."""
-        part = algorithm.prepare(part)
+        """(parameters,) of the loss of a prepared part: minus the estimate of the policy gradient."""
         logprobs = self.model(part.sequences)[0]
         loss, _ = algorithm.loss(part, PolicyOutput(logprobs), len(part))
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)])
@@ -359,31 +418,124 @@ class Block:
         self.units += 1
 
 
-def probe_block(
-    fixed: FixedPolicy, probes: dict[str, Probe], critics: dict[bool, RewardModel], batch: PromptBatch, mean: float
-) -> dict[str, Block]:
-    """Every probe's block on the same answers. mean: the policy's mean reward, for the moving average."""
+def settled(fixed: FixedPolicy, batches: Iterator[PromptBatch], rollouts: int) -> dict[str, Algorithm]:
+    """By probe, the algorithms as earlier rollouts of this policy leave them."""
+    found = {name: make_algorithm(ESTIMATORS[probe.estimator], fixed.setting.kl) for name, probe in PROBES.items()}
+    for _ in range(rollouts):
+        sampled, greedy = fixed.answer(next(batches), samples=SAMPLES, greedy=True)
+        scored = fixed.score(sampled, greedy=greedy)
+        for name, algorithm in found.items():
+            if not algorithm.critic:
+                algorithm.prepare(shifted(scored, PROBES[name], None))
+    return found
+
+
+def shifted(rollout: Rollout, probe: Probe, own_values: Tensor | None) -> Rollout:
+    rewards = rollout.rewards + probe.shift
+    if probe.own_value and own_values is not None:
+        rewards = rewards - own_values
+    return replace(rollout, rewards=rewards, baseline=present(rollout.baseline, "the greedy rewards") + probe.shift)
+
+
+@dataclass
+class Drawn:
+    """A block of prompts with SAMPLES answers each: what all probes see.
+
+    rollouts: by whether the critic was fitted.   own_values: (B,) of the prompts.   weights: (B, A), the squared length
+    of each token's score with respect to its logits, 1 - 2 pi(y) + sum_v pi(v)^2.
+    """
+
+    rollouts: dict[bool, Rollout]
+    greedy: Sequences
+    own_values: Tensor
+    weights: Tensor
+
+    def of(self, probe: Probe) -> Rollout:
+        return shifted(self.rollouts[probe.fitted_critic], probe, self.own_values)
+
+
+@torch.no_grad()
+def draw(fixed: FixedPolicy, critics: dict[bool, RewardModel], batch: PromptBatch) -> Drawn:
     sampled, greedy = fixed.answer(batch, samples=SAMPLES, greedy=True)
-    rollouts = {fitted: fixed.score(sampled, critic) for fitted, critic in critics.items()}
-    baseline = fixed.reward.score(greedy).repeat_interleave(SAMPLES)  # (B * SAMPLES,)
+    further, _ = fixed.answer(batch, samples=FURTHER, greedy=False)
+    own = fixed.reward.score(further).view(-1, FURTHER).mean(1).repeat_interleave(SAMPLES)
+    logits = fixed.model.head(fixed.model.hidden(sampled).flatten(0, 1))  # (B * A, V)
+    p = logits.softmax(-1)
+    drawn = p.gather(1, sampled.answer_ids.flatten()[:, None])[:, 0]
+    weights = (1 - 2 * drawn + p.square().sum(1)).view(sampled.answer_mask.shape) * sampled.answer_mask
+    rollouts = {fitted: fixed.score(sampled, critic, present(greedy, "greedy")) for fitted, critic in critics.items()}
+    return Drawn(rollouts, present(greedy, "greedy"), own, weights)
+
+
+def prepared(algorithm: Algorithm, part: Rollout) -> Rollout:
+    """As `prepare` has it, and the algorithm as it was before: later blocks are no later rollouts."""
+    before = deepcopy(algorithm.state_dict())
+    part = algorithm.prepare(part)
+    algorithm.load_state_dict(before)
+    return part
+
+
+def probe_block(
+    fixed: FixedPolicy, probes: dict[str, Probe], algorithms: dict[str, Algorithm], drawn: Drawn
+) -> dict[str, Block]:
+    """Every probe's block on the same answers: a gradient for each of its units."""
     size = sum(p.numel() for p in fixed.parameters)
     blocks = {}
     for name, probe in probes.items():
-        estimator = ESTIMATORS[probe.estimator]
-        algorithm, block = make_algorithm(estimator, fixed.setting.kl), Block(torch.zeros(size))
-        whole = rollouts[probe.fitted_critic]
-        whole = replace(whole, rewards=whole.rewards + probe.shift, baseline=baseline + probe.shift)
-        for prompt in range(len(batch)):
+        estimator, algorithm, block = ESTIMATORS[probe.estimator], algorithms[name], Block(torch.zeros(size))
+        whole = prepared(algorithm, drawn.of(probe))
+        for prompt in range(len(drawn.greedy)):
             for rows in units(estimator, SAMPLES):
                 part = whole.select(slice(prompt * SAMPLES + rows.start, prompt * SAMPLES + rows.stop))
                 tokens = int(part.sequences.answer_lengths.sum())
                 if algorithm.greedy:
-                    tokens += int(greedy.answer_lengths[prompt])
-                if estimator.settings.get("baseline_decay"):
-                    algorithm.load_state_dict(algorithm.state_dict() | {"moving_average": mean + probe.shift})
+                    tokens += int(drawn.greedy.answer_lengths[prompt])
                 block.add(fixed.gradient(algorithm, part), tokens)
         blocks[name] = block
     return blocks
+
+
+def noise_of_answers(algorithm: Algorithm, whole: Rollout, drawn: Drawn, estimator: Estimator) -> dict[str, float]:
+    """Sums over a block's answers of sum_t w_t A_t^2 and of tokens, each with its share of the greedy answer."""
+    whole = prepared(algorithm, whole)
+    logprobs = present(whole.old_logprobs, "old log-probs").clone().requires_grad_()
+    loss, _ = algorithm.loss(whole, PolicyOutput(logprobs), 1)  # its derivative by a log-prob is -A_t
+    (advantages,) = torch.autograd.grad(loss, logprobs)
+    tokens = int(whole.sequences.answer_lengths.sum())
+    if algorithm.greedy:
+        tokens += int(drawn.greedy.answer_lengths.sum()) * SAMPLES // estimator.samples
+    return {
+        "square": float((drawn.weights * advantages.square()).sum()),
+        "tokens": tokens,
+        "answers": len(whole),
+    }
+
+
+def measure_answers(
+    path: Path, policy: str, setting: Setting, *, blocks: int = 20, prompts: int = 32, rollouts: int = 20, seed: int = 0
+) -> None:
+    """Writes to `path` {probes: {name: {square, tokens, answers, blocks: [..]}}}: the squared gradient of an answer.
+
+    The gradient is that with respect to the logits, which needs no backward pass of the model. PPO is left out: its
+    critic has to be fitted. A calibrated baseline has seen `rollouts` earlier rollouts of 32 prompts.
+    """
+    quiet_libraries()
+    set_seed(seed)
+    fixed = FixedPolicy(policy, setting)
+    loader = prompt_loaders(setting, fixed.tokenizer, prompts, seed)[0]
+    batches = batches_for_ever(loader)
+    algorithms = settled(fixed, batches, rollouts)
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(blocks):
+        drawn = draw(fixed, {True: None}, next(batches))
+        for name, probe in PROBES.items():
+            if not (algorithms[name].critic or probe.shift):
+                estimator = ESTIMATORS[probe.estimator]
+                found.setdefault(name, []).append(noise_of_answers(algorithms[name], drawn.of(probe), drawn, estimator))
+    coefficients = {
+        name: a.calibration.coefficients() for name, a in algorithms.items() if name.startswith("calibrated")
+    }
+    write_json(path, {"coefficients": coefficients, "probes": found})
 
 
 def measure_variance(
@@ -395,12 +547,14 @@ def measure_variance(
     prompts: int = 8,
     critic_steps: int = 30,
     critic_rate: float = 1e-3,
+    rollouts: int = 10,
     seed: int = 0,
     probes: dict[str, Probe] = PROBES,
 ) -> None:
     """Writes to `path` {rewards, answers, probes: {name: {all: figures, without: [figures without block i, ..]}}}.
 
-    blocks, prompts: so many independent blocks of so many prompts.   probes: with rloo_4, the unbiased reference.
+    blocks, prompts: so many independent blocks of so many prompts.   rollouts: earlier ones, for moving averages and
+    calibrated baselines.   probes: with rloo_4, the unbiased reference.
     """
     quiet_libraries()
     set_seed(seed)
@@ -412,8 +566,8 @@ def measure_variance(
         False: load_scorer(setting, fixed.tokenizer).requires_grad_(False),
     }
     rewards = reward_figures(fixed, [next(wide) for _ in range(4)])
-    mean = rewards["mean"]
-    measured = [probe_block(fixed, probes, critics, next(batches), mean) for _ in range(blocks)]
+    algorithms = settled(fixed, wide, rollouts)
+    measured = [probe_block(fixed, probes, algorithms, draw(fixed, critics, next(batches))) for _ in range(blocks)]
     figures = {}
     for name in probes:
         pairs = [(block[name], block["rloo_4"]) for block in measured]

@@ -24,9 +24,10 @@ from experiment import ESTIMATORS, PROBES, Setting
 # Student's t, 97.5 % quantile, 1 to 20 degrees of freedom
 T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-COLOURS = dict(zip(ESTIMATORS, ("#999999", "#56b4e9", "#d55e00", "#f0c400", "#009e73", "#7b3294"), strict=True))
+COLOURS = {name: plt.get_cmap("tab20")(place) for place, name in enumerate(ESTIMATORS)}
 AXES = {"tokens": "generated tokens (greedy ones included)", "cpu_seconds": "seconds of training on one core"}
-BASIS = "remax"
+BASIS = "remax"  # what others are compared with; of the trained ones also RIVAL
+RIVAL = "rloo_4"
 
 
 def quantile(freedom: float) -> float:
@@ -117,13 +118,18 @@ def final_table(runs: dict[str, list[list[dict]]], axis: str, kl: float) -> str:
     place, rows = common_place(runs, axis), []
     for name, each in runs.items():
         cells = [plus_minus(interval([at(points, axis, place, v) for points in each])) for v in values.values()]
-        scores, base = (
-            [at(p, axis, place, values["learned reward - beta KL"]) for p in e] for e in (each, runs[BASIS])
+        scores, *others = (
+            [at(p, axis, place, values["learned reward - beta KL"]) for p in e]
+            for e in (each, runs[BASIS], runs[RIVAL])
         )
-        against = "" if name == BASIS else plus_minus(difference(scores, base))
+        against = [
+            "" if name == basis else plus_minus(difference(scores, found))
+            for basis, found in zip((BASIS, RIVAL), others, strict=True)
+        ]
         spent = statistics.fmean(at(points, axis, place, lambda p: p[other]) for points in each)
-        rows.append([name, f"{spent:.1f}" if other == "cpu_seconds" else f"{spent / 1000:.1f} k", *cells, against])
-    return table(["estimator", "seconds" if other == "cpu_seconds" else "tokens", *values, f"less {BASIS}'s"], rows)
+        rows.append([name, f"{spent:.1f}" if other == "cpu_seconds" else f"{spent / 1000:.1f} k", *cells, *against])
+    header = ["estimator", "seconds" if other == "cpu_seconds" else "tokens", *values]
+    return table([*header, f"less {BASIS}'s", f"less {RIVAL}'s"], rows)
 
 
 def ratio(figures: dict, basis: dict) -> str:
@@ -143,8 +149,32 @@ def relative(figures: dict) -> str:
     return f"{brief(variance / signal, 2)} ({low} to {brief(variance / (signal - half), 2)})"
 
 
-def variance_tables(variance: dict[str, dict]) -> tuple[str, str]:
-    """-> estimators as trained; and those with a constant added to the reward."""
+def answers_table(answers: dict[str, dict]) -> str:
+    """E sum_t w_t A_t^2 of an answer, and times the tokens that an answer costs, greedy ones included."""
+    rows = []
+    names = next(iter(answers.values()))["probes"]
+    for name in names:
+        cells = []
+        for record in answers.values():
+            blocks = record["probes"][name]
+            squares, tokens = ([block[what] / block["answers"] for block in blocks] for what in ("square", "tokens"))
+            cells += [plus_minus(interval(squares)), f"{statistics.fmean(squares) * statistics.fmean(tokens):.0f}"]
+        rows.append([name, *cells])
+    return table(["estimator", *(f"{policy}, {per}" for policy in answers for per in ("answer", "x tokens"))], rows)
+
+
+def seconds_per_prompt(runs: dict[str, list[list[dict]]], answers_per_step: int) -> dict[str, float]:
+    """Seconds of a training step, for each prompt in it."""
+    ends = {name: [points[-1] for points in each] for name, each in runs.items() if each}
+    return {
+        name: statistics.fmean(end["cpu_seconds"] / end["steps"] for end in found)
+        / (answers_per_step // ESTIMATORS[name].answers)
+        for name, found in ends.items()
+    }
+
+
+def variance_tables(variance: dict[str, dict], seconds: dict[str, float]) -> tuple[str, str]:
+    """-> estimators as trained, with their variance per second of a step; and those with a constant added."""
     plain = [name for name in PROBES if "reward" not in name]
     rows = []
     for policy, record in variance.items():
@@ -156,9 +186,12 @@ def variance_tables(variance: dict[str, dict]) -> tuple[str, str]:
             hidden = own["cosine"] == 0 or any(w["cosine"] == 0 for w in probes[name]["without"])
             noise, error = jackknife(own["variance"], [w["variance"] for w in probes[name]["without"]])
             measured = f"{brief(noise)} ± {brief(error, 2)}"
-            cells = [policy, name, f"{own['tokens_per_unit']:.1f}", measured, shown, relative(probes[name])]
+            cost = seconds.get(PROBES[name].estimator if not PROBES[name].own_value else "", math.nan)
+            a_second = "" if math.isnan(cost) else brief(own["unit_variance"] * cost)
+            cells = [policy, name, f"{own['tokens_per_unit']:.1f}", measured, shown, a_second, relative(probes[name])]
             rows.append([*cells, "too noisy" if hidden else plus_minus(cosine)])
-    header = ["policy", "estimator", "tokens per estimate", "variance", f"times {BASIS}'s", "variance / squared norm"]
+    header = ["policy", "estimator", "tokens per estimate", "variance", f"times {BASIS}'s", "a second's"]
+    header.append("variance / squared norm")
     shifted = [name for name in PROBES if "reward" in name]
     constant_rows = []
     for name in shifted:
@@ -245,21 +278,31 @@ def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def write(sweep: list[dict], trained: list[dict], variance: dict[str, dict], setting: Setting, folder: Path) -> None:
-    runs, kl = by_estimator(trained), setting.kl
-    measured, shifted = variance_tables(variance)
-    plot_rewards(runs, folder / "estimators_reward.png")
-    plot_variance(variance, folder / "estimators_variance.png")
-    blocks = {
-        "rewards": rewards_table(variance),
-        "variance": measured,
-        "constant": shifted,
-        "tokens": final_table(runs, "tokens", kl),
-        "seconds": final_table(runs, "cpu_seconds", kl),
-        "sweep": sweep_table(sweep, kl),
-    }
+def write(found: dict[str, dict], setting: Setting, folder: Path) -> None:
+    """The report of all tasks.
+
+    Args:
+        found: By task, {sweep, runs, answers, variance}. The tables of tasks but the first have its name behind theirs.
+    """
+    kl, blocks = setting.kl, {}
+    for place, (task, records) in enumerate(found.items()):
+        runs, variance = by_estimator(records["runs"]), records["variance"]
+        measured, shifted = variance_tables(variance, seconds_per_prompt(runs, setting.answers_per_step))
+        behind = f"_{task}" if place else ""
+        plot_rewards(runs, folder / f"estimators_reward{behind}.png")
+        plot_variance(variance, folder / f"estimators_variance{behind}.png")
+        of_task = {
+            "rewards": rewards_table(variance),
+            "answers": answers_table(records["answers"]),
+            "variance": measured,
+            "constant": shifted,
+            "tokens": final_table(runs, "tokens", kl),
+            "seconds": final_table(runs, "cpu_seconds", kl),
+            "sweep": sweep_table(records["sweep"], kl),
+        }
+        blocks |= {name + behind: text for name, text in of_task.items()}
     fill(folder / "estimators.md", blocks)
-    paths = ("data", "actor", "reward", "cache")
+    paths = ("data", "actor", "reward", "cache", "unevenness")
     settings = {name: value for name, value in asdict(setting).items() if name not in paths}
-    record = rounded({"setting": settings, "sweep": sweep, "runs": trained, "variance": variance})
+    record = rounded({"setting": settings, "tasks": found})
     (folder / "estimators.json").write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -2,14 +2,17 @@
 
     python benchmarks/estimators/run.py
 
- 1. `prepare`: corpus, supervised policy and reward model (skipped with --data, --actor and --reward).
- 2. `sweep`: one run per estimator and learning rate, on a seed of its own; the best rate is taken.
- 3. `train`: every estimator with every seed.
- 4. `variance`: gradient variance at the supervised policy and at a half-trained and a trained ReMax policy.
- 5. `report`: tables in estimators.md, plots, and all figures in estimators.json.
+Two tasks: the demo's, and one whose rewards tell prompts apart more than answers (`uneven`).
 
-What is finished is skipped, so an interrupted experiment goes on where it stood. About a quarter of an hour on two
-free cores.
+ 1. `prepare`: corpus, supervised policy and reward model (skipped with --data, --actor and --reward).
+ 2. `sweep`: one run per task, estimator and learning rate, on a seed of its own; the best rate is taken.
+ 3. `train`: every estimator with every seed.
+ 4. `answers`: squared gradients of single answers, with respect to the logits, at the supervised policy and at a
+    half-trained and a trained ReMax policy.
+ 5. `variance`: variance of the gradient of all parameters, at the same policies.
+ 6. `report`: tables in estimators.md, plots, and all figures in estimators.json.
+
+What is finished is skipped, so an interrupted experiment goes on where it stood. One to two hours on two free cores.
 """
 
 from __future__ import annotations
@@ -26,16 +29,18 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import report
-from experiment import ESTIMATORS, Run, Setting, measure_variance, train
+from experiment import ESTIMATORS, TASKS, Run, Setting, measure_answers, measure_variance, train
 
 from remax.demo.prepare import make_demo
 from utils.run import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("prepare", "sweep", "train", "variance", "report")
+STAGES = ("prepare", "sweep", "train", "answers", "variance", "report")
 RATES = (1e-4, 3e-4, 1e-3)
 CRITIC_RATE = 1e-3
 PPO_EPOCHS = {1e-4: (1, 4), 3e-4: (1, 4), 1e-3: (1,)}  # four steps per rollout need a lower rate than one
@@ -54,6 +59,10 @@ def parse() -> argparse.Namespace:
     add("--output", type=Path, default=Path("output/estimators"), help="folder of the runs (default: %(default)s)")
     add("--results", type=Path, default=ROOT / "docs/results", help="folder of the report (default: docs/results)")
     add("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to do (default: all)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="on which tasks (default: all)")
+    add("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), help="trained (default: all)")
+    add("--policies", nargs="+", help="for `answers` and `variance`, name=folder, in place of those that `train` keeps")
+    add("--blocks", type=int, help="of prompts that `answers` and `variance` measure (default: 20 of 32, 16 of 8)")
     add("--workers", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
     add("--seeds", type=int, default=5, help="runs per estimator (default: %(default)s)")
     add("--tokens", type=int, default=Setting.tokens, help="generated in a run (default: %(default)s)")
@@ -66,17 +75,20 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.seeds < 2:
         raise UserError(f"--seeds {args.seeds}: expected at least 2, or there are no intervals")
+    if "report" in args.stages and set(args.estimators) != set(ESTIMATORS):
+        raise UserError("--estimators: a report needs them all; leave it out, or give --stages without report")
     args.output = args.output.resolve()
     return args
 
 
-def setting_of(args: argparse.Namespace) -> Setting:
+def setting_of(args: argparse.Namespace, task: str = "demo") -> Setting:
     return Setting(
         data=str(args.data or args.output / "demo/data"),
         actor=str(args.actor or args.output / "sft"),
         reward=str(args.reward or args.output / "reward"),
         cache=str(args.output / "cache"),
         tokens=args.tokens,
+        unevenness=TASKS[task],
     )
 
 
@@ -105,23 +117,23 @@ def in_processes(function: Callable[..., None], jobs: list[tuple], workers: int)
             futures = [pool.submit(function, *job) for job in missing]
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
-                print(f"{function.__name__}: {done} of {len(missing)}", flush=True)
+                print(f"{getattr(function, '__name__', 'measured')}: {done} of {len(missing)}", flush=True)
     return [json.loads(job[0].read_text()) for job in jobs]
 
 
-def sweep_runs() -> list[Run]:
+def sweep_runs(estimators: list[str]) -> list[Run]:
     return [
         Run(name, SWEEP_SEED, rate, CRITIC_RATE if name == "ppo" else None, epochs)
-        for name in ESTIMATORS
+        for name in estimators
         for rate in RATES
         for epochs in (PPO_EPOCHS[rate] if name == "ppo" else (None,))
     ]
 
 
-def chosen_runs(sweep: list[dict], seeds: int, kl: float) -> list[Run]:
+def chosen_runs(sweep: list[dict], estimators: list[str], seeds: int, kl: float) -> list[Run]:
     """Each estimator at the setting with the highest objective at the end of the sweep, with every seed."""
     runs = []
-    for name in ESTIMATORS:
+    for name in estimators:
         best = max((r for r in sweep if r["run"]["estimator"] == name), key=lambda r: report.final_objective(r, kl))
         for seed in range(seeds):
             runs.append(Run(**best["run"] | {"seed": seed, "snapshots": name == "remax" and seed == 0}))
@@ -132,30 +144,52 @@ def train_all(runs: list[Run], setting: Setting, folder: Path, workers: int) -> 
     return in_processes(train, [(folder / run.name / "run.json", run, setting) for run in runs], workers)
 
 
+def measure(
+    function: Callable[..., None], policies: dict[str, str], setting: Setting, folder: Path, options: dict, workers: int
+) -> dict[str, dict]:
+    """By policy, what the function finds."""
+    jobs = [(folder / f"{name}.json", path, setting) for name, path in policies.items()]
+    return dict(zip(policies, in_processes(partial(function, **options), jobs, workers), strict=True))
+
+
+def study(args: argparse.Namespace, task: str) -> dict[str, Any]:
+    """One task's records: sweep, runs, answers, variance."""
+    setting, output, stages = setting_of(args, task), args.output / task, set(args.stages)
+    found: dict[str, Any] = {"sweep": [], "runs": [], "answers": {}, "variance": {}}
+    policies = dict(pair.split("=", 1) for pair in args.policies or [])
+    if {"sweep", "train", "report"} & stages or not policies:
+        sweep = replace(setting, evaluations=2)
+        found["sweep"] = train_all(sweep_runs(args.estimators), sweep, output / "sweep", args.workers)
+    if {"train", "report"} & stages or ({"answers", "variance"} & stages and not policies):
+        runs = chosen_runs(found["sweep"], args.estimators, args.seeds, setting.kl)
+        found["runs"] = train_all(runs, setting, output / "train", args.workers)
+        snapshots = output / "train" / runs[0].name
+        names = {"half-trained": "policy_half", "trained": "policy_end"}
+        policies = policies or {
+            "supervised": setting.actor,
+            **{name: str(snapshots / folder) for name, folder in names.items()},
+        }
+    options = {"blocks": args.blocks} if args.blocks else {}
+    for stage, function in (("answers", measure_answers), ("variance", measure_variance)):
+        if {stage, "report"} & stages:
+            found[stage] = measure(function, policies, setting, output / stage, options, args.workers)
+    return found
+
+
 def main() -> None:
     args = parse()
-    setting, output = setting_of(args), args.output
     if "prepare" in args.stages:
-        prepare(setting, output)
-    sweep = trained = variance = []
-    if {"sweep", "train", "variance", "report"} & set(args.stages):
-        sweep = train_all(sweep_runs(), replace(setting, evaluations=2), output / "sweep", args.workers)
-    if {"train", "variance", "report"} & set(args.stages):
-        runs = chosen_runs(sweep, args.seeds, setting.kl)
-        trained = train_all(runs, setting, output / "train", args.workers)
-    if {"variance", "report"} & set(args.stages):
-        snapshots = output / "train" / runs[0].name
-        policies = {
-            "supervised": setting.actor,
-            "half-trained": str(snapshots / "policy_half"),
-            "trained": str(snapshots / "policy_end"),
-        }
-        jobs = [(output / f"variance/{name}.json", path, setting) for name, path in policies.items()]
-        variance = dict(zip(policies, in_processes(measure_variance, jobs, args.workers), strict=True))
+        prepare(setting_of(args), args.output)
+    if set(args.stages) == {"prepare"}:
+        return
+    found = {task: study(args, task) for task in args.tasks}
     if "report" in args.stages:
         args.results.mkdir(parents=True, exist_ok=True)
-        report.write(sweep, trained, variance, setting, args.results)
+        report.write(found, setting_of(args), args.results)
         print(f"tables, plots and figures in {args.results}")
+    elif "answers" in args.stages:
+        for task, records in found.items():
+            print(f"{task}\n{report.answers_table(records['answers'])}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from remax.algorithms.kl import KLPenalty, token_kl
-from remax.algorithms.terms import AGGREGATIONS, aggregate, clipped_difference, masked_total, token_advantages
+from remax.algorithms.terms import (
+    AGGREGATIONS,
+    aggregate,
+    clipped_difference,
+    masked_total,
+    token_advantages,
+    whitened,
+)
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sequences import Sequences
@@ -47,11 +54,13 @@ class Algorithm(ABC):
         clip_on: What the limit acts on: the `reward`, or the `difference` from the baseline (for groups: the advantage
             of the answer).
         loss_aggregation: See `aggregate`.
+        longest_answer: Tokens that an answer has at most, for `constant`.
         entropy_coef: Weight of the bonus sum_t H_t, reward per nat; its gradient holds the states fixed.
         sum_across_ranks: Adds named numbers up over all ranks; one rank by default.
         samples_per_prompt: Answers drawn for each prompt.
         greedy: The algorithm needs `Rollout.baseline`.
         compares_answers: `loss` needs all answers to a prompt in one micro-batch.
+        scalings: What its advantage_scaling may be, where it has one.
         critic: The algorithm needs `Rollout.values`, and has `value_loss`.
     """
 
@@ -60,6 +69,7 @@ class Algorithm(ABC):
     clip_reward_value: float = 5.0
     clip_on: str = "reward"
     loss_aggregation: str = "sequence"
+    longest_answer: int = 1
     entropy_coef: float = 0.0
     sum_across_ranks: Callable[[Mapping[str, float | Tensor]], Totals] = field(default=on_one_rank, repr=False)
     # Settings of the algorithms that declare them again; of the others, constants.
@@ -69,6 +79,7 @@ class Algorithm(ABC):
     greedy: ClassVar[bool] = False
     compares_answers: ClassVar[bool] = False
     critic: ClassVar[bool] = False
+    scalings: ClassVar[tuple[str, ...]] = ("none",)
 
     def __post_init__(self) -> None:
         if self.clip_on not in ("reward", "difference"):
@@ -77,6 +88,12 @@ class Algorithm(ABC):
             raise ValueError(
                 f"loss_aggregation {self.loss_aggregation!r} is unknown; choose from {', '.join(AGGREGATIONS)}"
             )
+        if self.longest_answer < 1:
+            raise ValueError(f"longest_answer is {self.longest_answer}; it must be at least 1")
+        scaling, known = getattr(self, "advantage_scaling", "none"), self.scalings
+        if scaling not in known:
+            name = type(self).__name__.lower()
+            raise ValueError(f"{name} with advantage_scaling {scaling!r}; choose {' or '.join(known)}")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}; it must lie in (0, 1]")
         if self.clip_reward_value < 0:
@@ -111,6 +128,8 @@ class Algorithm(ABC):
 
     def count(self, sequences: Sequences) -> int:
         """This batch's share of the loss's denominator: answers, or answer tokens."""
+        if self.loss_aggregation == "constant":
+            return len(sequences) * self.longest_answer
         return sequences.answer_tokens if self.loss_aggregation == "token" else len(sequences)
 
     def against_greedy(self, batch: Rollout, logprobs: Tensor) -> Tensor:
@@ -126,6 +145,10 @@ class Algorithm(ABC):
         estimator = "k1" if kl.estimator == "full" else kl.estimator
         penalty = kl.in_advantage(token_kl(logprobs, batch.reference_logprobs, estimator), mask)  # (B, A)
         return token_advantages(difference[:, None], mask, self.gamma, penalty)
+
+    def cost(self, logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
+        """(B, A) log-probs of some answers -> (B,) what they are charged for their KL, where it `needs_greedy_cost`."""
+        raise TypeError(f"{type(self).__name__} compares nothing with what a KL costs")
 
     def update(self, kl: float, answers: float) -> None:
         """After a step, with its KL in nats per answer and its number of answers, over all ranks."""
@@ -151,8 +174,19 @@ class Algorithm(ABC):
 
 
 def with_advantages(rollout: Rollout, advantages: Tensor) -> Rollout:
-    """Equal advantages (B,) for all tokens of an answer."""
-    return replace(rollout, advantages=advantages[:, None])
+    """Equal advantages (B,) for all tokens of an answer, or (B, A) for each its own."""
+    return replace(rollout, advantages=advantages[:, None] if advantages.dim() == 1 else advantages)
+
+
+def scaled_over_the_batch(algorithm: Algorithm, rollout: Rollout) -> Rollout:
+    """Advantages of mean 0 and variance 1 over the answer tokens of all ranks (REINFORCE++, arXiv 2501.03262).
+
+    Mean and deviation hold each answer's own advantage, a bias of the order of 1 / answers; beyond that the gradient is
+    the unscaled one, divided by the deviation.
+    """
+    advantages = present(rollout.advantages, "Rollout.advantages")
+    mask = rollout.sequences.answer_mask
+    return replace(rollout, advantages=whitened(advantages, mask, algorithm.sum_across_ranks))
 
 
 def regularisers(

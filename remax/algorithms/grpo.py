@@ -13,10 +13,11 @@ does not. k3 in the loss pulls along KL(rho || pi), see kl.py. The std is that o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
-from remax.algorithms.base import Algorithm, with_advantages
+from remax.algorithms.base import Algorithm, scaled_over_the_batch, with_advantages
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.terms import clip, grouped
 from remax.core.rollout import Rollout
@@ -37,7 +38,9 @@ class GRPO(Algorithm):
 
     Attributes:
         samples_per_prompt: k, at least 2.
-        advantage_scaling: `group` divides by the std, `none` leaves r_i - mean (Liu et al., arXiv 2503.20783).
+        advantage_scaling: `group` divides by the std, `none` leaves r_i - mean (Liu et al., arXiv 2503.20783), and
+            `batch` makes mean 0 and variance 1 of that over the answer tokens of all ranks (REINFORCE++ with a group
+            baseline, Hu et al., arXiv 2501.03262).
         eps: Added to the standard deviation.
     """
 
@@ -46,6 +49,7 @@ class GRPO(Algorithm):
     samples_per_prompt: int = 4
     advantage_scaling: str = "group"
     eps: float = 1e-4
+    scalings: ClassVar[tuple[str, ...]] = ("group", "none", "batch")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,8 +57,6 @@ class GRPO(Algorithm):
             raise ValueError(
                 f"grpo with samples_per_prompt {self.samples_per_prompt}: it compares at least 2 answers to a prompt"
             )
-        if self.advantage_scaling not in ("none", "group"):
-            raise ValueError(f"grpo with advantage_scaling {self.advantage_scaling!r}; choose group or none")
 
     def prepare(self, rollout: Rollout) -> Rollout:
         """See `grpo_advantages`."""
@@ -64,4 +66,5 @@ class GRPO(Algorithm):
         )
         if self.clip_on == "difference":
             advantages = clip(advantages, self.clip_reward_value)
-        return with_advantages(rollout, advantages)
+        prepared = with_advantages(rollout, advantages)
+        return scaled_over_the_batch(self, prepared) if self.advantage_scaling == "batch" else prepared

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from remax.algorithms.base import Algorithm, common_figures, regularisers
 from remax.algorithms.kl import token_kl
-from remax.algorithms.terms import aggregate, clip, masked_total
+from remax.algorithms.terms import aggregate, clip, masked_total, whitened
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sums import Figure, Figures
@@ -83,6 +83,7 @@ class PPO(Algorithm):
     epochs: int = 1
     advantage_scaling: str = "none"
     critic: ClassVar[bool] = True
+    scalings: ClassVar[tuple[str, ...]] = ("batch", "none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,8 +97,6 @@ class PPO(Algorithm):
             raise ValueError(
                 "ppo gives the KL to GAE before the update, where only sampled estimators exist; use one_step or k1"
             )
-        if self.advantage_scaling not in ("none", "batch"):
-            raise ValueError(f"ppo with advantage_scaling {self.advantage_scaling!r}; choose batch or none")
         if not 0 <= self.lam <= 1 or self.epochs < 1 or self.cliprange <= 0 or self.cliprange_value <= 0:
             raise ValueError("ppo needs lam in [0, 1], at least one epoch, and positive clip ranges")
 
@@ -120,16 +119,8 @@ class PPO(Algorithm):
         values = present(rollout.values, "Rollout.values")
         advantages, returns = gae(rewards, values, mask, self.gamma, self.lam)
         if self.advantage_scaling == "batch":
-            advantages = self._whiten(advantages, mask)
+            advantages = whitened(advantages, mask, self.sum_across_ranks)
         return replace(rollout, advantages=advantages, returns=returns)
-
-    def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Mean 0 and variance 1 over the answer tokens of all ranks."""
-        x = advantages.double()
-        sums = self.sum_across_ranks({"x": x.sum(), "xx": x.square().sum(), "n": mask.sum()})
-        mean = sums["x"] / sums["n"]
-        std = max(sums["xx"] / sums["n"] - mean**2, 0.0) ** 0.5
-        return ((advantages - mean) / (std + 1e-8)).masked_fill(~mask, 0.0)
 
     def loss(self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor) -> tuple[Tensor, Figures]:
         """The clipped surrogate; see the top of the file."""

@@ -7,18 +7,21 @@ m = 0 (baseline_decay = 0), or the average of the mean rewards of EARLIER steps,
 Rewards of earlier steps do not depend on this step's y, so E[g] stays the gradient of E[r]; the present step's mean
 would not do, as it contains r. The first step has no past: each answer is compared with the mean of all the others of
 the step, which does not depend on y either.
+
+With advantage_scaling `batch`, r - m is given mean 0 and variance 1 over the step's answer tokens: the normalisation of
+REINFORCE++ (Hu et al., arXiv 2501.03262), which divides the gradient by the deviation; see `scaled_over_the_batch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from remax.algorithms.base import Algorithm, with_advantages
+from remax.algorithms.base import Algorithm, scaled_over_the_batch, with_advantages
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.terms import clipped_difference
 from remax.core.rollout import Rollout
@@ -30,6 +33,7 @@ class Reinforce(Algorithm):
 
     Attributes:
         baseline_decay: Weight of the past in the moving average; 0: no baseline.
+        advantage_scaling: `batch` or `none`.
         moving_average: The baseline of the next step; None before the first.
     """
 
@@ -37,7 +41,9 @@ class Reinforce(Algorithm):
     gamma: float = 0.95
     clip_on: str = "difference"
     baseline_decay: float = 0.0
+    advantage_scaling: str = "none"
     moving_average: float | None = field(default=None, init=False)
+    scalings: ClassVar[tuple[str, ...]] = ("none", "batch")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,9 +53,9 @@ class Reinforce(Algorithm):
     def prepare(self, rollout: Rollout) -> Rollout:
         """Advantages from the moving average, which then moves."""
         baseline = self._baseline(rollout.rewards) if self.baseline_decay else torch.zeros_like(rollout.rewards)
-        return with_advantages(
-            rollout, clipped_difference(rollout.rewards, baseline, self.clip_reward_value, self.clip_on)
-        )
+        advantages = clipped_difference(rollout.rewards, baseline, self.clip_reward_value, self.clip_on)
+        prepared = with_advantages(rollout, advantages)
+        return scaled_over_the_batch(self, prepared) if self.advantage_scaling == "batch" else prepared
 
     def _baseline(self, reward: Tensor) -> Tensor:
         """(B,) -> (B,) baseline of this step; then moves the average for the next one."""

@@ -117,7 +117,7 @@ class ReMax(Algorithm):
         ).double()
 
     def cost(self, logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
-        """(B, A) of some answers, under the policy and the reference -> (B,) P, see calibration.py."""
+        """See `Algorithm.cost`: (B,) float64 P of calibration.py."""
         discounts = discount(mask, self.gamma, torch.float64)
         return answer_cost(self._penalty(logprobs, reference_logprobs, mask), token_weights(logprobs, mask), discounts)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 from remax.algorithms.kl import reverse_cumsum
 
-AGGREGATIONS = ("sequence", "token", "sequence_mean")
+AGGREGATIONS = ("sequence", "token", "sequence_mean", "constant")
 
 
 def clip(x: Tensor, limit: float) -> Tensor:
@@ -42,13 +44,37 @@ def leave_one_out_mean(x: Tensor, samples_per_prompt: int) -> Tensor:
     return ((groups.sum(1, keepdim=True) - groups) / (samples_per_prompt - 1)).flatten()
 
 
+def weighted_mean_of_others(x: Tensor, weights: Tensor, samples_per_prompt: int) -> Tensor:
+    """(B,) numbers, (B, A) weights -> (B, A): mean of the other answers to the same prompt, by their weights.
+
+    Where all of these are zero it is the plain mean.
+    """
+    groups = (weights.double() + 1e-9).view(-1, samples_per_prompt, weights.shape[1])  # (B/k, k, A)
+    values = grouped(x, samples_per_prompt).double()[..., None] * groups
+    others = (values.sum(1, keepdim=True) - values) / (groups.sum(1, keepdim=True) - groups)
+    return others.flatten(0, 1).to(x.dtype)
+
+
+def whitened(
+    x: Tensor, mask: Tensor, sum_across_ranks: Callable[[Mapping[str, float | Tensor]], dict[str, float]]
+) -> Tensor:
+    """(B, A), or (B, 1) of whole answers -> mean 0 and variance 1 over the answer tokens of all ranks."""
+    double = x.double()
+    sums = sum_across_ranks({"x": (double * mask).sum(), "xx": (double.square() * mask).sum(), "n": mask.sum()})
+    mean = sums["x"] / sums["n"]
+    std = max(sums["xx"] / sums["n"] - mean**2, 0.0) ** 0.5
+    found = (x - mean) / (std + 1e-8)
+    return found if x.shape[1] == 1 else found.masked_fill(~mask, 0.0)
+
+
 def aggregate(per_token: Tensor, mask: Tensor, aggregation: str, denominator: float | Tensor) -> Tensor:
     """(B, A) -> scalar: sum over the answer tokens, divided by the step's denominator.
 
     `sequence` sums over an answer's tokens, and the denominator counts answers: unbiased for E[R]. For `token` the
     denominator counts answer tokens. Their number is random too, so a step of few answers is a little biased (as
     1 / answers). `sequence_mean` takes the mean over an answer's tokens, so that each token of a long answer counts
-    less, and the denominator counts answers.
+    less, and the denominator counts answers. For `constant` it counts the tokens that the answers might have had at
+    most (Dr. GRPO, Liu et al., arXiv 2503.20783): `sequence`, divided by that length.
     """
     per_token = per_token.masked_fill(~mask, 0.0)
     if aggregation == "sequence_mean":

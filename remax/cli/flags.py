@@ -374,6 +374,13 @@ class AlgorithmFlags(Flags, group="algorithm"):
     samples_per_prompt: Count | None = usual(
         None, "sampled answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others; only remax takes more)"
     )
+    baseline: Literal["greedy", "greedy_kl", "calibrated", "others", "length_weighted", "token_weighted"] | None = flag(
+        None,
+        "what a reward is compared with. remax: greedy, the greedy answer's (the paper, default); greedy_kl, less what "
+        "its KL costs; calibrated, what earlier rollouts make of both and of the prompt's other answers. rloo: others, "
+        "their mean (default); length_weighted, by their tokens (OPO); token_weighted, by how unsure they were (OTB)",
+        only="baseline",
+    )
     baseline_decay: BelowOne = flag(
         0.0, "reinforce: decay of a moving-average baseline; 0: no baseline", only="baseline_decay"
     )
@@ -385,16 +392,16 @@ class AlgorithmFlags(Flags, group="algorithm"):
         None,
         "clip the reward minus its baseline, or the reward; default: difference (remax, reinforce), reward (others)",
     )
-    loss_aggregation: Literal["sequence", "token", "sequence_mean"] | None = flag(
+    loss_aggregation: Literal["sequence", "token", "sequence_mean", "constant"] | None = flag(
         None,
         "sequence: sum over an answer's tokens, mean over answers (Algorithm 1); token: mean over all tokens; "
-        "sequence_mean: mean over an answer's tokens, then over answers; default: token (ppo), sequence_mean (grpo), "
-        "sequence (others)",
+        "sequence_mean: mean over an answer's tokens, then over answers; constant: sequence, divided by "
+        "--max_answer_seq_len (Dr. GRPO); default: token (ppo), sequence_mean (grpo), sequence (others)",
     )
     advantage_scaling: Literal["none", "group", "batch"] | None = flag(
         None,
         "group: divide by the standard deviation of a prompt's answers (grpo); batch: mean 0 and deviation 1 over the "
-        "step's answer tokens (ppo); default: group (grpo), none (ppo)",
+        "step's answer tokens (reinforce, rloo, grpo, ppo); default: group (grpo), none (others)",
         only="advantage_scaling",
     )
     entropy_coef: NonNegative = flag(0.0, "weight of an entropy bonus in the loss")

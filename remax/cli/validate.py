@@ -442,7 +442,7 @@ def resolve_algorithm(args: Step3Arguments) -> None:
     """Fills in the flags whose default is the algorithm's."""
     algorithm = make_algorithm(args)
     kl = algorithm.kl
-    names = ("gamma", "samples_per_prompt", "clip_on", "loss_aggregation", "advantage_scaling")
+    names = ("gamma", "samples_per_prompt", "baseline", "clip_on", "loss_aggregation", "advantage_scaling")
     own = {name: getattr(algorithm, name, None) for name in names} | {"kl_ctl": kl.coefficient}
     if args.penalty != "none":
         reach = ("full_kl_" if kl.estimator == "full" else "") + kl.reach
@@ -462,8 +462,9 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
     from remax.algorithms import ALGORITHMS, build_algorithm, build_penalty, readers  # imports torch
 
     names = ["gamma", "clip_reward_value", "clip_on", "loss_aggregation", "entropy_coef", "samples_per_prompt"]
-    names += ["baseline_decay", "advantage_scaling", "lam", "cliprange", "cliprange_value"]
+    names += ["baseline", "baseline_decay", "advantage_scaling", "lam", "cliprange", "cliprange_value"]
     settings = {name: getattr(args, name) for name in names} | {"epochs": args.ppo_epochs}
+    settings |= {"longest_answer": args.max_answer_seq_len} if args.loss_aggregation == "constant" else {}
     settings = {name: value for name, value in settings.items() if args.algo in readers(name)}
     kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl")
     try:

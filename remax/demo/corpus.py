@@ -173,6 +173,11 @@ def true_reward(prompt: str, answer: str) -> float:
     return judge(prompt, answer).reward
 
 
+def ease(prompt: str) -> float:
+    """From -1 to 1 in equal steps by the kind of things asked for: for rewards that tell prompts apart, not answers."""
+    return 2 * list(THINGS).index(parse_prompt(prompt).kind) / (len(THINGS) - 1) - 1
+
+
 def best_reachable(prompt: str) -> float:
     """The highest true reward of any answer to this prompt: each term of the formula at its maximum, 2 + 1 - 0."""
     parse_prompt(prompt)

@@ -40,7 +40,8 @@ from utils.present import present
 from utils.run import NotFinite
 from utils.whereabouts import at
 
-OF_ROWS = ("rewards", "baseline", "reference_logprobs", "old_logprobs", "values")  # of a rollout, one for each row
+# Of a rollout, one for each row.
+OF_ROWS = ("rewards", "baseline", "greedy_cost", "reference_logprobs", "old_logprobs", "values")
 FULL_FORWARD = 8192  # tokens of a forward without gradient that keep a processor busy
 SCORED_TOGETHER = 8  # micro-batches of the update that such a forward may hold
 Watcher = Callable[[int, Rollout, dict[str, float]], dict[str, float]]
@@ -148,7 +149,8 @@ class Trainer:
                 sampled, greedy, drawn = self.answer(batch)  # y ~ pi(.|x), ybar, the greedy answer, and log pi(y|x)
             with timer("scoring"):
                 reward, baseline, reference, parts = self.score(sampled, greedy, batch.columns)  # r(x, y), r(x, ybar)
-                collected.append(replace(self.annotate(sampled, reward, reference, drawn), baseline=baseline))
+                scored = replace(self.annotate(sampled, reward, reference, drawn), baseline=baseline)
+                collected.append(replace(scored, greedy_cost=self.greedy_cost(greedy)))
             timer.tokens += sum(x.answer_tokens for x in (sampled, greedy) if x is not None)
             figures = add(figures, parts)
         rollout = Rollout.concatenate(collected, self.pad_id)
@@ -246,6 +248,16 @@ class Trainer:
             values=self.critic.old_values(sampled, forwards) if self.critic else None,
             reference_hidden=self.reference.hidden(sampled, forwards) if self.reference_head else None,
         )
+
+    @torch.no_grad()
+    def greedy_cost(self, greedy: Sequences | None) -> Tensor | None:
+        """(B,) for the rows of the sampled answers: what the greedy ones would be charged for their KL, where asked."""
+        if greedy is None or not self.algorithm.needs_greedy_cost:
+            return None
+        forwards = self.scoring_forwards(greedy)
+        logprobs, reference = self.actor.old_logprobs(greedy, forwards), self.reference.logprobs(greedy, forwards)
+        cost = self.algorithm.cost(logprobs, reference, greedy.answer_mask)
+        return cost.repeat_interleave(self.algorithm.samples_per_prompt)
 
     def mini_batches(self, rollout: Rollout) -> Iterator[Rollout]:
         """The rollout in `mini_batches` parts of equal size, as its rows follow one another.

@@ -128,3 +128,14 @@ def test_an_adaptive_coefficient_is_state_and_a_fixed_one_is_not():
     fixed.update(12.0, 1000.0)
     fixed.load_state_dict(adaptive.state_dict())
     assert fixed.kl.coefficient == 0.3
+
+
+def test_a_constant_length_divides_the_sums():
+    # Dr. GRPO: sums over tokens, divided by 2 answers of at most 5 tokens
+    sequences = Sequences(torch.ones(2, 4, dtype=torch.long), torch.tensor([1, 1]), torch.tensor([3, 1]))
+    algorithm = ReMax(loss_aggregation="constant", longest_answer=5)
+    per_token = torch.tensor([[1.0, 2.0, 4.0], [8.0, 99.0, 99.0]])
+    loss = aggregate(per_token, MASK, "constant", algorithm.count(sequences))
+    assert loss.item() == pytest.approx((1 + 2 + 4 + 8) / 10)
+    with pytest.raises(ValueError, match="longest_answer is 0"):
+        ReMax(longest_answer=0)

@@ -670,6 +670,55 @@ def test_rloo_is_exact_with_the_kl_in_its_return(k, vocabulary, sampling):
         assert close(estimate, w.gradient((w.probability * (w.rewards - beta * cost)).sum()))
 
 
+@pytest.mark.parametrize("baseline", ["length_weighted", "token_weighted"])
+@pytest.mark.parametrize("k, vocabulary", [(2, 5), (3, 3)])
+def test_rloo_is_exact_however_the_others_are_weighted(k, vocabulary, baseline):
+    w_key = key(vocabulary=vocabulary, length=2)
+    w = world(*w_key)
+    algorithm = RLOO(kl=KLPenalty(BETA), samples_per_prompt=k, clip_reward_value=0.0, baseline=baseline)
+    estimate = expected_estimate(algorithm, w_key, groups=all_groups(w, k))
+    assert close(estimate, w.gradient(kl_objective(w, w.k1.sum(1))))
+
+
+def test_a_mean_over_all_k_answers_is_biased_by_the_answer_s_own_weight():
+    # As in OPO's paper: b = sum_j T_j r_j / sum_j T_j over all, so b - b_others = T_i (r_i - b_others) / sum_j T_j, and
+    # with two answers A_i = T_j (r_i - r_j) / (T_i + T_j): each answer's gain counts by the other's share of tokens.
+    w_key = key(length=2)
+    w = world(*w_key)
+    i, j = all_groups(w, 2).T
+    lengths = w.sequences.answer_lengths.double()
+    objective = (
+        w.probability[i] * w.fixed[j] * lengths[j] / (lengths[i] + lengths[j]) * (w.rewards[i] - w.rewards[j])
+    ).sum()
+
+    class OverAll(RLOO):
+        def prepare(self, rollout: Rollout) -> Rollout:
+            r, t = rollout.rewards.view(-1, 2), rollout.sequences.answer_lengths.view(-1, 2)
+            return replace(rollout, advantages=(r - (r * t).sum(1, keepdim=True) / t.sum(1, keepdim=True)).view(-1, 1))
+
+    estimate = expected_estimate(OverAll(kl=NO_KL, samples_per_prompt=2), w_key, groups=all_groups(w, 2))
+    exact = w.gradient((w.probability * w.rewards).sum())
+    assert close(estimate, w.gradient(objective))
+    assert (estimate / 0.5 - exact).norm() > 0.02 * exact.norm()  # not even the direction
+
+
+@pytest.mark.parametrize("algorithm", [Reinforce, RLOO, GRPO])
+def test_scaling_over_a_large_batch_divides_the_gradient_by_a_deviation(algorithm):
+    # Every answer there is in one batch: its mean is a constant, and so is what it is divided by.
+    w_key = key(length=2)
+    w = world(*w_key)
+    k = 1 if algorithm is Reinforce else 2
+    groups = all_groups(w, k)
+    settings = {"kl": NO_KL, "clip_reward_value": 0.0, "loss_aggregation": "sequence", "gamma": 1.0}
+    settings |= {"samples_per_prompt": 2} if k > 1 else {}
+    plain, scaled = (algorithm(advantage_scaling=scaling, **settings) for scaling in ("none", "batch"))
+    rows = groups.flatten()
+    tokens = w.sequences.select(rows).answer_mask
+    advantages = plain.prepare(drawn(plain, w_key, rows)).advantages.expand(tokens.shape)[tokens]
+    estimate = expected_estimate(scaled, w_key, groups=groups)
+    assert close(estimate, expected_estimate(plain, w_key, groups=groups) / (advantages.std(correction=0) + 1e-8))
+
+
 @pytest.mark.parametrize(
     "kl",
     [kl for kl in penalties() if kl.estimator in ("k1", "k3", "js")],

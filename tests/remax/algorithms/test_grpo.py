@@ -52,3 +52,11 @@ def test_clip(clip_on, expected):
 def test_one_answer_has_no_group():
     with pytest.raises(ValueError, match="at least 2"):
         GRPO(samples_per_prompt=1)
+
+
+def test_scaled_over_the_batch():
+    # Two groups, 1, 3 and 2, 8: r - mean = -1, 1, -3, 3 with variance 5, whatever the spread of a group of its own
+    sequences = Sequences(torch.ones(4, 3, dtype=torch.long), torch.full((4,), 2), torch.ones(4, dtype=torch.long))
+    algorithm = GRPO(samples_per_prompt=2, advantage_scaling="batch", clip_reward_value=0.0)
+    prepared = algorithm.prepare(Rollout(sequences, torch.tensor([1.0, 3.0, 2.0, 8.0])))
+    assert prepared.advantages[:, 0].tolist() == pytest.approx([x / 5**0.5 for x in (-1, 1, -3, 3)])

@@ -21,6 +21,7 @@ SETTINGS = {
     "remax, calibrated": {"baseline": "calibrated", "samples_per_prompt": 2, "clip_reward_value": 1.0},
     "reinforce": {"baseline_decay": 0.9},
     "rloo": {"samples_per_prompt": 4},
+    "rloo, by tokens": {"samples_per_prompt": 2, "baseline": "token_weighted", "advantage_scaling": "batch"},
     "grpo": {"samples_per_prompt": 2},
     "ppo": {"advantage_scaling": "batch"},
 }

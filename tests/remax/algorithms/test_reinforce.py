@@ -67,3 +67,9 @@ def test_clip_on_the_reward():
 def test_decay_out_of_range(decay):
     with pytest.raises(ValueError, match="baseline_decay"):
         Reinforce(baseline_decay=decay)
+
+
+def test_scaled_over_the_batch():
+    # (r - mean) / deviation of the answers' tokens, here one each: 1, 2, 6 have mean 3 and variance 14/3
+    scaled = advantages(Reinforce(advantage_scaling="batch", clip_reward_value=0.0), 1.0, 2.0, 6.0)
+    assert scaled == pytest.approx([x / (14 / 3) ** 0.5 for x in (-2, -1, 3)])

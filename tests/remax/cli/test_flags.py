@@ -262,6 +262,10 @@ RLHF = EVERYWHERE | {
         "critic.engine.micro_batch_size": 4,
     },
     ("--max_answer_seq_len 99", ""): {"generation.max_new_tokens": 99},
+    ("--max_answer_seq_len 98", "--loss_aggregation constant"): {
+        "generation.max_new_tokens": 98,
+        "algorithm.longest_answer": 98,
+    },
     ("--max_greedy_seq_len 98", ""): {"generation.max_greedy_tokens": 98},
     ("--two_pass_rollout", ""): {"generation.two_pass": True},
     ("--temperature 0.5", ""): {"generation.sampling.temperature": 0.5, "evaluated.temperature": 0.5},
@@ -274,6 +278,7 @@ RLHF = EVERYWHERE | {
         "samples_per_prompt": 3,
         "answers": 48,
     },
+    ("--baseline calibrated", ""): {"algorithm.baseline": "calibrated"},
     ("--gamma 0.5", ""): {"algorithm.gamma": 0.5},
     ("--clip_reward_value 2", ""): {"algorithm.clip_reward_value": 2.0},
     ("--clip_on reward", ""): {"algorithm.clip_on": "reward"},

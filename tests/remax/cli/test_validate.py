@@ -336,6 +336,12 @@ def test_refused_in_steps_1_and_2(parse, line, message):
             "--samples_per_prompt 2 --algo ppo",
             r"--samples_per_prompt 2 with --algo ppo: .* use --algo remax or rloo or grpo",
         ),
+        (
+            "--baseline calibrated --algo ppo",
+            r"--baseline calibrated with --algo ppo: only --algo remax, rloo reads it",
+        ),
+        ("--baseline greedy --algo rloo", r": rloo with baseline 'greedy'; choose others, length_weighted or token_we"),
+        ("--baseline others", r": remax with baseline 'others'; choose greedy, greedy_kl or calibrated"),
         ("--samples_per_prompt 1 --algo rloo", r"--samples_per_prompt 1 with --algo rloo: .* 2 or more"),
         ("--algo ppo --ppo_mini_batches 3", r"--ppo_mini_batches 3: must divide the 16 answers"),
         (
@@ -880,7 +886,8 @@ def test_advantages_are_scaled_where_the_algorithm_can():
     assert make_algorithm(step3("--algo grpo --advantage_scaling none")).advantage_scaling == "none"
     assert make_algorithm(step3("--algo ppo --advantage_scaling batch")).advantage_scaling == "batch"
     assert step3("--algo remax").advantage_scaling is None
-    with pytest.raises(UserError, match="--advantage_scaling batch with --algo remax: only --algo grpo, ppo reads it"):
+    known = "--advantage_scaling batch with --algo remax: only --algo reinforce, rloo, grpo, ppo reads it"
+    with pytest.raises(UserError, match=known):
         step3("--algo remax --advantage_scaling batch")
-    with pytest.raises(UserError, match="grpo with advantage_scaling 'batch'; choose group or none"):
-        step3("--algo grpo --advantage_scaling batch")
+    with pytest.raises(UserError, match="rloo with advantage_scaling 'group'; choose none or batch"):
+        step3("--algo rloo --advantage_scaling group")

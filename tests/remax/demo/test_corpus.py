@@ -355,3 +355,10 @@ def test_command_names_a_folder_that_cannot_be_made(tmp_path):
 def test_reward_needs_no_library():
     code = "import sys, remax.demo.corpus; sys.exit(bool({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
     assert run_module(code=code).returncode == 0
+
+
+def test_ease_tells_kinds_apart_and_nothing_else():
+    found = {prompt: corpus.ease(prompt) for prompt in (row["prompt"] for row in corpus.make_rows(0, 400, 1)[0])}
+    by_kind = {corpus.parse_prompt(prompt).kind: x for prompt, x in found.items()}
+    assert [by_kind[kind] for kind in corpus.THINGS] == pytest.approx([-1 + 2 * i / 7 for i in range(8)])
+    assert all(x == by_kind[corpus.parse_prompt(prompt).kind] for prompt, x in found.items())

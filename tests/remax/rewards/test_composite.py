@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -523,3 +524,29 @@ def test_an_evaluation_names_the_parts(make_trainer, judges):
     expected = 0.5 * (figures["reward/judge"] - 1.0) / 2.0 + 0.1 * figures["reward/length"]
     assert figures["reward"] == pytest.approx(expected, rel=1e-4)
     json.dumps(rows)
+
+
+def test_a_calibrated_baseline_reads_what_the_greedy_answers_cost(make_trainer, judges):
+    (first, _), tokenizer = judges
+    trainer = make_trainer(CompositeReward([Part("first", first)]), tokenizer, rate=1e-2, micro_batch_size=3)
+    settings = {"baseline": "calibrated", "samples_per_prompt": 2, "gamma": 1.0, "clip_reward_value": 0.0}
+    trainer.algorithm = build_algorithm("remax", kl=KLPenalty(0.5), **settings)
+    original, answered = trainer.actor.rollout, []
+    trainer.actor.rollout = lambda *args, **kw: answered.append(original(*args, **kw)) or answered[-1]
+    torch.manual_seed(0)
+    for step in range(2):
+        before = deepcopy(trainer.actor.model)
+        rollout, figures = trainer.step([prompts_of(6)])
+        greedy = answered[-1].greedy
+        costs = []
+        for i in range(6):  # w = 1 - pi, p_t = beta * the KL from t on, gamma 1; a row at a time
+            one = greedy.select(slice(i, i + 1))
+            with torch.no_grad():
+                drawn, reference = before(one)[0][0].double(), trainer.reference.model(one)[0][0].double()
+            w, p = 1 - drawn.exp(), 0.5 * (drawn - reference).flip(0).cumsum(0).flip(0)
+            costs += 2 * [float((w * p).sum() / w.sum())]
+        assert rollout.greedy_cost.tolist() == pytest.approx(costs, abs=1e-5)
+        assert rollout.baseline.tolist() == pytest.approx(first.score(greedy).repeat_interleave(2).tolist(), abs=1e-4)
+        assert (max(costs) > 1e-3) == bool(step)  # at first the policy is its reference
+        assert figures["calibration/greedy"] == (1.0 if step == 0 else trainer.algorithm.coefficients["greedy"])
+    assert figures["calibration/greedy"] != 1.0

@@ -19,7 +19,7 @@ from utils.run import UserError, start_run
 # What decides which objective is optimised, on which rows, from which weights: a resume gives it as it was.
 FIXED = """
     loss ranking_weight use_margin label_smoothing center_rewards_coefficient ranked_loss dpo_beta length_alpha train_on
-    algo samples_per_prompt baseline_decay gamma clip_reward_value clip_on loss_aggregation advantage_scaling
+    algo samples_per_prompt baseline baseline_decay gamma clip_reward_value clip_on loss_aggregation advantage_scaling
     entropy_coef unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef enable_ema log_variance
     penalty kl_ctl kl_in kl_estimator normalize_kl adaptive_kl adaptive_kl_target adaptive_kl_horizon
     ppo_epochs ppo_mini_batches cliprange cliprange_value lam reward_fn normalize_reward
