@@ -1447,6 +1447,16 @@ UTILS = [
          "a blend is not in its proportions"),
     ),
     *faults(
+        "utils/data/ahead.py",
+        "tests/utils/data/test_ahead.py",
+        ("ahead-position", "return self.sampler.state_dict() if self.position is None else self.position",
+         "return self.sampler.state_dict()", "batches that lie ready when a run stops are never learned from"),
+        ("ahead-loaded", "        self.position = None\n        self.sampler.load", "        self.sampler.load",
+         "a run that went back keeps the position of before"),
+        ("ahead-error", "                    raise error\n", "                    return\n",
+         "a faulty row ends the data in silence"),
+    ),
+    *faults(
         "utils/data/loaders.py",
         f"{DATA}/test_loaders.py",
         ("loaders-data-seed", "config.data_split, stage, config.data_seed, name)",

@@ -56,6 +56,8 @@ def test_what_was_read_and_not_used_comes_again_after_a_stop():
     assert not readers()  # it did not wait for room for ever
     stopped = ahead.state_dict()
     assert stopped["position"] == 4
+    ahead.load_state_dict({"epoch": 0, "position": 2})  # that of before, where a run goes back
+    assert ahead.state_dict()["position"] == 2 and list(ahead) == plain[1:]
     ahead.load_state_dict(stopped)
     assert ahead.state_dict() == stopped
     assert [*used, *ahead] == plain
