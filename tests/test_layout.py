@@ -13,6 +13,7 @@ import pytest
 
 from remax.cli.evaluation import (
     AnswersArguments,
+    ChatArguments,
     DoctorArguments,
     PromptEvalArguments,
     RewardEvalArguments,
@@ -57,6 +58,7 @@ ROOMS = {
     "answers.py": ("cli", "stages"),
     "winrate.py": ("cli", "stages"),
     "plan.py": ("cli", "stages"),
+    "chat.py": ("cli", "stages"),
 }
 OF_CLI = {"remax.rewards.process", "remax.rewards.sources"}  # what the command line may see of the rewards
 MAY_IMPORT_DEEPSPEED = {f"remax/engines/{name}.py" for name in ("base", "optimizer", "policy", "zero")}
@@ -246,7 +248,7 @@ def known_flags() -> set[str]:
     """Flags of the stages' programs, of modules that call add_argument themselves, and of the launchers."""
     programs = (Step1Arguments, Step2Arguments, Step3Arguments)
     programs += (PromptEvalArguments, RewardEvalArguments, DoctorArguments, AnswersArguments, WinrateArguments)
-    programs += (PlanArguments,)
+    programs += (PlanArguments, ChatArguments)
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     flags = {f.name for arguments in programs for f in fields(arguments)} | set(re.findall(r"\"--(\w+)\"", text))
     return flags | {"help"} | OF_OTHERS

@@ -142,6 +142,21 @@ class WinrateArguments(ConfigFlag, group="answers and judge"):
     local_rank: Rank = flag(-1, "set by the launcher")
 
 
+@dataclass(kw_only=True)
+class ChatArguments(ConfigFlag, group="models"):
+    """All flags of remax.chat."""
+
+    model: str = flag(help="who answers: a folder (of PEFT, too) or hub name")
+    against: str | None = flag(None, "a second model, asked the same and shown beside it")
+    reward: str | None = flag(None, "a reward model for /score")
+    system: str | None = flag(None, "a system message before the dialogue")
+    max_new_tokens: Count = flag(512, "longest answer in tokens")
+    temperature: Heat = flag(1.0, "of the answers; 0: greedy ones")
+    top_p: Fraction = flag(1.0, "sample from the most probable tokens with this total probability; 1: from all")
+    seed: CountOrZero = flag(2023, "seed of the answers")
+    dtype: Dtype = flag("auto", "number format; auto: bf16 where the GPU has it, else fp32")
+
+
 JUDGES = ("reward", "lm", "annotations")
 
 
@@ -275,6 +290,17 @@ def parse_winrate(argv: Sequence[str] | None = None) -> WinrateArguments:
     check_output(args)
     if args.output and any(Path(args.output).exists() and Path(args.output).samefile(file) for file in args.answers):
         raise UserError(f"--output {args.output}: is a file of --answers; choose another name")
+    args.dtype = resolve_dtype("dtype", args.dtype)
+    return args
+
+
+def parse_chat(argv: Sequence[str] | None = None) -> ChatArguments:
+    """The flags of remax.chat, as `parse_reward_eval`."""
+    args = read_flags(ChatArguments, argv, "A dialogue with a model, or with two", "python -m remax.chat [flags]")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE is above 1: a dialogue takes one process; start it with python")
+    for name in ("model", "against", "reward"):
+        check_model(name, getattr(args, name))
     args.dtype = resolve_dtype("dtype", args.dtype)
     return args
 

@@ -53,6 +53,37 @@ def _generate(model: PreTrainedModel, prompts: Prompts, config: GenerationConfig
     )
 
 
+@torch.no_grad()
+def generate_with(
+    model: PreTrainedModel, prompt: Prompts, settings: GenerationSettings, *, greedy: bool, streamer: Any
+) -> None:
+    """Answers one prompt, greedily or by sampling, and hands each token to `streamer.put`."""
+    _decode(model, prompt, settings, sampled=0 if greedy else len(prompt), streamer=streamer)
+
+
+def _decode(
+    model: PreTrainedModel,
+    rows: Prompts,
+    settings: GenerationSettings,
+    *,
+    sampled: int,
+    keep: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Choice]:
+    """Continues every row, of which the first `sampled` are drawn; what `generate` gives, and how it was chosen."""
+    end_ids, width = model.generation_config.eos_token_id, rows.input_ids.shape[1]
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens if sampled else settings.greedy_cap,
+        do_sample=False,
+        eos_token_id=end_ids,
+        pad_token_id=settings.pad_id,
+        use_cache=True,
+    )
+    noise = uniform_numbers(sampled, settings.max_new_tokens, rows.input_ids.device)
+    choice = Choice(settings, noise, width, end_ids[0], keep=keep)
+    return _generate(model, rows, config, logits_processor=LogitsProcessorList([choice]), **options), choice
+
+
 class HuggingFaceDecoder:
     """The model's own `generate`."""
 
@@ -76,16 +107,7 @@ class HuggingFaceDecoder:
         if greedy:
             rows = Prompts(torch.cat([drawn.input_ids, prompts.input_ids]), torch.cat([drawn.lengths, prompts.lengths]))
         end_ids, width = model.generation_config.eos_token_id, prompts.input_ids.shape[1]
-        config = GenerationConfig(
-            max_new_tokens=settings.max_new_tokens if samples else settings.greedy_cap,
-            do_sample=False,
-            eos_token_id=end_ids,
-            pad_token_id=settings.pad_id,
-            use_cache=True,
-        )
-        noise = uniform_numbers(len(drawn), settings.max_new_tokens, rows.input_ids.device)
-        choice = Choice(settings, noise, width, end_ids[0], keep=logprobs)
-        tokens = _generate(model, rows, config, logits_processor=LogitsProcessorList([choice]), synced_gpus=synced_gpus)
+        tokens, choice = _decode(model, rows, settings, sampled=len(drawn), keep=logprobs, synced_gpus=synced_gpus)
         found = torch.stack(choice.logprobs, 1) if logprobs else None
         return Answers.of_rows(prompts, tokens[:, width:], found, settings, end_ids, samples=samples, greedy=greedy)
 

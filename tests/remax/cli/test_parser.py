@@ -7,6 +7,7 @@ import pytest
 
 from remax.cli.evaluation import (
     AnswersArguments,
+    ChatArguments,
     DoctorArguments,
     PromptEvalArguments,
     RewardEvalArguments,
@@ -60,6 +61,7 @@ def test_the_short_help_lists_the_usual_flags_and_says_where_the_others_are(argu
 
 
 SMALL = [DoctorArguments, PlanArguments, PromptEvalArguments, RewardEvalArguments, AnswersArguments, WinrateArguments]
+SMALL += [ChatArguments]
 
 
 @pytest.mark.parametrize("arguments", SMALL)

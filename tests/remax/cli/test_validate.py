@@ -505,6 +505,11 @@ def test_reading_flags_imports_neither_torch_nor_transformers():
             "--output a.json: expected a name that ends in .jsonl, by which its readers go",
         ),
         (
+            "remax/chat.py",
+            "--model me/a --temperature -1",
+            "--temperature -1.0: must be 0 for greedy answers, or at least 1e-6",
+        ),
+        (
             "remax/winrate.py",
             "a.json b.json --judge gpt4",
             "--judge gpt4: expected reward:MODEL, lm:MODEL or annotations:FILE",
@@ -531,7 +536,7 @@ def test_a_bad_flag_exits_with_2_before_torch_is_imported(program, line, message
 
 def test_programs_import_what_takes_time_where_ctrl_c_is_caught():
     programs = [*MAIN, "step1_supervised_finetuning/prompt_eval.py", "step2_reward_model_finetuning/rw_eval.py"]
-    programs += ["remax/doctor.py", "remax/answers.py", "remax/winrate.py", "remax/plan.py"]
+    programs += ["remax/doctor.py", "remax/answers.py", "remax/winrate.py", "remax/plan.py", "remax/chat.py"]
     code = (
         "import runpy, sys\n"
         f"for program in {programs}: runpy.run_path(program, run_name='imported')\n"
