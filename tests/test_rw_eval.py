@@ -261,17 +261,3 @@ def test_a_language_model_is_no_reward_model(rw_eval, tiny_model, monkeypatch):
 def test_retired_flag_is_noted(run):
     _, printed = run(None, "--num_padding_at_beginning", "1")
     assert "--num_padding_at_beginning: without effect" in printed
-
-
-@pytest.mark.ranks
-def test_command_line_on_two_ranks(run_command, tiny_reward_model, corpus, tmp_path, run):
-    alone, _ = run(corpus / "test.jsonl")
-    command = ["torchrun", "--standalone", "--nproc_per_node", "2", PROGRAM, "--data_path", corpus / "test.jsonl"]
-    command += ["--model_name_or_path", tiny_reward_model("llama"), "--output", tmp_path / "ranks.jsonl"]
-    done = run_command([*command, "--data_output_path", tmp_path / "cache"], timeout=200)
-    assert done.returncode == 0, done.stdout
-    together = [json.loads(line) for line in (tmp_path / "ranks.jsonl").read_text().splitlines()]
-    assert len(together) == len(alone) == 24
-    for a, b in zip(alone, together, strict=True):
-        assert a["prompt"] == b["prompt"] and a["chosen_score"] == pytest.approx(b["chosen_score"], abs=1e-5)
-    assert done.stdout.count("accuracy") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from remax.stages import answers as program
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 TURNS = [("writing", "Name a book."), ("math", "What is one and one?"), ("stem", "Name a star."), ("math", "And two?")]
 
 
@@ -139,37 +141,73 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.ranks
-def test_two_ranks_go_on_where_one_was_stopped(run, run_command, questions, tiny_model, tmp_path, monkeypatch):
-    sound, asked = program.one_answer_each, questions["mt_bench"]
-    whole = run("mt_bench", asked, "--batch_size", 1)
+@pytest.fixture
+def stopped(run, questions, tmp_path, monkeypatch) -> Path:
+    """Parts of MT-bench's answers: of the second batch the first turn was answered, and its line is torn."""
+    sound, calls = program.one_answer_each, []
 
     def stop(*args, **options):
-        if len(calls) == 3:  # in the second question, after its first turn
+        if len(calls) == 3:
             raise Stopped
         calls.append(None)
         return sound(*args, **options)
 
-    calls: list[None] = []
     monkeypatch.setattr(program, "one_answer_each", stop)
     with pytest.raises(Stopped):
-        run("mt_bench", asked, "--batch_size", 1, name="parts")
+        run("mt_bench", questions["mt_bench"], "--batch_size", 1, name="parts")
+    monkeypatch.setattr(program, "one_answer_each", sound)
     folder = tmp_path / "parts.jsonl.parts"
-    assert not (tmp_path / "parts.jsonl").exists()
     with (folder / "rank0.jsonl").open("a") as file:
-        file.write('\n[3, [[{"text"')  # torn
+        file.write('\n[3, [[{"text"')
+    assert not (tmp_path / "parts.jsonl").exists()
+    return folder
+
+
+def test_it_goes_on_where_it_was_stopped(run, questions, stopped, capsys):
+    asked = questions["mt_bench"]
     with pytest.raises(UserError, match=r"parts.jsonl.parts: holds answers under another max_new_tokens; remove that"):
         run("mt_bench", asked, "--batch_size", 1, "--max_new_tokens", 5, name="parts")
-    command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "remax.answers", "--batch_size", "1"]
-    command += ["--model", tiny_model("llama"), "--benchmark", "mt_bench", "--questions", asked]
-    command += ["--output", tmp_path / "parts.jsonl", "--max_new_tokens", "6"]
-    command += ["--data_output_path", tmp_path / "cache"]
+    whole = run("mt_bench", asked, "--batch_size", 1)
+    assert "already" not in capsys.readouterr().out
+    found = run("mt_bench", asked, "--batch_size", 1, name="parts")
+    assert "1 of 4 questions are answered already" in capsys.readouterr().out
+    assert [row["choices"] for row in found] == [row["choices"] for row in whole]
+    assert not stopped.exists()
+
+
+@pytest.mark.ranks
+def test_programs_on_two_ranks(
+    run, run_command, questions, stopped, tiny_model, tiny_reward_model, corpus, tmp_path, monkeypatch
+):
+    # Answers, which go on from one rank's, and scores of rw_eval.py, in one launch.
+    whole = run("mt_bench", questions["mt_bench"], "--batch_size", 1)
+    asked = ["--model", tiny_model("llama"), "--benchmark", "mt_bench", "--questions", questions["mt_bench"]]
+    asked += ["--batch_size", 1, "--output", tmp_path / "parts.jsonl", "--max_new_tokens", 6]
+    scored = ["--data_path", corpus / "test.jsonl", "--model_name_or_path", tiny_reward_model("llama")]
+    scored += ["--data_output_path", tmp_path / "cache", "--output"]
+    scorer = ROOT / "step2_reward_model_finetuning" / "rw_eval.py"
+    monkeypatch.setattr("sys.argv", [str(word) for word in ("rw_eval.py", *scored, tmp_path / "alone.jsonl")])
+    runpy.run_path(str(scorer))["main"]()
+    jobs = [
+        {"program": ROOT / "remax" / "answers.py", "flags": asked, "log": tmp_path / "answers.log"},
+        {"program": scorer, "flags": [*scored, tmp_path / "ranks.jsonl"], "log": tmp_path / "scores.log"},
+    ]
+    (tmp_path / "jobs.json").write_text(
+        json.dumps([job | {"folder": tmp_path, "flags": list(map(str, job["flags"]))} for job in jobs], default=str)
+    )
+    command = ["torchrun", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "mains.py", tmp_path / "jobs.json"]
     done = run_command(command, timeout=200)
     assert done.returncode == 0, done.stdout
-    assert "1 of 4 questions are answered already" in done.stdout and done.stdout.count("written to") == 1
+    printed = (tmp_path / "answers.log").read_text()
+    assert "1 of 4 questions are answered already" in printed and printed.count("written to") == 1
     named = [row | {"answer_id": "", "model_id": "mine"} for row in found_in(tmp_path / "parts.jsonl")]
     assert named == [row | {"answer_id": ""} for row in whole]
-    assert not folder.exists()
+    assert not stopped.exists()
+    alone, together = found_in(tmp_path / "alone.jsonl"), found_in(tmp_path / "ranks.jsonl")
+    assert len(together) == len(alone) == 24
+    for a, b in zip(alone, together, strict=True):
+        assert a["prompt"] == b["prompt"] and a["chosen_score"] == pytest.approx(b["chosen_score"], abs=1e-5)
+    assert (tmp_path / "scores.log").read_text().count("accuracy") == 1
 
 
 def test_the_command_line_knows_the_benchmarks():

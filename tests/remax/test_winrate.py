@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from remax import winrate
 from remax.cli.evaluation import parse_winrate
+from remax.evaluation import winrates
 from remax.evaluation.judges import CASE
 from remax.stages import winrate as program
 from utils.run import UserError
@@ -30,10 +31,9 @@ QUESTIONS = [f"Name {count} fruits." for count in ("one", "two", "three", "four"
 
 
 @pytest.fixture
-def sklearn():
-    return pytest.importorskip(
-        "sklearn", reason="scikit-learn is not installed: pip install -c constraints.txt scikit-learn"
-    )
+def sklearn(monkeypatch):
+    monkeypatch.setattr(winrates, "REFITS", 20)  # a tenth of what intervals are made of
+    return pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -c constraints.txt -e .")
 
 
 @pytest.fixture
