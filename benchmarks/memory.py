@@ -341,7 +341,7 @@ def job_of_7b(algo: str, gpus: int, offload: bool = False) -> Any:
     flags += " --critic_gradient_checkpointing" if algo == "ppo" else ""
     flags += " --offload" if offload else ""
     args = parse_step3(flags.split())
-    return job_of(args, Machine(gpus), lambda name, flag: by_name("Llama-2-7b", flag))
+    return job_of(args, Machine(gpus, memory=A100), lambda name, flag: by_name("Llama-2-7b", flag))
 
 
 def largest_batches() -> Iterator[str]:

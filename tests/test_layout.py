@@ -47,7 +47,7 @@ ROOMS = {
     "checks": (*ENGINES, "engines", "rewards", "checkpoint", "evaluation"),
     "training": ("core", "algorithms", "models", "engines", "rewards", "checkpoint", "evaluation"),
     "cli": ("algorithms", "rewards"),
-    "planning": ("core", "models", "engines", "training"),
+    "planning": ("core", "models", "generation", "engines", "training"),
     "report": (),
     "stages": (
         *(*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),

@@ -26,11 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from remax.core import fused, linear
 from remax.core.logprobs import token_stats
 from remax.core.sampling import Sampling
+from remax.core.sequences import Prompts
+from remax.generation.cache import BLOCK, SHARED, PromptCache
+from remax.generation.loop import READ_AT_ONCE, attention, read
+from remax.generation.sampler import draw, mend
 from remax.models.loading import count_parameters, prepare_training
 from remax.models.lora import add_lora
 from remax.models.policy import PolicyModel
@@ -317,31 +321,30 @@ class Decoding:
 
 
 @functools.cache
-def decoding(sketch: Sketch, rows: int, prompt: int, answer: int, sampling: Sampling) -> Decoding:
-    """Of `rows` answers written together, to prompts of `prompt` tokens."""
+def decoding(sketch: Sketch, prompts: int, kinds: int, prompt: int, answer: int, sampling: Sampling) -> Decoding:
+    """Of `kinds` answers to each of some prompts of `prompt` tokens, written together by `SharedPromptDecoder`."""
+    rows, full = prompts * kinds, -(-answer // BLOCK) * BLOCK
 
-    def read(model: Any, tokens: int, storages: Storages) -> Any:
-        cache, ids = DynamicCache(config=model.hf.config), _ids(rows, tokens)
-        model.hf.base_model(input_ids=ids, attention_mask=ids, past_key_values=cache, use_cache=True)
-        return cache
+    def step(model: Any, cache: PromptCache, number: int) -> None:
+        cache.begin(number)
+        ids = _ids(rows, 1)
+        states = model.hf.base_model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=True)
+        logits = mend(model.head(states.last_hidden_state[:, -1]))  # (rows, V)
+        draw(logits, sampling, torch.zeros(rows, dtype=torch.float64))
 
     def measure(layers: int) -> list[int]:
         with without_numbers(sketch.cuda), torch.no_grad():
             model = sketch.build(layers, learns=False)
-            known = _known(model)
-            with Storages(known) as prefill:
-                read(model, prompt, prefill)
-            last = prompt + answer - 1
-            with Storages(known) as storages:
-                cache = read(model, last, storages)
-                whole = storages.peak = storages.live
-                mask = _ids(rows, last + 1)
-                states = model.hf.base_model(
-                    input_ids=mask[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True
-                ).last_hidden_state
-                logits = model.head(states[:, -1]).float().nan_to_num()  # (rows, V)
-                sampling.apply(logits, _ids(rows, 1)[:, 0]).softmax(-1).multinomial(1)
-            return [whole, max(prefill.peak, storages.peak)]
+            with attention(model.hf, SHARED), Storages(_known(model)) as storages:
+                cache = PromptCache([prompt - 1] * prompts, list(range(prompts)) * kinds, torch.device("meta"))
+                asked = Prompts(_ids(prompts, prompt), torch.full((prompts,), prompt))
+                read(model.hf, cache, asked, torch.arange(prompts), READ_AT_ONCE)
+                if full > BLOCK:
+                    cache.columns = full - BLOCK
+                    step(model, cache, full - BLOCK - 1)
+                cache.columns = full - BLOCK
+                step(model, cache, full - BLOCK)  # the buffers grow for the last time
+                return [storages.live, storages.peak]
 
     whole, peak = _grown(sketch, measure, 1)
     return Decoding(whole, max(peak - whole, 0))

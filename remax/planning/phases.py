@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
+from remax.generation.cache import PromptCache
+from remax.generation.loop import CPU_BYTES, GPU_SHARE
 from remax.planning.dry_run import Held, Sizes, Sketch, decoding, learning, reading, sizes
 from remax.planning.states import (
     CRITIC_STEP,
@@ -104,7 +107,12 @@ class Rows:
     @property
     def decoded(self) -> int:
         """Sampled and greedy answers of a batch of prompts."""
-        return self.answers + (self.prompts if self.greedy else 0)
+        return self.prompts * self.kinds
+
+    @property
+    def kinds(self) -> int:
+        """Answers to a prompt."""
+        return self.samples + self.greedy
 
     def together(self, rows: int, share: bool = False) -> int:
         """Of so many rows those of a forward without gradient, as `Trainer.scoring_forwards` cuts them.
@@ -201,6 +209,14 @@ def plan(job: Job) -> Plan:
 
 
 def _terms(job: Job) -> Iterator[Term]:
+    states = list(_states(job))
+    yield from states
+    at_rest = sum(term.at.get(ROLLOUT, 0.0) for term in states)
+    yield from _of_answers(job, GPU_SHARE * (job.machine.memory - at_rest) if job.machine.cuda else CPU_BYTES)
+    yield from _of_learning(job)
+
+
+def _states(job: Job) -> Iterator[Term]:
     machine, size = job.machine, job.actor.size
     yield from trained("actor", size, job.actor.engine, machine)
     if job.reference is not None:
@@ -212,23 +228,24 @@ def _terms(job: Job) -> Iterator[Term]:
         yield from trained("critic", job.critic.size, job.critic.engine, machine, CRITIC_UPDATE, CRITIC_STEP)
     if job.average:
         yield always("actor: moving average", 4 * size.trained / machine.ranks, machine.cuda)
-    yield from _of_answers(job)
-    yield from _of_learning(job)
 
 
-def _of_answers(job: Job) -> Iterator[Term]:
-    """Rollout, scoring and evaluation."""
+def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
+    """Rollout, scoring and evaluation; as many prompts are answered together as the cache has bytes for."""
     rows = job.rows
     if not rows.prompts:
         if rows.evaluated:
             name, size = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])
             yield Term(f"forward: {name}", {EVALUATION: size})
         return
-    written = {ROLLOUT: rows.decoded} | ({EVALUATION: rows.evaluated} if rows.evaluated else {})
-    found = {
-        phase: decoding(_plain(job.actor.sketch), n, rows.prompt, rows.answer, rows.sampling)
-        for phase, n in written.items()
-    }
+    written = {ROLLOUT: (rows.prompts, rows.kinds)} | ({EVALUATION: (rows.evaluated, 1)} if rows.evaluated else {})
+    found = {}
+    for phase, (prompts, kinds) in written.items():
+        bytes_of_prompt = bytes_of_token(job.actor.sketch) * (rows.prompt + kinds * rows.answer)
+        if not job.synced_generation:
+            prompts = min(prompts, max(int(min(cache_bytes / bytes_of_prompt, prompts)), 1))
+        plain = _plain(job.actor.sketch)
+        found[phase] = decoding(plain, prompts, kinds, rows.prompt, rows.answer, rows.sampling)
     whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
     share = not job.machine.cuda  # where packing pays, see `remax.models.packing.pays`
     at_once = rows.together(rows.decoded, share), rows.together(rows.answers, share)
@@ -249,6 +266,11 @@ def _of_answers(job: Job) -> Iterator[Term]:
         width = job.reference.sketch.config.hidden_size * numbers(job.reference.engine)
         kept = rows.answers * rows.batches * rows.answer * width
         yield Term("reference: hidden states of the answers", {SCORING: kept, UPDATE: kept, STEP: kept})
+
+
+def bytes_of_token(sketch: Sketch) -> int:
+    """See `PromptCache.bytes_of_token`."""
+    return PromptCache.bytes_of_token(SimpleNamespace(config=sketch.config, dtype=sketch.dtype))
 
 
 def _plain(sketch: Sketch) -> Sketch:

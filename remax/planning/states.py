@@ -16,6 +16,7 @@ fp32, and copied as a whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -43,10 +44,11 @@ def always(name: str, size: float, of_host: bool = False) -> Term:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a training runs: ranks, and whether they have GPUs."""
+    """Where a training runs: ranks, whether they have GPUs, and the bytes of each."""
 
     ranks: int = 1
     cuda: bool = True
+    memory: float = math.inf
 
 
 def numbers(engine: EngineConfig) -> int:

@@ -77,7 +77,10 @@ def ways_of(args: PlanArguments) -> list[Way]:
 
 def outcome(args: PlanArguments, algo: str) -> Outcome:
     """Looks at every way that the flags leave open."""
-    job, memory = job_of(step3_flags(args, algo), Machine(args.gpus), config_of), args.gpu_memory * GIB
+    job, memory = (
+        job_of(step3_flags(args, algo), Machine(args.gpus, memory=args.gpu_memory * GIB), config_of),
+        args.gpu_memory * GIB,
+    )
     found = [(way, largest(way.of(job), memory, args.micro_batch)) for way in ways_of(args)]
     fitting = [(way, plan) for way, plan in found if plan is not None]
     batch = args.batch or 1

@@ -143,7 +143,7 @@ def refuse_what_cannot_fit(args: Step3Arguments, ranks: int, memory: int | None)
     if memory is None or args.skip_doctor:
         return
     try:
-        job = job_of(args, Machine(ranks))
+        job = job_of(args, Machine(ranks, memory=memory))
         found = plan(job)
     except Exception as error:  # of a family's own code, which never ran without numbers
         args.notices.append(f"memory: no estimate for these models ({type(error).__name__}: {one_line(error)})")

@@ -94,8 +94,9 @@ def test_logits_are_those_of_a_chunk():
 
 
 def test_the_cache_by_hand():
-    found = decoding(Sketch(LLAMA, torch.bfloat16), 6, 10, 8, Sampling(top_p=0.9))
-    assert found.cache == pytest.approx(2 * LAYERS * (2 * 16) * 2 * 6 * (10 + 8 - 1), rel=0.02)  # 2 key heads of 16
+    # Keys and values of 2 heads of 16, of 2 bytes: 9 of each prompt's 10 tokens, and 64 places for 40 of an answer.
+    found = decoding(Sketch(LLAMA, torch.bfloat16), 3, 2, 10, 40, Sampling(top_p=0.9))
+    assert found.cache == pytest.approx(2 * LAYERS * (2 * 16) * 2 * 3 * (9 + 2 * 64), rel=0.02)
     assert found.beside > 0
 
 
