@@ -699,7 +699,7 @@ PLANNING = [
     *faults(
         "remax/planning/phases.py",
         f"{ROOM}/planning/test_advice.py",
-        ("planning-greedy", "self.answers + (self.prompts if self.greedy else 0)", "self.answers", "no greedy rows"),
+        ("planning-greedy", "return self.samples + self.greedy", "return self.samples", "no greedy rows"),
     ),
     *faults(
         "remax/planning/advice.py",

@@ -3,7 +3,7 @@
 # The hyper-parameters are the same, so an epoch has a thirty-second of the updates, each with less noise. A decode step of
 # a few rows costs nearly what one of 64 does, so an epoch takes a fraction of the time; docs/hardware.md has the arithmetic.
 # Extra flags are passed on and win; the remaining settings, variables and machines: utils/launch.sh.
-# Fits 8 x 80 GB (41 GiB), not 1 x 80 GB (142 GiB), nothing offloaded: by the planner, on each GPU (docs/hardware.md).
+# Fits 8 x 80 GB (37 GiB), not 1 x 80 GB (142 GiB), nothing offloaded: by the planner, on each GPU (docs/hardware.md).
 source "$(dirname "${BASH_SOURCE[0]}")/../../../utils/launch.sh"
 MODEL=${MODEL:-$ROOT/output/llama2_7b/sft}
 REWARD_MODEL=${REWARD_MODEL-$ROOT/output/llama2_7b/reward}
