@@ -356,9 +356,6 @@ class RolloutFlags(Flags, group="rollout"):
         "what the update differentiates when temperature, top_p or top_k are set: what is drawn from (exact) "
         "or the model's own (as published; biased)",
     )
-    two_pass_rollout: bool = flag(
-        False, "decode sampled and greedy answers one after the other instead of together", only="greedy"
-    )
     zero3_generation: Literal["gather", "synced"] = flag(
         "gather",
         "actor at ZeRO 3: collect its parameters once per rollout (must fit on each device), or layer by layer at "

@@ -103,8 +103,7 @@ class Actor(_Policy, Learner):
         if self.zero3:
             gathers = self.gather_for_generation
             how = ", ZeRO-3 parameters gathered once per rollout" if gathers else ", ZeRO-3 ranks in step"
-        decodes = ", sampled and greedy ones one after the other" if self.generation.two_pass else ""
-        return f"{self.decoder.name}{decodes}{how}"
+        return f"{self.decoder.name}{how}"
 
     @contextmanager
     def generating(self) -> Iterator[bool]:

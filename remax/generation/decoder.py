@@ -21,14 +21,12 @@ class GenerationSettings:
         pad_id: What generation fills the rows up with that have ended.
         sampling: The distribution that sampled answers are drawn from.
         max_greedy_tokens: Longest greedy answer, 0 for the same (ReMax-fast caps it).
-        two_pass: Two decodes instead of one, which takes longer and holds half as many keys and values at a time.
     """
 
     max_new_tokens: int
     pad_id: int
     sampling: Sampling = Sampling()
     max_greedy_tokens: int = 0
-    two_pass: bool = False
 
     @property
     def greedy_cap(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from transformers import PreTrainedModel
 
 from remax.core.sequences import Prompts
@@ -28,13 +26,4 @@ def rollout(
 
     The model must be in eval mode. See `Decoder` for the other arguments.
     """
-
-    def decode(samples: int, greedy: bool) -> Answers:
-        return decoder(
-            model, prompts, settings, samples=samples, greedy=greedy, logprobs=logprobs, synced_gpus=synced_gpus
-        )
-
-    if samples and greedy and settings.two_pass:
-        sampled, best = decode(samples, False), decode(0, True)
-        return replace(sampled, greedy=best.greedy, greedy_logprobs=best.greedy_logprobs)
-    return decode(samples, greedy)
+    return decoder(model, prompts, settings, samples=samples, greedy=greedy, logprobs=logprobs, synced_gpus=synced_gpus)

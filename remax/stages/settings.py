@@ -189,7 +189,7 @@ def evaluated_distribution(args: Step3Arguments) -> Sampling:
 
 def generation(args: Step3Arguments, pad_id: int) -> GenerationSettings:
     longest, longest_greedy = args.max_answer_seq_len, args.max_greedy_seq_len
-    return GenerationSettings(longest, pad_id, sampling(args), longest_greedy, args.two_pass_rollout)
+    return GenerationSettings(longest, pad_id, sampling(args), longest_greedy)
 
 
 def trainer_settings(args: Step3Arguments) -> TrainerSettings:

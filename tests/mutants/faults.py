@@ -504,12 +504,6 @@ GENERATION = [
          "greedy answers have the log-probs of sampled ones"),
     ),
     *faults(
-        "remax/generation/rollout.py",
-        f"{ROOM}/generation/test_rollout.py",
-        ("decode-two-pass", "return replace(sampled, greedy=best.greedy, greedy_logprobs=best.greedy_logprobs)",
-         "return sampled", "two decodes lose the greedy answers"),
-    ),
-    *faults(
         "remax/generation/sampler.py",
         f"{ROOM}/generation/test_sampler.py",
         ("sampler-temperature", "logits = logits / sampling.temperature", "pass",
@@ -1198,8 +1192,8 @@ STAGES = [
          "_optimizer(args, steps, args.actor_learning_rate, args", "the critic learns at the actor's rate"),
         ("settings-reference-dtype", "_reference_engine(args, args.actor_dtype)", '_reference_engine(args, "fp32")',
          "actor and reference differ in their number format"),
-        ("settings-greedy-cap", "sampling(args), longest_greedy, args.two_pass_rollout)",
-         "sampling(args), 0, args.two_pass_rollout)", "--max_greedy_seq_len is ignored"),
+        ("settings-greedy-cap", "sampling(args), longest_greedy)", "sampling(args), 0)",
+         "--max_greedy_seq_len is ignored"),
         ("settings-stop", "_cadence(args, args.rollout_batches, args.stop_step)",
          "_cadence(args, args.rollout_batches, args.max_steps)", "--enable_test_mode never stops"),
         ("settings-lora-only", "_adapters(args, args.actor_lora_dim, args.only_optimize_lora or saved,",

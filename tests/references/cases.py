@@ -79,7 +79,7 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         ),
         "remax, full KL, rewards": (
             3,
-            "--algo remax --penalty full_kl_full_step --reward_fn {functions}:words:-0.1 --two_pass_rollout"
+            "--algo remax --penalty full_kl_full_step --reward_fn {functions}:words:-0.1"
             " --packing false --normalize_reward --best_by objective --disable_actor_dropout"
             " --actor_model_name_or_path {models}/gpt2 --reward_model_name_or_path {models}/gpt2-reward:0.5",
         ),

@@ -144,7 +144,7 @@ ROUND_TRIPS = [
     (*STEP3, "--algo reinforce --baseline_decay 0.9 --penalty none --test_stop_step 4"),
     (*STEP3, "--algo rloo --penalty kl --reward_bf16 --reward_zero_stage 1"),
     (*STEP3, "--algo grpo --adaptive_kl --offload_reward_model --loss_aggregation token"),
-    (*STEP3, "--penalty full_kl --kl_ctl 0.01 --two_pass_rollout --inference_tp_size 1 --enable_hybrid_engine"),
+    (*STEP3, "--penalty full_kl --kl_ctl 0.01 --inference_tp_size 1 --enable_hybrid_engine"),
     (*STEP3, "--penalty full_kl_onestep --gamma 1"),
     (*STEP3, "--algo ppo --actor_bf16 --ppo_epochs 2"),
     (*STEP3, "--algo ppo --offload --actor_zero_stage 2 --critic_zero_stage 1 --critic_dtype bf16 --kl_estimator k3"),

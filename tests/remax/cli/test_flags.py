@@ -267,7 +267,6 @@ RLHF = EVERYWHERE | {
         "algorithm.longest_answer": 98,
     },
     ("--max_greedy_seq_len 98", ""): {"generation.max_greedy_tokens": 98},
-    ("--two_pass_rollout", ""): {"generation.two_pass": True},
     ("--temperature 0.5", ""): {"generation.sampling.temperature": 0.5, "evaluated.temperature": 0.5},
     ("--top_p 0.25", ""): {"generation.sampling.top_p": 0.25, "evaluated.top_p": 0.25},
     ("--top_k 17", ""): {"generation.sampling.top_k": 17, "evaluated.top_k": 17},

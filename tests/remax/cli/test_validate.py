@@ -331,7 +331,7 @@ def test_refused_in_steps_1_and_2(parse, line, message):
         ("--ppo_epochs 2", r"--ppo_epochs 2 with --algo remax: a rollout gets one step"),
         ("--critic_learning_rate 1e-5 --algo rloo", r"with --algo rloo: only --algo ppo reads it"),
         ("--baseline_decay 0.9", r"--baseline_decay 0.9 with --algo remax: only --algo reinforce reads it"),
-        ("--two_pass_rollout --algo grpo", r"with --algo grpo: only --algo remax reads it"),
+        ("--max_greedy_seq_len 9 --algo grpo", r"with --algo grpo: only --algo remax reads it"),
         (
             "--samples_per_prompt 2 --algo ppo",
             r"--samples_per_prompt 2 with --algo ppo: .* use --algo remax or rloo or grpo",

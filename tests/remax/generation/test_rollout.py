@@ -49,11 +49,7 @@ def test_greedy_rows_are_the_argmax_of_the_training_forward(family, sampling, ma
     answers = rollout(model.hf, prompts, settings, samples=2)
     sampled, greedy = answers.sampled, answers.greedy
     alone = rollout(model.hf, prompts, settings, samples=0).greedy
-    two_pass = GenerationSettings(12, tokenizer.pad_token_id, sampling, two_pass=True)
-    torch.manual_seed(0)
-    twice = rollout(model.hf, prompts, two_pass, samples=2)
-    for found, expected in ((greedy, alone), (greedy, twice.greedy), (sampled, twice.sampled)):
-        assert_same(found, expected)
+    assert_same(greedy, alone)
     assert len(sampled) == 2 * len(prompts)
     assert torch.equal(sampled.prompt_lengths, prompts.lengths.repeat_interleave(2))
     for i in range(len(greedy)):  # a row alone, no cache, no padding
@@ -178,14 +174,13 @@ def test_sampled_or_greedy_alone(make_policy):
     assert answers.logprobs is None and answers.greedy_logprobs is None
 
 
-@pytest.mark.parametrize("two_pass", [False, True])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 0.8, 20)], ids=["plain", "truncated"])
 @torch.no_grad()
-def test_logprobs_are_those_of_the_distribution_that_tokens_were_drawn_from(sampling, two_pass, make_policy):
+def test_logprobs_are_those_of_the_distribution_that_tokens_were_drawn_from(sampling, make_policy):
     model, tokenizer = load(make_policy("llama"))
     model.hf.generation_config.eos_token_id = list(range(0, len(tokenizer), 9))
     torch.manual_seed(0)
-    settings = GenerationSettings(8, tokenizer.pad_token_id, sampling, max_greedy_tokens=5, two_pass=two_pass)
+    settings = GenerationSettings(8, tokenizer.pad_token_id, sampling, max_greedy_tokens=5)
     answers = rollout(model.hf, prompts_of(tokenizer), settings, samples=2, logprobs=True)
     assert len(answers.sampled.answer_lengths.unique()) > 2
     torch.testing.assert_close(answers.logprobs, model(answers.sampled, sampling=sampling)[0], atol=1e-5, rtol=1e-4)

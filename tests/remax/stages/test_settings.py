@@ -102,12 +102,12 @@ def test_a_flag_of_one_model_leaves_the_others_alone(flag, changed):
 def test_generation_and_training_of_step_3():
     args = parse_step3(shlex.split(RLHF))
     drawn = Sampling(0.8, 0.95, 40)
-    assert settings.generation(args, 7) == GenerationSettings(99, 7, drawn, 0, False)
+    assert settings.generation(args, 7) == GenerationSettings(99, 7, drawn, 0)
     assert settings.evaluated_distribution(args) == drawn
     assert settings.trainer_settings(args) == TrainerSettings(Cadence(4, 6, 90, 8), 4, 6, 0.9, "objective", 13.0)
     model = parse_step3(shlex.split(f"{RLHF} --logprobs_of model --enable_test_mode --test_stop_step 9"))
     assert settings.evaluated_distribution(model) == Sampling()
     assert settings.trainer_settings(model).cadence.max_steps == 9
     remax = RLHF.partition(" --critic_learning_rate")[0].replace("--algo ppo", "--algo remax")
-    fast = settings.generation(parse_step3(shlex.split(f"{remax} --max_greedy_seq_len 9 --two_pass_rollout")), 7)
-    assert (fast.max_greedy_tokens, fast.two_pass) == (9, True)
+    fast = settings.generation(parse_step3(shlex.split(f"{remax} --max_greedy_seq_len 9")), 7)
+    assert fast.max_greedy_tokens == 9
