@@ -69,6 +69,10 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
             " --shuffle_buffer 20",
         ),
         "remax": (3, "--algo remax" + LLAMA + " --gamma 1 --penalty full_step"),
+        "remax, calibrated": (
+            3,
+            "--algo remax --baseline calibrated --samples_per_prompt 2 --penalty full_step --gamma 0.99" + LLAMA,
+        ),
         "remax, everything": (
             3,
             "--algo remax --enable_ema --adaptive_kl --adaptive_kl_target 2 --adaptive_kl_horizon 40"
