@@ -340,7 +340,7 @@ class RolloutFlags(Flags, group="rollout"):
     per_device_generation_batch_size: Count = usual(16, "prompts per device that are answered together")
     generation_batches: Count = flag(1, "such batches before the one optimizer step")
     per_device_training_batch_size: Count = usual(16, "answers per device and micro-batch of the update")
-    packing: bool | None = usual(
+    packing: bool | None = flag(
         None,
         "join the rows of a micro-batch before a model reads them, so that none is padded and answers to one prompt "
         "share it; the same rewards, loss and gradient. Default: where a model can and gains (on CPUs, or with "
