@@ -35,6 +35,7 @@ AUTHORS = "authors' way"
 TRL = ("TRL RLOO k=2", "TRL GRPO k=2")
 WAYS = (*OURS, AUTHORS, *TRL)
 PARTS = ("generate", "score", "reference", "update", "rest")
+SMALL = ("tiny", "10m")  # shapes of which all ways fit beside one another, and TRL is measured
 PACKAGES = ("torch", "transformers", "deepspeed", "trl")
 
 
@@ -47,6 +48,7 @@ class Cell:
         answer: Longest answer, in tokens; every one with forced lengths, else they are even on 1..answer.
         more: Further flags of step 3.
         seconds: By the clock (`wall`), or those of this process on its core (`cpu`).
+        memory: Whether the peak memory of each way is measured, in a process of its own.
     """
 
     family: str = "llama"
@@ -62,6 +64,7 @@ class Cell:
     micro_batch: int = 16
     more: str = ""
     seconds: str = "wall"
+    memory: bool = False
 
     def __str__(self) -> str:
         truncated = f", top-p {self.top_p:g}" if self.top_p < 1 else ""
@@ -98,17 +101,16 @@ class Cell:
 NATURAL = replace(Cell(), lengths="natural")
 LONG = {"prompt": 128, "answer": 256}
 SUITE = (
-    replace(Cell(), family="opt", ways=WAYS),
-    replace(Cell(), ways=("ReMax", AUTHORS, "RLOO k=2", "TRL RLOO k=2")),
-    replace(Cell(), prompts=4),
-    replace(Cell(), prompts=64),
-    replace(Cell(), **LONG),
-    replace(Cell(), top_p=0.9),
+    replace(Cell(), family="opt", ways=("ReMax", OURS[1], AUTHORS, "PPO", "RLOO k=2", "TRL RLOO k=2"), memory=True),
+    Cell(),
     replace(NATURAL, ways=("ReMax", AUTHORS, "RLOO k=2", "TRL RLOO k=2")),
-    replace(NATURAL, family="opt"),
+    replace(Cell(), **LONG),
     replace(NATURAL, **LONG),
-    replace(NATURAL, top_p=0.9),
     replace(Cell(), ranks=2, ways=("ReMax",)),
+    replace(NATURAL, family="opt"),
+    replace(Cell(), top_p=0.9),
+    replace(Cell(), prompts=4),
+    replace(Cell(), prompts=64, ways=("ReMax",)),
 )
 
 
@@ -188,14 +190,27 @@ def resident(field: str) -> int:
 
 def measure(cell: Cell, ways: Sequence[str], rounds: int, folder: Path) -> dict:
     """`one` in a process of its own."""
+    return of_rank(0, cell, ways, rounds, folder, {})
+
+
+def of_rank(
+    rank: int, cell: Cell, ways: Sequence[str], rounds: int, folder: Path, variables: dict[str, object]
+) -> dict:
+    """`one` as a rank, on a CPU with a core of its own."""
+    import torch
+
+    if not torch.cuda.is_available():
+        cores = sorted(os.sched_getaffinity(0))
+        variables = variables | {"OMP_NUM_THREADS": 1, "CORE": cores[rank % len(cores)]}
     command = [sys.executable, __file__, "--one", json.dumps([asdict(cell), list(ways), rounds, str(folder)])]
-    return figures_of(f"{cell}: {', '.join(ways)}", command)
+    texts = {name: str(value) for name, value in variables.items()}
+    return figures_of(f"{cell}: {', '.join(ways)}", command, **texts)
 
 
-def together(cell: Cell, rounds: int, folder: Path, memory: bool = True) -> dict:
+def together(cell: Cell, rounds: int, folder: Path) -> dict:
     """All ways by turns, then the peak memory of each alone."""
     found = measure(cell, cell.ways, rounds, folder)
-    found["peak"] = {way: measure(cell, [way], 1, folder)["peak"] if memory else 0 for way in cell.ways}
+    found["peak"] = {way: measure(cell, [way], 1, folder)["peak"] for way in cell.ways if cell.memory}
     return found
 
 
@@ -210,30 +225,24 @@ def apart(cell: Cell, rounds: int, folder: Path) -> dict:
 def in_ranks(cell: Cell, rounds: int, folder: Path) -> dict:
     """The first way of a cell by one rank and by `cell.ranks` in turns, as many prompts a rank: tokens a second."""
     found: dict = {"one": [], "all": []}
-    for _ in range(3):
+    for _ in range(max(2, rounds // 2)):
         for name, ranks in (("one", 1), ("all", cell.ranks)):
-            each = of_ranks(cell, ranks, max(2, rounds // 2), folder)
-            way = cell.ways[0]
-            found[name] += [
-                ranks * t / step["step"] for t, step in zip(each["tokens"][way], each["ways"][way], strict=True)
-            ]
+            each, way = of_ranks(cell, ranks, folder), cell.ways[0]
+            pairs = zip(each["tokens"][way], each["ways"][way], strict=True)
+            found[name] += [ranks * tokens / step["step"] for tokens, step in pairs]
     return found
 
 
-def of_ranks(cell: Cell, ranks: int, rounds: int, folder: Path) -> dict:
-    """`one` by several ranks, each on a core of its own."""
+def of_ranks(cell: Cell, ranks: int, folder: Path) -> dict:
+    """Three rounds of the first way by several ranks."""
     from concurrent.futures import ThreadPoolExecutor
 
     from utils.distributed import free_port
 
-    cores, port = sorted(os.sched_getaffinity(0)), free_port()
-    work = json.dumps([asdict(cell), list(cell.ways), rounds, str(folder)])
+    shared = {"WORLD_SIZE": ranks, "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
 
     def start(rank: int) -> dict:
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1, "CORE": cores[rank % len(cores)]}
-        texts = {name: str(value) for name, value in variables.items()}
-        return figures_of(f"{cell}, rank {rank}", [sys.executable, __file__, "--one", work], **texts)
+        return of_rank(rank, cell, cell.ways[:1], 3, folder, shared | {"RANK": rank, "LOCAL_RANK": rank})
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(start, range(ranks)))[0]
@@ -264,15 +273,8 @@ def times_table(results: list[tuple[Cell, dict]]) -> list[str]:
                 parts = [f"{statistics.median(seconds(found, way, part)):.2f}" for part in PARTS]
                 rate = statistics.median(ratios(found["tokens"][way], whole))
                 ratio = spread(ratios(whole, mine), 2) if mine and way != "ReMax" else ""
-                yield [
-                    str(cell),
-                    way,
-                    spread(whole, 2),
-                    *parts,
-                    f"{rate:.0f}",
-                    f"{found['peak'][way] / 2**20:.0f}",
-                    ratio,
-                ]
+                peak = f"{found['peak'][way] / 2**20:.0f}" if way in found["peak"] else ""
+                yield [str(cell), way, spread(whole, 2), *parts, f"{rate:.0f}", peak, ratio]
 
     head = ["setting", "way", "step s", *PARTS, "generated tokens/s", "peak MiB", "its step / ReMax's"]
     return ["## Steps", "", *table(head, rows())]
@@ -367,10 +369,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--ways", nargs="+", choices=WAYS)
     flags.add_argument("--more", help="further flags of step 3, for this project's ways")
     flags.add_argument("--seconds", choices=("wall", "cpu"), help="of the clock, or on a core: where others work too")
-    flags.add_argument("--cells", type=int, nargs="+", help="of those that docs/results shows, these (from 0)")
+    flags.add_argument(
+        "--cells", type=int, nargs="+", help="of those that docs/results shows, these (from 0) once more"
+    )
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--apart", action="store_true", help="a process for each way (always for shapes from 1.1b)")
-    flags.add_argument("--no_memory", action="store_true", help="leaves out the processes for the peak memory")
+    flags.add_argument(
+        "--memory", action="store_const", const=True, help="measures the peak memory of each way as well"
+    )
     flags.add_argument("--output", help="a Markdown file for the tables; all figures go into a .json beside it")
     flags.add_argument("--one", help=argparse.SUPPRESS)
     return flags
@@ -378,30 +384,31 @@ def parser() -> argparse.ArgumentParser:
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
     """The settings asked for: those of docs/results, or one."""
-    names = (
-        "shape",
-        "dtype",
-        "family",
-        "prompts",
-        "lengths",
-        "top_p",
-        "ranks",
-        "micro_batch",
-        "ways",
-        "more",
-        "seconds",
-    )
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    small = args.shape in (None, *SMALL)
+    start = Cell() if small else Cell(prompts=32, answer=128, ways=("ReMax", "RLOO k=2", "PPO", AUTHORS))
+    given = {name: getattr(args, name) for name in asdict(start) if getattr(args, name, None) is not None}
     if args.size:
         given |= dict(zip(("prompt", "answer"), map(int, args.size.split("+")), strict=True))
+    if args.ways:
+        given["ways"] = tuple(args.ways)
     if args.cells is not None or not given.keys() - {"seconds"}:
-        return [replace(cell, **given) for cell in (SUITE if args.cells is None else [SUITE[i] for i in args.cells])]
-    start = (
-        Cell()
-        if args.shape in (None, "tiny", "10m")
-        else Cell(prompts=32, answer=128, ways=("ReMax", "RLOO k=2", "PPO", AUTHORS))
-    )
-    return [replace(start, **given | ({"ways": tuple(args.ways)} if args.ways else {}))]
+        found = [replace(cell, **given) for cell in (SUITE if args.cells is None else [SUITE[i] for i in args.cells])]
+    else:
+        found = [replace(start, **given)]
+    with_trl = small and trl_is_here()
+    return [replace(cell, ways=tuple(way for way in cell.ways if with_trl or way not in TRL)) for cell in found]
+
+
+def cell_of(setting: dict) -> Cell:
+    """A cell as JSON keeps it."""
+    return Cell(**setting | {"ways": tuple(setting["ways"])})
+
+
+def kept(output: str | None) -> list[tuple[Cell, dict]]:
+    """What a former run wrote beside this Markdown file."""
+    path = Path(output or "").with_suffix(".json")
+    cells = json.loads(path.read_text())["cells"] if output and path.is_file() else []
+    return [(cell_of(found.pop("setting")), found) for found in cells]
 
 
 def main() -> None:
@@ -409,32 +416,21 @@ def main() -> None:
     if args.one:
         if "CORE" in os.environ:
             os.sched_setaffinity(0, {int(os.environ["CORE"])})
-        cell, ways, rounds, folder = json.loads(args.one)
-        print(
-            "FIGURES" + json.dumps(one(Cell(**cell | {"ways": tuple(cell["ways"])}), ways, rounds, Path(folder))),
-            flush=True,
-        )
+        setting, ways, rounds, folder = json.loads(args.one)
+        print("FIGURES" + json.dumps(one(cell_of(setting), ways, rounds, Path(folder))), flush=True)
         return
-    results = []
+    results = dict(kept(args.output) if args.cells else [])
+    versions = machine(*PACKAGES)
     for cell in cells_of(args):
-        if not trl_is_here() or cell.shape not in ("tiny", "10m"):
-            cell = replace(cell, ways=tuple(way for way in cell.ways if way not in TRL))
         with tempfile.TemporaryDirectory() as name:
             cell.make_models(Path(name))
-            if cell.ranks > 1:
-                found = in_ranks(cell, args.rounds, Path(name))
-            elif args.apart or cell.shape not in ("tiny", "10m"):
-                found = apart(cell, args.rounds, Path(name))
-            else:
-                found = together(cell, args.rounds, Path(name), not args.no_memory)
-            results.append((cell, found))
-        print(report(results[-1:], args.rounds, machine(*PACKAGES)), flush=True)
+            how = in_ranks if cell.ranks > 1 else apart if args.apart or cell.shape not in SMALL else together
+            results[cell] = how(cell, args.rounds, Path(name))
+        print(report([(cell, results[cell])], args.rounds, versions), flush=True)
         if args.output:
-            versions = machine(*PACKAGES)
-            cells = [{"setting": asdict(cell), **found} for cell, found in results]
-            figures = {"machine": versions, "cells": cells}
-            body = report(results, args.rounds, versions)
-            write_results(args.output, "What a step costs", "rlhf_step", body, figures)
+            cells = [{"setting": asdict(cell), **found} for cell, found in results.items()]
+            body = report(list(results.items()), args.rounds, versions)
+            write_results(args.output, "What a step costs", "rlhf_step", body, {"machine": versions, "cells": cells})
 
 
 if __name__ == "__main__":
