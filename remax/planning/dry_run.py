@@ -164,11 +164,12 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters; `largest` is that of the largest single one."""
+    """Numbers of parameters: of all, trained, of the largest single one, and of the weights of linear layers."""
 
     parameters: int
     trained: int
     largest: int
+    linear: int = 0
 
 
 @functools.cache
@@ -177,7 +178,8 @@ def sizes(sketch: Sketch) -> Sizes:
     with without_numbers(sketch.cuda):
         model = sketch.build(sketch.layers)
     largest = max(p.numel() for p in model.parameters())
-    return Sizes(count_parameters(model), count_parameters(model, trained_only=True), largest)
+    weights = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)}
+    return Sizes(count_parameters(model), count_parameters(model, trained_only=True), largest, sum(weights.values()))
 
 
 @dataclass(frozen=True)

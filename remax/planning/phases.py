@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.generation.cache import PromptCache
+from remax.generation.layout import MOST_BYTES
 from remax.generation.loop import CPU_BYTES, GPU_SHARE
 from remax.planning.dry_run import Held, Sizes, Sketch, decoding, learning, reading, sizes
 from remax.planning.states import (
@@ -58,7 +59,7 @@ class Planned:
     def size(self) -> Sizes:
         """Numbers of its parameters."""
         size = sizes(self.sketch)
-        return Sizes(size.parameters + self.more, size.trained + self.more, size.largest)
+        return Sizes(size.parameters + self.more, size.trained + self.more, size.largest, size.linear)
 
     @property
     def gathered(self) -> float:
@@ -247,15 +248,18 @@ def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
         plain = _plain(job.actor.sketch)
         found[phase] = decoding(plain, prompts, kinds, rows.prompt, rows.answer, rows.sampling)
     whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
+    copies = _laid_out(job)
     share = not job.machine.cuda  # where packing pays, see `remax.models.packing.pays`
     at_once = rows.together(rows.decoded, share), rows.together(rows.answers, share)
     read = {SCORING: max(_forwards(job, *at_once), key=lambda one: one[1])}
     if rows.evaluated:
         read[EVALUATION] = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])
-        if whole + found[EVALUATION].cache + found[EVALUATION].beside > read[EVALUATION][1]:
+        if whole + copies + found[EVALUATION].cache + found[EVALUATION].beside > read[EVALUATION][1]:
             del read[EVALUATION]
         else:
             del found[EVALUATION]
+    if copies:
+        yield Term("decoding: weights as a CPU reads them fastest", dict.fromkeys(found, copies))
     yield Term("keys and values of the answers", {phase: one.cache for phase, one in found.items()})
     yield Term("decoding: a step's tensors, logits", {phase: one.beside for phase, one in found.items()})
     if whole:
@@ -266,6 +270,13 @@ def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
         width = job.reference.sketch.config.hidden_size * numbers(job.reference.engine)
         kept = rows.answers * rows.batches * rows.answer * width
         yield Term("reference: hidden states of the answers", {SCORING: kept, UPDATE: kept, STEP: kept})
+
+
+def _laid_out(job: Job) -> float:
+    """Bytes of the weights that `remax.generation.layout` copies while a CPU decodes."""
+    held = 4.0 * job.actor.size.linear
+    suits = not job.machine.cuda and job.actor.engine.dtype == "fp32" and job.actor.engine.zero_stage < 3
+    return held if suits and held <= MOST_BYTES else 0.0
 
 
 def bytes_of_token(sketch: Sketch) -> int:

@@ -46,6 +46,10 @@ def test_phases_and_rows():
     assert large.of(ROLLOUT) > small.of(ROLLOUT)
     assert large.of(UPDATE) == small.of(UPDATE)  # micro-batches of the same size
     assert small.phases == [ROLLOUT, SCORING, UPDATE, STEP, EVALUATION]
+    on_cpu = Planned(Sketch(config_of("opt-125m", "--model"), torch.float32, cuda=False), EngineConfig())
+    held = plan(Job(on_cpu, Rows(4, micro=4, prompt=8, answer=8), Machine(cuda=False)))
+    (laid_out,) = [term.at[ROLLOUT] for term in held.terms if "weights as a CPU reads" in term.name]
+    assert laid_out == 4 * (12 * 12 * 768**2 + 50272 * 768)  # 12 layers of 4 + 2 * 4 squares, and the head
     steps = plan(job("gpt2", Rows(micro=4, batches=2, prompt=0, answer=128)))
     assert steps.phases == [UPDATE, STEP, EVALUATION]
     assert small.peak == max(small.of(phase) for phase in small.phases)
