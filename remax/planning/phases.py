@@ -309,10 +309,10 @@ def _forwards(job: Job, scored: int, rows: int) -> Iterator[tuple[str, float]]:
 
 def _of_learning(job: Job) -> Iterator[Term]:
     """The update of what learns."""
-    learners = [("actor", job.actor, UPDATE)]
+    learners = [("actor", job.actor, UPDATE, STEP)]
     if job.critic is not None:
-        learners.append(("critic", job.critic, CRITIC_UPDATE))
-    for name, model, phase in learners:
+        learners.append(("critic", job.critic, CRITIC_UPDATE, CRITIC_STEP))
+    for name, model, phase, step in learners:
         rows, kl = job.rows, {"stats_grad": job.stats_grad, "full_kl": job.full_kl} if name == "actor" else {}
         held = learning(
             model.sketch, rows.micro, rows.tokens, rows.answer, chunk=rows.chunk, sampling=rows.measured_in, **kl
@@ -320,8 +320,10 @@ def _of_learning(job: Job) -> Iterator[Term]:
         kept = held.kept * (2 if job.shared_critic else 1)
         moments = gradients(model.size, model.engine, job.machine, rows.micro_batches)
         found = [_parts(moment, kept, held) for moment in moments]
-        largest = max(found, key=lambda parts: sum(parts.values())) | {"gathered parameters": model.gathered}
+        largest = max(found, key=lambda parts: sum(parts.values()))
         yield from (Term(f"{name}: {part}", {phase: size}) for part, size in largest.items() if size)
+        if model.gathered:  # which DeepSpeed lets go when something else is gathered
+            yield Term(f"{name}: gathered parameters", dict.fromkeys((phase, step), model.gathered))
 
 
 def _parts(moment: Moment, kept: int, held: Held) -> dict[str, float]:
