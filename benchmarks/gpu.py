@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --output docs/results/gpu.md
 
 Runs the tests that need a GPU, the demo in bf16, `benchmarks/rounding.py` and `benchmarks/rlhf_step.py`, and writes
-their figures into one document. A part that fails is written down as failed, and the exit status is 1.
+their figures into one document; `benchmarks/memory.py` puts its own into docs/results/memory.md. A part that fails is written down as failed, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["tests", "demo", "rounding", "cost"]
+PARTS = ["tests", "demo", "rounding", "cost", "memory"]
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "flash_attn")
 
 
@@ -98,6 +98,14 @@ def step_cost(folder: Path, shape: str) -> tuple[bool, list[str]]:
     return True, ["## What a step costs", "", f"    python {' '.join(command)}", "", table]
 
 
+def memory(folder: Path) -> tuple[bool, list[str]]:
+    """The planner beside what torch has allocated."""
+    command = ["benchmarks/memory.py", "--write"]
+    status, output, _ = run(sys.executable, *command, "--json", folder / "memory.json")
+    said = "the peaks of each phase are in [memory.md](memory.md)." if status == 0 else f"failed: {output[-500:]}"
+    return status == 0, ["## Planned and held memory", "", f"    python {' '.join(command)}", "", said, ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="docs/results/gpu.md", help="a Markdown file")
@@ -110,6 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         parts = {"tests": lambda: tests(Path(folder)), "demo": demo, "rounding": rounding}
         parts["cost"] = lambda: step_cost(Path(folder), args.shape)
+        parts["memory"] = lambda: memory(Path(folder))
         for part in args.parts:
             passed, found = parts[part]()
             good, lines = good and passed, lines + found

@@ -59,10 +59,10 @@ def test_phases_and_rows():
 @pytest.mark.parametrize("micro", [0, 4])
 def test_the_largest_batch_fits_and_a_larger_one_does_not(micro):
     one = WAYS[0].of(job("gpt2", Rows(greedy=True, evaluated=4, prompt=128, answer=128)))
-    found = largest(one, 12 * GIB, micro)
+    found = largest(one, 10 * GIB, micro)
     prompts = found.job.rows.prompts
-    assert found.fits(12 * GIB) and prompts > 8
-    assert not in_batches(one, prompts + max(micro, 1), micro).fits(12 * GIB)
+    assert found.fits(10 * GIB) and prompts > 8
+    assert not in_batches(one, prompts + max(micro, 1), micro).fits(10 * GIB)
     assert largest(one, 2 * GIB, micro) is None
 
 
