@@ -3,7 +3,8 @@
     python benchmarks/gpu.py --output docs/results/gpu.md
 
 Runs the tests that need a GPU, the demo in bf16, `benchmarks/rounding.py` and `benchmarks/rlhf_step.py`, and writes
-their figures into one document; `benchmarks/memory.py` puts its own into docs/results/memory.md. A part that fails is written down as failed, and the exit status is 1.
+their figures into one document; `benchmarks/memory.py` puts its own into docs/results/memory.md. A part that fails is
+written down as failed, and the exit status is 1.
 """
 
 from __future__ import annotations
