@@ -78,8 +78,8 @@ def measured_apart(program: str, ways: Iterable[str], folder: Path) -> Iterator[
         yield way, figures_of(way, [sys.executable, program, *sys.argv[1:], "--one", way, "--folder", folder])
 
 
-def machine(*packages: str) -> str:
-    """The device and the versions that figures were measured with."""
+def machine(*packages: str, threads: int | None = None) -> str:
+    """Device, versions and a rank's `threads` (by default this process's) that figures were measured with."""
     import torch
 
     if torch.cuda.is_available():
@@ -87,7 +87,7 @@ def machine(*packages: str) -> str:
     else:
         table = Path("/proc/cpuinfo")
         found = re.search(r"model name\s*: (.*)", table.read_text()) if table.is_file() else None
-        threads = torch.get_num_threads()
+        threads = threads or torch.get_num_threads()
         device = f"{found[1] if found else platform.processor()}, {threads} thread{'s' * (threads > 1)} a rank"
     return f"{device}; Python {platform.python_version()}, {', '.join(map(installed, packages))}"
 

@@ -420,7 +420,7 @@ def main() -> None:
         print("FIGURES" + json.dumps(one(cell_of(setting), ways, rounds, Path(folder))), flush=True)
         return
     results = dict(kept(args.output) if args.cells else [])
-    versions = machine(*PACKAGES)
+    versions = machine(*PACKAGES, threads=1)
     for cell in cells_of(args):
         with tempfile.TemporaryDirectory() as name:
             cell.make_models(Path(name))
