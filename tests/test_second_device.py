@@ -53,10 +53,11 @@ def listed(step: dict[str, dict[str, int]]) -> str:
 def test_waits_of_a_remax_step(found, capsys):
     # 4 prompts in one batch, learned from in 2 micro-batches, by Llamas. Read are the lengths of both kinds of answers,
     # a denominator, a gradient's norm and the figures; and in each forward the prompts, to find those that rows share.
-    # Copied are the batch, and the order of the rows in the micro-batches. Another wait wants a reason.
+    # Copied are the batch, the order of the rows in the micro-batches, and once, where the reward model reads sampled
+    # and greedy answers together, which rows share a prompt. Another wait wants a reason.
     for step in found["trainings"]["remax"]["steps"]:
         assert sum(ours(step["reads"]).values()) <= 11, listed(step)
-        assert sum(ours(step["copies"]).values()) <= 4, listed(step)
+        assert sum(ours(step["copies"]).values()) <= 5, listed(step)
     with capsys.disabled():
         print(f"\n{listed(step)}")
 
