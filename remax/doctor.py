@@ -5,18 +5,7 @@
 The checks are in `remax.checks`; step 3 runs them on its own engines before the first step.
 """
 
-import sys
-
-try:
-    from utils.run import run_main
-except ModuleNotFoundError:  # `python -m` looks into the working folder first
-    import utils
-
-    place = getattr(utils, "__file__", None) or list(utils.__path__)
-    print(
-        f"error: {place} hides the package `utils` of remax; start from another folder, or rename it", file=sys.stderr
-    )
-    sys.exit(2)
+from remax.cli.entry import run_main
 
 
 def main() -> None:

@@ -5,18 +5,7 @@
 docs/evaluation.md says what each figure means.
 """
 
-import sys
-
-try:
-    from utils.run import run_main
-except ModuleNotFoundError:  # `python -m` looks into the working folder first
-    import utils
-
-    place = getattr(utils, "__file__", None) or list(utils.__path__)
-    print(
-        f"error: {place} hides the package `utils` of remax; start from another folder, or rename it", file=sys.stderr
-    )
-    sys.exit(2)
+from remax.cli.entry import run_main
 
 
 def main() -> None:

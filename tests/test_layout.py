@@ -48,7 +48,7 @@ ROOMS = {
     "training": ("core", "algorithms", "models", "engines", "rewards", "checkpoint", "evaluation"),
     "cli": ("algorithms", "rewards"),
     "planning": ("core", "models", "generation", "engines", "training"),
-    "report": (),
+    "report": ("cli",),
     "stages": (
         *(*ENGINES, "algorithms", "engines", "rewards", "checkpoint", "evaluation", "checks", "training", "cli"),
         *("planning", "report"),

@@ -13,7 +13,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.run import UserError, run_main
+from remax.cli.entry import run_main
+from utils.run import UserError
 
 
 def main() -> None:

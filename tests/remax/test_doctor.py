@@ -95,9 +95,10 @@ def test_remedies_name_flags_that_exist():
     assert set(re.findall(r"--(\w+)", "".join(map(inspect.getsource, rooms)))) <= known
 
 
-def test_a_utils_of_the_users_own_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["doctor", "report"])
+def test_a_utils_of_the_users_own_is_named(name, tmp_path):
     (tmp_path / "utils.py").write_text("")
-    command = [sys.executable, "-m", "remax.doctor", "--help"]
+    command = [sys.executable, "-m", f"remax.{name}", "--help"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
