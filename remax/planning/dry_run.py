@@ -107,12 +107,13 @@ class Sketch:
     """A model to run without numbers.
 
     Attributes:
+        config: Told apart by `key`, its text: configurations cannot be hashed.
         scores: A sequence classifier with one label; otherwise a causal language model.
         lora: Rank and layers of its adapters, and whether they alone learn; None for none.
         cuda: As on a GPU; otherwise as on a CPU.
     """
 
-    config: PreTrainedConfig
+    config: PreTrainedConfig = field(compare=False)
     dtype: torch.dtype
     scores: bool = False
     checkpointing: bool = False
@@ -123,15 +124,6 @@ class Sketch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", json.dumps(self.config.to_dict(), sort_keys=True, default=str))
-
-    def _identity(self) -> tuple[Any, ...]:
-        return (self.key, self.dtype, self.scores, self.checkpointing, self.lora, self.attention, self.cuda)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sketch) and self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
 
     @property
     def layers(self) -> int:

@@ -161,10 +161,9 @@ class Job:
     average: bool = False
     synced_generation: bool = False
 
-    def with_rows(self, prompts: int, micro: int | None = None) -> Job:
-        """The same with another batch; `micro` None: all answers in one."""
-        rows = replace(self.rows, prompts=prompts)
-        return replace(self, rows=replace(rows, micro=rows.answers if micro is None else micro))
+    def with_rows(self, prompts: int, micro: int) -> Job:
+        """The same with another batch."""
+        return replace(self, rows=replace(self.rows, prompts=prompts, micro=micro))
 
 
 @dataclass(frozen=True)

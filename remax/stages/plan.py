@@ -77,23 +77,20 @@ def ways_of(args: PlanArguments) -> list[Way]:
 
 def outcome(args: PlanArguments, algo: str) -> Outcome:
     """Looks at every way that the flags leave open."""
-    job, memory = (
-        job_of(step3_flags(args, algo), Machine(args.gpus, memory=args.gpu_memory * GIB), config_of),
-        args.gpu_memory * GIB,
-    )
+    memory = args.gpu_memory * GIB
+    job = job_of(step3_flags(args, algo), Machine(args.gpus, memory=memory), config_of)
     found = [(way, largest(way.of(job), memory, args.micro_batch)) for way in ways_of(args)]
     fitting = [(way, plan) for way, plan in found if plan is not None]
-    batch = args.batch or 1
     if args.batch:
         fitting = [(way, plan) for way, plan in fitting if plan.job.rows.prompts >= args.batch]
-    least = [in_batches(way.of(job), batch, args.micro_batch) for way, _ in found]
+    least = [in_batches(way.of(job), args.batch or 1, args.micro_batch) for way, _ in found]
     needed = min(least, key=lambda plan: plan.peak)
     if not fitting:
         return Outcome(algo, found, None, needed)
     way, plan = choose(fitting, args.batch)
-    return Outcome(
-        algo, found, (way, in_batches(way.of(job), args.batch, args.micro_batch) if args.batch else plan), needed
-    )
+    if args.batch:
+        plan = in_batches(way.of(job), args.batch, args.micro_batch)
+    return Outcome(algo, found, (way, plan), needed)
 
 
 def run_plan(args: PlanArguments) -> None:
@@ -148,7 +145,8 @@ def flags_of(way: Way, plan: Plan) -> str:
     flags = way.flags(job.critic is not None, job.reference is not None, bool(job.rewards))
     flags.append(f"--per_device_generation_batch_size {job.rows.prompts}")
     flags.append(f"--per_device_training_batch_size {job.rows.micro}")
-    flags.append(f"--per_device_eval_batch_size {job.rows.evaluated}") if job.rows.evaluated else None
+    if job.rows.evaluated:
+        flags.append(f"--per_device_eval_batch_size {job.rows.evaluated}")
     return " ".join(flags)
 
 
