@@ -71,19 +71,17 @@ def jobs(script: Path, words: list[str], folder: Path) -> dict[int, Job]:
 
 def line_of(script: Path, words: list[str], folder: Path) -> str:
     """The comment: the smallest GPUs that hold the script as it is, eight of them and one."""
-    parts = []
-    for gpus, job in sorted(jobs(script, words, folder).items(), reverse=True):
-        found = plan(job)
+    parts, plans = [], {gpus: plan(job) for gpus, job in jobs(script, words, folder).items()}
+    for gpus, found in sorted(plans.items(), reverse=True):
         size = next((size for size in SIZES if found.fits(0.98 * size * GIB)), None)
-        gib = f"{found.peak / GIB:.0f} GiB at the peak" if found.peak >= 10 * GIB else f"{found.peak / GIB:.1f} GiB"
+        gib = f"{found.peak / GIB:.{0 if found.peak >= 10 * GIB else 1}f} GiB"
         if size is None:
             parts.append(f"not {gpus} x {SIZES[-1]} GB ({gib})")
         else:
             parts.append(f"{gpus} x {size} GB ({gib})")
-    text = f"# Fits {', '.join(parts)}".replace(" at the peak", "")
-    host = plan(jobs(script, words, folder)[8]).host * 8 / GIB
+    host = plans[8].host * 8 / GIB
     offload = f", {host:.0f} GiB of CPU memory" if host > 1 else ", nothing offloaded"
-    return f"{text}{offload}: by the planner, on each GPU (docs/hardware.md).\n"
+    return f"# Fits {', '.join(parts)}{offload}: by the planner, on each GPU (docs/hardware.md).\n"
 
 
 def with_line(text: str, line: str) -> str:
