@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,20 +46,14 @@ def with_padded_row(prompts: Prompts, rows: int) -> Prompts:
     return Prompts(torch.cat([ids, ids[longest : longest + 1]]), torch.cat([lengths, half[None]]))
 
 
-@contextmanager
-def _short_answers(actor: Actor) -> Iterator[None]:
-    """Inside, the actor's answers are cut where the probe ends."""
+def _answers(actor: Actor, prompts: Prompts, samples: int) -> Answers:
+    """The actor's, cut where the probe ends."""
     settings = actor.generation
     actor.generation = replace(settings, max_new_tokens=min(settings.max_new_tokens, PROBE_TOKENS))
     try:
-        yield
+        return actor.rollout(prompts, samples=samples, greedy=True, logprobs=True)
     finally:
         actor.generation = settings
-
-
-def _answers(actor: Actor, prompts: Prompts, samples: int) -> Answers:
-    with _short_answers(actor):
-        return actor.rollout(prompts, samples=samples, greedy=True, logprobs=True)
 
 
 def take_probe(actor: Actor, prompts: Prompts, columns: Mapping[str, Sequence[Any]] | None = None) -> Probe:

@@ -105,18 +105,18 @@ class SharedPromptDecoder:
         decode = _Decode(model, prompts, settings, samples, greedy, logprobs, synced_gpus)
         look_every = self.look_every or (1 if prompts.input_ids.is_cpu else LOOK_EVERY)
         with attention(model, SHARED), laid_out_for_few_rows(model):
-            for some in self.parts(decode, synced_gpus):
+            for some in self.parts(decode):
                 decode.answer(some, look_every)
         return decode.answers()
 
-    def parts(self, decode: _Decode, together: bool) -> Iterator[list[int]]:
-        """The prompts in order of length, as many at once as the memory allows, or all."""
+    def parts(self, decode: _Decode) -> Iterator[list[int]]:
+        """The prompts in order of length, as many at once as the memory allows; all where the ranks decode in step."""
         order = sorted(range(len(decode.lengths)), key=decode.lengths.__getitem__)
         budget = self.cache_bytes or _free_bytes(decode.device)
         part: list[int] = []
         for prompt in order:
             tokens = (len(part) + 1) * (decode.lengths[prompt] + decode.kinds * decode.settings.max_new_tokens)
-            if part and not together and tokens * PromptCache.bytes_of_token(decode.model) > budget:
+            if part and not decode.together and tokens * PromptCache.bytes_of_token(decode.model) > budget:
                 yield part
                 part = []
             part.append(prompt)
@@ -153,7 +153,7 @@ class _Decode:
         samples: int,
         greedy: bool,
         logprobs: bool,
-        together: bool = False,
+        together: bool,
     ):
         self.model, self.prompts, self.settings = model, prompts, settings
         self.samples, self.greedy, self.together = samples, greedy, together
