@@ -64,7 +64,6 @@ class MetricsLogger:
         self.active, self.wandb = is_main(), None
         self.remarks: RecordFile | None = None
         self.tensorboard: Any = None
-        self.takes_samples = tensorboard_dir is not None or wandb is not None  # on every rank
         self.console_every, self.total_steps = max(1, console_every), total_steps
         self.console, self.quiet = console, quiet
         if not self.active:
@@ -125,7 +124,7 @@ class MetricsLogger:
         self.remarks.append(json.dumps(record, ensure_ascii=False))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Shows some texts, such as a prompt with its answers, as a table in TensorBoard and Weights & Biases."""
+        """Shows some texts, such as a prompt with its answers, as a table where figures go, but for the console."""
         if not rows:
             return
         columns = list(rows[0])

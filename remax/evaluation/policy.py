@@ -94,7 +94,6 @@ def evaluate_policy(
     greedy: bool = False,
     answers: Iterable[SupervisedBatch] | None = None,
     seed: int = 0,
-    also_greedy: bool = False,
     close_ups: int = 0,
     weigh: Weigh | None = None,
 ) -> PolicyEvaluation:
@@ -103,9 +102,8 @@ def evaluate_policy(
     Args:
         answers: Prompts with the data's own answers.
         seed: Of the sampled answers.
-        also_greedy: The answers to the first batch get company: `greedy` and `greedy_reward`.
         close_ups: So many answers, of the ranks' first batches, are given token by token as well: `tokens`, `kl` and
-            `advantage`, see `tokens_of`, beside the greedy answers.
+            `advantage`, see `tokens_of`, beside the greedy answers: `greedy` and `greedy_reward`.
         weigh: Gives the advantages of their tokens.
 
     Returns:
@@ -161,20 +159,14 @@ def evaluate_policy(
                 answer = {"answer": texts[i].text, "length": texts[i].tokens}
                 readable.append({"prompt": batch.prompts[i]} | answer | rounded)
                 rewards.append(numbers["reward"][i])
-        if first is not None and (also_greedy or close_ups):  # behind all draws, which are what they would be without
+        if first is not None and close_ups:  # behind all draws, which are what they would be without
             batch, rollout, logprobs = first
             count = min(math.ceil(close_ups / world_size()), len(rollout))
-            greedy_of = len(rollout) if also_greedy else count
-            texts, baseline = greedy_answers(actor, reward, batch, greedy_of, tokenizer)
-            closely = tokens_of(rollout, logprobs, baseline[:count], tokenizer, weigh) if count else []
-            for row, i in zip(readable, batch.weight.nonzero().flatten().tolist(), strict=False):
-                if i >= greedy_of:
-                    break
+            texts, baseline = greedy_answers(actor, reward, batch, count, tokenizer)
+            closely = tokens_of(rollout, logprobs, baseline, tokenizer, weigh)
+            for row, i in zip(readable, batch.weight[:count].nonzero().flatten().tolist(), strict=False):
                 beside = {"greedy": texts[i].text, "greedy_reward": round(float(baseline[i]), 4)}
-                if i < count:
-                    close.append(row | beside | closely[i])
-                if also_greedy:
-                    row |= beside
+                close.append(row | beside | closely[i])
     rows = [row for of_rank in gather_objects(list(zip(readable, rewards, strict=True))) for row in of_rank]
     figures = _figures(sum_across_ranks(sums), [(row["prompt"], reward) for row, reward in rows])
     if answers is not None:

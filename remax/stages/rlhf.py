@@ -37,6 +37,7 @@ from utils.run import TrainingStopped, open_folder, start_run
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
 SAMPLES = 8  # answers of an evaluation to look at: token by token, and in TensorBoard and Weights & Biases
+OF_TOKENS = ("tokens", "kl", "advantage")  # what TensorBoard and Weights & Biases are not shown of them
 
 
 def run_rlhf(args: Step3Arguments) -> None:
@@ -88,7 +89,6 @@ def run_rlhf(args: Step3Arguments) -> None:
             data.evaluation,
             tokenizer,
             answers=data.answers,
-            also_greedy=metrics.takes_samples,
             close_ups=SAMPLES,
             weigh=algorithm.against_greedy,
         )
@@ -99,8 +99,8 @@ def run_rlhf(args: Step3Arguments) -> None:
             write_answers(output / "answers" / f"step_{step:06d}.jsonl", evaluation.answers)
         if args.print_answers:
             print0(evaluation.sample())
-        if metrics.takes_samples:
-            metrics.samples(step, [row for row in evaluation.answers if "greedy" in row][:SAMPLES])
+        told = [{name: value for name, value in row.items() if name not in OF_TOKENS} for row in evaluation.close_ups]
+        metrics.samples(step, told)
         if best:
             export(actor.model, tokenizer, output / "actor", zero3=actor.zero3)
             write_note(output / "actor", "evaluation.json", {"step": step, **evaluation.figures})

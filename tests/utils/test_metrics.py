@@ -251,7 +251,7 @@ ROWS = [
 def test_tensorboard_gets_samples(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = MetricsLogger(tmp_path, tensorboard_dir=tmp_path / "tb")
-    assert logger.takes_samples and not MetricsLogger(tmp_path).takes_samples
+    MetricsLogger(tmp_path / "without").samples(3, ROWS)
     logger.samples(3, ROWS)
     logger.samples(4, [])
     logger.close()

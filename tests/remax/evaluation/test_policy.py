@@ -191,11 +191,9 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
 
     function = Part("ten", FunctionReward(reward_function(ten), tokenizer))
     total = CompositeReward([Part("model", reward), function])
-    sampled, both = (
-        evaluate_policy(actor, reference, total, loader, tokenizer, also_greedy=also) for also in (False, True)
-    )
-    assert both.figures == sampled.figures and ["greedy" in row for row in both.answers] == [True, True, False]
-    for row, alone, expected in zip(both.answers[:2], result.answers, scores, strict=False):
+    sampled, both = (evaluate_policy(actor, reference, total, loader, tokenizer, close_ups=n) for n in (0, 3))
+    assert both.figures == sampled.figures and both.answers == sampled.answers and len(both.close_ups) == 2
+    for row, alone, expected in zip(both.close_ups, result.answers, scores, strict=False):
         assert row["greedy"] == alone["answer"] and row["greedy_reward"] == pytest.approx(10 + expected, abs=1e-3)
 
     # Token by token: the two rows of the first batch; what the tokens say adds up to what is said of the whole.
@@ -207,7 +205,7 @@ def test_policy_figures_by_hand(make_policy, make_scorer):
 
     closer = evaluate_policy(actor, reference, total, loader, tokenizer, close_ups=3, weigh=weigh)
     assert closer.figures == sampled.figures and closer.answers == sampled.answers and len(closer.close_ups) == 2
-    for close, row, beside in zip(closer.close_ups, closer.answers, both.answers, strict=False):
+    for close, row, beside in zip(closer.close_ups, closer.answers, both.close_ups, strict=False):
         assert row.items() <= close.items() and close["greedy"] == beside["greedy"]
         assert "".join(close["tokens"]).startswith(row["answer"]) and len(close["tokens"]) == row["length"]
         moved = [a - k for a, k in zip(close["advantage"], close["kl"], strict=True)]
