@@ -68,6 +68,13 @@ def chunk_stats(
         return logprob, h, (p * (logp - logq)).sum(-1)
 
 
+def in_one_call(
+    sampling: Sampling, *, entropy: bool = False, stats_grad: bool = False, reference_hidden: Tensor | None = None
+) -> bool:
+    """Whether a fused head can say what is wanted: it is asked once, for all pieces. See `token_stats`."""
+    return not sampling.truncates and reference_hidden is None and not (entropy and stats_grad)
+
+
 def token_stats(
     hidden: Tensor,
     head: Head,
@@ -84,14 +91,14 @@ def token_stats(
     """(N, H) hidden states and (N,) target ids -> log-probs, entropy, KL, each (N,), computed in `chunks` pieces.
 
     With more than one piece each is recomputed in the backward pass. The number of pieces is the caller's, because
-    under ZeRO-3 each call of the head gathers its weight over all ranks: every rank must call it equally often. Rows
-    are added where N < chunks.
+    under ZeRO-3 each call of `head` gathers its weight over all ranks: every rank must call it equally often. Rows are
+    added where N < chunks.
 
     Args:
         fused: The head as `fused_stats`: hidden states, targets, chunks, scale, entropy -> log-probs and entropy. It is
-            asked once, for all pieces, instead of `head` where it can say what is wanted.
+            asked instead of `head` where it can say what is wanted, see `in_one_call`.
     """
-    if fused and not sampling.truncates and reference_hidden is None and not (entropy and stats_grad):
+    if fused and in_one_call(sampling, entropy=entropy, stats_grad=stats_grad, reference_hidden=reference_hidden):
         scale = 1 / sampling.temperature
         logprob, h = fused(hidden, targets=targets, chunks=chunks, scale=scale, entropy=entropy)
         return logprob, h, torch.zeros_like(h)

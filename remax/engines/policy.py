@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from remax.core.linear import linear_in_float32
-from remax.core.logprobs import Head, PolicyOutput
+from remax.core.logprobs import Head, PolicyOutput, in_one_call
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import Engine
@@ -26,15 +27,6 @@ from utils.distributed import device, largest_of_ranks
 from utils.present import present
 
 
-def _chunks(sequences: Sequences, chunk_size: int, same_on_all_ranks: bool) -> int:
-    """Pieces of at most `chunk_size` answer tokens.
-
-    Where the ranks must call the head equally often, the largest number among them.
-    """
-    chunks = max(math.ceil(sequences.answer_tokens / chunk_size), 1)
-    return largest_of_ranks(chunks) if same_on_all_ranks else chunks
-
-
 class _Policy(Role):
     """What actor and reference share: the log-probs of given answers.
 
@@ -47,13 +39,22 @@ class _Policy(Role):
         super().__init__(engine, use)
         self.sampling, self.chunk_size = sampling, chunk_size
 
+    def _chunks(self, sequences: Sequences, sampling: Sampling, **wanted: Any) -> int:
+        """Pieces of at most `chunk_size` answer tokens, for what `in_one_call` asks about.
+
+        At ZeRO-3 the ranks must call the head equally often: the largest number among them, where it is called for each
+        piece.
+        """
+        chunks = max(math.ceil(sequences.answer_tokens / self.chunk_size), 1)
+        once = not self.zero3 or (self.model.fused and in_one_call(sampling, **wanted))
+        return chunks if once else largest_of_ranks(chunks)
+
     @torch.no_grad()
     def _frozen_logprobs(self, sequences: Sequences, forwards: int) -> Tensor:
         """(B, A) log-probs without gradient, in eval mode."""
 
         def read(part: Sequences) -> Tensor:
-            chunks = _chunks(part, self.chunk_size, self.zero3)
-            return self.ask(part, chunks=chunks, sampling=self.sampling)[0]
+            return self.ask(part, chunks=self._chunks(part, self.sampling), sampling=self.sampling)[0]
 
         with evaluating(self.model):
             return self.in_forwards(sequences, forwards, read)
@@ -143,15 +144,10 @@ class Actor(_Policy, Learner):
             reference_head: From `Reference.head`, for the KL.
             sampling: Another distribution than the actor's own, for texts that it did not draw.
         """
-        logprobs, h, kl = self.ask(
-            sequences,
-            chunks=_chunks(sequences, self.chunk_size, self.zero3),
-            sampling=sampling or self.sampling,
-            entropy=entropy,
-            stats_grad=stats_grad,
-            reference_hidden=reference_hidden,
-            reference_head=reference_head,
-        )
+        sampling = sampling or self.sampling
+        wanted = {"entropy": entropy, "stats_grad": stats_grad, "reference_hidden": reference_hidden}
+        chunks = self._chunks(sequences, sampling, **wanted)
+        logprobs, h, kl = self.ask(sequences, chunks=chunks, sampling=sampling, reference_head=reference_head, **wanted)
         return PolicyOutput(logprobs, h if entropy else None, kl if reference_hidden is not None else None)
 
     def old_logprobs(self, sequences: Sequences, forwards: int = 1) -> Tensor:
@@ -168,7 +164,7 @@ class TrainedHydra(Actor):
 
     def logprobs_and_scores(self, sequences: Sequences, rows: int) -> tuple[Tensor, Tensor]:
         """(rows, A) log-probs of the first rows' answers, and (B,) scores of all, with gradient."""
-        chunks = _chunks(sequences.select(slice(0, rows)), self.chunk_size, self.zero3)
+        chunks = self._chunks(sequences.select(slice(0, rows)), self.sampling)
         return self.engine(sequences, head="both", rows=rows, chunks=chunks, sampling=self.sampling)
 
 
@@ -230,7 +226,7 @@ class Judge(_Policy):
                 part, of_part = sequences.select(rows), sum(i < first for i in rows)
                 places = torch.tensor(rows, device=where)
                 if of_part:
-                    chunks = _chunks(part.select(slice(0, of_part)), self.chunk_size, self.zero3)
+                    chunks = self._chunks(part.select(slice(0, of_part)), self.sampling)
                     found, score = self.ask(part, rows=of_part, chunks=chunks, sampling=self.sampling)
                     logprobs[places[:of_part], : found.shape[1]] = found
                 else:

@@ -630,7 +630,7 @@ ENGINES = [
          "return lambda hidden: self.model.scale_logits(linear_in_float32(hidden, weight, bias))",
          "return lambda hidden: linear_in_float32(hidden, weight, bias)",
          "the reference's logits are not capped", f"{ROOM}/engines/test_roles.py"),
-        ("role-own-sampling", "sampling=sampling or self.sampling,", "sampling=self.sampling,",
+        ("role-own-sampling", "sampling = sampling or self.sampling", "sampling = self.sampling",
          "plain text is learned in the sampling distribution",
          [f"{ROOM}/engines/test_roles.py", (1, "remax, everything")]),
         ("role-sampling-default", "sampling = generation.sampling if generation is not None else Sampling()",

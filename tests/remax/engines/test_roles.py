@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from remax.core.sampling import Sampling
 from remax.core.sequences import Sequences
+from remax.engines import policy
 from remax.engines.base import FrozenEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor, Reference
@@ -37,10 +40,10 @@ def engine(make_policy, make_scorer):
 def test_old_log_probs_and_values_have_no_dropout(engine, sequences_of):
     # GPT-2 drops out a tenth. What is told of a rollout is told without, and training goes on with it.
     rows = sequences_of(0, 4, 300)
-    policy, critic = engine("gpt2"), engine("gpt2", scorer=True)
+    actor, critic = engine("gpt2"), engine("gpt2", scorer=True)
     for role, told, of_model in (
-        (Actor(policy), Actor.old_logprobs, lambda: policy.model(rows)[0]),
-        (Reference(policy), Reference.logprobs, lambda: policy.model(rows)[0]),
+        (Actor(actor), Actor.old_logprobs, lambda: actor.model(rows)[0]),
+        (Reference(actor), Reference.logprobs, lambda: actor.model(rows)[0]),
         (TrainedReward(critic), TrainedReward.old_values, lambda: critic.model(rows, every_token=True)),
     ):
         expected = of_model()
@@ -89,6 +92,24 @@ def test_in_which_distribution_a_policy_is_asked(engine, sequences_of):
     assert torch.equal(Actor(frozen).logprobs(rows).logprobs, told(Sampling()))
     assert torch.equal(Reference(frozen, sampling=drawn).logprobs(rows), told(Sampling(0.5)))  # it needs full support
     assert not torch.allclose(told(drawn), told(Sampling(0.5)))
+
+
+def test_ranks_agree_on_the_pieces_where_each_is_a_call_of_the_head(engine, sequences_of, monkeypatch):
+    # At ZeRO-3. A head that is called once for all pieces needs no agreement, for which the host would wait.
+    rows, asked = sequences_of(2, 3, 300), []
+    monkeypatch.setattr(policy, "largest_of_ranks", lambda number: asked.append(number) or number)
+    llama, gemma = (engine(family) for family in ("llama", "gemma2"))  # Gemma 2 caps its logits
+    reference = Reference(llama)
+    kl = {"reference_hidden": reference.hidden(rows), "reference_head": reference.head()}
+    ways = [(llama, {}), (llama, {"entropy": True}), (llama, {"stats_grad": True})]
+    ways += [(gemma, {}), (llama, {"entropy": True, "stats_grad": True}), (llama, kl)]
+    ways += [(llama, {"sampling": Sampling(top_k=20)})]
+    for stage in (2, 3):
+        for i, (frozen, wanted) in enumerate(ways):
+            frozen.config = EngineConfig(stage)
+            asked.clear()
+            Actor(frozen, chunk_size=4).logprobs(rows, **wanted)
+            assert asked == ([math.ceil(rows.answer_tokens / 4)] if stage == 3 and i > 2 else []), (stage, i)
 
 
 def test_answers_are_scored_in_so_many_forwards(engine, sequences_of):
