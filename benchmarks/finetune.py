@@ -20,11 +20,10 @@ import json
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from measuring import SHAPES, figures_of, machine, ratios, spread, table, write_results
+from measuring import NOW, SHAPES, figures_of, machine, ratios, spread, table, write_results
 from turns import SHARED, Turns, trl_is_here
 
 WORK = {
@@ -35,7 +34,6 @@ WORK = {
 SIDES = ("padded", "packed", "TRL")
 PROMPT, ANSWER, LONGEST = (16, 112), (16, 368), 512
 PACKAGES = ("torch", "transformers", "deepspeed", "trl")
-NOW = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def make_rows(shape: str, count: int, shorter: int) -> list[dict[str, list[int]]]:

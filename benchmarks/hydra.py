@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from measuring import ROOT, SHAPES, machine, measured_apart, spread
+from measuring import ROOT, SHAPES, forget_peak, machine, measured_apart, peak, resident, spread
 
 MAIN = ROOT / "step3_rlhf_finetuning/main.py"
 PARTS = ("seconds_generation", "seconds_scoring", "seconds_update", "seconds_per_step")
@@ -125,12 +125,6 @@ def make_hydra(folder: Path, shape: str) -> None:
     save_file(weights, both / "model.safetensors", metadata={"format": "pt"})
 
 
-def resident(field: str) -> float:
-    """GiB of this process that Linux counts as VmRSS, or VmHWM for the most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 2**20
-
-
 def numbers_of(engine) -> Iterator:  # noqa: ANN001 - a DeepSpeed engine or a module lies within
     """The tensors of an engine's model states."""
     import torch
@@ -153,7 +147,7 @@ def one(args: argparse.Namespace) -> None:
     from remax.training.trainer import Trainer
 
     way, folder = WAYS[args.one], Path(args.folder)
-    libraries, states, peaks = resident("VmRSS"), {}, []
+    libraries, states, peaks = resident("VmRSS") / 2**30, {}, []
 
     def count(engine: Engine) -> None:
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in numbers_of(engine)}
@@ -169,12 +163,9 @@ def one(args: argparse.Namespace) -> None:
         return original(self)
 
     def learn(self: Trainer, *rest, original=Trainer.learn):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        forget_peak()
         figures = original(self, *rest)
-        peaks.append(torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resident("VmHWM"))
+        peaks.append(peak() / 2**30)
         return figures
 
     FrozenEngine.__init__, TrainedEngine.step, Trainer.learn = build, step, learn

@@ -12,23 +12,16 @@ import argparse
 import gc
 import multiprocessing
 import os
-import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
+from measuring import forget_peak, peak, resident
 
 from remax.core.logprobs import token_stats
 
 MEGABYTE = 2**20
-
-
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, in MB."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) / 1024
 
 
 def problem(tokens: int, vocabulary: int, width: int):
@@ -64,16 +57,14 @@ def measure(way: str, tokens: int, chunk: int, vocabulary: int, width: int) -> t
     inputs = problem(tokens, vocabulary, width)
     gc.collect()
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() / MEGABYTE if cuda else resident("VmRSS")
+    forget_peak()
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     begin = time.perf_counter()
     run(*inputs, chunk)
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated() / MEGABYTE if cuda else resident("VmHWM")
-    return peak - before, seconds
+    return (peak() - before) / MEGABYTE, seconds
 
 
 def main() -> None:
@@ -100,9 +91,9 @@ def main() -> None:
         for way, chunk in cases:
             # A process for each figure, since a peak cannot be taken back.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                peak, seconds = pool.submit(measure, way, tokens, chunk, args.vocabulary, args.hidden).result()
+                held, seconds = pool.submit(measure, way, tokens, chunk, args.vocabulary, args.hidden).result()
             size = chunk or "all"
-            print(f"| {tokens} | {whole:.0f} MB | {size} | {peak:.0f} MB | {seconds:.1f} |", flush=True)
+            print(f"| {tokens} | {whole:.0f} MB | {size} | {held:.0f} MB | {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

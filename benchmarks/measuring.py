@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+NOW = {"wall": time.perf_counter, "cpu": time.process_time}  # the second is of use where a machine does other work
 # hidden size, feed-forward, layers, heads, key heads, vocabulary: TinyLlama, Llama 3.2 3B, Llama 2 7B; small for CPUs
 SHAPES = {
     "tiny": (32, 64, 1, 2, 2, 256),
@@ -76,6 +77,29 @@ def measured_apart(program: str, ways: Iterable[str], folder: Path) -> Iterator[
     """(way, its figures): `program` again in a process for each, with --one WAY and --folder beside its own flags."""
     for way in ways:
         yield way, figures_of(way, [sys.executable, program, *sys.argv[1:], "--one", way, "--folder", folder])
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process, in bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def peak() -> int:
+    """The most bytes that torch allocated on a GPU, or that were resident, since `forget_peak`."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+
+
+def forget_peak() -> None:
+    """From here on `peak` counts."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
 
 
 def machine(*packages: str, threads: int | None = None) -> str:

@@ -15,9 +15,7 @@ import contextlib
 import gc
 import json
 import os
-import re
 import runpy
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import machine
+from measuring import ROOT, figures_of, forget_peak, machine, peak, resident, table
 
-ROOT = Path(__file__).resolve().parents[1]
 MAIN = ROOT / "step3_rlhf_finetuning/main.py"
 MIB = 2**20
 RECORD = str(ROOT / "docs/results/memory.json")
@@ -143,28 +140,6 @@ def flags_of(case: Case, folder: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak), in bytes."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
-def peak() -> int:
-    """Bytes at most since `forget`."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
-
-
-def forget() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 class Peaks:
     """The largest peak of each phase of the steps."""
 
@@ -175,7 +150,7 @@ class Peaks:
     def ends(self, phase: str) -> None:
         """What was since the phase before belongs to this one."""
         self.found[phase] = peak()
-        forget()
+        forget_peak()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -192,7 +167,7 @@ class Peaks:
         def timed(self: Any, name: str) -> Iterator[None]:
             nonlocal steps
             steps = 0
-            forget()
+            forget_peak()
             with timer(self, name):
                 yield
             peaks.ends(names[name])
@@ -207,7 +182,7 @@ class Peaks:
             return result
 
         def evaluated(*args: Any, **options: Any) -> Any:
-            forget()
+            forget_peak()
             found = evaluate(*args, **options)
             peaks.ends("evaluation")
             return found
@@ -261,18 +236,13 @@ def run_case(case: Case) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as place:
         for name, shape in (("tiny", "tiny"), ("true", case.shape)):
             make_models(Path(place) / name, shape, case.family, case.dtype)
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
         command = [sys.executable, __file__, "--one", case.name, "--folder", place]
         if case.ranks > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(case.ranks)]
             command = [*launcher, "--master_port", "29517", *command[1:]]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES")]
-        if not lines:
-            sys.exit(f"{case.name} ended with status {done.returncode}\n{done.stdout[-3000:]}")
-        return json.loads(lines[0].removeprefix("FIGURES"))
+        return figures_of(case.name, command, **environment)
 
 
 def main() -> None:
@@ -344,22 +314,19 @@ def job_of_7b(algo: str, gpus: int, offload: bool = False) -> Any:
     return job_of(args, Machine(gpus, memory=A100), lambda name, flag: by_name("Llama-2-7b", flag))
 
 
-def largest_batches() -> Iterator[str]:
+def largest_batches() -> Iterator[list[str]]:
     """Rows of the table beside the published batches."""
     from remax.planning.advice import largest
 
-    heads = "GPUs|Adam offloaded|algorithm|authors' README|ICML version|planned".split("|")
-    yield f"| {' | '.join(heads)} |"
-    yield "|" + "---|" * len(heads)
     for gpus, offload, algo, readme, icml in PUBLISHED:
         found = largest(job_of_7b(algo, gpus, offload), A100)
         planned = "out of memory" if found is None else str(found.job.rows.prompts * gpus)
         names = [str(gpus), "yes" if offload else "no", {"ppo": "PPO", "remax": "ReMax"}[algo]]
         published = ["out of memory" if x is None else str(x) for x in (readme, icml)]
-        yield f"| {' | '.join([*names, *published, planned])} |"
+        yield [*names, *published, planned]
 
 
-def model_states() -> Iterator[str]:
+def model_states() -> Iterator[list[str]]:
     """Rows of the table beside the paper's memory of Llama-2-7B, in GiB on one GPU, without activations."""
     from remax.planning.phases import plan
     from remax.planning.states import STEP
@@ -372,21 +339,19 @@ def model_states() -> Iterator[str]:
         held[algo] = trained / GIB
     frozen = 2 * job.actor.size.parameters / GIB
     critic = 18 * job.critic.size.parameters / GIB
-    yield "| GiB | paper | planned |"
-    yield "|---|---|---|"
     rows = (
         ("a trained model", "147.02", held["remax"]),
         ("a frozen model", "12.55", frozen),
         ("PPO: two trained, two frozen", "319.14", held["ppo"] + critic + 2 * frozen),
         ("ReMax: one trained, two frozen", "172.12", held["remax"] + 2 * frozen),
     )
-    yield from (f"| {name} | {published} | {ours:.2f} |" for name, published, ours in rows)
+    yield from ([name, published, f"{ours:.2f}"] for name, published, ours in rows)
 
 
 def tables(measured: dict[str, dict[str, int]], cuda: bool) -> dict[str, list[str]]:
     """The tables of docs/results/memory.md by their names."""
-    heads = ("case", *PHASES)
-    rows, errors = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)], []
+    rows: list[list[str]] = []
+    errors: list[float] = []
     for case in GPU_CASES if cuda else CPU_CASES:
         if case.name not in measured:
             continue
@@ -394,13 +359,16 @@ def tables(measured: dict[str, dict[str, int]], cuda: bool) -> dict[str, list[st
         for phase, real, size in compared(case, measured[case.name], cuda):
             errors.append(size / real - 1)
             cells[phase] = f"{size / MIB:.0f} / {real / MIB:.0f} ({errors[-1]:+.0%})"
-        rows.append(f"| {' | '.join([case.name, *cells.values()])} |")
+        rows.append([case.name, *cells.values()])
     within = sum(abs(error) <= 0.1 for error in errors)
-    rows += ["", f"{within} of {len(errors)} peaks are within 10 %; from {min(errors):+.1%} to {max(errors):+.1%}.", ""]
-    rows.append(machine("torch", "deepspeed", "transformers") + ".")
+    lines = table(("case", *PHASES), rows)
+    lines += [f"{within} of {len(errors)} peaks are within 10 %; from {min(errors):+.1%} to {max(errors):+.1%}.", ""]
+    lines.append(machine("torch", "deepspeed", "transformers") + ".")
     if cuda:
-        return {"gpu": rows}
-    return {"cpu": rows, "batches": list(largest_batches()), "models": list(model_states())}
+        return {"gpu": lines}
+    heads = ("GPUs", "Adam offloaded", "algorithm", "authors' README", "ICML version", "planned")
+    batches, models = table(heads, largest_batches()), table(("GiB", "paper", "planned"), model_states())
+    return {"cpu": lines, "batches": batches, "models": models}
 
 
 def fill(document: Path, found: dict[str, list[str]]) -> None:
@@ -409,7 +377,7 @@ def fill(document: Path, found: dict[str, list[str]]) -> None:
     for name, lines in found.items():
         begin, end = (f"<!-- {word} {name} -->\n" for word in ("begin", "end"))
         before, _, rest = text.partition(begin)
-        text = before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+        text = before + begin + "\n".join(lines).rstrip() + "\n" + end + rest.partition(end)[2]
     document.write_text(text, encoding="utf-8")
 
 

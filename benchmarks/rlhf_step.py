@@ -27,7 +27,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from measuring import SHAPES, best_rates, figures_of, machine, ratios, spread, table, write_results
+from measuring import (
+    SHAPES,
+    best_rates,
+    figures_of,
+    forget_peak,
+    machine,
+    peak,
+    ratios,
+    resident,
+    spread,
+    table,
+    write_results,
+)
 from turns import trl_is_here
 
 OURS = ("ReMax", "ReMax, greedy answers cut", "RLOO k=2", "GRPO k=2", "PPO")
@@ -160,29 +172,6 @@ def one(cell: Cell, ways: Sequence[str], rounds: int, folder: Path) -> dict:
         found["operations"][way] = needs
         found["tokens"][way] = [sum(map(sum, sampled)) + sum(greedy) for sampled, greedy in told]
     return found if rank() == 0 else {}
-
-
-def forget_peak() -> None:
-    """From here on `peak` counts."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
-
-
-def peak() -> int:
-    """The most bytes that torch allocated on a GPU, or that were resident."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 # --------------------------------------------------------------------------------------------------- from the outside

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from measuring import NOW
 
 PARTS = ("generate", "score", "reference", "update")
-NOW = {"wall": time.perf_counter, "cpu": time.process_time}  # the second is of use where a machine does other work
 
 
 class Clock:
