@@ -47,12 +47,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 NOTES = "\n## What it shows\n"
 
 
-def write_results(output: str, title: str, program: str, body: str, figures: dict) -> None:
+def write_results(output: str, title: str, program: str, body: str, figures: dict, part: bool = False) -> None:
     """A Markdown file with the command and the tables, and a .json beside it with all figures.
 
     What somebody wrote behind the heading of `NOTES` is kept.
+
+    Args:
+        part: Only a part was measured anew: the command stays the one that made the whole.
     """
     path, command = Path(output), f"python benchmarks/{program}.py {shlex.join(sys.argv[1:])}".rstrip()
+    if part and path.with_suffix(".json").is_file():
+        command = json.loads(path.with_suffix(".json").read_text())["command"]
     notes = path.read_text().partition(NOTES)[2] if path.is_file() else ""
     path.write_text(f"# {title}\n\n    {command}\n\n{body}\n" + (NOTES + notes) * bool(notes))
     path.with_suffix(".json").write_text(json.dumps({"command": command, **figures}) + "\n")

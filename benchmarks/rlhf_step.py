@@ -418,8 +418,8 @@ def main() -> None:
         print(report([(cell, results[cell])], args.rounds, versions), flush=True)
         if args.output:
             cells = [{"setting": asdict(cell), **found} for cell, found in results.items()]
-            body = report(list(results.items()), args.rounds, versions)
-            write_results(args.output, "What a step costs", "rlhf_step", body, {"machine": versions, "cells": cells})
+            body, figures = report(list(results.items()), args.rounds, versions), {"machine": versions, "cells": cells}
+            write_results(args.output, "What a step costs", "rlhf_step", body, figures, part=args.cells is not None)
 
 
 if __name__ == "__main__":

@@ -281,6 +281,9 @@ def test_results_keep_what_was_written_about_them(finetuning, tmp_path, monkeypa
     text = "# Title\n\n    python benchmarks/finetune.py --rows 2\n\nnew table\n\n## What it shows\n\nMuch.\n"
     assert output.read_text() == text
     assert json.loads(output.with_suffix(".json").read_text())["a"] == 2
+    monkeypatch.setattr("sys.argv", ["finetune.py", "--cells", "3"])  # a part once more: the command stays the whole's
+    write_results(str(output), "Title", "finetune", "new table", {"a": 3}, part=True)
+    assert output.read_text() == text
 
 
 def test_the_tokens_of_rows_by_hand(finetuning):
