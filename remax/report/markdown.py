@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from remax.report.page import differences
+from remax.report.page import buckets, differences
 from remax.report.runs import Record, Run
 from remax.report.verdict import clock, facts, judge, number, time_split
 
@@ -14,7 +14,6 @@ CURVES = ("reward", "kl", "length", "entropy", "loss", "accuracy", "perplexity")
 SHOWN = 4  # prompts with their answers
 MOST = 200  # answers of an evaluation that are looked at
 LONGEST = 300  # characters of a text
-WORDS = {"good": "Went well", "unclear": "Look closer", "bad": "Did not go well"}
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -30,7 +29,7 @@ def markdown(runs: Sequence[Run]) -> str:
 def of_run(run: Run, named: bool) -> list[str]:
     """The blocks of one run."""
     verdict, told = judge(run), facts(run)
-    head = f"**{WORDS[verdict.level]}.** {plain(' '.join(verdict.sentences))}"
+    head = f"**{verdict.words}.** {plain(' '.join(verdict.sentences))}"
     short = ", ".join(
         f"{name} {plain(told[name])}" for name in ("steps", "time", "peak memory", "device") if name in told
     )
@@ -52,7 +51,7 @@ def figures(run: Run) -> list[list[str]]:
     """Held-out figures at the start, at the best evaluation and at the last one."""
     if not run.evaluations:
         return []
-    picked = [run.evaluations[step] for step in (min(run.evaluations), run.best_step, max(run.evaluations))]
+    picked = run.milestones
     rows = [["held-out figure", "start", f"best (step {run.best_step})", "end"]]
     for name in picked[0]:
         values = [row.get(name) for row in picked]
@@ -67,9 +66,7 @@ def curves(run: Run) -> list[str]:
         values = run.series(f"train/{name}")[1] or run.series(f"eval/{name}")[1]
         if len(values) < 2:
             continue
-        size = max(1, -(-len(values) // WIDTH))
-        parts = [values[start : start + size] for start in range(0, len(values), size)]
-        means = [sum(part) / len(part) for part in parts]
+        means = [sum(part) / len(part) for part in buckets(values, WIDTH)]
         low, high = min(means), max(means)
         heights = [round((mean - low) / ((high - low) or 1.0) * (len(BLOCKS) - 1)) for mean in means]
         line = "".join(BLOCKS[height] for height in heights)

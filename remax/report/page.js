@@ -107,7 +107,6 @@ function smoothed(values, size) {
 }
 
 const view = {smooth: null, axis: "steps", off: new Set()};
-const where = (curve, axis) => curve[axis];
 /** The x of a step on the chosen axis. */
 function place(run, step) {
   if (view.axis === "steps") return step;
@@ -123,7 +122,7 @@ function curveChart(name) {
       const values = run.train.series[figure];
       if (!values || !known(values).length) return;
       const size = view.smooth ?? Math.max(1, Math.round(values.length / 15));
-      lines.push({run, label, shade, xs: where(run.train, view.axis), raw: values, ys: smoothed(values, size)});
+      lines.push({run, label, shade, xs: run.train[view.axis], raw: values, ys: smoothed(values, size)});
     };
     if (name === "reward" && !many) add("baseline", "greedy answers", color(1));
     add(name, many ? run.name : "training", color(i));
@@ -131,7 +130,7 @@ function curveChart(name) {
     if (held && known(held).length) {
       const errors = name === "reward" ? run.eval.series.reward_standard_error : null;
       dots.push({run, label: many ? `${run.name}, held out` : "held out", shade: many ? color(i) : "var(--text)",
-        xs: where(run.eval, view.axis), ys: held, errors});
+        xs: run.eval[view.axis], ys: held, errors});
     }
   });
   const all = [...lines, ...dots];
@@ -241,13 +240,12 @@ function head() {
   const turn = make("button", {"aria-label": "light or dark", onclick: () => {
     root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
   }}, "◐");
-  const words = {good: "Went well", unclear: "Look closer", bad: "Did not go well"};
   return [make("div", {class: "top"}, make("h1", {}, many ? "Report of several runs" : `Report: ${runs[0].name}`), turn),
     runs.map((run, i) => {
       const {facts} = run, main = ["state", "steps", "time", "peak memory", "device"].filter(name => facts[name]);
       return make("div", {class: "card run", style: `--run:${color(i)}`, "data-run": run.name},
         many ? make("h3", {}, run.name) : null,
-        make("p", {}, make("span", {class: `level ${run.verdict.level}`}, words[run.verdict.level]), "  ",
+        make("p", {}, make("span", {class: `level ${run.verdict.level}`}, run.verdict.words), "  ",
           make("span", {class: "quiet"}, run.stage)),
         run.verdict.sentences.map(text => make("p", {}, text)),
         make("p", {class: "quiet"}, main.map(name => make("span", {class: "chip"}, `${name} ${facts[name]}`))));

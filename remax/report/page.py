@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from remax.report.runs import Record, Run, read_object
 from remax.report.verdict import facts, judge, time_split
@@ -23,6 +23,7 @@ ROWS = 200  # answers of an evaluation that are shown without their tokens, at m
 BUDGET = 400_000  # characters of answers, and again of what is told token by token, all runs together
 NUMBERS = 5  # significant digits
 HIDDEN = ("local_rank", "notices", "config")
+T = TypeVar("T")
 
 
 def page(runs: Sequence[Run], markdown: str) -> str:
@@ -66,16 +67,16 @@ def data_of(runs: Sequence[Run]) -> Record:
 
 def described(run: Run) -> Record:
     """A run without its answers."""
-    verdict = judge(run)
+    verdict, (first, best, last) = judge(run), run.milestones
     return {
         "name": run.name,
         "stage": run.stage,
         "headline": run.headline[0],
-        "verdict": {"level": verdict.level, "sentences": verdict.sentences},
+        "verdict": {"level": verdict.level, "words": verdict.words, "sentences": verdict.sentences},
         "facts": facts(run),
-        "first": run.evaluations.get(min(run.evaluations, default=0), {}),
-        "best": run.evaluations.get(run.best_step, {}),
-        "last": run.evaluations.get(max(run.evaluations, default=0), {}),
+        "first": first,
+        "best": best,
+        "last": last,
         "best_step": run.best_step,
         "train": curves(run, "train"),
         "eval": curves(run, "eval"),
@@ -143,10 +144,10 @@ def points(run: Run, name: str) -> Record:
     return {"steps": steps, "values": [rounded(value) for value in values]}
 
 
-def buckets(records: Sequence[Record], most: int) -> Iterable[Sequence[Record]]:
-    """The records in order, in at most `most` parts of equal size."""
-    size = math.ceil(len(records) / most) or 1
-    return (records[start : start + size] for start in range(0, len(records), size))
+def buckets(values: Sequence[T], most: int) -> Iterable[Sequence[T]]:
+    """The values in order, in at most `most` parts of equal size."""
+    size = math.ceil(len(values) / most) or 1
+    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def mean(values: Iterable[float | None]) -> float | None:

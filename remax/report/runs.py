@@ -99,6 +99,13 @@ class Run:
         known = {step: sign * row[name] for step, row in self.evaluations.items() if row.get(name) is not None}
         return max(known, key=lambda step: (known[step], -step)) if known else 0
 
+    @property
+    def milestones(self) -> tuple[Record, Record, Record]:
+        """The figures of the first, the best and the last evaluation; empty where there is none."""
+        steps = (min(self.evaluations, default=0), self.best_step, max(self.evaluations, default=0))
+        first, best, last = (self.evaluations.get(step, {}) for step in steps)
+        return first, best, last
+
     def answered(self, kind: str) -> dict[int, Path]:
         """The files of the evaluations' answers by step: `answers`, or `close_ups` with their tokens."""
         named = {path.stem.removeprefix("step_"): path for path in (self.folder / kind).glob("step_*.jsonl")}

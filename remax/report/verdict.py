@@ -9,6 +9,7 @@ from typing import Any
 from remax.report.runs import Record, Run
 
 CLEAR = 3.0  # standard errors
+WORDS = {"good": "Went well", "unclear": "Look closer", "bad": "Did not go well"}
 SPLIT = {  # train/seconds_NAME -> what it is called
     "data": "waiting for data",
     "generation": "generation",
@@ -26,13 +27,16 @@ class Verdict:
     level: str
     sentences: list[str]
 
+    @property
+    def words(self) -> str:
+        """The level, said to people."""
+        return WORDS[self.level]
+
 
 def judge(run: Run) -> Verdict:
     """From the first, the best and the last evaluation, and from the remarks."""
     told, level = [], "good"
-    evaluations, (name, sign) = run.evaluations, run.headline
-    first, last = (evaluations[pick(evaluations)] if evaluations else {} for pick in (min, max))
-    best = evaluations.get(run.best_step, {})
+    (name, sign), (first, best, last) = run.headline, run.milestones
     before, after = first.get(name), best.get(name)
     if before is not None and after is not None:
         course = f"{name.capitalize()} on held-out rows: {number(before)} → {number(after)}"
