@@ -87,7 +87,8 @@ class PromptEvalArguments(SamplingFlags, DecodingFlags, ConfigFlag, group="model
     data_output_path: str | None = flag(None, "folder for cached data; without it the datasets library's own")
 
 
-Heat = Annotated[float, Range("0 for greedy answers, or at least 1e-6", lambda x: x == 0 or 1e-6 <= x < math.inf)]
+HEAT = Range("0 for greedy answers, or at least 1e-6", lambda x: x == 0 or 1e-6 <= x < math.inf)
+Heat = Annotated[float, HEAT]
 
 
 @dataclass(kw_only=True)

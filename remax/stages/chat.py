@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from remax.cli.evaluation import ChatArguments
+from remax.cli.evaluation import HEAT, ChatArguments
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.policy import Actor
@@ -132,11 +132,11 @@ class Dialogue:
         elif name == "/temperature":
             try:
                 value = float(rest)
-                if not (value == 0 or 1e-6 <= value < float("inf")):
+                if not HEAT.holds(value):
                     raise ValueError
                 self.temperature = value
             except ValueError:
-                print(f"/temperature {rest}: expected a number, 0 for greedy answers, or at least 1e-6")
+                print(f"/temperature {rest}: expected a number, {HEAT.words}")
         else:
             print(f"{name}: no such command; /help lists them")
 
