@@ -289,8 +289,6 @@ def parse_winrate(argv: Sequence[str] | None = None) -> WinrateArguments:
         if file is not None and not Path(file).is_file():
             raise UserError(f"--{flag_name} {file}: no such file (looked from {Path.cwd()})")
     check_output(args)
-    if args.output and any(Path(args.output).exists() and Path(args.output).samefile(file) for file in args.answers):
-        raise UserError(f"--output {args.output}: is a file of --answers; choose another name")
     args.dtype = resolve_dtype("dtype", args.dtype)
     return args
 
@@ -320,10 +318,11 @@ def check_output(args: RewardEvalArguments | PromptEvalArguments | AnswersArgume
         raise UserError(f"--output {output}: is a folder; expected the name of a file")
     if output.exists() and not output.is_file():  # such as /dev/stdout, which the finished file would replace
         raise UserError(f"--output {output}: is no file; expected the name of one")
-    for name in ("data_path", "prompts_file", "benchmark", "questions", "config"):
-        read = getattr(args, name, None)
-        if read and output.exists() and Path(read).exists() and output.samefile(read):
-            raise UserError(f"--output {output}: is the file of --{name}; choose another name")
+    for name in ("data_path", "prompts_file", "benchmark", "questions", "answers", "difficulty", "config"):
+        value = getattr(args, name, None)
+        which, files = ("a", value) if isinstance(value, list) else ("the", [value])
+        if output.exists() and any(file and Path(file).exists() and output.samefile(file) for file in files):
+            raise UserError(f"--output {output}: is {which} file of --{name}; choose another name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -161,6 +161,7 @@ def test_a_language_model_judges_in_both_orders(sklearn, run, answers, tiny_mode
         ("a.json nowhere.json --judge reward:gpt2", "--answers nowhere.json: no such file"),
         ("a.json ./a.json a.json --judge reward:gpt2", "--answers a.json: is given twice"),
         ("a.json b.json --judge reward:gpt2 --output b.json", "--output b.json: is a file of --answers"),
+        ("a.json b.json --judge reward:gpt2 --difficulty c.json --output c.json", "is the file of --difficulty"),
         ("--judge annotations:a.json --output c.json", "--output: is for the verdicts of a model"),
         ("--judge annotations:a.json --difficulty no.csv", "--difficulty no.csv: no such file"),
     ],
