@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -180,9 +181,9 @@ def read_difficulty(file: str) -> Difficulty:
     import pandas
 
     columns = ["index", "instruction_difficulty", "std_delta_len", "preference"]
-    read_text(file, "--difficulty", "df_gamed.csv of AlpacaEval")
+    text = read_text(file, "--difficulty", "df_gamed.csv of AlpacaEval")
     try:
-        rows = pandas.read_csv(file)[columns].dropna()
+        rows = pandas.read_csv(io.StringIO(text))[columns].dropna()
     except (KeyError, ValueError) as error:
         raise UserError(
             f"--difficulty {file}: {str(error).splitlines()[0]}; expected df_gamed.csv of AlpacaEval, with the columns "
