@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from remax.core.batches import groups
 from remax.core.sequences import Sequences
 from remax.engines.policy import Actor
 from remax.engines.scorer import Reward
@@ -101,14 +103,13 @@ def judge_pairs(
     `p` is the mean of both orders. Where they decide differently, the verdict is a tie.
     """
     template = template_of(tokenizer)
-    texts: list[EncodedText] = []  # of each comparison: the model's answer first, then second; for each, A and B
+    replies: list[tuple[str, str]] = []  # of each comparison: the model's answer first, then second; for each, A and B
     for one in comparisons:
         for first, second in ((one.second, one.first), (one.first, one.second)):
             case = CASE.format(question=one.prompt.strip(), first=first, second=second)
-            replies = [write_answer(case, letter, template, flag) for letter in (FIRST, SECOND)]
-            texts += _up_to_the_difference(
-                encode_texts(tokenizer, [prompt for prompt, _ in replies], [reply for _, reply in replies], 2**31)
-            )
+            replies += [write_answer(case, letter, template, flag) for letter in (FIRST, SECOND)]
+    encoded = encode_texts(tokenizer, [prompt for prompt, _ in replies], [reply for _, reply in replies], sys.maxsize)
+    texts = [text for both in groups(encoded, 2) for text in _up_to_the_difference(both)]
     fits = [all(len(text.ids) <= max_len for text in texts[4 * i : 4 * i + 4]) for i in range(len(comparisons))]
     kept = [text for i, fit in enumerate(fits) if fit for text in texts[4 * i : 4 * i + 4]]
     if not kept:
