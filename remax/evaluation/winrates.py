@@ -26,7 +26,7 @@ from utils.run import UserError
 RESAMPLES = 2000
 REFITS = 200  # resamples for which a regression is fitted again
 SEED = 0
-CONTENDED = 1.96  # standard deviations to either side: 95 % of a normal distribution
+Z = 1.96  # standard deviations to either side of a normal distribution's mean, between which 95 % of it lie
 Array = np.ndarray[Any, Any]
 
 
@@ -97,7 +97,7 @@ def bootstrap(comparisons: Sequence[Comparison], values: Array) -> Rate:
 
 def wilson(share: float, n: int) -> Rate:
     """A share of n prompts in percent, with Wilson's interval."""
-    z2 = CONTENDED**2 / n
+    z2 = Z**2 / n
     centre = (share + z2 / 2) / (1 + z2)
     half = (share * (1 - share) * z2 + z2**2 / 4) ** 0.5 / (1 + z2)
     return Rate(100 * share, 100 * (centre - half), 100 * (centre + half))
