@@ -27,7 +27,10 @@ SECTIONS = {
         "step2_reward_model_finetuning/README.md",
         "step3_rlhf_finetuning/README.md",
     ],
-    "Using it": [f"docs/{name}.md" for name in "data rewards algorithms hydra checkpoints clusters hardware".split()],
+    "Using it": [
+        f"docs/{name}.md"
+        for name in "data rewards algorithms calibrated_baseline hydra checkpoints clusters hardware".split()
+    ],
     "Watching and judging": [
         f"docs/{name}.md" for name in "monitoring report doctor evaluation troubleshooting debugging".split()
     ],
