@@ -1338,7 +1338,7 @@ CLI = [
     *faults(
         "remax/cli/evaluation.py",
         ["tests/test_prompt_eval.py::test_bad_flags_are_refused", "tests/test_rw_eval.py::test_bad_input_is_refused"],
-        ("eval-cli-overwrite", "output.samefile(read):", "False:", "the scores overwrite the data"),
+        ("eval-cli-overwrite", "output.samefile(file)", "False", "the scores overwrite the data"),
     ),
     *faults(
         "remax/cli/config_file.py",
