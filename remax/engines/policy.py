@@ -50,14 +50,15 @@ class _Policy(Role):
         return chunks if once else largest_of_ranks(chunks)
 
     @torch.no_grad()
-    def _frozen_logprobs(self, sequences: Sequences, forwards: int) -> Tensor:
-        """(B, A) log-probs without gradient, in eval mode."""
+    def _frozen_logprobs(self, sequences: Sequences, forwards: int, hidden: Tensor | None = None) -> Tensor:
+        """(B, A) log-probs without gradient, in eval mode; of the rows' `hidden` states, where they are known."""
 
         def read(part: Sequences) -> Tensor:
-            return self.ask(part, chunks=self._chunks(part, self.sampling), sampling=self.sampling)[0]
+            chunks = self._chunks(part, self.sampling)
+            return self.ask(part, chunks=chunks, sampling=self.sampling, hidden=hidden)[0]
 
         with evaluating(self.model):
-            return self.in_forwards(sequences, forwards, read)
+            return self.in_forwards(sequences, forwards if hidden is None else 1, read)
 
 
 class Actor(_Policy, Learner):
@@ -178,9 +179,13 @@ class Reference(_Policy):
         # truncated.
         super().__init__(engine, (sampling or Sampling()).without_truncation(), chunk_size, use)
 
-    def logprobs(self, sequences: Sequences, forwards: int = 1) -> Tensor:
-        """(B, A) log-probs of the answers; see `Role.in_forwards`."""
-        return self._frozen_logprobs(sequences, forwards)
+    def logprobs(self, sequences: Sequences, forwards: int = 1, hidden: Tensor | None = None) -> Tensor:
+        """(B, A) log-probs of the answers; see `Role.in_forwards`.
+
+        Args:
+            hidden: What `hidden` gave of them: the rows are not read once more.
+        """
+        return self._frozen_logprobs(sequences, forwards, hidden)
 
     @torch.no_grad()
     def hidden(self, sequences: Sequences, forwards: int = 1) -> Tensor:

@@ -141,14 +141,19 @@ class PolicyModel(nn.Module):
         reference_hidden: Tensor | None = None,
         reference_head: Head | None = None,
         hidden_only: bool = False,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
         """What `token_stats` gives of every answer token, for the rows of the sequences.
+
+        Args:
+            hidden: What `hidden_only` gave of them, where that is known.
 
         Returns:
             Log-probs, entropy, KL to the reference over the whole vocabulary; each (B, A), 0 beyond an answer's end.
             With `hidden_only` the (B, A, H) hidden states instead.
         """
-        hidden = self.hidden(sequences)
+        if hidden is None:
+            hidden = self.hidden(sequences)
         if hidden_only:
             return hidden
         return self.stats(

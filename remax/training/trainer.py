@@ -236,8 +236,9 @@ class Trainer:
             old_logprobs: (B, A) log-probs under the actor, where they are known.
         """
         forwards, algorithm = self.scoring_forwards(sampled), self.algorithm
+        hidden = self.reference.hidden(sampled, forwards) if self.reference_head else None
         if reference is None and self.needs_reference:
-            reference = self.reference.logprobs(sampled, forwards)
+            reference = self.reference.logprobs(sampled, forwards, hidden)
         if old_logprobs is None and algorithm.needs_old_logprobs:
             old_logprobs = self.actor.old_logprobs(sampled, forwards)
         return Rollout(
@@ -246,7 +247,7 @@ class Trainer:
             reference_logprobs=reference,
             old_logprobs=old_logprobs,
             values=self.critic.old_values(sampled, forwards) if self.critic else None,
-            reference_hidden=self.reference.hidden(sampled, forwards) if self.reference_head else None,
+            reference_hidden=hidden,
         )
 
     @torch.no_grad()

@@ -359,6 +359,19 @@ def test_without_a_penalty_no_step_reads_the_reference(algo, make_trainer, judge
         assert math.isfinite(figures["loss"])
 
 
+def test_a_kl_over_the_vocabulary_reads_the_reference_once(make_trainer, judges):
+    (first, _), tokenizer = judges
+    options = {"kl": KLPenalty(0.1, "full", "loss")}
+    trainer = make_trainer(first, tokenizer, algorithm=options, micro_batch_size=2)
+    read = []
+    backbone = trainer.reference.model.hf.base_model
+    backbone.register_forward_hook(lambda module, args, output: read.append(len(output.last_hidden_state)))
+    rollout, _ = trainer.step([prompts_of(4)])
+    assert read == [4] and rollout.reference_hidden is not None
+    logprobs = trainer.reference.logprobs(rollout.sequences)
+    assert len(read) == 2 and torch.equal(rollout.reference_logprobs, logprobs)
+
+
 @pytest.mark.parametrize("algo", ["remax", "rloo", "ppo"])
 def test_the_fast_step_is_the_plain_one(algo, make_trainer, judges, make_scorer):
     # Padded rows in small micro-batches, with a forward for everything; then packed, prompts shared, old log-probs from
