@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol
 
 from torch.utils.data import DataLoader
 
@@ -22,7 +22,6 @@ from remax.core.batches import groups
 from remax.engines.base import TrainedEngine
 from remax.engines.zero import Size, size_of
 from utils.data.ahead import Ahead
-from utils.data.loaders import ResumableSampler
 from utils.distributed import gather_objects, is_main, peak_memory, print0, sum_across_ranks
 from utils.metrics import MetricsLogger, progress
 from utils.present import present
@@ -331,7 +330,7 @@ class _Run:
 
     def tell_of_rows(self) -> None:
         """Steps made count as steps: after other batches or ranks, those that are to come may not fit the rows left."""
-        cadence, sampler, step = self.cadence, cast(ResumableSampler, self.loader.sampler), self.state.step
+        cadence, sampler, step = self.cadence, self.ahead.sampler, self.state.step
         if not cadence.epochs or self.total == cadence.max_steps:  # the rows are not what it ends with
             return
         batches = math.ceil(len(self.loader) - sampler.drawn / present(self.loader.batch_size, "batch_size"))
