@@ -617,8 +617,8 @@ ENGINES = [
         "remax/engines/policy.py",
         f"{ROOM}/engines/test_base.py",
         ("role-old-logprobs-mode", "        with evaluating(self.model):\n"
-         "            return self.in_forwards(sequences, forwards, read)",
-         "        return self.in_forwards(sequences, forwards, read)",
+         "            return self.in_forwards(sequences, forwards if hidden is None else 1, read)",
+         "        return self.in_forwards(sequences, forwards if hidden is None else 1, read)",
          "old log-probs have dropout",
          [f"{ROOM}/checks/test_examination.py::test_dropout_in_the_update_raises_a_warning", (1, "ppo")]),
         ("role-reference-truncated", "(sampling or Sampling()).without_truncation(), chunk_size, use)",
