@@ -21,7 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from measuring import ROOT, SHAPES, forget_peak, machine, measured_apart, peak, resident, spread
+from measuring import (
+    ROOT,
+    SHAPES,
+    config_of,
+    corpus_tokenizer,
+    forget_peak,
+    machine,
+    make_models,
+    measured_apart,
+    peak,
+    resident,
+    spread,
+)
 
 MAIN = ROOT / "step3_rlhf_finetuning/main.py"
 PARTS = ("seconds_generation", "seconds_scoring", "seconds_update", "seconds_per_step")
@@ -75,38 +87,6 @@ def predicted(way: Way, shape: str, dtype: str, rank: int = RANK) -> int:
     trained, frozen = BYTES[dtype]
     learning = way.trained[0] * policy + way.trained[1] * scorer + way.sets * adapters
     return trained * learning + frozen * (way.frozen[0] * policy + way.frozen[1] * scorer)
-
-
-def make_models(folder: Path, shape: str, dtype: str) -> None:
-    """A policy and a reward model of the shape, with the tokenizer of the built-in corpus, and its data."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
-
-    from remax.demo.corpus import make_corpus, make_rows
-    from remax.demo.tiny_models import train_tokenizer
-
-    rows, _ = make_rows(seed=0, train_rows=200, test_rows=1)
-    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows])
-    hidden, wide, layers, heads, key_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=wide,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        config.num_labels = 1
-        with torch.device(place):
-            model = kind.from_config(config, dtype=getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]))
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    make_corpus(folder / "data", seed=0, train_rows=2000, test_rows=64)
 
 
 def make_hydra(folder: Path, shape: str) -> None:
@@ -275,9 +255,12 @@ def main() -> None:
     if args.one:
         one(args)
         return
+    from remax.demo.corpus import make_corpus
+
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        make_models(Path(folder), args.shape, args.dtype)
+        make_models(Path(folder), config_of("llama", SHAPES[args.shape]), corpus_tokenizer()[1], args.dtype)
+        make_corpus(Path(folder) / "data", seed=0, train_rows=2000, test_rows=64)
         make_hydra(Path(folder), args.shape)
         for way, found in measured_apart(__file__, args.ways, Path(folder)):
             figures[way] = found

@@ -11,21 +11,63 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NOW = {"wall": time.perf_counter, "cpu": time.process_time}  # the second is of use where a machine does other work
 # hidden size, feed-forward, layers, heads, key heads, vocabulary: TinyLlama, Llama 3.2 3B, Llama 2 7B; small for CPUs
 SHAPES = {
-    "tiny": (32, 64, 1, 2, 2, 256),
+    "tiny": (32, 64, 1, 2, 2, 1024),
     "10m": (256, 1024, 6, 8, 8, 8192),
     "134m": (768, 2048, 12, 12, 12, 32000),
     "1.1b": (2048, 5632, 22, 32, 4, 32000),
     "3.2b": (3072, 8192, 28, 24, 8, 128256),
     "7b": (4096, 11008, 32, 32, 32, 32000),
 }
+
+
+def config_of(family: str, sizes: tuple[int, ...], **more: Any) -> Any:
+    """Of a Llama of these sizes, or of an OPT, which has as many key heads as heads; with one label."""
+    from transformers import LlamaConfig, OPTConfig
+
+    from remax.planning.shapes import llama_like
+
+    if family == "llama":
+        return llama_like(LlamaConfig, *sizes, num_labels=1, **more)
+    hidden, wide, layers, heads, _, words = sizes
+    names = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": words}
+    return OPTConfig(**names, num_labels=1, ffn_dim=wide, word_embed_proj_dim=hidden, **more)
+
+
+def corpus_tokenizer() -> tuple[list[dict[str, str]], Any]:
+    """Rows of the built-in corpus, and a tokenizer made of them."""
+    from remax.demo.corpus import make_rows
+    from remax.demo.tiny_models import train_tokenizer
+
+    rows, _ = make_rows(seed=0, train_rows=200, test_rows=1)
+    return rows, train_tokenizer([row["prompt"] + row["chosen"] for row in rows])
+
+
+def make_models(
+    folder: Path, config: Any, tokenizer: Any, dtype: str, change: Callable[[Any], None] = lambda policy: None
+) -> None:
+    """Writes a policy, changed so, and a reward model, both of random weights, with their tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = kind.from_config(config, dtype=number)
+        if name == "policy":
+            change(model)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 def spread(numbers: Sequence[float], digits: int = 3) -> str:

@@ -23,20 +23,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT, figures_of, forget_peak, machine, peak, resident, table
+from measuring import (
+    ROOT,
+    SHAPES,
+    config_of,
+    corpus_tokenizer,
+    figures_of,
+    forget_peak,
+    machine,
+    make_models,
+    peak,
+    resident,
+    table,
+)
 
 MAIN = ROOT / "step3_rlhf_finetuning/main.py"
 MIB = 2**20
 RECORD = str(ROOT / "docs/results/memory.json")
-PHASES = ("rollout", "scoring", "update", "step", "critic's update", "critic's step", "evaluation")
-# hidden size, feed-forward, layers, heads, key heads, vocabulary
-SHAPES = {
-    "tiny": (32, 64, 1, 2, 2, 1024),
+# as those of `measuring`; the last is OPT's, whose feed-forward layers are four times as wide as the others
+SIZES = SHAPES | {
     "30m": (512, 1376, 8, 8, 8, 8192),
     "70m": (512, 1536, 8, 8, 4, 50304),
-    "134m": (768, 2048, 12, 12, 4, 32000),
-    "1.1b": (2048, 5632, 22, 32, 4, 32000),
-    "3.2b": (3072, 8192, 28, 24, 8, 128256),
+    "125m": (768, 2048, 12, 12, 4, 32000),
+    "opt": (512, 2048, 8, 8, 8, 8192),
 }
 
 
@@ -64,8 +73,8 @@ CPU_CASES = (
     Case("ReMax, checkpointing", flags=f"--algo remax --actor_zero_stage 2 {CHECKPOINTED}"),
     Case("RLOO of 2, large vocabulary", "70m", flags="--algo rloo --samples_per_prompt 2 --actor_zero_stage 2"),
     Case("ReMax, LoRA", flags="--algo remax --actor_zero_stage 2 --actor_lora_dim 16 --only_optimize_lora"),
-    Case("ReMax, OPT", family="opt"),
-    Case("ReMax, larger", "134m", prompts=4, micro=4),
+    Case("ReMax, OPT", "opt", "opt"),
+    Case("ReMax, larger", "125m", prompts=4, micro=4),
     Case("ReMax, bf16, ZeRO 2", dtype="bf16", prompts=4, micro=2),
     Case("ReMax, ZeRO 3", flags="--algo remax --actor_zero_stage 3 --reference_zero_stage 3 --reward_zero_stage 3"),
     Case("ReMax, ZeRO 2, 2 ranks", ranks=2),
@@ -80,36 +89,10 @@ GPU_CASES = (
 )
 
 
-def config_of(shape: str, family: str) -> Any:
-    """Of a policy and of a reward model."""
-    from transformers import LlamaConfig, OPTConfig
-
-    hidden, wide, layers, heads, key_heads, words = SHAPES[shape]
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": words}
-    if family == "opt":
-        return OPTConfig(**sizes, num_labels=1, ffn_dim=4 * hidden, word_embed_proj_dim=hidden)
-    return LlamaConfig(**sizes, num_labels=1, intermediate_size=wide, num_key_value_heads=key_heads)
-
-
-def make_models(folder: Path, shape: str, family: str, dtype: str) -> None:
+def prepare(folder: Path, shape: str, family: str, dtype: str) -> None:
     """A policy and a reward model, their tokenizer, and prompts of more tokens than are taken."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    from remax.demo.corpus import make_rows
-    from remax.demo.tiny_models import train_tokenizer
-
-    rows, _ = make_rows(seed=0, train_rows=200, test_rows=1)
-    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows])
-    config = config_of(shape, family)
-    for name in ("bos", "eos", "pad"):
-        setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    number = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = kind.from_config(config, dtype=number)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    rows, tokenizer = corpus_tokenizer()
+    make_models(folder, config_of(family, SIZES[shape]), tokenizer, dtype)
     words_of = " ".join(row["prompt"] for row in rows)
     prompts = [words_of[i : i + 2000] for i in range(200)] + ["short, so that not every prompt is too long"] * 2
     lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
@@ -226,7 +209,7 @@ def planned(case: Case, cuda: bool) -> Any:
 
     with tempfile.TemporaryDirectory() as place:
         for name in ("policy", "reward"):
-            config_of(case.shape, case.family).save_pretrained(Path(place) / name)
+            config_of(case.family, SIZES[case.shape]).save_pretrained(Path(place) / name)
         (Path(place) / "prompts.jsonl").touch()
         return plan(job_of(parse_step3(flags_of(case, Path(place))), Machine(case.ranks, cuda)))
 
@@ -235,7 +218,7 @@ def run_case(case: Case) -> dict[str, int]:
     """Measures in processes of its own."""
     with tempfile.TemporaryDirectory() as place:
         for name, shape in (("tiny", "tiny"), ("true", case.shape)):
-            make_models(Path(place) / name, shape, case.family, case.dtype)
+            prepare(Path(place) / name, shape, case.family, case.dtype)
         environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
         command = [sys.executable, __file__, "--one", case.name, "--folder", place]
@@ -350,6 +333,8 @@ def model_states() -> Iterator[list[str]]:
 
 def tables(measured: dict[str, dict[str, int]], cuda: bool) -> dict[str, list[str]]:
     """The tables of docs/results/memory.md by their names."""
+    from remax.planning.states import PHASES
+
     rows: list[list[str]] = []
     errors: list[float] = []
     for case in GPU_CASES if cuda else CPU_CASES:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import measuring
 import torch
-from measuring import SHAPES
+from measuring import SHAPES, config_of
 from torch import Tensor, nn
 
 SPECIAL = ("</s>", "<pad>", "<s>", "<unk>")  # ids 0, 1, 2, 3
@@ -47,33 +48,14 @@ def make_tokenizer(vocabulary: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 
-def configuration(family: str, shape: str, positions: int):
-    """Of a model of the shape, with a head of its own weights."""
-    from transformers import LlamaConfig, OPTConfig
-
-    hidden, wide, layers, heads, key_heads, vocabulary = SHAPES[shape]
-    shared = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "num_labels": 1}
-    shared |= {"num_attention_heads": heads, "max_position_embeddings": positions, "tie_word_embeddings": False}
-    shared |= {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": 2}
-    if family == "opt":
-        return OPTConfig(ffn_dim=wide, word_embed_proj_dim=hidden, dropout=0.0, **shared)
-    return LlamaConfig(intermediate_size=wide, num_key_value_heads=key_heads, **shared)
-
-
 def make_models(folder: Path, family: str, shape: str, dtype: str, longest: int, positions: int) -> None:
     """Writes a policy and a reward model of the shape with their tokenizer; answers have at most `longest` tokens."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    config = configuration(family, shape, positions)
-    tokenizer = make_tokenizer(config.vocab_size)
+    more = {"dropout": 0.0} if family == "opt" else {}
+    config = config_of(family, SHAPES[shape], max_position_embeddings=positions, tie_word_embeddings=False, **more)
     torch.manual_seed(0)
-    for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = kind.from_config(config, dtype=DTYPES[dtype])
-        if name == "policy":
-            count_down(model, longest)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    measuring.make_models(
+        folder, config, make_tokenizer(config.vocab_size), dtype, lambda policy: count_down(policy, longest)
+    )
 
 
 @torch.no_grad()
