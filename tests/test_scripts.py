@@ -493,3 +493,5 @@ def test_authors_line_runs(name, authors_lines):
     assert status == 0, printed
     stage = AUTHORS[name][0]
     assert_exported(output / ("actor" if stage == 3 else ""), stage)
+    events = b"".join(file.read_bytes() for file in output.glob("tensorboard/*"))
+    assert (b"| prompt | answer | length | reward | greedy | greedy_reward |\n" in events) == (stage == 3)
