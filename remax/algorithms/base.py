@@ -136,15 +136,21 @@ class Algorithm(ABC):
         """(B, A) weights of the tokens' log-probs as they would be with the greedy answers' rewards as baseline.
 
         For people, who look at answers that nothing is learned from; of ReMax these are its weights. `batch` has a
-        baseline and the reference's log-probs, and `logprobs`, (B, A), are the policy's. In the place of a KL over the
-        whole vocabulary stands what the drawn tokens tell of it.
+        baseline and the reference's log-probs, and `logprobs`, (B, A), are the policy's.
         """
-        mask, kl = batch.sequences.answer_mask, self.kl
+        mask = batch.sequences.answer_mask
         baseline = present(batch.baseline, "Rollout.baseline")
         difference = clipped_difference(batch.rewards, baseline, self.clip_reward_value, self.clip_on)  # (B,)
-        estimator = "k1" if kl.estimator == "full" else kl.estimator
-        penalty = kl.in_advantage(token_kl(logprobs, batch.reference_logprobs, estimator), mask)  # (B, A)
+        penalty = self.charged(logprobs, batch.reference_logprobs, mask)  # (B, A)
         return token_advantages(difference[:, None], mask, self.gamma, penalty)
+
+    def charged(self, logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
+        """(B, A) log-probs of some answers -> (B, A) what their tokens' advantages are charged for the KL.
+
+        In the place of a KL over the whole vocabulary stands what the drawn tokens tell of it.
+        """
+        estimator = "k1" if self.kl.estimator == "full" else self.kl.estimator
+        return self.kl.in_advantage(token_kl(logprobs, reference_logprobs, estimator), mask)
 
     def cost(self, logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
         """(B, A) log-probs of some answers -> (B,) what they are charged for their KL, where it `needs_greedy_cost`."""

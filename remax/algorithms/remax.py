@@ -31,7 +31,7 @@ from torch import Tensor
 
 from remax.algorithms.base import Algorithm, with_advantages
 from remax.algorithms.calibration import CHARGED, PAPER, Calibration, answer_cost, past_cost, token_weights
-from remax.algorithms.kl import KLPenalty, token_kl
+from remax.algorithms.kl import KLPenalty
 from remax.algorithms.terms import clip, clipped_difference, discount, leave_one_out_mean
 from remax.core.rollout import Rollout
 from utils.present import present
@@ -108,13 +108,10 @@ class ReMax(Algorithm):
         return self.kl.active and (self.kl.where == "reward" or self.kl.reach == "full_step")
 
     def _penalty(self, logprobs: Tensor | None, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
-        """(B, A) float64 p_t. A KL over the vocabulary is taken by k1, which needs drawn tokens' log-probs alone."""
+        """(B, A) float64 p_t, see `charged`."""
         if not self._charges:
             return torch.zeros_like(mask, dtype=torch.float64)
-        estimator = "k1" if self.kl.estimator == "full" else self.kl.estimator
-        return self.kl.in_advantage(
-            token_kl(present(logprobs, "log-probs"), reference_logprobs, estimator), mask
-        ).double()
+        return self.charged(present(logprobs, "log-probs"), reference_logprobs, mask).double()
 
     def cost(self, logprobs: Tensor, reference_logprobs: Tensor | None, mask: Tensor) -> Tensor:
         """See `Algorithm.cost`: (B,) float64 P of calibration.py."""
