@@ -17,12 +17,11 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from measuring import ROOT, installed, table
 
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["tests", "demo", "rounding", "cost", "memory"]
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "flash_attn")
 
@@ -38,13 +37,6 @@ def run(*command: str | Path) -> tuple[int, str, float]:
             print(line, end="", flush=True)
             lines.append(line)
     return process.returncode, "".join(lines), time.perf_counter() - started
-
-
-def installed(name: str) -> str:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return f"no {name}"
 
 
 def machine() -> list[str]:
@@ -71,8 +63,7 @@ def tests(folder: Path) -> tuple[bool, list[str]]:
             outcome = f"skipped: {kinds['skipped'].get('message')}" if "skipped" in kinds else "passed"
         outcomes[f"{case.get('name')}"] = outcome.replace("|", "/")
     lines += [f"{list(outcomes.values()).count('passed')} of {len(outcomes)} passed in {seconds:.0f} s.", ""]
-    lines += ["| test | outcome |", "|---|---|", *(f"| {name} | {outcome} |" for name, outcome in outcomes.items()), ""]
-    return status == 0, lines
+    return status == 0, lines + table(("test", "outcome"), outcomes.items())
 
 
 def demo() -> tuple[bool, list[str]]:
