@@ -7,6 +7,7 @@ into NAME.pt.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import math
@@ -716,6 +717,7 @@ def fine_tune(
 def main() -> None:
     from deepspeed.accelerator import get_accelerator
 
+    faulthandler.enable()  # a rank that aborts says in its log where it was
     job = json.loads(Path(sys.argv[1]).read_text())
     quiet_libraries()
     init_distributed()
