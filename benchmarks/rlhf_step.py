@@ -61,6 +61,7 @@ class Cell:
         more: Further flags of step 3.
         seconds: By the clock (`wall`), or those of this process on its core (`cpu`).
         memory: Whether the peak memory of each way is measured, in a process of its own.
+        profile: Whether each way takes one step more, whose operators are told apart; not TRL's, in their threads.
     """
 
     family: str = "llama"
@@ -77,6 +78,7 @@ class Cell:
     more: str = ""
     seconds: str = "wall"
     memory: bool = False
+    profile: bool = False
 
     def __str__(self) -> str:
         truncated = f", top-p {self.top_p:g}" if self.top_p < 1 else ""
@@ -133,6 +135,7 @@ def one(cell: Cell, ways: Sequence[str], rounds: int, folder: Path) -> dict:
     """Rounds of all ways in this process: each way's steps, its peak memory where it is alone, and the best rates."""
     import torch
     from rlhf_ways.authors import Authors
+    from rlhf_ways.operators import operators
     from rlhf_ways.ours import Ours
     from rlhf_ways.products import products, size_of
     from rlhf_ways.with_trl import Theirs
@@ -164,6 +167,8 @@ def one(cell: Cell, ways: Sequence[str], rounds: int, folder: Path) -> dict:
             if i:
                 found["ways"][way].append(record)
                 found["peak"] = max(found["peak"], peak() - libraries)
+    profiled = sorted(sides.keys() - theirs.keys()) if cell.profile else ()
+    found["operators"] = {way: operators(sides[way], steps[0]) for way in profiled}
     size = size_of(AutoConfig.from_pretrained(folder / "policy"))
     found["operations"], found["tokens"] = {}, {}
     for way in ways:
@@ -321,6 +326,14 @@ def derived(results: list[tuple[Cell, dict]]) -> list[str]:
     return [*lines, ""]
 
 
+def operators_table(results: list[tuple[Cell, dict]]) -> list[str]:
+    from rlhf_ways.operators import lines
+
+    head = ["way", "part", "CPU s", "in matrix products", "in the largest others"]
+    ways = [(f"{cell}: {way}", ops) for cell, found in results for way, ops in found.get("operators", {}).items()]
+    return ["## Operators", "", *table(head, (row for way, ops in ways for row in lines(way, ops)))] if ways else []
+
+
 def ranks_table(results: list[tuple[Cell, dict]]) -> list[str]:
     def rows() -> Iterator[list[str]]:
         for cell, found in results:
@@ -338,7 +351,7 @@ def report(results: list[tuple[Cell, dict]], rounds: int, versions: str) -> str:
         rates = [(best(found, "flops") / 1e9, best(found, "bytes") / 1e9) for _, found in alone]
         flops, moved = (statistics.median(column) for column in zip(*rates, strict=True))
         lines += [f"Best rates seen: {flops:.0f} GFLOP/s of a matrix product, {moved:.0f} GB/s of a copy.", ""]
-        lines += times_table(alone) + products_table(alone) + derived(alone)
+        lines += times_table(alone) + products_table(alone) + derived(alone) + operators_table(alone)
     return "\n".join(lines + ranks_table([(cell, found) for cell, found in results if cell.ranks > 1])).rstrip()
 
 
@@ -365,6 +378,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--apart", action="store_true", help="a process for each way (always for shapes from 1.1b)")
     flags.add_argument(
         "--memory", action="store_const", const=True, help="measures the peak memory of each way as well"
+    )
+    flags.add_argument(
+        "--profile", action="store_const", const=True, help="tells the operators of a step apart, beside its seconds"
     )
     flags.add_argument("--output", help="a Markdown file for the tables; all figures go into a .json beside it")
     flags.add_argument("--one", help=argparse.SUPPRESS)

@@ -353,6 +353,30 @@ def test_a_ratio_is_that_of_a_round(step_cost):
     assert "| ReMax | 0.50 | 50 % | 50 % | 50 % | 50 % | 4.00 [2.00, 8.00] |" in text
 
 
+def test_operators_belong_to_the_innermost_part(step_cost):
+    from rlhf_ways.clock import Clock
+    from rlhf_ways.operators import lines, operators
+
+    class Side:
+        clock = Clock("wall")
+
+        def step(self, rows):
+            x = torch.ones(200, 200)
+            with self.clock.step(), self.clock("update"):
+                x.exp()
+                with self.clock("score"):
+                    x.mm(x)
+
+    found = operators(Side(), [])
+    assert "aten::mm" in found["score"] and "aten::mm" not in found["update"]
+    assert "aten::exp" in found["update"] and "aten::exp" not in found["score"]
+    told = {
+        part: (products, others)
+        for _, part, _, products, others in lines("way", {"a": {"aten::mm": 2.0, "aten::exp": 1.0}})
+    }
+    assert told == {"a": ("2.00", "exp 1.00")}
+
+
 def test_the_matrix_products_of_a_step_by_hand(step_cost):
     from rlhf_ways.products import Size, products
 
