@@ -8,12 +8,14 @@ paid with the same number of generated answers, the greedy ones included.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from remax.checkpoint.export import export
 from remax.core.logprobs import PolicyOutput
 from remax.core.rollout import Rollout
 from remax.core.sequences import Prompts, Sequences
-from remax.demo.corpus import ease, mean_true_reward
+from remax.demo.corpus import ease, true_reward
 from remax.engines.base import FrozenEngine, TrainedEngine
 from remax.engines.deepspeed_config import EngineConfig
 from remax.engines.optimizer import OptimizerConfig
@@ -77,6 +79,7 @@ ESTIMATORS = {
     "rloo_4_opo": Estimator("rloo", 4, {"baseline": "length_weighted"}),
     "rloo_4_otb": Estimator("rloo", 4, {"baseline": "token_weighted"}),
     "rloo_4_batch": Estimator("rloo", 4, {"advantage_scaling": "batch"}),  # REINFORCE++ with a group baseline
+    "grpo_4": Estimator("grpo", 4),
     "ppo": Estimator("ppo"),
 }
 TASKS = {"demo": 0.0, "uneven": 5.0}  # what the easiest kind of prompt adds to a reward, and the hardest takes off it
@@ -222,11 +225,11 @@ def build_trainer(
     if algorithm.critic:
         critic = TrainedReward(TrainedEngine(load_scorer(setting, tokenizer), engine, optimizer(run.critic_rate)))
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, Any]:
         evaluation = evaluate_policy(actor, reference, reward, held_out, tokenizer)
-        prompts, answers = zip(*((row["prompt"], row["answer"]) for row in evaluation.answers), strict=True)
-        true = mean_true_reward(prompts, answers)
-        return {"true_reward": true.mean} | evaluation.figures
+        true = [true_reward(row["prompt"], row["answer"]) for row in evaluation.answers]
+        each = {"true_reward": true, "length": [row["length"] for row in evaluation.answers]}
+        return {"true_reward": statistics.fmean(true), "answers": each} | evaluation.figures
 
     trainer = Trainer(
         actor,
@@ -245,8 +248,9 @@ def build_trainer(
 def train(path: Path, run: Run, setting: Setting) -> None:
     """Trains and writes the record {run, points} to `path`.
 
-    points: held-out figures after so many generated tokens, wall-clock seconds and CPU seconds of training (evaluation
-    not counted). A process of one thread takes its CPU seconds of wall-clock on a core of its own.
+    points: held-out figures, and true reward and length of each answer, after so many generated tokens, wall-clock
+    seconds and CPU seconds of training (evaluation not counted). A process of one thread takes its CPU seconds of
+    wall-clock on a core of its own.
     """
     folder = path.parent
     quiet_libraries()
@@ -299,7 +303,7 @@ class Probe:
     own_value: bool = False
 
 
-SCALED = [name for name, estimator in ESTIMATORS.items() if "advantage_scaling" in estimator.settings]
+SCALED = [name for name, e in ESTIMATORS.items() if e.algorithm == "grpo" or "advantage_scaling" in e.settings]
 PROBES = {name: Probe(name) for name in ESTIMATORS if name not in SCALED} | {  # scaled ones have another length
     "prompt's own value": Probe("reinforce", own_value=True),
     "ppo, critic as loaded": Probe("ppo", fitted_critic=False),
