@@ -53,7 +53,7 @@ def test_every_estimator_pays_the_same_answers(modules):
 def test_a_run_spends_its_tokens(modules, setting, tmp_path, name):
     experiment, report = modules
     ppo = name == "ppo"
-    run = experiment.Run(name, 0, 1e-3, 1e-3 if ppo else None, 2 if ppo else None, snapshots=not ppo)
+    run = experiment.Run(name, 0, 1e-3, 1e-3 if ppo else None, snapshots=not ppo)
     path = tmp_path / run.name / "run.json"
     experiment.train(path, run, setting)
     points = json.loads(path.read_text())["points"]

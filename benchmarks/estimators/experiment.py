@@ -80,7 +80,8 @@ ESTIMATORS = {
     "rloo_4_otb": Estimator("rloo", 4, {"baseline": "token_weighted"}),
     "rloo_4_batch": Estimator("rloo", 4, {"advantage_scaling": "batch"}),  # REINFORCE++ with a group baseline
     "grpo_4": Estimator("grpo", 4),
-    "ppo": Estimator("ppo"),
+    "ppo": Estimator("ppo", settings={"epochs": 1}),
+    "ppo_4": Estimator("ppo", settings={"epochs": 4}),  # passes over each rollout
 }
 TASKS = {"demo": 0.0, "uneven": 5.0}  # what the easiest kind of prompt adds to a reward, and the hardest takes off it
 
@@ -109,7 +110,7 @@ class Setting:
     unevenness: float = 0.0
 
 
-def make_algorithm(estimator: Estimator, kl: float, **more) -> Algorithm:
+def make_algorithm(estimator: Estimator, kl: float) -> Algorithm:
     """One objective for all: no discount, no clip of the reward, a sum over the tokens, the exact KL penalty."""
     return build_algorithm(
         estimator.algorithm,
@@ -118,7 +119,7 @@ def make_algorithm(estimator: Estimator, kl: float, **more) -> Algorithm:
         clip_reward_value=0.0,
         loss_aggregation="sequence",
         **({"samples_per_prompt": estimator.samples} if estimator.samples > 1 else {}),
-        **(estimator.settings | more),
+        **estimator.settings,
     )
 
 
@@ -129,7 +130,6 @@ class Run:
     Attributes:
         rate: constant learning rate of the policy.
         critic_rate: that of PPO's critic.
-        epochs: PPO's passes over each rollout.
         snapshots: whether the policy half-way and at the end is saved.
     """
 
@@ -137,14 +137,12 @@ class Run:
     seed: int
     rate: float
     critic_rate: float | None = None
-    epochs: int | None = None
     snapshots: bool = False
 
     @property
     def name(self) -> str:
         parts = [self.estimator, f"seed{self.seed}", f"lr{self.rate:g}"]
-        parts += [f"critic{self.critic_rate:g}"] if self.critic_rate else []
-        return "-".join(parts + ([f"epochs{self.epochs}"] if self.epochs else []))
+        return "-".join(parts + ([f"critic{self.critic_rate:g}"] if self.critic_rate else []))
 
 
 class UnevenReward(Reward):
@@ -220,7 +218,7 @@ def build_trainer(
     )
     reference = Reference(FrozenEngine(policy(), engine))
     reward = UnevenReward(setting, tokenizer, FrozenEngine(load_scorer(setting, tokenizer), engine))
-    algorithm = make_algorithm(estimator, setting.kl, epochs=run.epochs)
+    algorithm = make_algorithm(estimator, setting.kl)
     critic = None
     if algorithm.critic:
         critic = TrainedReward(TrainedEngine(load_scorer(setting, tokenizer), engine, optimizer(run.critic_rate)))
@@ -304,7 +302,7 @@ class Probe:
 
 
 SCALED = [name for name, e in ESTIMATORS.items() if e.algorithm == "grpo" or "advantage_scaling" in e.settings]
-PROBES = {name: Probe(name) for name in ESTIMATORS if name not in SCALED} | {  # scaled ones have another length
+PROBES = {name: Probe(name) for name in ESTIMATORS if name not in (*SCALED, "ppo_4")} | {  # scaled: of another length
     "prompt's own value": Probe("reinforce", own_value=True),
     "ppo, critic as loaded": Probe("ppo", fitted_critic=False),
     "reinforce, reward + 2": Probe("reinforce", shift=2.0),

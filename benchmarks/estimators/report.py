@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from experiment import ESTIMATORS, PROBES, Setting
+from experiment import ESTIMATORS, PROBES, Run, Setting
 
 # Student's t, 97.5 % quantile, 1 to 20 degrees of freedom
 T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -90,16 +90,23 @@ def brief(x: float, digits: int = 3) -> str:
     return f"{float(f'{x:.{digits}g}'):.15g}"
 
 
+def sweep_scores(sweep: list[dict], kl: float) -> dict[Run, list[float]]:
+    """By estimator and rate, the final objectives of the sweep's runs, one for each seed."""
+    found: dict[Run, list[float]] = {}
+    for record in sweep:
+        found.setdefault(Run(**record["run"] | {"seed": 0}), []).append(final_objective(record, kl))
+    return dict(sorted(found.items(), key=lambda item: (list(ESTIMATORS).index(item[0].estimator), item[0].rate)))
+
+
 def sweep_table(sweep: list[dict], kl: float) -> str:
-    rows = []
-    for record in sorted(sweep, key=lambda r: (list(ESTIMATORS).index(r["run"]["estimator"]), r["run"]["rate"])):
-        run, last = record["run"], record["points"][-1]
-        best = max(final_objective(r, kl) for r in sweep if r["run"]["estimator"] == run["estimator"])
-        score = final_objective(record, kl)
-        name = run["estimator"] + (f", passes over a rollout: {run['epochs']}" if run["epochs"] else "")
-        mark = "**" if score == best else ""
-        rows.append([name, f"{run['rate']:g}", f"{mark}{score:.2f}{mark}", f"{last['true_reward']:.2f}"])
-    return table(["estimator", "learning rate", "learned reward - beta KL", "true reward"], rows)
+    rows, found = [], sweep_scores(sweep, kl)
+    for run, scores in found.items():
+        mean = statistics.fmean(scores)
+        best = max(statistics.fmean(of_run) for other, of_run in found.items() if other.estimator == run.estimator)
+        mark = "**" if mean == best else ""
+        each = " ".join(f"{score:.2f}" for score in scores)
+        rows.append([run.estimator, f"{run.rate:g}", f"{mark}{mean:.2f}{mark}", each])
+    return table(["estimator", "learning rate", "learned reward - beta KL", "of each seed"], rows)
 
 
 def common_place(runs: dict[str, list[list[dict]]], axis: str) -> float:

@@ -5,7 +5,7 @@
 Two tasks: the demo's, and one whose rewards tell prompts apart more than answers (`uneven`).
 
  1. `prepare`: corpus, supervised policy and reward model (skipped with --data, --actor and --reward).
- 2. `sweep`: one run per task, estimator and learning rate, on a seed of its own; the best rate is taken.
+ 2. `sweep`: every estimator with each learning rate, on seeds of their own; the rate that is best on average is taken.
  3. `train`: every estimator with every seed.
  4. `answers`: squared gradients of single answers, with respect to the logits, at the supervised policy and at a
     half-trained and a trained ReMax policy.
@@ -24,6 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a run is one thread, so that its CPU seco
 import argparse
 import json
 import multiprocessing
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from typing import Any
 import report
 from experiment import ESTIMATORS, TASKS, Run, Setting, measure_answers, measure_variance, train
 
+from remax.algorithms import ALGORITHMS
 from remax.demo.prepare import make_demo
 from utils.run import UserError, run_main
 
@@ -43,8 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("prepare", "sweep", "train", "answers", "variance", "report")
 RATES = (1e-4, 3e-4, 1e-3)
 CRITIC_RATE = 1e-3
-PPO_EPOCHS = {1e-4: (1, 4), 3e-4: (1, 4), 1e-3: (1,)}  # four steps per rollout need a lower rate than one
-SWEEP_SEED = 1000  # of no other run
+SWEEP_SEEDS = (1000, 1001, 1002)  # of no other run
 SUPERVISED = "--learning_rate 3e-3 --weight_decay 0 --num_train_epochs 5"
 RANKING = "--learning_rate 2e-3 --weight_decay 0.1 --num_train_epochs 3"
 BOTH = (
@@ -123,20 +124,20 @@ def in_processes(function: Callable[..., None], jobs: list[tuple], workers: int)
 
 def sweep_runs(estimators: list[str]) -> list[Run]:
     return [
-        Run(name, SWEEP_SEED, rate, CRITIC_RATE if name == "ppo" else None, epochs)
+        Run(name, seed, rate, CRITIC_RATE if ALGORITHMS[ESTIMATORS[name].algorithm].critic else None)
+        for seed in SWEEP_SEEDS
         for name in estimators
         for rate in RATES
-        for epochs in (PPO_EPOCHS[rate] if name == "ppo" else (None,))
     ]
 
 
 def chosen_runs(sweep: list[dict], estimators: list[str], seeds: int, kl: float) -> list[Run]:
-    """Each estimator at the setting with the highest objective at the end of the sweep, with every seed."""
-    runs = []
+    """Each estimator at the rate with the highest objective at the end of the sweep's runs, with every seed."""
+    scores, runs = report.sweep_scores(sweep, kl), []
     for name in estimators:
-        best = max((r for r in sweep if r["run"]["estimator"] == name), key=lambda r: report.final_objective(r, kl))
-        for seed in range(seeds):
-            runs.append(Run(**best["run"] | {"seed": seed, "snapshots": name == "remax" and seed == 0}))
+        found = {run: statistics.fmean(of_run) for run, of_run in scores.items() if run.estimator == name}
+        best = max(found, key=found.__getitem__)
+        runs += [replace(best, seed=seed, snapshots=name == "remax" and seed == 0) for seed in range(seeds)]
     return sorted(runs, key=lambda run: (not run.snapshots, run.seed))  # the variance waits for the snapshots
 
 
