@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,16 @@ def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> list[float]
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of Markdown."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def fill(document: Path, found: Mapping[str, Sequence[str]]) -> None:
+    """Puts lines between their marks, or with these at the end of the document; the prose stays."""
+    text = document.read_text(encoding="utf-8")
+    for name, lines in found.items():
+        begin, end = (f"<!-- {word} {name} -->\n" for word in ("begin", "end"))
+        before, _, rest = text.partition(begin)
+        text = before + begin + "\n".join(lines).rstrip() + "\n" + end + rest.partition(end)[2]
+    document.write_text(text, encoding="utf-8")
 
 
 NOTES = "\n## What it shows\n"

@@ -29,6 +29,7 @@ from measuring import (
     config_of,
     corpus_tokenizer,
     figures_of,
+    fill,
     forget_peak,
     machine,
     make_models,
@@ -354,16 +355,6 @@ def tables(measured: dict[str, dict[str, int]], cuda: bool) -> dict[str, list[st
     heads = ("GPUs", "Adam offloaded", "algorithm", "authors' README", "ICML version", "planned")
     batches, models = table(heads, largest_batches()), table(("GiB", "paper", "planned"), model_states())
     return {"cpu": lines, "batches": batches, "models": models}
-
-
-def fill(document: Path, found: dict[str, list[str]]) -> None:
-    """Puts tables between their marks; the prose stays."""
-    text = document.read_text(encoding="utf-8")
-    for name, lines in found.items():
-        begin, end = (f"<!-- {word} {name} -->\n" for word in ("begin", "end"))
-        before, _, rest = text.partition(begin)
-        text = before + begin + "\n".join(lines).rstrip() + "\n" + end + rest.partition(end)[2]
-    document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import runpy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,16 @@ from utils.distributed import shutdown
 
 @pytest.fixture(scope="module")
 def modules(root):
-    """The experiment and its report; they stand beside their program, in a folder that is no package."""
+    """Where the names of the experiment and of its report are; they stand beside their program, in no package."""
     import importlib
 
     patch = pytest.MonkeyPatch()
-    patch.syspath_prepend(root / "benchmarks/estimators")
-    yield importlib.import_module("experiment"), importlib.import_module("report")
+    for folder in ("benchmarks", "benchmarks/estimators"):
+        patch.syspath_prepend(root / folder)
+    found: dict = {}
+    for name in ("experiment", "training", "fixed_policy"):
+        found |= vars(importlib.import_module(name))
+    yield SimpleNamespace(**found), importlib.import_module("report")
     patch.undo()
     shutdown()  # the experiment joins a process group of one rank, which later tests are not in
 
@@ -68,6 +73,57 @@ def test_a_run_spends_its_tokens(modules, setting, tmp_path, name):
     assert report.at(line, "tokens", 50, lambda point: point["x"]) == 2.0
 
 
+@pytest.mark.parametrize("name", ["sft_chosen", "r_dpo"])
+def test_a_run_from_pairs_generates_nothing(modules, setting, tmp_path, monkeypatch, name):
+    experiment, report = modules
+    seen: list = []
+    step = experiment.optimizer_step
+    monkeypatch.setitem(
+        experiment.train_offline.__globals__,
+        "optimizer_step",
+        lambda task, batches: seen.append((task, *batches)) or step(task, batches),
+    )
+    path = tmp_path / "run.json"
+    # tokens 200, of which 1000 are 5 or 6 steps: 1 or 1.2, so the last mark is reached after 1 or 2
+    experiment.train_offline(path, experiment.Run(name, 0, 1e-3), dataclasses.replace(setting, tokens=200))
+    record = json.loads(path.read_text())
+    points, steps = record["points"], {"r_dpo": [0, 1, 1], "sft_chosen": [0, 1, 2]}[name]
+    assert [point["steps"] for point in points] == steps and len(seen) == steps[-1]
+    assert all(point["tokens"] == 0 for point in points) and points[-1]["cpu_seconds"] > 0
+    assert points[0]["kl"] == pytest.approx(0.0, abs=1e-5) and points[-1]["kl"] != points[0]["kl"]
+    assert {*points[-1]["answers"]} == {"true_reward", "length"}
+    task, batch = seen[0]
+    assert len(batch) == {"r_dpo": 4, "sft_chosen": 8}[name]  # 8 answers are read for a step
+    if name == "r_dpo":
+        assert (task.beta, task.alpha) == (setting.kl, experiment.LENGTH_ALPHA)
+    uneven = experiment.with_unevenness(record, 5.0)["points"][-1]
+    assert uneven["reward"] - points[-1]["reward"] == pytest.approx(5 * record["ease"]) != 0
+    assert report.at(points, "tokens", 100, lambda point: point["kl"]) == points[-1]["kl"]  # at any number of tokens
+
+
+def test_win_rates_by_hand(modules, monkeypatch):
+    from remax.evaluation import winrates
+    from remax.evaluation.winrates import Comparison, length_controlled
+
+    monkeypatch.setattr(winrates, "REFITS", 2)  # for the interval, which is not looked at
+    _, report = modules
+    point = {"answers": {"true_reward": [3.0, 1.0, 2.0, 0.0], "length": [9, 4, 6, 2]}}
+    draws = [
+        {"true_reward": [2.0, 1.0, 2.5, -1.0], "length": [5, 4, 9, 3]},
+        {"true_reward": [3.0, 2.0, 1.0, -1.0], "length": [6, 5, 5, 1]},
+    ]
+    assert report.win_rate(point, draws) == pytest.approx(100 * (1 + 0.5 + 0 + 1 + 0.5 + 0 + 1 + 1) / 8)
+    # The same comparisons as texts whose characters are as many.
+    comparisons = [
+        Comparison(str(k), "x" * draw["length"][k], "x" * length, ("a", "b"), float(p), None, k)
+        for draw, of_draw in zip(draws, report.wins(point, draws), strict=True)
+        for k, (length, p) in enumerate(zip(point["answers"]["length"], of_draw, strict=True))
+    ]
+    rate, _ = length_controlled(comparisons)
+    assert report.controlled_win_rate(point, draws) == pytest.approx(rate.value)
+    assert abs(rate.value - report.win_rate(point, draws)) > 0.1
+
+
 def test_gradient_variance(modules, setting, tmp_path):
     experiment, report = modules
     names = ("reinforce", "reinforce, reward + 2", "remax", "remax, reward + 2", "calibrated_2", "rloo_4")
@@ -105,7 +161,7 @@ def test_squared_gradients_of_answers(modules, setting, tmp_path):
         }
         assert all(block["answers"] == 4 * 4 for blocks in record["probes"].values() for block in blocks)
         found[task] = means
-        assert report.answers_table({"supervised": record}).count("\n") == 1 + len(means)
+        assert len(report.answers_table({"supervised": record})) == 2 + len(means) + 1  # head, rule, empty line
     # What a prompt adds to all its answers alike, a greedy answer and other answers know, a mean over prompts does not.
     for name in ("remax", "rloo_2", "rloo_4"):
         assert found["uneven"][name] == pytest.approx(found["demo"][name], rel=1e-3)
@@ -154,29 +210,38 @@ def test_compare_by_hand(modules):
 def test_intervals(modules):
     _, report = modules
     # sample standard deviation of 1, 2, 3 is 1; t with 2 degrees of freedom is 4.303
-    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
     # Welch with equal spreads: 4 degrees of freedom, error sqrt(1/3 + 1/3)
-    assert report.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx((1.0, 2.776 * math.sqrt(2 / 3)))
+    assert report.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx(
+        (1.0, 2.776 * math.sqrt(2 / 3)), rel=1e-3
+    )
     # The jackknife of a mean is its standard error: of 1, 2, 3 without one each, 2.5, 2, 1.5
-    assert report.jackknife(2.0, [2.5, 2.0, 1.5]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+    assert report.jackknife(2.0, [2.5, 2.0, 1.5]) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
 
 
 def test_the_report_has_the_tables_of_every_task(modules, setting, tmp_path, monkeypatch):
     # Records of two seeds with made-up figures; the folder's estimators.md has the markers of one table already.
     experiment, report = modules
-    monkeypatch.setattr(report, "plot_rewards", lambda runs, path: path.touch())
+    monkeypatch.setattr(report, "plot_rewards", lambda runs, kl, path: path.touch())
     monkeypatch.setattr(report, "plot_variance", lambda variance, path: path.touch())
+    monkeypatch.setattr(
+        report, "controlled_win_rate", lambda point, draws: 10 * point["reward"]
+    )  # 68 regressions' time
     (tmp_path / "estimators.md").write_text("# T\n<!-- begin answers -->\nold\n<!-- end answers -->\nProse.\n")
 
     def runs(seeds: list[int]) -> list[dict]:
         point = {"steps": 10, "seconds": 9.0, "cpu_seconds": 8.0, "reward": 2.0, "true_reward": 1.0, "kl": 1.0}
-        start = dict.fromkeys(point, 0.0) | {"tokens": 0}
+        start = dict.fromkeys(point, 0.0) | {"tokens": 0, "length": 3.0}
+        each = {"true_reward": [1.0] * 6, "length": [5] * 6}
         return [
             {
                 "run": dataclasses.asdict(experiment.Run(name, seed, 1e-3)),
-                "points": [start, point | {"tokens": 90 + seed}],
+                "points": [
+                    start | {"answers": each},
+                    start | point | {"tokens": 90 + seed if name in experiment.ESTIMATORS else 0, "answers": each},
+                ],
             }
-            for name in experiment.ESTIMATORS
+            for name in experiment.METHODS
             for seed in seeds
         ]
 
@@ -188,29 +253,34 @@ def test_the_report_has_the_tables_of_every_task(modules, setting, tmp_path, mon
     task = {
         "sweep": runs([9]),
         "runs": runs([0, 1]),
+        "draws": [{"true_reward": [0.0, 0.0, 0.0, 1.0, 1.0, 2.0], "length": [5] * 6}],
         "answers": {"supervised": answers},
         "variance": {"supervised": {"rewards": rewards, "probes": probes}},
     }
     report.write({"demo": task, "uneven": task}, setting, tmp_path)
     text = (tmp_path / "estimators.md").read_text()
-    names = ("rewards", "answers", "variance", "constant", "tokens", "seconds", "sweep")
+    names = ("rewards", "answers", "variance", "constant", "tokens", "seconds", "wins", "sweep")
     assert all(f"<!-- begin {name}{behind} -->" in text for name in names for behind in ("", "_uneven"))
     assert "old" not in text and "Prose." in text
     assert "| calibrated | 3.00 ± 0.00 | 30 |" in text  # 6 / 2 an answer, times 20 / 2 tokens
+    # 3 wins, 2 ties of 6
+    assert "| dpo | 66.7 ± 0.0 | 20.0 ± 0.0 | 3.0 ± 0.0 | 66.7 ± 0.0 | 20.0 ± 0.0 | 3.0 ± 0.0 |" in text
+    assert "| dpo | 8.0 | 2.00 ± 0.00" in text and "| dpo | none | 2.00 ± 0.00" in text  # its end; generates none
     assert "| calibrated_4 | 0.1 k | 2.00 ± 0.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 1.70 ± 0.00 | 0.00 ± 0.00" in text
     # variance 4 of a unit, 8 s / 10 steps for 8 // 2 prompts: 4 * 0.2
     assert "| supervised | calibrated | 10.0 | 2 ± 0 | 1.00 (1.00 to 1.00) | 0.8 |" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {
         f"estimators_{kind}{behind}.png" for kind in ("reward", "variance") for behind in ("", "_uneven")
     }
-    assert json.loads((tmp_path / "estimators.json").read_text())["tasks"].keys() == {"demo", "uneven"}
+    tasks = json.loads((tmp_path / "estimators.json").read_text())["tasks"]
+    assert tasks.keys() == {"demo", "uneven"} and "answers" not in tasks["demo"]["runs"][0]["points"][0]
 
 
 def test_the_report_keeps_the_prose(modules, tmp_path):
     _, report = modules
     document = tmp_path / "estimators.md"
     document.write_text("# Title\n<!-- begin tokens -->\nold\n<!-- end tokens -->\nWhat it means.\n")
-    report.fill(document, {"tokens": r"new \1", "sweep": "added"})
+    report.fill(document, {"tokens": [r"new \1"], "sweep": ["added"]})
     text = document.read_text()
     assert "old" not in text and "\nnew \\1\n" in text and "What it means.\n" in text
     assert text.index("What it means.") < text.index("added")

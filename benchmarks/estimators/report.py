@@ -6,9 +6,9 @@ Intervals are 95 %: Student's t over seeds, and over the blocks left out in turn
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,12 +19,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from experiment import ESTIMATORS, PROBES, Run, Setting
+from experiment import ESTIMATORS, METHODS, Run, Setting
+from fixed_policy import PROBES
+from measuring import fill, table
+from scipy.stats import t as students_t
 
-# Student's t, 97.5 % quantile, 1 to 20 degrees of freedom
-T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+from remax.evaluation.winrates import best_cost, fit, relative_lengths, sigmoid
+
 COLOURS = {name: plt.get_cmap("tab20")(place) for place, name in enumerate(ESTIMATORS)}
+DRAWN = ("reinforce_mean", "remax", "calibrated", "calibrated_4", "rloo_4", "grpo_4", "ppo", "dpo")  # as curves
 AXES = {"tokens": "generated tokens (greedy ones included)", "cpu_seconds": "seconds of training on one core"}
 BASIS = "remax"  # what others are compared with; of the trained ones also RIVAL
 RIVAL = "rloo_4"
@@ -32,8 +35,7 @@ RIVAL = "rloo_4"
 
 def quantile(freedom: float) -> float:
     """The factor of a standard error in a 95 % interval."""
-    freedom = int(freedom)
-    return T[freedom - 1] if freedom <= len(T) else 1.96 + 2.5 / freedom
+    return float(students_t.ppf(0.975, freedom))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -68,17 +70,17 @@ def final_objective(record: dict, kl: float) -> float:
 
 def at(points: list[dict], axis: str, where: float, value: Callable[[dict], float]) -> float:
     """The value at a place on an axis, linear between evaluations."""
-    return float(np.interp(where, [point[axis] for point in points], [value(point) for point in points]))
+    places = [point[axis] for point in points]
+    right = bisect.bisect_left(places, where)
+    if right == len(places):  # at the end, where a method that generates nothing is at any number of tokens
+        return value(points[-1])
+    near = range(max(right - 1, 0), right + 1)
+    return float(np.interp(where, [places[k] for k in near], [value(points[k]) for k in near]))
 
 
-def by_estimator(records: list[dict]) -> dict[str, list[list[dict]]]:
-    """Estimator -> the points of each of its runs."""
-    return {name: [r["points"] for r in records if r["run"]["estimator"] == name] for name in ESTIMATORS}
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def by_method(records: list[dict]) -> dict[str, list[list[dict]]]:
+    """Method -> the points of each of its runs."""
+    return {name: [r["points"] for r in records if r["run"]["estimator"] == name] for name in METHODS}
 
 
 def plus_minus(pair: tuple[float, float], digits: int = 2) -> str:
@@ -91,14 +93,14 @@ def brief(x: float, digits: int = 3) -> str:
 
 
 def sweep_scores(sweep: list[dict], kl: float) -> dict[Run, list[float]]:
-    """By estimator and rate, the final objectives of the sweep's runs, one for each seed."""
+    """By method and rate, the final objectives of the sweep's runs, one for each seed."""
     found: dict[Run, list[float]] = {}
     for record in sweep:
         found.setdefault(Run(**record["run"] | {"seed": 0}), []).append(final_objective(record, kl))
-    return dict(sorted(found.items(), key=lambda item: (list(ESTIMATORS).index(item[0].estimator), item[0].rate)))
+    return dict(sorted(found.items(), key=lambda item: (METHODS.index(item[0].estimator), item[0].rate)))
 
 
-def sweep_table(sweep: list[dict], kl: float) -> str:
+def sweep_table(sweep: list[dict], kl: float) -> list[str]:
     rows, found = [], sweep_scores(sweep, kl)
     for run, scores in found.items():
         mean = statistics.fmean(scores)
@@ -106,15 +108,15 @@ def sweep_table(sweep: list[dict], kl: float) -> str:
         mark = "**" if mean == best else ""
         each = " ".join(f"{score:.2f}" for score in scores)
         rows.append([run.estimator, f"{run.rate:g}", f"{mark}{mean:.2f}{mark}", each])
-    return table(["estimator", "learning rate", "learned reward - beta KL", "of each seed"], rows)
+    return table(["method", "learning rate", "learned reward - beta KL", "of each seed"], rows)
 
 
 def common_place(runs: dict[str, list[list[dict]]], axis: str) -> float:
-    """The farthest place on an axis that every run reached."""
-    return min(points[-1][axis] for each in runs.values() for points in each)
+    """The farthest place on an axis that every run reached which moves on it."""
+    return min(points[-1][axis] for each in runs.values() for points in each if points[-1][axis])
 
 
-def final_table(runs: dict[str, list[list[dict]]], axis: str, kl: float) -> str:
+def final_table(runs: dict[str, list[list[dict]]], axis: str, kl: float) -> list[str]:
     values = {
         "learned reward": lambda p: p["reward"],
         "true reward": lambda p: p["true_reward"],
@@ -134,9 +136,56 @@ def final_table(runs: dict[str, list[list[dict]]], axis: str, kl: float) -> str:
             for basis, found in zip((BASIS, RIVAL), others, strict=True)
         ]
         spent = statistics.fmean(at(points, axis, place, lambda p: p[other]) for points in each)
-        rows.append([name, f"{spent:.1f}" if other == "cpu_seconds" else f"{spent / 1000:.1f} k", *cells, *against])
+        shown = f"{spent:.1f}" if other == "cpu_seconds" else f"{spent / 1000:.1f} k" if spent else "none"
+        rows.append([name, shown, *cells, *against])
     header = ["estimator", "seconds" if other == "cpu_seconds" else "tokens", *values]
     return table([*header, f"less {BASIS}'s", f"less {RIVAL}'s"], rows)
+
+
+def wins(point: dict, draws: list[dict]) -> np.ndarray:
+    """(draws, prompts): 1 where the answer's true reward is above that of the supervised policy's, 1/2 where equal."""
+    against = np.array([draw["true_reward"] for draw in draws])
+    return 0.5 + 0.5 * np.sign(np.array(point["answers"]["true_reward"]) - against)
+
+
+def win_rate(point: dict, draws: list[dict]) -> float:
+    """Percent."""
+    return 100 * float(wins(point, draws).mean())
+
+
+def controlled_win_rate(point: dict, draws: list[dict]) -> float:
+    """Percent, as if both answers were of one length: the minimal one of `remax.evaluation.winrates`, in tokens."""
+    p = wins(point, draws).flatten()
+    longer = (np.array([draw["length"] for draw in draws]) - np.array(point["answers"]["length"])).flatten()
+    features, weight = np.stack([relative_lengths(longer.astype(float)), np.ones(len(p))], axis=1), np.ones(len(p))
+    return 100 * float(sigmoid(fit(features, p, weight, best_cost(features, p, weight))[1]))
+
+
+def wins_at(runs: dict[str, list[list[dict]]], draws: list[dict]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Method -> axis -> figure -> of each run at the axis' common place."""
+    figures: dict[str, Callable[[dict], float]] = {
+        "win rate": lambda point: win_rate(point, draws),
+        "length-controlled": lambda point: controlled_win_rate(point, draws),
+        "length": lambda point: point["length"],
+    }
+    places = {axis: common_place(runs, axis) for axis in AXES}
+    return {
+        name: {
+            axis: {what: [at(points, axis, place, value) for points in each] for what, value in figures.items()}
+            for axis, place in places.items()
+        }
+        for name, each in runs.items()
+    }
+
+
+def wins_table(found: dict[str, dict[str, dict[str, list[float]]]]) -> list[str]:
+    rows = [
+        [name, *(plus_minus(interval(values), 1) for of_axis in axes.values() for values in of_axis.values())]
+        for name, axes in found.items()
+    ]
+    names = {"tokens": "equal tokens", "cpu_seconds": "equal time"}
+    columns = [f"{what}, {names[axis]}" for axis, figures in next(iter(found.values())).items() for what in figures]
+    return table(["method", *columns], rows)
 
 
 def ratio(figures: dict, basis: dict) -> str:
@@ -156,7 +205,7 @@ def relative(figures: dict) -> str:
     return f"{brief(variance / signal, 2)} ({low} to {brief(variance / (signal - half), 2)})"
 
 
-def answers_table(answers: dict[str, dict]) -> str:
+def answers_table(answers: dict[str, dict]) -> list[str]:
     """E sum_t w_t A_t^2 of an answer, and times the tokens that an answer costs, greedy ones included."""
     rows = []
     names = next(iter(answers.values()))["probes"]
@@ -177,10 +226,11 @@ def seconds_per_prompt(runs: dict[str, list[list[dict]]], answers_per_step: int)
         name: statistics.fmean(end["cpu_seconds"] / end["steps"] for end in found)
         / (answers_per_step // ESTIMATORS[name].answers)
         for name, found in ends.items()
+        if name in ESTIMATORS
     }
 
 
-def variance_tables(variance: dict[str, dict], seconds: dict[str, float]) -> tuple[str, str]:
+def variance_tables(variance: dict[str, dict], seconds: dict[str, float]) -> tuple[list[str], list[str]]:
     """-> estimators as trained, with their variance per second of a step; and those with a constant added."""
     plain = [name for name in PROBES if "reward" not in name]
     rows = []
@@ -208,7 +258,7 @@ def variance_tables(variance: dict[str, dict], seconds: dict[str, float]) -> tup
     return table([*header, "cosine"], rows), table(["estimator", *variance], constant_rows)
 
 
-def rewards_table(variance: dict[str, dict]) -> str:
+def rewards_table(variance: dict[str, dict]) -> list[str]:
     names = {
         "mean": "mean reward",
         "within": "deviation within a prompt",
@@ -220,22 +270,31 @@ def rewards_table(variance: dict[str, dict]) -> str:
     return table(["policy", *names.values()], rows)
 
 
-def plot_rewards(runs: dict[str, list[list[dict]]], path: Path) -> None:
-    values = {"reward": "learned reward", "true_reward": "true reward", "kl": "KL to the reference, nats per answer"}
+def plot_rewards(runs: dict[str, list[list[dict]]], kl: float, path: Path) -> None:
+    """Curves of the methods in DRAWN; those that generate nothing are on the axis of time alone."""
+    values: dict[str, Callable[[dict], float]] = {
+        "learned reward - beta KL": lambda point: objective(point, kl),
+        "true reward": lambda point: point["true_reward"],
+        "KL to the reference, nats per answer": lambda point: point["kl"],
+    }
     figure, grid = plt.subplots(len(AXES), len(values), figsize=(13, 7.5), sharex="row", sharey="col")
     for row, (axis, label) in zip(grid, AXES.items(), strict=True):
-        for place, (value, title) in zip(row, values.items(), strict=True):
-            for name, each in runs.items():
-                x = np.linspace(0, min(points[-1][axis] for points in each), 60)
-                curves = [[at(points, axis, where, lambda p, v=value: p[v]) for where in x] for points in each]
+        for place, (title, value) in zip(row, values.items(), strict=True):
+            for number, name in enumerate(DRAWN):
+                end = min(points[-1][axis] for points in runs[name])
+                if not end:
+                    continue
+                x = np.linspace(0, end, 60)
+                curves = [[at(points, axis, where, value) for where in x] for points in runs[name]]
                 pairs = np.array([interval(list(column)) for column in zip(*curves, strict=True)])
-                place.plot(x, pairs[:, 0], color=COLOURS[name], label=name, linewidth=1.8)
+                colour = plt.get_cmap("tab10")(number)
+                place.plot(x, pairs[:, 0], color=colour, label=name, linewidth=1.8)
                 low, high = pairs[:, 0] - pairs[:, 1], pairs[:, 0] + pairs[:, 1]
-                place.fill_between(x, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+                place.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             place.set_title(title, fontsize=10)
             place.set_xlabel(label, fontsize=9)
             place.grid(alpha=0.3)
-    grid[0, 0].legend(fontsize=8)
+    grid[1, 0].legend(fontsize=8)
     figure.suptitle("Held-out prompts: mean of the seeds with 95 % intervals")
     figure.tight_layout()
     figure.savefig(path, dpi=85)
@@ -265,17 +324,6 @@ def plot_variance(variance: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
-def fill(document: Path, blocks: dict[str, str]) -> None:
-    """Puts each text between its markers; a document without them gets them at its end."""
-    text = document.read_text(encoding="utf-8") if document.exists() else "# The estimators compared\n"
-    for name, content in blocks.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        block = f"{begin}\n{content}\n{end}"
-        found = re.compile(re.escape(begin) + ".*?" + re.escape(end), flags=re.DOTALL)
-        text = found.sub(lambda _, block=block: block, text) if found.search(text) else f"{text}\n{block}\n"
-    document.write_text(text, encoding="utf-8")
-
-
 def rounded(value):
     """Five significant digits, in any nesting."""
     if isinstance(value, dict):
@@ -285,18 +333,33 @@ def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def figures_alone(records: dict) -> dict:
+    """A task's records without what each single answer is worth, which is most of their size."""
+    lean = {
+        name: [
+            record | {"points": [{k: v for k, v in point.items() if k != "answers"} for point in record["points"]]}
+            for record in records[name]
+        ]
+        for name in ("sweep", "runs")
+    }
+    return {name: lean.get(name, value) for name, value in records.items() if name != "draws"}
+
+
 def write(found: dict[str, dict], setting: Setting, folder: Path) -> None:
     """The report of all tasks.
 
     Args:
-        found: By task, {sweep, runs, answers, variance}. The tables of tasks but the first have its name behind theirs.
+        found: By task, {sweep, runs, draws, answers, variance}. The tables of tasks but the first have its name behind
+            theirs.
     """
-    kl, blocks = setting.kl, {}
+    kl, blocks, tasks = setting.kl, {}, {}
     for place, (task, records) in enumerate(found.items()):
-        runs, variance = by_estimator(records["runs"]), records["variance"]
+        runs, variance = by_method(records["runs"]), records["variance"]
+        won = wins_at(runs, records["draws"])
+        tasks[task] = figures_alone(records) | {"wins": won}
         measured, shifted = variance_tables(variance, seconds_per_prompt(runs, setting.answers_per_step))
         behind = f"_{task}" if place else ""
-        plot_rewards(runs, folder / f"estimators_reward{behind}.png")
+        plot_rewards(runs, kl, folder / f"estimators_reward{behind}.png")
         plot_variance(variance, folder / f"estimators_variance{behind}.png")
         of_task = {
             "rewards": rewards_table(variance),
@@ -305,11 +368,15 @@ def write(found: dict[str, dict], setting: Setting, folder: Path) -> None:
             "constant": shifted,
             "tokens": final_table(runs, "tokens", kl),
             "seconds": final_table(runs, "cpu_seconds", kl),
+            "wins": wins_table(won),
             "sweep": sweep_table(records["sweep"], kl),
         }
         blocks |= {name + behind: text for name, text in of_task.items()}
-    fill(folder / "estimators.md", blocks)
+    document = folder / "estimators.md"
+    if not document.exists():
+        document.write_text("# The estimators compared\n", encoding="utf-8")
+    fill(document, blocks)
     paths = ("data", "actor", "reward", "cache", "unevenness")
     settings = {name: value for name, value in asdict(setting).items() if name not in paths}
-    record = rounded({"setting": settings, "tasks": found})
+    record = rounded({"setting": settings, "tasks": tasks})
     (folder / "estimators.json").write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")

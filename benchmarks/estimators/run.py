@@ -7,10 +7,12 @@ Two tasks: the demo's, and one whose rewards tell prompts apart more than answer
  1. `prepare`: corpus, supervised policy and reward model (skipped with --data, --actor and --reward).
  2. `sweep`: every estimator with each learning rate, on seeds of their own; the rate that is best on average is taken.
  3. `train`: every estimator with every seed.
- 4. `answers`: squared gradients of single answers, with respect to the logits, at the supervised policy and at a
+ 4. `offline`: supervised learning, DPO and R-DPO from the pairs that the reward model has learned from, swept and
+    trained alike; for both tasks at once, whose rewards they do not see.
+ 5. `answers`: squared gradients of single answers, with respect to the logits, at the supervised policy and at a
     half-trained and a trained ReMax policy.
- 5. `variance`: variance of the gradient of all parameters, at the same policies.
- 6. `report`: tables in estimators.md, plots, and all figures in estimators.json.
+ 6. `variance`: variance of the gradient of all parameters, at the same policies.
+ 7. `report`: tables in estimators.md, plots, and all figures in estimators.json.
 
 What is finished is skipped, so an interrupted experiment goes on where it stood. One to two hours on two free cores.
 """
@@ -27,24 +29,29 @@ import multiprocessing
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import report
-from experiment import ESTIMATORS, TASKS, Run, Setting, measure_answers, measure_variance, train
-
-from remax.algorithms import ALGORITHMS
-from remax.demo.prepare import make_demo
-from utils.run import UserError, run_main
-
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("prepare", "sweep", "train", "answers", "variance", "report")
+sys.path.append(str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+from experiment import ESTIMATORS, OFFLINE, TASKS, Run, Setting  # noqa: E402
+from fixed_policy import measure_answers, measure_variance  # noqa: E402
+from training import draw_supervised, train, train_offline, with_unevenness  # noqa: E402
+
+from remax.algorithms import ALGORITHMS  # noqa: E402
+from remax.demo.prepare import make_demo  # noqa: E402
+from utils.run import UserError, run_main  # noqa: E402
+
+STAGES = ("prepare", "sweep", "train", "offline", "answers", "variance", "report")
 RATES = (1e-4, 3e-4, 1e-3)
 CRITIC_RATE = 1e-3
+WITH_CRITIC = [name for name, estimator in ESTIMATORS.items() if ALGORITHMS[estimator.algorithm].critic]
 SWEEP_SEEDS = (1000, 1001, 1002)  # of no other run
 SUPERVISED = "--learning_rate 3e-3 --weight_decay 0 --num_train_epochs 5"
 RANKING = "--learning_rate 2e-3 --weight_decay 0.1 --num_train_epochs 3"
@@ -122,27 +129,46 @@ def in_processes(function: Callable[..., None], jobs: list[tuple], workers: int)
     return [json.loads(job[0].read_text()) for job in jobs]
 
 
-def sweep_runs(estimators: list[str]) -> list[Run]:
+def sweep_runs(methods: Iterable[str]) -> list[Run]:
     return [
-        Run(name, seed, rate, CRITIC_RATE if ALGORITHMS[ESTIMATORS[name].algorithm].critic else None)
+        Run(name, seed, rate, CRITIC_RATE if name in WITH_CRITIC else None)
         for seed in SWEEP_SEEDS
-        for name in estimators
+        for name in methods
         for rate in RATES
     ]
 
 
-def chosen_runs(sweep: list[dict], estimators: list[str], seeds: int, kl: float) -> list[Run]:
-    """Each estimator at the rate with the highest objective at the end of the sweep's runs, with every seed."""
+def chosen_runs(sweep: list[dict], methods: Iterable[str], seeds: int, kl: float) -> list[Run]:
+    """Each method at the rate with the highest objective at the end of the sweep's runs, with every seed."""
     scores, runs = report.sweep_scores(sweep, kl), []
-    for name in estimators:
+    for name in methods:
         found = {run: statistics.fmean(of_run) for run, of_run in scores.items() if run.estimator == name}
         best = max(found, key=found.__getitem__)
         runs += [replace(best, seed=seed, snapshots=name == "remax" and seed == 0) for seed in range(seeds)]
     return sorted(runs, key=lambda run: (not run.snapshots, run.seed))  # the variance waits for the snapshots
 
 
-def train_all(runs: list[Run], setting: Setting, folder: Path, workers: int) -> list[dict]:
-    return in_processes(train, [(folder / run.name / "run.json", run, setting) for run in runs], workers)
+def swept_and_trained(
+    function: Callable[..., None], methods: Iterable[str], setting: Setting, folder: Path, args: argparse.Namespace
+) -> tuple[list[dict], list[dict]]:
+    """-> records of the sweep, and of the runs at what it chose, which are not made for the stage `sweep` alone."""
+
+    def records(runs: list[Run], setting: Setting, folder: Path) -> list[dict]:
+        jobs = [(folder / run.name / "run.json", run, setting) for run in runs]
+        return in_processes(function, jobs, args.workers)
+
+    sweep = records(sweep_runs(methods), replace(setting, evaluations=2), folder / "sweep")
+    if set(args.stages) <= {"prepare", "sweep"}:
+        return sweep, []
+    return sweep, records(chosen_runs(sweep, methods, args.seeds, setting.kl), setting, folder / "train")
+
+
+def offline(args: argparse.Namespace) -> dict[str, Any]:
+    """Records of the methods that read pairs: sweep, runs; and the draws that win rates are over."""
+    setting, folder = setting_of(args), args.output / "offline"
+    sweep, runs = swept_and_trained(train_offline, OFFLINE, setting, folder, args)
+    (supervised,) = in_processes(draw_supervised, [(folder / "supervised.json", setting)], 1)
+    return {"sweep": sweep, "runs": runs, "draws": supervised["draws"]}
 
 
 def measure(
@@ -158,13 +184,10 @@ def study(args: argparse.Namespace, task: str) -> dict[str, Any]:
     setting, output, stages = setting_of(args, task), args.output / task, set(args.stages)
     found: dict[str, Any] = {"sweep": [], "runs": [], "answers": {}, "variance": {}}
     policies = dict(pair.split("=", 1) for pair in args.policies or [])
-    if {"sweep", "train", "report"} & stages or not policies:
-        sweep = replace(setting, evaluations=2)
-        found["sweep"] = train_all(sweep_runs(args.estimators), sweep, output / "sweep", args.workers)
-    if {"train", "report"} & stages or ({"answers", "variance"} & stages and not policies):
-        runs = chosen_runs(found["sweep"], args.estimators, args.seeds, setting.kl)
-        found["runs"] = train_all(runs, setting, output / "train", args.workers)
-        snapshots = output / "train" / runs[0].name
+    if {"sweep", "train", "report"} & stages or ({"answers", "variance"} & stages and not policies):
+        found["sweep"], found["runs"] = swept_and_trained(train, args.estimators, setting, output, args)
+    if found["runs"]:
+        snapshots = output / "train" / Run(**found["runs"][0]["run"]).name
         names = {"half-trained": "policy_half", "trained": "policy_end"}
         policies = policies or {
             "supervised": setting.actor,
@@ -184,6 +207,12 @@ def main() -> None:
     if set(args.stages) == {"prepare"}:
         return
     found = {task: study(args, task) for task in args.tasks}
+    if {"offline", "report"} & set(args.stages):
+        of_pairs = offline(args)
+        for task, records in found.items():
+            records["draws"] = of_pairs["draws"]
+            for name in ("sweep", "runs"):
+                records[name] += [with_unevenness(record, TASKS[task]) for record in of_pairs[name]]
     if "report" in args.stages:
         args.results.mkdir(parents=True, exist_ok=True)
         report.write(found, setting_of(args), args.results)

@@ -132,9 +132,7 @@ def length_controlled(
         UserError: The difficulty of a prompt is not known.
     """
     first, second = _lengths(comparisons)
-    difference = (first - second).astype(float)
-    spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
-    columns = [np.tanh(difference / spread) if spread else difference, np.ones(len(comparisons))]
+    columns = [relative_lengths((first - second).astype(float)), np.ones(len(comparisons))]
     names = ["length", "model"]
     if difficulty is not None:
         missing = [one.index for one in comparisons if one.index not in difficulty.of_prompt]
@@ -165,6 +163,12 @@ def length_controlled(
     return Rate(100 * float(value), 100 * float(low), 100 * float(high)), dict(
         zip(names, coefficients.tolist(), strict=True)
     )
+
+
+def relative_lengths(difference: Array) -> Array:
+    """tanh(d) of (n,) differences of length."""
+    spread = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    return np.asarray(np.tanh(difference / spread)) if spread else difference
 
 
 def sigmoid(x: Array) -> Array:
