@@ -6,6 +6,7 @@ Of packing: the tables, on a tiny model too.
 import dataclasses
 import json
 import math
+import os
 import runpy
 from types import SimpleNamespace
 
@@ -307,6 +308,81 @@ def test_packing_prints_its_tables(root, corpus, monkeypatch, capsys):
         assert 1 > shares[0] > shares[1] > shares[2] == 0
         rates = [float(row[1]) for row in rows[start : start + 3]]  # one run: its ratios are those of its rates
         assert float(rows[start + 2][3].split()[0]) == pytest.approx(rates[2] / rates[0], abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------------- on real preferences
+
+
+@pytest.fixture
+def real_data(root, monkeypatch):
+    """real_data(name): the names of a program in benchmarks/real_data."""
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    return lambda name: runpy.run_path(str(root / "benchmarks/real_data" / f"{name}.py"))
+
+
+def test_the_methods_on_real_preferences_differ_in_their_flags_alone(
+    root, corpus, tiny_model, tiny_reward_model, run_command, tmp_path
+):
+    # A stand-in for deepspeed tells what each method would hand to the launcher.
+    from remax.cli.validate import parse_step2, parse_step3
+
+    programs, output = tmp_path / "bin", tmp_path / "out"
+    for folder in (programs, output / "remax/actor_final"):
+        folder.mkdir(parents=True)
+    for name, model in {"sft": tiny_model("llama"), "reward": tiny_reward_model("llama"), "data": corpus}.items():
+        (output / name).symlink_to(model)
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl.gz").touch()  # what `prepare` has read
+    (output / "remax/actor_final/config.json").write_text("{}")  # this one is there already
+    (programs / "deepspeed").write_text("#!/bin/bash\nprintf 'argument %s\\n' \"$@\"\n")
+    (programs / "deepspeed").chmod(0o755)
+    variables = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "DATA": tmp_path, "OUTPUT": output}
+    variables |= {"NUM_GPUS": "2", "STAGES": "methods"}
+    done = run_command(
+        ["env", *(f"{k}={v}" for k, v in variables.items()), "bash", root / "benchmarks/real_data/run.sh"], cwd=root
+    )
+    assert done.returncode == 0, done.stdout
+    found: dict = {}
+    for part in done.stdout.split("\n== ")[1:]:
+        name, *lines = part.splitlines()
+        words = [line.removeprefix("argument ") for line in lines if line.startswith("argument ")]
+        if words:
+            main = next(i for i, word in enumerate(words) if word.endswith("main.py"))
+            found[name] = (parse_step2 if "step2" in words[main] else parse_step3)(words[main + 1 :])
+    assert [*found] == ["dpo", "r_dpo", "remax_calibrated", "rloo_2", "rloo_4"]
+    assert [(found[name].loss, found[name].dpo_beta) for name in ("dpo", "r_dpo")] == [("dpo", 0.1), ("r-dpo", 0.1)]
+    online = [args for name, args in found.items() if "dpo" not in name]
+    assert [(args.algo, args.baseline) for args in online][0] == ("remax", "calibrated")
+    # prompts of a rank, with their sampled and greedy answers: 64 on two ranks
+    answers = [
+        args.per_device_generation_batch_size * (args.samples_per_prompt + (args.algo == "remax")) for args in online
+    ]
+    assert answers == [32, 32, 32] and {args.kl_ctl for args in online} == {0.1}
+    assert {args.max_steps for args in online} == {48}
+
+
+def test_questions_are_the_distinct_short_prompts(real_data):
+    class Words:
+        def __call__(self, texts, add_special_tokens):
+            return {"input_ids": [text.split() for text in texts]}
+
+    rows = [{"prompt": text} for text in ("a b", "a b c d", "e", "a b")]
+    asked = real_data("prepare")["questions"](rows, Words(), 3)
+    assert [row["instruction"] for row in asked] == ["a b"] * 4 + ["e"] * 4
+
+
+def test_the_table_of_the_methods(real_data, tmp_path):
+    (tmp_path / "winrates").mkdir()
+    rate = {"value": 61.24, "low": 55.0, "high": 66.01}
+    pair = {"raw": rate, "controlled": rate | {"value": 52.0}, "discrete": rate, "longer_wins": 70.0}
+    record = {"pairs": [pair | {"characters": [200.4, 100.0]}]}
+    report = real_data("report")
+    assert report["methods_table"](tmp_path) == []
+    for name in ("sft_again", "dpo"):  # in the order in which they were judged
+        (tmp_path / "winrates" / f"{name}.json").write_text(json.dumps(record))
+    _, _, first, second, _ = report["methods_table"](tmp_path)
+    assert first == "| sft_again | 61.2 [55.0, 66.0] | 52.0 [55.0, 66.0] | 61.2 | 70.0 | 200 |"
+    assert second.startswith("| dpo | 61.2")
 
 
 # -------------------------------------------------------------------------------------------------------- steps 1 and 2

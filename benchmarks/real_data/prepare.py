@@ -7,6 +7,7 @@ writes into --output_dir:
     models/policy    a Llama with random weights, for steps 1 and 2
     models/referee   the same with another seed, for the second reward model
     data/            train.jsonl.gz, test.jsonl.gz as the stages read them
+    questions.json   the held-out prompts of at most --max_prompt_seq_len tokens, each four times, as AlpacaEval's rows
     prepared.json    what was done: counts, and how often the longer answer wins
 
 In most preference data the longer answer wins, and then a reward model can learn to count. Unless --keep_lengths is
@@ -28,6 +29,7 @@ from remax.demo.tiny_models import tiny_config, train_tokenizer
 from utils.run import UserError, run_main
 
 COLUMNS = ("prompt", "chosen", "rejected")
+ASKED = 4  # times each question
 BIN = 8  # tokens: pairs whose length differences fall into one bin count as alike
 
 
@@ -92,6 +94,14 @@ def longer_wins(differences: list[int]) -> float:
     return sum(0.5 + 0.5 * ((d > 0) - (d < 0)) for d in differences) / len(differences)
 
 
+def questions(rows: list[dict], tokenizer, max_prompt_len: int) -> list[dict[str, str]]:
+    """The distinct prompts of at most so many tokens, ASKED times each: so many answers are sampled to each."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    short = [prompt for prompt, found in zip(prompts, ids, strict=True) if len(found) <= max_prompt_len]
+    return [{"instruction": prompt} for prompt in short for _ in range(ASKED)]
+
+
 def save_model(folder: Path, tokenizer, hidden_size: int, layers: int, heads: int, positions: int, seed: int) -> int:
     """A Llama with random weights as a Hugging Face folder; its number of parameters."""
     config = tiny_config(
@@ -122,6 +132,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--max_seq_len", type=int, default=160, help="tokens of prompt and answer that steps 1, 2 read")
+    parser.add_argument("--max_prompt_seq_len", type=int, default=64, help="longest prompt that policies are asked")
     parser.add_argument("--keep_lengths", action="store_true", help="leave the lengths of the pairs as they are")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -139,6 +150,8 @@ def main() -> None:
     kept = train if args.keep_lengths else balance_lengths(train, differences, args.seed)
     write_rows(output / "data" / "train.jsonl.gz", kept)
     write_rows(output / "data" / "test.jsonl.gz", test)
+    asked = questions(test, tokenizer, args.max_prompt_seq_len)
+    (output / "questions.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
     facts = {
         "parameters": parameters,
         "rows": len(train),
@@ -146,6 +159,7 @@ def main() -> None:
         "test_rows": len(test),
         "prompts": len({row["prompt"] for row in train}),
         "test_prompts": len({row["prompt"] for row in test}),
+        "questions": len(asked),
         "longer_wins": longer_wins(differences),
         "longer_wins_kept": longer_wins(length_differences(kept, tokenizer, args.max_seq_len)),
         "longer_wins_test": longer_wins(length_differences(test, tokenizer, args.max_seq_len)),

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from measuring import fill, table
 
 from utils.run import UserError, run_main
 
@@ -78,11 +79,29 @@ def cell(figure: dict, digits: int = 3) -> str:
     return f"{figure['mean']:.{digits}f} ± {figure['se']:.{digits}f}"
 
 
-def table(rows: list[list[str]]) -> str:
-    """The first row is the head; shorter ones are filled up."""
+def filled_up(rows: list[list[str]]) -> str:
+    """A table of Markdown; the first row is the head, and shorter ones are filled up."""
     head, *body = rows
-    body = [row + [""] * (len(head) - len(row)) for row in body]
-    return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]) + "\n"
+    return "\n".join(table(head, [row + [""] * (len(head) - len(row)) for row in body]))
+
+
+def methods_table(run: Path) -> list[str]:
+    """Each method's answers against the supervised policy's, by the referee; none where `winrates` was not run."""
+    rows = []
+    for file in sorted((run / "winrates").glob("*.json"), key=lambda file: file.stat().st_mtime_ns):  # as they were run
+        (pair,) = json.loads(file.read_text())["pairs"]
+        rates = [f"{r['value']:.1f} [{r['low']:.1f}, {r['high']:.1f}]" for r in (pair["raw"], pair["controlled"])]
+        longer = f"{pair['longer_wins']:.1f}"
+        rows.append([file.stem, *rates, f"{pair['discrete']['value']:.1f}", longer, f"{pair['characters'][0]:.0f}"])
+    header = [
+        "method",
+        "win rate over SFT, %",
+        "length-controlled, %",
+        "by verdicts, %",
+        "longer wins, %",
+        "characters",
+    ]
+    return table(header, rows) if rows else []
 
 
 def tables(run: Path) -> str:
@@ -150,16 +169,20 @@ def tables(run: Path) -> str:
     answers.append(
         [f"distinct answers of {count['n']}", *(str(policy[side]["distinct_answers"]) for side in ("sft", "remax"))]
     )
-    return "\n".join(table(rows) for rows in (sft, judges, answers))
+    return "\n".join([*map(filled_up, (sft, judges, answers)), *methods_table(run)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Table and plot of a run on real data.")
     parser.add_argument("--run", required=True, help="output folder of run.sh; report.md and report.png go there")
-    run = Path(parser.parse_args().run)
+    parser.add_argument("--document", help="Markdown whose table between the marks of `methods` is made anew")
+    args = parser.parse_args()
+    run = Path(args.run)
     text = tables(run)
     (run / "report.md").write_text(text, encoding="utf-8")
     plot(run, run / "report.png")
+    if args.document:
+        fill(Path(args.document), {"methods": methods_table(run)})
     print(text)
     print(f"written to {run / 'report.md'} and {run / 'report.png'}")
 

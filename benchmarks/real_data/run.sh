@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
 # The three stages on real preference pairs, from nothing: a BPE tokenizer trained on them, small Llamas from config,
-# two ranks on a CPU, fixed seeds. About twenty minutes on two free cores (an estimate). Set by the user, if at all:
+# two ranks on a CPU, fixed seeds. About twenty minutes on two free cores for the three stages, and as much again for the
+# other methods and their win rates (estimates). Set by the user, if at all:
 #   DATA          folder with train.jsonl.gz and test.jsonl.gz, rows {prompt, chosen, rejected}
 #   OUTPUT        folder of the results (default: output/real_data)
-#   STAGES        which parts to run, in order (default: prepare sft reward referee remax measure report)
+#   STAGES        which parts to run, in order (default: prepare sft reward referee remax measure methods winrates report)
+#   METHODS       from the supervised policy, compared by `winrates`; what is there already is not made again
+#                 (default: dpo r_dpo remax remax_calibrated rloo_2 rloo_4)
 #   KEEP_LENGTHS  1: train on every pair; without it, on pairs in which the longer answer wins as often as not
 #   SEED          of weights, order and sampling (default: 1)
-#   SFT_FLAGS, REWARD_FLAGS, REMAX_FLAGS   further flags of a stage's main.py; they win
+#   SFT_FLAGS, REWARD_FLAGS, REMAX_FLAGS, PAIR_FLAGS   further flags of a stage's main.py; they win
+#   DOCUMENT      a document whose table of the methods `report` makes anew, such as docs/results/real_data.md
 #   NUM_GPUS      ranks (default: every GPU there is; without any, 2 on the CPU)
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 DATA=${DATA:-$ROOT/../shared/data/alpaca_prefs}
 OUTPUT=${OUTPUT:-$ROOT/output/real_data}
-STAGES=${STAGES:-prepare sft reward referee remax measure report}
+STAGES=${STAGES:-prepare sft reward referee remax measure methods winrates report}
+METHODS=${METHODS:-dpo r_dpo remax remax_calibrated rloo_2 rloo_4}
 SEED=${SEED:-1}
 read -ra SFT_FLAGS <<<"${SFT_FLAGS:-}"
 read -ra REWARD_FLAGS <<<"${REWARD_FLAGS:-}"
 read -ra REMAX_FLAGS <<<"${REMAX_FLAGS:-}"
+read -ra PAIR_FLAGS <<<"${PAIR_FLAGS:-}"
 
 for name in train test; do
     if [[ ! -f $DATA/$name.jsonl.gz ]]; then
@@ -27,12 +33,14 @@ for name in train test; do
     fi
 done
 if ! command -v deepspeed >/dev/null; then PATH=$ROOT/.venv/bin:$PATH; fi # made by `make`, but not activated
-export PATH PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} DATA OUTPUT
+export PATH PYTHONPATH=$ROOT:$ROOT/benchmarks${PYTHONPATH:+:$PYTHONPATH} DATA OUTPUT
 mkdir -p "$OUTPUT"
 
 TOKENS=160        # of prompt and answer together, in steps 1 and 2
 PROMPT_TOKENS=64  # in step 3
 ANSWER_TOKENS=64
+TEMPERATURE=0.7 # of the answers
+BETA=0.1        # of the KL term, and of DPO
 COMMON=(
     --data_output_path "$OUTPUT/cache"
     --seed "$SEED" --overwrite_output_dir # STAGES chooses what is made again
@@ -47,7 +55,7 @@ stage() { # stage NUMBER MODEL RESULT FLAGS...
 
 prepare() {
     python "$HERE/prepare.py" --data "$DATA" --output_dir "$OUTPUT" --max_seq_len $TOKENS --seed "$SEED" \
-        ${KEEP_LENGTHS:+--keep_lengths}
+        --max_prompt_seq_len $PROMPT_TOKENS ${KEEP_LENGTHS:+--keep_lengths}
 }
 
 sft() {
@@ -70,17 +78,64 @@ referee() {
     stage 2 "$OUTPUT/models/referee" "$OUTPUT/referee" --data_split 0,4,6 "${reward_flags[@]}" "${REWARD_FLAGS[@]}"
 }
 
-remax() {
-    REWARD_MODEL=$OUTPUT/reward stage 3 "$OUTPUT/sft" "$OUTPUT/remax" --data_split 4,4,2 \
+rlhf() { # rlhf NAME FLAGS...: 64 answers a step, greedy ones included
+    REWARD_MODEL=$OUTPUT/reward stage 3 "$OUTPUT/sft" "$OUTPUT/$1" --data_split 4,4,2 \
         --max_prompt_seq_len $PROMPT_TOKENS --max_answer_seq_len $ANSWER_TOKENS \
-        --per_device_generation_batch_size 16 --per_device_training_batch_size 16 --temperature 0.7 \
-        --actor_learning_rate 5e-5 --num_warmup_steps 0 --penalty full_step --kl_ctl 0.1 --gamma 1 \
+        --per_device_generation_batch_size 16 --per_device_training_batch_size 16 --temperature $TEMPERATURE \
+        --actor_learning_rate 5e-5 --num_warmup_steps 0 --penalty full_step --kl_ctl $BETA --gamma 1 \
         --max_steps 48 --num_train_epochs 10 --logging_steps 4 --eval_steps 12 --max_eval_batches 4 \
-        --reference_zero_stage 0 --reward_zero_stage 0 --save_at_final "${REMAX_FLAGS[@]}"
+        --reference_zero_stage 0 --reward_zero_stage 0 --save_at_final "${@:2}" "${REMAX_FLAGS[@]}"
+}
+
+remax() { rlhf remax; }
+remax_calibrated() { rlhf remax_calibrated --baseline calibrated; }
+rloo_2() { rlhf rloo_2 --algo rloo --samples_per_prompt 2; }
+rloo_4() { rlhf rloo_4 --algo rloo --samples_per_prompt 4 --per_device_generation_batch_size 8; }
+
+# From the pairs that the reward model has learned from, at its rate; about as long as an RLHF run.
+pairs() { # pairs NAME FLAGS...
+    stage 2 "$OUTPUT/sft" "$OUTPUT/$1" --data_split 4,4,2 "${reward_flags[@]}" --weight_decay 0 --dpo_beta $BETA \
+        --max_steps 64 --num_train_epochs 10 --eval_steps 64 "${@:2}" "${PAIR_FLAGS[@]}"
+}
+
+dpo() { pairs dpo --loss dpo; }
+r_dpo() { pairs r_dpo --loss r-dpo --length_alpha 0.01; }
+
+policy_of() { # its folder
+    case $1 in
+        sft | sft_again) echo "$OUTPUT/sft" ;;
+        *dpo) echo "$OUTPUT/$1" ;;
+        *) echo "$OUTPUT/$1/actor_final" ;;
+    esac
+}
+
+methods() {
+    local name
+    for name in $METHODS; do
+        if [[ -f $(policy_of "$name")/config.json ]]; then continue; fi
+        echo "== $name"
+        "$name"
+    done
+}
+
+# Answers to held-out prompts, those of the baseline with random numbers of their own, and who wins by the referee.
+winrates() {
+    local name
+    mkdir -p "$OUTPUT/winrates"
+    for name in sft sft_again $METHODS; do
+        if [[ -f $OUTPUT/answers/$name.json ]]; then continue; fi
+        python -m remax.answers --model "$(policy_of "$name")" --benchmark "$OUTPUT/questions.json" \
+            --temperature $TEMPERATURE --max_new_tokens $ANSWER_TOKENS --batch_size 64 --dtype fp32 \
+            --seed "$([[ $name == sft ]] && echo 1 || echo 2)" --output "$OUTPUT/answers/$name.json"
+    done
+    for name in sft_again $METHODS; do
+        python -m remax.winrate "$OUTPUT/answers/$name.json" "$OUTPUT/answers/sft.json" --judge "reward:$OUTPUT/referee" \
+            --json >"$OUTPUT/winrates/$name.json"
+    done
 }
 
 measure() { python "$HERE/measure.py" --run "$OUTPUT" --max_prompt_seq_len $PROMPT_TOKENS; }
-report() { python "$HERE/report.py" --run "$OUTPUT"; }
+report() { python "$HERE/report.py" --run "$OUTPUT" ${DOCUMENT:+--document "$DOCUMENT"}; }
 
 for name in $STAGES; do
     echo "== $name"
