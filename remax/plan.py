@@ -1,4 +1,4 @@
-"""What will step 3 hold in memory, which batch fits, which settings are to be taken? Nothing is loaded.
+"""What will step 3 hold in memory, which batch fits, which settings are to be taken, how long? Nothing is loaded.
 
 python -m remax.plan --model Llama-2-7b --gpus 4 --gpu_memory 80 --algo remax ppo
 """

@@ -13,28 +13,10 @@ predicts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class Size:
-    """W weights of the matrix products of all layers, L layers, H numbers, V words."""
-
-    weights: int
-    layers: int
-    hidden: int
-    vocabulary: int
-
-    def read(self, tokens: int, attended: int) -> int:
-        """Operations for tokens that attend to so many tokens together."""
-        return 2 * self.weights * tokens + 4 * self.layers * self.hidden * attended
-
-    def head(self, tokens: int) -> int:
-        """Operations for the logits of so many tokens."""
-        return 2 * self.hidden * self.vocabulary * tokens
+from remax.planning.durations import Size, before
 
 
 def size_of(config) -> Size:
@@ -47,11 +29,6 @@ def size_of(config) -> Size:
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     weights = sum(module.weight.numel() for module in linear)
     return Size(weights, config.num_hidden_layers, config.hidden_size, config.vocab_size)
-
-
-def before(tokens: int, end: int) -> int:
-    """Of the first `tokens` places behind `end` others: how many places they attend to together."""
-    return tokens * end + tokens * (tokens + 1) // 2
 
 
 def products(size: Size, prompt: int, sampled: list[list[int]], greedy: list[int], critic: bool) -> dict[str, int]:

@@ -9,6 +9,8 @@ from remax.cli.flags import ConfigFlag, Count, CountOrZero, NonNegative, Positiv
 from remax.cli.parser import read_flags
 from utils.run import UserError
 
+GpuName = Literal["a100", "a100-40gb", "a800", "h100", "h200", "l40s", "rtx4090"]
+
 
 @dataclass(kw_only=True)
 class PlanArguments(ConfigFlag, group="models, machine and batch"):
@@ -21,7 +23,8 @@ class PlanArguments(ConfigFlag, group="models, machine and batch"):
     reward_model: str | None = flag(None, "the reward model, and the start of PPO's critic; default: as --model")
     reward_fn: bool = flag(False, "the reward is a function: no reward model")
     gpus: Count = flag(8, "in all")
-    gpu_memory: Positive = flag(80.0, "of each GPU, in GiB")
+    gpu: GpuName = flag("a100", "its kind, for the time that a step takes")
+    gpu_memory: Positive | None = flag(None, "of each GPU, in GiB; default: what GPUs of the kind have")
     algo: list[Literal["remax", "reinforce", "rloo", "grpo", "ppo"]] = flag(["remax", "ppo"], "one or several")
     samples_per_prompt: Count | None = flag(None, "answers per prompt; default 4 (rloo, grpo), 1 (others)")
     dtype: Literal["bf16", "fp16", "fp32"] = flag("bf16", "number format")
@@ -39,7 +42,7 @@ class PlanArguments(ConfigFlag, group="models, machine and batch"):
     eval_batch: CountOrZero = flag(16, "rows of an evaluation on each GPU; 0: none")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = flag(None, "attention kernel")
     prompts: CountOrZero = flag(0, "of the data set, for the hours that an epoch takes")
-    seconds_per_step: NonNegative = flag(0.0, "of a step with the batch of the plan, for the hours")
+    seconds_per_step: NonNegative = flag(0.0, "of a step with the batch of the plan; default: the time model's")
     rates: str | None = flag(None, "instead: a run's folder, whose metrics.jsonl and run.json tell seconds per prompt")
     json: bool = flag(False, "print the plan as JSON")
 

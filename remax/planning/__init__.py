@@ -1,1 +1,1 @@
-"""What a training will hold in memory, before anything is loaded: parts by name, phases, the batch that fits."""
+"""What a training will hold in memory, and how long it takes, before anything is loaded."""

@@ -211,9 +211,27 @@ def plan(job: Job) -> Plan:
 def _terms(job: Job) -> Iterator[Term]:
     states = list(_states(job))
     yield from states
-    at_rest = sum(term.at.get(ROLLOUT, 0.0) for term in states)
-    yield from _of_answers(job, GPU_SHARE * (job.machine.memory - at_rest) if job.machine.cuda else CPU_BYTES)
+    yield from _of_answers(job, _cache_bytes(job, states))
     yield from _of_learning(job)
+
+
+def _cache_bytes(job: Job, states: Sequence[Term]) -> float:
+    """What the keys and values of a decode may take beside the models."""
+    at_rest = sum(term.at.get(ROLLOUT, 0.0) for term in states)
+    return GPU_SHARE * (job.machine.memory - at_rest) if job.machine.cuda else CPU_BYTES
+
+
+def _together(job: Job, cache_bytes: float, prompts: int, kinds: int) -> int:
+    """Of so many prompts with `kinds` answers each those that are decoded together."""
+    bytes_of_prompt = bytes_of_token(job.actor.sketch) * (job.rows.prompt + kinds * job.rows.answer)
+    if job.synced_generation:
+        return prompts
+    return min(prompts, max(int(min(cache_bytes / bytes_of_prompt, prompts)), 1))
+
+
+def decoded_at_once(job: Job) -> int:
+    """Prompts of a rollout whose answers are written together."""
+    return _together(job, _cache_bytes(job, list(_states(job))), job.rows.prompts, job.rows.kinds)
 
 
 def _states(job: Job) -> Iterator[Term]:
@@ -241,16 +259,13 @@ def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
     written = {ROLLOUT: (rows.prompts, rows.kinds)} | ({EVALUATION: (rows.evaluated, 1)} if rows.evaluated else {})
     found = {}
     for phase, (prompts, kinds) in written.items():
-        bytes_of_prompt = bytes_of_token(job.actor.sketch) * (rows.prompt + kinds * rows.answer)
-        if not job.synced_generation:
-            prompts = min(prompts, max(int(min(cache_bytes / bytes_of_prompt, prompts)), 1))
-        plain = _plain(job.actor.sketch)
-        found[phase] = decoding(plain, prompts, kinds, rows.prompt, rows.answer, rows.sampling)
+        at_once, plain = _together(job, cache_bytes, prompts, kinds), _plain(job.actor.sketch)
+        found[phase] = decoding(plain, at_once, kinds, rows.prompt, rows.answer, rows.sampling)
     whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
     copies = _laid_out(job)
     share = not job.machine.cuda  # where packing pays, see `remax.models.packing.pays`
-    at_once = rows.together(rows.decoded, share), rows.together(rows.answers, share)
-    read = {SCORING: max(_forwards(job, *at_once), key=lambda one: one[1])}
+    scored = rows.together(rows.decoded, share), rows.together(rows.answers, share)
+    read = {SCORING: max(_forwards(job, *scored), key=lambda one: one[1])}
     if rows.evaluated:
         read[EVALUATION] = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])
         if whole + copies + found[EVALUATION].cache + found[EVALUATION].beside > read[EVALUATION][1]:

@@ -16,6 +16,7 @@ from remax.cli.validate import check_algorithm, resolve_algorithm
 from remax.models.loading import check_length, quiet_libraries
 from remax.models.policy import check_policy_config
 from remax.planning.advice import WAYS, Way, choose, in_batches, largest
+from remax.planning.durations import DEVICES, hours, seconds, work
 from remax.planning.phases import GIB, Plan
 from remax.planning.shapes import config_of
 from remax.planning.states import Machine
@@ -75,9 +76,14 @@ def ways_of(args: PlanArguments) -> list[Way]:
     return ways or list(dict.fromkeys(replace(way, **given) for way in WAYS))
 
 
+def gpu_memory(args: PlanArguments) -> float:
+    """GiB of each GPU."""
+    return args.gpu_memory or DEVICES[args.gpu].memory
+
+
 def outcome(args: PlanArguments, algo: str) -> Outcome:
     """Looks at every way that the flags leave open."""
-    memory = args.gpu_memory * GIB
+    memory = gpu_memory(args) * GIB
     job = job_of(step3_flags(args, algo), Machine(args.gpus, memory=memory), config_of)
     found = [(way, largest(way.of(job), memory, args.micro_batch)) for way in ways_of(args)]
     fitting = [(way, plan) for way, plan in found if plan is not None]
@@ -102,12 +108,12 @@ def run_plan(args: PlanArguments) -> None:
     check_length(config, longest, "--prompt_len + --answer_len", "--model")
     if args.reward_model:
         check_length(config_of(args.reward_model, "--reward_model"), longest, "--prompt_len + --answer_len")
-    seconds = seconds_per_prompt(args)
+    measured = seconds_per_prompt(args)
     outcomes = [outcome(args, algo) for algo in dict.fromkeys(args.algo)]
     if args.json:
-        print(json.dumps({one.algo: as_json(one, args, seconds) for one in outcomes}, indent=1))
+        print(json.dumps({one.algo: as_json(one, args, measured) for one in outcomes}, indent=1))
     else:
-        print("\n".join(line for one in outcomes for line in (*table(one, args, seconds), "")).rstrip())
+        print("\n".join(line for one in outcomes for line in (*table(one, args, measured), "")).rstrip())
     if any(one.chosen is None for one in outcomes):
         sys.exit(1)
 
@@ -131,12 +137,32 @@ def seconds_per_prompt(args: PlanArguments) -> float | None:
     return statistics.median(seconds[1:] or seconds) / prompts
 
 
-def hours(plan: Plan, args: PlanArguments, seconds: float | None) -> float | None:
-    """Of an epoch over the prompts; None where no rate is given."""
-    if seconds is not None:
-        return args.prompts * seconds / 3600
-    steps = args.prompts / (plan.job.rows.prompts * args.gpus)
-    return steps * args.seconds_per_step / 3600 if args.seconds_per_step else None
+@dataclass(frozen=True)
+class Duration:
+    """What a step of a plan takes.
+
+    Attributes:
+        step: Seconds.
+        parts: Those of its parts by the time model; none where the flags tell the step's.
+    """
+
+    step: float
+    parts: dict[str, float]
+
+
+def duration(plan: Plan, args: PlanArguments, measured: float | None) -> Duration:
+    """As it was measured, given or else predicted.
+
+    Args:
+        measured: Seconds per prompt of all GPUs together.
+    """
+    if measured is not None:
+        rows = plan.job.rows
+        return Duration(measured * rows.prompts * rows.batches * args.gpus, {})
+    if args.seconds_per_step:
+        return Duration(args.seconds_per_step, {})
+    parts = seconds(work(plan.job), plan.job, DEVICES[args.gpu])
+    return Duration(sum(parts.values()), parts)
 
 
 def flags_of(way: Way, plan: Plan) -> str:
@@ -150,11 +176,11 @@ def flags_of(way: Way, plan: Plan) -> str:
     return " ".join(flags)
 
 
-def table(one: Outcome, args: PlanArguments, seconds: float | None) -> Iterator[str]:
+def table(one: Outcome, args: PlanArguments, measured: float | None) -> Iterator[str]:
     """The lines that are printed of an algorithm."""
     job = one.needed.job
     billions = job.actor.size.parameters / 1e9
-    yield f"{one.algo}: {billions:.3g} billion parameters, {args.dtype}; {args.gpus} x {args.gpu_memory:g} GiB"
+    yield f"{one.algo}: {billions:.3g} billion parameters, {args.dtype}; {args.gpus} x {gpu_memory(args):g} GiB"
     yield ""
     width = max(len(str(way)) for way, _ in one.ways)
     yield f"  {'way':{width}}   prompts per GPU   peak + to leave free, GiB"
@@ -176,10 +202,12 @@ def table(one: Outcome, args: PlanArguments, seconds: float | None) -> Iterator[
     yield from terms(plan)
     if plan.host:
         yield f"  CPU memory for what is offloaded: {plan.host * args.gpus / GIB:.0f} GiB of all machines together"
+    takes = duration(plan, args, measured)
+    told = ", ".join(f"{part} {time:.1f}" for part, time in takes.parts.items())
+    how = f"by the time model of {args.gpu}: {told}" if told else "as given"
+    yield f"  a step of {plan.job.rows.prompts * args.gpus:,} prompts: {takes.step:.1f} s ({how})"
     if args.prompts:
-        found = hours(plan, args, seconds)
-        how = f"{found:.1f} hours" if found is not None else "no rate is given; --seconds_per_step or --rates"
-        yield f"  an epoch over {args.prompts:,} prompts: {how}"
+        yield f"  an epoch over {args.prompts:,} prompts: {hours(args.prompts, plan.job, takes.step):.1f} hours"
 
 
 def terms(plan: Plan) -> Iterator[str]:
@@ -207,7 +235,7 @@ def remedy(args: PlanArguments) -> str:
     return f"Try {', '.join(tries)}, or shorter prompts and answers."
 
 
-def as_json(one: Outcome, args: PlanArguments, seconds: float | None) -> dict[str, Any]:
+def as_json(one: Outcome, args: PlanArguments, measured: float | None) -> dict[str, Any]:
     """The same for other programs; bytes."""
     found: dict[str, Any] = {
         "ways": {str(way): None if plan is None else plan.job.rows.prompts for way, plan in one.ways},
@@ -218,6 +246,8 @@ def as_json(one: Outcome, args: PlanArguments, seconds: float | None) -> dict[st
         found |= {"flags": flags_of(way, plan), "phases": {phase: plan.of(phase) for phase in plan.phases}}
         found |= {"leave_free": plan.allowance, "cpu_memory": plan.host * args.gpus}
         found["terms"] = [{"name": term.name, "bytes": dict(term.at)} for term in plan.terms if term.at]
+        takes = duration(plan, args, measured)
+        found |= {"seconds_per_step": takes.step, "seconds": takes.parts}
         if args.prompts:
-            found["hours"] = hours(plan, args, seconds)
+            found["hours"] = hours(args.prompts, plan.job, takes.step)
     return found

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 
 from remax import plan
+from remax.cli.planning import PlanArguments, parse_plan
+from remax.planning.advice import in_batches
+from remax.planning.durations import DEVICES, Rates
+from remax.planning.phases import Job
+from remax.planning.shapes import config_of
+from remax.planning.states import Machine
+from remax.stages.plan import duration, gpu_memory, step3_flags
+from remax.stages.planning import job_of
 from utils.run import UserError
 
 SMALL = "--model gpt2 --gpus 1 --prompt_len 64 --answer_len 48 --gradient_checkpointing false --frozen_zero 0 --zero 2"
@@ -34,6 +44,7 @@ def test_the_tables(monkeypatch, capsys, tmp_path):
     assert status == 0
     take = "take: --actor_zero_stage 2 --per_device_generation_batch_size 16 --per_device_training_batch_size 8"
     assert "remax: 0.124 billion parameters, bf16; 1 x 12 GiB" in out and take in out
+    assert "a step of 16 prompts: 8.0 s (as given)" in out
     assert "an epoch over 7,200 prompts: 1.0 hours" in out  # 7200 * 8 / 16 seconds
     (head,) = [line for line in out.splitlines() if "GiB on each GPU" in line]
     assert head.split()[4:] == ["rollout", "scoring", "update", "step", "evaluation"]
@@ -46,10 +57,14 @@ def test_the_tables(monkeypatch, capsys, tmp_path):
 
 
 def test_as_json(monkeypatch, capsys):
-    line = f"{SMALL} --gpu_memory 12 --algo remax --prompts 64 --seconds_per_step 3600 --batch 16 --json"
+    line = f"{SMALL} --gpu rtx4090 --gpu_memory 12 --algo remax --prompts 64 --batch 16 --json"
     status, out = run(monkeypatch, capsys, line)
     found = json.loads(out)["remax"]
-    assert status == 0 and found["fits"] and found["hours"] == pytest.approx(4.0)
+    assert status == 0 and found["fits"] and found["seconds"].keys() == {"generate", "score", "update"}
+    assert found["seconds_per_step"] == pytest.approx(sum(found["seconds"].values()))
+    assert found["hours"] == pytest.approx(4 * found["seconds_per_step"] / 3600)
+    # 48 tokens, of which each launches 12 layers, and the rest of it takes no tenth of that
+    assert found["seconds"]["generate"] == pytest.approx(48 * 12 * Rates().launch, rel=0.1)
     for phase, size in found["phases"].items():
         assert size == pytest.approx(sum(term["bytes"].get(phase, 0) for term in found["terms"]))
 
@@ -58,6 +73,25 @@ def test_nothing_fits(monkeypatch, capsys):
     status, out = run(monkeypatch, capsys, f"{SMALL} --gpu_memory 2 --algo ppo --batch 1")
     assert status == 1
     assert "1 prompt per GPU: fits in no way; takes " in out and "Try more GPUs, --lora" in out
+
+
+def test_times_that_are_given_go_before_the_model():
+    line = "--model gpt2 --gpus 2 --prompts 7200"
+    small = in_batches(step3_job(line), 8, 4)
+    given = duration(small, parse_plan([*line.split(), "--seconds_per_step", "10"]), None)
+    measured = duration(small, parse_plan(line.split()), 0.5)
+    assert (given.step, measured.step, given.parts) == (10, 0.5 * 8 * 2, {})
+
+
+def step3_job(line: str) -> Job:
+    args = parse_plan(line.split())
+    return job_of(step3_flags(args, "remax"), Machine(args.gpus), config_of)
+
+
+def test_every_gpu_that_can_be_named_is_known():
+    (kinds,) = [field.type for field in fields(PlanArguments) if field.name == "gpu"]
+    assert set(get_args(kinds)) == DEVICES.keys()
+    assert gpu_memory(parse_plan("--model gpt2 --gpu a100-40gb".split())) == 40
 
 
 @pytest.mark.parametrize(
