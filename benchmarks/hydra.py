@@ -171,9 +171,7 @@ def one(args: argparse.Namespace) -> None:
 
 
 PAPER = """
-The paper's own measurements (Hydra-RLHF, Table 1: Llama-7B, StackExchange, rank 128), in GB and seconds per sample:
-PPO 220 (estimated); LoRA-PPO 68.0, 18.75; J-Hydra-PPO 67.9, 5.01; Hydra-PPO 71.1, 6.47. Its seconds come from batches
-as large as each setting's memory allows; here all settings have one batch size.
+The paper's own measurements stand beside these in [paper.md](paper.md).
 """
 
 

@@ -266,72 +266,6 @@ def compared(case: Case, measured: dict[str, int], cuda: bool) -> Iterator[tuple
             yield phase, measured[phase], plan.of(phase)
 
 
-# --------------------------------------------------------------------------------------------- beside published figures
-
-GIB = 2**30
-A100 = 79.15 * GIB  # what torch finds of an A100 or A800 of 80 GB
-# README of the authors' code, and the ICML version of arXiv 2310.10505: GPUs, Adam offloaded, algorithm, the most
-# prompts of all GPUs together in either; None: out of memory.
-PUBLISHED = (
-    (4, False, "ppo", None, None),
-    (4, False, "remax", 104, 96),
-    (4, True, "ppo", 120, 112),
-    (4, True, "remax", 160, 152),
-    (1, True, "ppo", 32, 30),
-    (1, True, "remax", 42, 38),
-)
-
-
-def job_of_7b(algo: str, gpus: int, offload: bool = False) -> Any:
-    """Llama-2-7B by the authors' settings: 256 + 256 tokens, ZeRO 2, checkpointing, frozen models offloaded."""
-    from remax.cli.validate import parse_step3
-    from remax.planning.shapes import config_of as by_name
-    from remax.planning.states import Machine
-    from remax.stages.planning import job_of
-
-    flags = f"--algo {algo} --actor_zero_stage 2 --actor_gradient_checkpointing --offload_reference_model"
-    flags += " --offload_reward_model --actor_dtype bf16 --reward_dtype bf16 --per_device_eval_batch_size 8"
-    flags += " --data_path a/b --actor_model_name_or_path meta/llama --reward_model_name_or_path meta/llama"
-    flags += " --critic_gradient_checkpointing" if algo == "ppo" else ""
-    flags += " --offload" if offload else ""
-    args = parse_step3(flags.split())
-    return job_of(args, Machine(gpus, memory=A100), lambda name, flag: by_name("Llama-2-7b", flag))
-
-
-def largest_batches() -> Iterator[list[str]]:
-    """Rows of the table beside the published batches."""
-    from remax.planning.advice import largest
-
-    for gpus, offload, algo, readme, icml in PUBLISHED:
-        found = largest(job_of_7b(algo, gpus, offload), A100)
-        planned = "out of memory" if found is None else str(found.job.rows.prompts * gpus)
-        names = [str(gpus), "yes" if offload else "no", {"ppo": "PPO", "remax": "ReMax"}[algo]]
-        published = ["out of memory" if x is None else str(x) for x in (readme, icml)]
-        yield [*names, *published, planned]
-
-
-def model_states() -> Iterator[list[str]]:
-    """Rows of the table beside the paper's memory of Llama-2-7B, in GiB on one GPU, without activations."""
-    from remax.planning.phases import plan
-    from remax.planning.states import STEP
-
-    held = {}
-    for algo in ("remax", "ppo"):
-        job = job_of_7b(algo, 1)
-        terms = [term for term in plan(job).terms if term.name.split(": ")[0] in ("actor", "critic")]
-        trained = sum(term.at.get(STEP, 0.0) for term in terms if term.name.startswith("actor"))
-        held[algo] = trained / GIB
-    frozen = 2 * job.actor.size.parameters / GIB
-    critic = 18 * job.critic.size.parameters / GIB
-    rows = (
-        ("a trained model", "147.02", held["remax"]),
-        ("a frozen model", "12.55", frozen),
-        ("PPO: two trained, two frozen", "319.14", held["ppo"] + critic + 2 * frozen),
-        ("ReMax: one trained, two frozen", "172.12", held["remax"] + 2 * frozen),
-    )
-    yield from ([name, published, f"{ours:.2f}"] for name, published, ours in rows)
-
-
 def tables(measured: dict[str, dict[str, int]], cuda: bool) -> dict[str, list[str]]:
     """The tables of docs/results/memory.md by their names."""
     from remax.planning.states import PHASES
@@ -350,11 +284,7 @@ def tables(measured: dict[str, dict[str, int]], cuda: bool) -> dict[str, list[st
     lines = table(("case", *PHASES), rows)
     lines += [f"{within} of {len(errors)} peaks are within 10 %; from {min(errors):+.1%} to {max(errors):+.1%}.", ""]
     lines.append(machine("torch", "deepspeed", "transformers") + ".")
-    if cuda:
-        return {"gpu": lines}
-    heads = ("GPUs", "Adam offloaded", "algorithm", "authors' README", "ICML version", "planned")
-    batches, models = table(heads, largest_batches()), table(("GiB", "paper", "planned"), model_states())
-    return {"cpu": lines, "batches": batches, "models": models}
+    return {"gpu" if cuda else "cpu": lines}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ SECTIONS = {
     "Watching and judging": [
         f"docs/{name}.md" for name in "monitoring report doctor evaluation troubleshooting debugging".split()
     ],
-    "Results": ["docs/results/demo.md"],
+    "Results": ["docs/results/demo.md", "docs/results/paper.md"],
     "Working on it": ["docs/architecture.md", "CONTRIBUTING.md", "docs/dependencies.md", "CHANGELOG.md"],
 }
 

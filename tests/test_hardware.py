@@ -22,7 +22,7 @@ def tables(document: str) -> list[list[list[str]]]:
     return [table[2:] for table in found]
 
 
-TRAINED, ANSWERS, STEP_3 = tables("docs/hardware.md")
+TRAINED, ANSWERS, STEP_3, TIMES = tables("docs/hardware.md")
 P = {name: float(size) for name, size, *_ in TRAINED}  # 10^9, so that bytes are GB
 CACHE = {name: 2 * int(layers) * int(width) * 2 for name, layers, width, *_ in ANSWERS}  # bytes a token
 
@@ -46,6 +46,17 @@ def test_memory_of_answers(row):
     assert float(token) == pytest.approx(CACHE[name] / 1e3, abs=0.5)
     assert float(two) == pytest.approx(2 * TOKENS * CACHE[name] / 1e9, abs=0.005)
     assert float(many) == pytest.approx(64 * TOKENS * CACHE[name] / 1e9, abs=0.05)
+
+
+def test_rates_of_the_time_model():
+    from remax.planning.durations import Rates
+
+    told = [[float(x) for x in re.findall(r"[\d.]*\d", achieved)] for _, _, achieved in TIMES]
+    rates = Rates()
+    adam = [rates.pcie / 1e9, rates.adam / 1e9]
+    shares = (rates.decode, rates.forward, rates.update)
+    decode, forward, update = (round(100 * share) for share in shares)
+    assert told == [[decode, round(1000 * rates.launch, 2)], [forward], [update], [rates.network / 1e9], adam]
 
 
 def test_sizes_are_those_of_the_models():
