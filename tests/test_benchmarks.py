@@ -251,6 +251,7 @@ def test_the_report_has_the_tables_of_every_task(modules, setting, tmp_path, mon
     rewards = dict.fromkeys(("mean", "within", "among", "greedy", "kl"), 1.0)
     blocks = [{"square": 6.0, "tokens": 20, "answers": 2}] * 2
     answers = {"probes": {name: blocks for name in experiment.PROBES}}
+    answers["probes"]["calibrated_4"] = [{"square": 3.0, "tokens": 25, "answers": 2}] * 2
     task = {
         "sweep": runs([9]),
         "runs": runs([0, 1]),
@@ -260,10 +261,12 @@ def test_the_report_has_the_tables_of_every_task(modules, setting, tmp_path, mon
     }
     report.write({"demo": task, "uneven": task}, setting, tmp_path)
     text = (tmp_path / "estimators.md").read_text()
-    names = ("rewards", "answers", "variance", "constant", "tokens", "seconds", "wins", "sweep")
+    names = ("rewards", "answers", "compared", "variance", "constant", "tokens", "seconds", "wins", "sweep")
     assert all(f"<!-- begin {name}{behind} -->" in text for name in names for behind in ("", "_uneven"))
     assert "old" not in text and "Prose." in text
     assert "| calibrated | 3.00 ± 0.00 | 30 |" in text  # 6 / 2 an answer, times 20 / 2 tokens
+    assert "| calibrated_4 | rloo_4 | answer | 0.50 (0.50 to 0.50) |" in text
+    assert "| calibrated_4 | rloo_4 | generated token | 0.62 (0.62 to 0.62) |" in text  # 3 / 6 times 25 / 20
     # 3 wins, 2 ties of 6
     assert "| dpo | 66.7 ± 0.0 | 20.0 ± 0.0 | 3.0 ± 0.0 | 66.7 ± 0.0 | 20.0 ± 0.0 | 3.0 ± 0.0 |" in text
     assert "| dpo | 8.0 | 2.00 ± 0.00" in text and "| dpo | none | 2.00 ± 0.00" in text  # its end; generates none

@@ -31,6 +31,10 @@ DRAWN = ("reinforce_mean", "remax", "calibrated", "calibrated_4", "rloo_4", "grp
 AXES = {"tokens": "generated tokens (greedy ones included)", "cpu_seconds": "seconds of training on one core"}
 BASIS = "remax"  # what others are compared with; of the trained ones also RIVAL
 RIVAL = "rloo_4"
+# What the calibrated baseline is held against, and whether per generated token.
+COMPARED = [("calibrated", other, False) for other in ("reinforce_mean", "remax", "remax_kl", "rloo_2")]
+COMPARED += [("calibrated_4", other, False) for other in ("reinforce_mean", "remax", "rloo_4")]
+COMPARED += [("calibrated_4", "rloo_4", True)]
 
 
 def quantile(freedom: float) -> float:
@@ -191,7 +195,12 @@ def wins_table(found: dict[str, dict[str, dict[str, list[float]]]]) -> list[str]
 def ratio(figures: dict, basis: dict) -> str:
     """Variance / basis variance with its interval, by the jackknife on the logarithm: the same answers serve both."""
     logs = [math.log(a["variance"] / b["variance"]) for a, b in zip(figures["without"], basis["without"], strict=True)]
-    centre, half = jackknife(math.log(figures["all"]["variance"] / basis["all"]["variance"]), logs)
+    return exponential(jackknife(math.log(figures["all"]["variance"] / basis["all"]["variance"]), logs))
+
+
+def exponential(pair: tuple[float, float]) -> str:
+    """A ratio and its interval from those of its logarithm."""
+    centre, half = pair
     return f"{math.exp(centre):.2f} ({math.exp(centre - half):.2f} to {math.exp(centre + half):.2f})"
 
 
@@ -217,6 +226,31 @@ def answers_table(answers: dict[str, dict]) -> list[str]:
             cells += [plus_minus(interval(squares)), f"{statistics.fmean(squares) * statistics.fmean(tokens):.0f}"]
         rows.append([name, *cells])
     return table(["estimator", *(f"{policy}, {per}" for policy in answers for per in ("answer", "x tokens"))], rows)
+
+
+def mean_square(blocks: list[dict], per_token: bool) -> float:
+    """Mean of an answer's squared gradient, times the tokens that it costs where it is to be told per token."""
+    answers = sum(block["answers"] for block in blocks)
+    tokens = sum(block["tokens"] for block in blocks) / answers
+    return sum(block["square"] for block in blocks) / answers * (tokens if per_token else 1.0)
+
+
+def compared_table(answers: dict[str, dict]) -> list[str]:
+    """Ratios of squared gradients with intervals by the jackknife: the same answers serve both of a pair."""
+    rows = []
+    for name, other, per_token in COMPARED:
+        cells = []
+        for record in answers.values():
+            blocks = [record["probes"][which] for which in (name, other)]
+
+            def ratio_of(kept: Callable[[int], bool], blocks=blocks, per_token=per_token) -> float:
+                parts = [[block for k, block in enumerate(found) if kept(k)] for found in blocks]
+                return math.log(mean_square(parts[0], per_token) / mean_square(parts[1], per_token))
+
+            without = [ratio_of(lambda k, i=i: k != i) for i in range(len(blocks[0]))]
+            cells.append(exponential(jackknife(ratio_of(lambda k: True), without)))
+        rows.append([name, other, "generated token" if per_token else "answer", *cells])
+    return table(["estimator", "over", "per", *answers], rows)
 
 
 def seconds_per_prompt(runs: dict[str, list[list[dict]]], answers_per_step: int) -> dict[str, float]:
@@ -364,6 +398,7 @@ def write(found: dict[str, dict], setting: Setting, folder: Path) -> None:
         of_task = {
             "rewards": rewards_table(variance),
             "answers": answers_table(records["answers"]),
+            "compared": compared_table(records["answers"]),
             "variance": measured,
             "constant": shifted,
             "tokens": final_table(runs, "tokens", kl),

@@ -14,7 +14,7 @@ Two tasks: the demo's, and one whose rewards tell prompts apart more than answer
  6. `variance`: variance of the gradient of all parameters, at the same policies.
  7. `report`: tables in estimators.md, plots, and all figures in estimators.json.
 
-What is finished is skipped, so an interrupted experiment goes on where it stood. One to two hours on two free cores.
+What is finished is skipped, so an interrupted experiment goes on where it stood. About two hours on two free cores.
 """
 
 from __future__ import annotations

@@ -96,10 +96,8 @@ class Models:
 
     def actor(self, rate: float) -> CountingActor:
         generation = GenerationSettings(self.setting.max_answer, self.tokenizer.pad_token_id)
-        return CountingActor(
-            TrainedEngine(self.policy(), self.engine, self.optimizer(rate)),
-            generation=generation,
-        )
+        engine = TrainedEngine(self.policy(), self.engine, self.optimizer(rate))
+        return CountingActor(engine, generation=generation)
 
     def critic(self, rate: float) -> TrainedReward:
         scorer = load_scorer(self.setting, self.tokenizer)
