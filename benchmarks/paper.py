@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from measuring import ROOT, fill
@@ -31,7 +32,10 @@ def main() -> None:
     record = document.with_suffix(".json")
     kept = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     for name in args.tables or TABLES:
-        section = TABLES[name]()
+        try:
+            section = TABLES[name]()
+        except LookupError as error:
+            sys.exit(f"error: table {name}: {error}; an input has another form than benchmarks/papers reads")
         fill(document, section.blocks(name))
         kept[name] = section.record()
         print(name, flush=True)

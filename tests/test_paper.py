@@ -98,6 +98,20 @@ def test_what_is_read_of_a_document(papers, tmp_path):
         reading.command(document, "y.py")
 
 
+def test_methods_stand_beside_the_papers_as_soon_as_they_are_run(papers, tmp_path, monkeypatch):
+    tables = papers.tables
+    (tmp_path / "e.md").write_text(
+        "| estimator | true reward |\n|---|---|\n| remax | 2.5 |\n| dpo | 2.1 |\n\n"
+        "| method | win rate, equal tokens | length-controlled, equal tokens |\n|---|---|---|\n| dpo | 80 | 70 |\n"
+    )
+    monkeypatch.setattr(tables, "ESTIMATORS", str(tmp_path / "e.md"))
+    assert tables.on_the_corpus("remax") == "true reward 2.5" and tables.on_the_corpus("ppo") == ""
+    told = "true reward 2.1, better than SFT's answer in 80 %, at equal length in 70 %"
+    assert tables.on_the_corpus("dpo") == told
+    of = {figure.what.split(":")[0]: figure.measured for figure in tables.rloo().figures}
+    assert of["DPO"].startswith(told) and of["PPO"] == ""
+
+
 def exists(root, command: str) -> bool:
     """Whether what a command runs is there."""
     words = command.removeprefix("taskset -c 0 ").split()

@@ -43,6 +43,14 @@ def cell(document: str, column: str, **where: str) -> str:
     raise LookupError(f"{document}: no table has a column {column!r} and a row with {wanted}")
 
 
+def told(document: str, column: str, **where: str) -> str:
+    """As `cell`, but empty where there is none: what is not measured yet."""
+    try:
+        return cell(document, column, **where)
+    except LookupError:
+        return ""
+
+
 def number(text: str) -> float:
     """The first number in a cell."""
     found = re.search(r"-?\d[\d,]*\.?\d*", text)

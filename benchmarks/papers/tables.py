@@ -21,7 +21,7 @@ from papers.hours import (
 )
 from papers.memory import largest_batches, model_rows, model_states
 from papers.published import RUNS
-from papers.reading import cell, command, number
+from papers.reading import cell, command, number, told
 
 from remax.evaluation.winrates import wilson
 from remax.planning.advice import in_batches
@@ -81,13 +81,22 @@ class Section:
         return {"figures": [asdict(figure) for figure in self.figures], **rows}
 
 
+def on_the_corpus(method: str) -> str:
+    """What a method of benchmarks/estimators reaches at equal tokens; empty where it was not run."""
+    found = told(ESTIMATORS, "true reward", estimator=method)
+    wins = [told(ESTIMATORS, f"{what}, equal tokens", method=method) for what in ("win rate", "length-controlled")]
+    if all(wins):
+        found += f", better than SFT's answer in {wins[0]} %, at equal length in {wins[1]} %"
+    return found and f"true reward {found}"
+
+
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
 def memory() -> Section:
     """Batches, models, and how much less ReMax takes."""
     gpu, old = "docs/results/gpu.md", "docs/results/step_memory.md"
-    h100 = [number(cell(gpu, "peak memory", way=way)) for way in ("ReMax", "PPO")]
+    h100 = [number(told(gpu, "peak memory", way=way) or cell(gpu, "peak MiB", way=way)) for way in ("ReMax", "PPO")]
     cpu = [number(cell(HYDRA, "peak of a step GiB", setting=way)) for way in ("ReMax", "PPO")]
     states = [number(cell(HYDRA, "measured GiB", setting=way)) for way in ("ReMax", "PPO")]
     planned = model_states()
@@ -250,26 +259,27 @@ def judged() -> Section:
     document = "docs/evaluation.md"
     text = (ROOT / document).read_text(encoding="utf-8")
 
-    def told(name: str) -> str:
+    def demo(name: str) -> str:
         found = re.search(rf"^ +{name} +([\d.]+ %(?: +\[[\d., ]+\])?)", text, flags=re.MULTILINE)
         if found is None:
             raise LookupError(f"{document}: tells no {name}")
         return re.sub(" +", " ", found[1])
 
+    def against(name: str) -> str:
+        both = [on_the_corpus(method) for method in ("remax", name)]
+        return f"built-in corpus (CPU), equal tokens: ReMax {both[0]}; {name.upper()} {both[1]}" if all(both) else ""
+
     compare = command(document, "--judge reward:output/demo/reward")
     seeds = [cell("docs/results/demo.md", name, seed="0") for name in ("ReMax", "SFT")]
-    end = {name: number(cell(ESTIMATORS, "true reward", estimator=name)) for name in ("remax", "ppo")}
+    study = "python benchmarks/estimators/run.py"
     ours = {
         "SFT": (
-            f"demo (CPU): true reward {seeds[0]} over {seeds[1]}; {told('win rate')} by its reward model, "
-            f"{told('length-controlled')} at equal length, longer wins {told('longer wins')}",
+            f"demo (CPU): true reward {seeds[0]} over {seeds[1]}; {demo('win rate')} by its reward model, "
+            f"{demo('length-controlled')} at equal length, longer wins {demo('longer wins')}",
             compare,
         ),
-        "DPO": ("", "python -m remax.winrate remax.json dpo.json --judge annotations:annotations.json --lengths"),
-        "PPO": (
-            f"built-in corpus (CPU): true reward {end['remax']:.2f} and PPO {end['ppo']:.2f} at equal tokens",
-            "python benchmarks/estimators/run.py",
-        ),
+        "DPO": (against("dpo"), study),
+        "PPO": (against("ppo"), study),
     }
     figures = []
     for one in they.JUDGED:
@@ -364,21 +374,24 @@ def hydra() -> Section:
 
 def rloo() -> Section:
     """The estimators' win rates beside the true reward on the built-in corpus."""
-    ours = {"RLOO, 4 answers": "rloo_4", "REINFORCE with a mean as baseline": "reinforce_mean", "PPO": "ppo"}
-    remax = cell(ESTIMATORS, "true reward", estimator="remax")
-    figures = []
+    ours = {
+        "RLOO, 4 answers": "rloo_4",
+        "REINFORCE with a mean as baseline": "reinforce_mean",
+        "PPO": "ppo",
+        "DPO": "dpo",
+    }
+    remax, figures = on_the_corpus("remax"), []
     for method, wins in they.RLOO.items():
-        name = ours.get(method)
-        measured = f"true reward {cell(ESTIMATORS, 'true reward', estimator=name)}; ReMax {remax}" if name else ""
+        measured = on_the_corpus(ours[method]) if method in ours else ""
         figures.append(
             Figure(
                 f"{method}: win rate on TL;DR, HH (Pythia), HH (Llama)",
                 "RLOO",
                 ", ".join(f"{win} %" for win in wins),
-                measured and f"{measured} (CPU, built-in corpus, equal tokens, five seeds)",
+                measured and f"{measured}; ReMax: {remax} (CPU, built-in corpus, equal tokens)",
                 "",
-                "no ReMax there; here every answer counts" if name else "not run here",
-                "python benchmarks/estimators/run.py" if name else "",
+                "no ReMax there; here every answer counts" if measured else "not run here",
+                "python benchmarks/estimators/run.py" if measured else "",
             )
         )
     return Section(figures)
@@ -396,6 +409,18 @@ def offline() -> Section:
                 f"{dpo} % and {rdpo} %",
                 caveat="both losses are in step 2; models of this size were not trained here",
                 command="python step2_reward_model_finetuning/main.py --loss r-dpo",
+            )
+        )
+    pairs = {name: on_the_corpus(method) for name, method in (("DPO", "dpo"), ("R-DPO", "r_dpo"))}
+    if all(pairs.values()):
+        measured = "; ".join(f"{name}: {found}" for name, found in pairs.items())
+        figures.append(
+            Figure(
+                "DPO and R-DPO on a task whose true reward is known",
+                "SimPO",
+                "",
+                f"{measured} (CPU, built-in corpus)",
+                command="python benchmarks/estimators/run.py --stages offline",
             )
         )
     side = [cell(speed, "times TRL's", work="DPO", side=side) for side in ("padded", "packed")]

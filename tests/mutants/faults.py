@@ -700,6 +700,17 @@ PLANNING = [
         f"{ROOM}/planning/test_advice.py::test_the_largest_batch_fits_and_a_larger_one_does_not",
         ("planning-largest", "if too_many - low <= 1:", "if too_many - low <= 2:", "one row too few"),
     ),
+    *faults(
+        "remax/planning/durations.py",
+        f"{ROOM}/planning/test_durations.py",
+        ("durations-launch", "max(one.layers * rates.launch, one.read / read)", "one.read / read", "no launches"),
+        ("durations-checkpointing", "1 + backward + model.sketch.checkpointing", "1 + backward", "no second forward"),
+        ("durations-attention", "(self.width or self.hidden) * attended", "(self.width or self.hidden) * tokens",
+         "a token attends to itself alone"),
+        ("durations-greedy", "reads(reward, ranks, rows.decoded,", "reads(reward, ranks, rows.answers,",
+         "greedy answers are not scored"),
+        ("durations-adam", "trained * min(ranks, OF_A_MACHINE) / ranks", "trained / ranks", "GPUs share no CPUs"),
+    ),
 ]
 
 REWARDS = [
