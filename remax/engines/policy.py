@@ -20,7 +20,6 @@ from remax.engines.roles import Learner, Role
 from remax.engines.zero import gathered
 from remax.generation.decoder import Answers, Decoder, GenerationSettings
 from remax.generation.rollout import DEFAULT_DECODER, rollout
-from remax.models.loading import evaluating
 from remax.models.packing import shares_prompts, unpacked
 from remax.models.trunk import REFERENCE_AND_REWARD, REWARD, Use
 from utils.distributed import device, largest_of_ranks
@@ -57,7 +56,7 @@ class _Policy(Role):
             chunks = self._chunks(part, self.sampling)
             return self.ask(part, chunks=chunks, sampling=self.sampling, hidden=hidden)[0]
 
-        with evaluating(self.model):
+        with self.reading():
             return self.in_forwards(sequences, forwards if hidden is None else 1, read)
 
 
@@ -190,7 +189,7 @@ class Reference(_Policy):
     @torch.no_grad()
     def hidden(self, sequences: Sequences, forwards: int = 1) -> Tensor:
         """(B, A, H) hidden states, from which `head` makes the reference's full distribution chunk by chunk."""
-        with evaluating(self.model):
+        with self.reading():
             return self.in_forwards(sequences, forwards, partial(self.ask, hidden_only=True))
 
     @torch.no_grad()
@@ -226,7 +225,7 @@ class Judge(_Policy):
         """
         width, where = sequences.select(slice(0, first)).answer_width, sequences.input_ids.device
         logprobs, scores = torch.zeros(first, width, device=where), torch.zeros(len(sequences), device=where)
-        with evaluating(self.model):
+        with self.reading():
             for rows in map(sorted, sequences.balanced(forwards, together=shares_prompts(self.model))):
                 part, of_part = sequences.select(rows), sum(i < first for i in rows)
                 places = torch.tensor(rows, device=where)

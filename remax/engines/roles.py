@@ -5,16 +5,18 @@ Where that engine's model is a `Trunk`, a role says what it uses of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from remax.core.onednn import for_many_rows
 from remax.core.sequences import Sequences
 from remax.engines.base import Engine, StepResult
+from remax.models.loading import evaluating
 from remax.models.packing import shares_prompts
 from remax.models.trunk import Use
 
@@ -34,6 +36,12 @@ class Role:
     def ask(self, *args: Any, **options: Any) -> Any:
         """The model's forward, as the role uses it."""
         return self.engine(*args, **options, **({} if self.use is None else {"use": self.use}))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, the model reads without gradient: in eval mode, by the products that are fastest so."""
+        with evaluating(self.model), for_many_rows(self.model):
+            yield
 
     def in_forwards(self, sequences: Sequences, forwards: int, read: Callable[[Sequences], Tensor]) -> Tensor:
         """What `read` says of the rows, by several forwards of about as many tokens each.

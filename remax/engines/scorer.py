@@ -10,7 +10,6 @@ from torch import Tensor
 
 from remax.core.sequences import Sequences
 from remax.engines.roles import Learner, Role
-from remax.models.loading import evaluating
 
 ROWS_OF_FORWARD, MOST_FORWARDS = 4, 4  # of a padded batch while it is learned: fewer rows would leave a GPU idle
 
@@ -27,7 +26,7 @@ class Reward(Role):
         Args:
             forwards: How many micro-batches the rows are cut into, see `Role.in_forwards`.
         """
-        with evaluating(self.model):
+        with self.reading():
             return self.in_forwards(sequences, forwards, self.ask)
 
     def score_parts(
@@ -71,5 +70,5 @@ class TrainedReward(Learner):
     @torch.no_grad()
     def old_values(self, sequences: Sequences, forwards: int = 1) -> Tensor:
         """(B, A) values at rollout time: without gradient, in eval mode; see `Role.in_forwards`."""
-        with evaluating(self.model):
+        with self.reading():
             return self.in_forwards(sequences, forwards, self.values)

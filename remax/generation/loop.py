@@ -22,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from remax.core.onednn import for_few_rows
 from remax.core.sequences import Prompts, among
 from remax.generation.cache import SHARED, PromptCache
 from remax.generation.decoder import Answers, GenerationSettings
 from remax.generation.hugging_face import HuggingFaceDecoder
-from remax.generation.layout import laid_out_for_few_rows
 from remax.generation.sampler import draw, logprobs_of, mend, most_probable, uniform_numbers
 from utils.distributed import world_size
 from utils.metrics import warn
@@ -104,7 +104,7 @@ class SharedPromptDecoder:
             )
         decode = _Decode(model, prompts, settings, samples, greedy, logprobs, synced_gpus)
         look_every = self.look_every or (1 if prompts.input_ids.is_cpu else LOOK_EVERY)
-        with attention(model, SHARED), laid_out_for_few_rows(model):
+        with attention(model, SHARED), for_few_rows(model):
             for some in self.parts(decode):
                 decode.answer(some, look_every)
         return decode.answers()

@@ -74,15 +74,15 @@ def attend_in_pieces(
             mask = band(longest, sliding_window or longest, q.device)[..., before:length, :length]
         return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
 
-    lengths = [length for group in pieces for length in group]
+    lengths = [length for prompt, *answers in pieces for length in (prompt + sum(answers[:1]), *answers[1:])]
     split = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     parts = []
-    for _, *answers in pieces:
-        first = next(split)
+    for prompt, *answers in pieces:
+        first = next(split)  # the prompt and its first answer, as in a row of their own
         parts.append(attend(*first))
-        for _ in answers:
-            q, k, v = next(split)
-            parts.append(attend(q, *(torch.cat(pair, 2) for pair in zip(first[1:], (k, v), strict=True))))
+        for _ in answers[1:]:
+            q, *own = next(split)
+            parts.append(attend(q, *(torch.cat([x[:, :, :prompt], y], 2) for x, y in zip(first[1:], own, strict=True))))
     return torch.cat(parts, 1), None
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+from remax.core.onednn import MOST_BYTES
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.generation.cache import PromptCache
-from remax.generation.layout import MOST_BYTES
 from remax.generation.loop import CPU_BYTES, GPU_SHARE
 from remax.planning.dry_run import Held, Sizes, Sketch, decoding, learning, reading, sizes
 from remax.planning.states import (
@@ -287,7 +287,7 @@ def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
 
 
 def _laid_out(job: Job) -> float:
-    """Bytes of the weights that `remax.generation.layout` copies while a CPU decodes."""
+    """Bytes of the weights that `remax.core.onednn` copies while a CPU decodes."""
     held = 4.0 * job.actor.size.linear
     suits = not job.machine.cuda and job.actor.engine.dtype == "fp32" and job.actor.engine.zero_stage < 3
     return held if suits and held <= MOST_BYTES else 0.0

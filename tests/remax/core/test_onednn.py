@@ -1,11 +1,11 @@
-"""Products with weights laid out for few rows: the same numbers, for a while."""
+"""Linear layers by oneDNN: the same numbers, for a while."""
 
 import pytest
 import torch
 from torch import nn
 
-from remax.generation import layout
-from remax.generation.layout import laid_out_for_few_rows
+from remax.core import onednn
+from remax.core.onednn import for_few_rows, for_many_rows
 
 
 class Tied(nn.Module):
@@ -26,7 +26,7 @@ class Tied(nn.Module):
 
 @pytest.fixture
 def products(monkeypatch):
-    """The rows of each product by a weight that was laid out."""
+    """The rows of each product by oneDNN."""
     found, product = [], torch.ops.mkldnn._linear_pointwise
 
     def spy(hidden, *others):
@@ -41,7 +41,7 @@ def products(monkeypatch):
 def test_products_are_the_same_and_the_layers_come_back(products):
     model, ids = Tied(), torch.tensor([[1, 5], [6, 0]])
     expected, weights = model(ids), dict(model.named_parameters())
-    with pytest.raises(ZeroDivisionError), laid_out_for_few_rows(model):
+    with pytest.raises(ZeroDivisionError), for_few_rows(model):
         torch.testing.assert_close(model(ids), expected)
         assert products == [4, 4]  # body and head
         torch.testing.assert_close(model(ids[:, :1]), expected[:, :1])
@@ -57,13 +57,25 @@ def test_products_are_the_same_and_the_layers_come_back(products):
 @torch.no_grad()
 def test_other_numbers_and_large_models_stay_as_they_are(monkeypatch, products):
     ids = torch.arange(7)
-    with laid_out_for_few_rows(model := Tied().bfloat16()):
+    with for_few_rows(model := Tied().bfloat16()), for_many_rows(model):
         model(ids)
-    monkeypatch.setattr(layout, "MOST_BYTES", 4 * (16 + 28) - 1)
-    with laid_out_for_few_rows(model := Tied()):
+    monkeypatch.setattr(onednn, "MOST_BYTES", 4 * (16 + 28) - 1)
+    with for_few_rows(model := Tied()):
         model(ids)
     assert not products
-    monkeypatch.setattr(layout, "MOST_BYTES", 4 * (16 + 28))
-    with laid_out_for_few_rows(model):
+    monkeypatch.setattr(onednn, "MOST_BYTES", 4 * (16 + 28))
+    with for_few_rows(model):
         model(ids)
     assert products == [7, 7]
+
+
+def test_many_rows_that_nothing_is_learned_from(products):
+    model, ids = Tied(), torch.arange(onednn.MANY_ROWS) % 7
+    with for_many_rows(model):
+        expected = model(ids)
+        assert expected.requires_grad and not products
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids), expected)
+            assert products == [len(ids)] * 2
+            model(ids[1:])
+            assert products == [len(ids)] * 2
