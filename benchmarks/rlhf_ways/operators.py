@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_ways.clock import MARK
 from torch.profiler import ProfilerActivity, profile
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 
 
 def operators(side: Any, rows: list[list[int]]) -> dict[str, dict[str, float]]:

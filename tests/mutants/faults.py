@@ -616,7 +616,7 @@ ENGINES = [
     *faults(
         "remax/engines/policy.py",
         f"{ROOM}/engines/test_base.py",
-        ("role-old-logprobs-mode", "        with evaluating(self.model):\n"
+        ("role-old-logprobs-mode", "        with self.reading():\n"
          "            return self.in_forwards(sequences, forwards if hidden is None else 1, read)",
          "        return self.in_forwards(sequences, forwards if hidden is None else 1, read)",
          "old log-probs have dropout",
@@ -646,7 +646,7 @@ ENGINES = [
     *faults(
         "remax/engines/scorer.py",
         f"{ROOM}/engines/test_roles.py",
-        ("role-old-values-mode", "        with evaluating(self.model):\n"
+        ("role-old-values-mode", "        with self.reading():\n"
          "            return self.in_forwards(sequences, forwards, self.values)",
          "        return self.in_forwards(sequences, forwards, self.values)", "the critic's old values have dropout"),
         ("role-score-parts", "self.in_forwards(sequences, forwards, self.ask)", "self.ask(sequences)",
