@@ -10,6 +10,9 @@ and what it gets back to `attend`, which looks up the rest in the cache. There a
 The decoded tokens' keys are in a buffer that is read whole, with what is not yet written masked, and that grows by
 `BLOCK` columns when it is full. To read a slice of a buffer of full length would take three times as long as that many
 numbers without gaps between them (on a CPU, whose prefetching ends at a gap).
+
+With an `Arena` a decode step can be recorded and repeated: the number of its token is on the device too, what lies
+where depends on the shapes alone, and these are few, since buffers double and prompts' widths are rounded up.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from remax.generation.graphs import Arena, rounded_up
 from utils.present import present
 
 BLOCK = 32  # columns
@@ -104,40 +108,86 @@ class PromptCache(Cache):
 
     Attributes:
         step: The number of the token that each row decodes; None while prompts are read.
+        at: (1,) that number, with an arena.
         columns: A, of the buffers.
+        moved: Whether tensors have changed their shapes or places since somebody set this to False.
         reading: The prompts that the next forward reads.
         windows: The sliding windows that layers asked for.
     """
 
     layers: list[Any]
 
-    def __init__(self, read: list[int], prompt_of_row: list[int], device: torch.device):
+    def __init__(
+        self,
+        read: list[int],
+        prompt_of_row: list[int],
+        device: torch.device,
+        arena: Arena | None = None,
+        longest: int = 0,
+    ):
         """Makes room.
 
         Args:
             read: Tokens of each prompt that are going to be read.
             prompt_of_row: The prompt of each row, a number below len(read).
+            arena: Where keys and values lie; the prompts have equally many rows then, in the order of `Slots`.
+            longest: Tokens that are going to be decoded, for the arena's sake.
         """
         super().__init__(layers=[])
-        self.read, self.prompt_of_row, self.device = read, prompt_of_row, device
+        self.read, self.prompt_of_row, self.device, self.arena = read, prompt_of_row, device, arena
         self.step: int | None = None
-        self.columns = 0
+        self.at = arena and arena.place("step", torch.zeros(1, dtype=torch.long, device=device))
+        self.columns, self.most_columns = 0, -(-longest // BLOCK) * BLOCK
         self.windows: set[int | None] = set()
         self.reading = slice(0, 0)
         self._arrange()
 
     def _arrange(self) -> None:
-        self.width = max(*self.read, 1)
+        self.width, self.moved = max(*self.read, 1), True
         self.slots = Slots(self.prompt_of_row, len(self.read), self.device)
         self.lengths = torch.tensor(self.read, device=self.device)[:, None]  # (prompts, 1)
+        if self.arena is not None:
+            self.width = rounded_up(self.width)
+            self.lengths = self.arena.place("lengths", self.lengths)
         self._hidden: dict[int | None, Tensor | None] = {}
+        self._unwritten: dict[int | None, Tensor] = {}
 
     def begin(self, step: int) -> None:
         """The next forward decodes a token of every row, the one of this number."""
         self.step = step
         self._hidden.clear()
+        self._unwritten.clear()
+        if self.at is not None:
+            self.at.fill_(step)
         if step == self.columns:
-            self.columns += BLOCK
+            self.grow(step + BLOCK if self.arena is None else min(max(2 * step, BLOCK), self.most_columns))
+
+    def grow(self, columns: int) -> None:
+        """Gives the buffers more columns."""
+        rows, more = len(self.prompt_of_row), columns - self.columns
+        for number, layer in enumerate(self.layers):
+            for name in ("keys", "values"):
+                buffer, like = getattr(layer, name), getattr(layer, f"prompt_{name}")
+                if buffer is None:
+                    buffer = like.new_zeros(rows, like.shape[1], 0, like.shape[3])
+                room = rows * like.shape[1] * like.shape[3] * self.most_columns
+                self._put(number, name, pad(buffer, (0, 0, 0, more)), room)
+        self.columns, self.moved = columns, True
+
+    def _put(self, number: int, name: str, values: Tensor, room: int = 0) -> None:
+        """Makes these a layer's keys or values, in the arena if there is one; `room` as of `Arena.place`."""
+        if self.arena is not None:
+            values = self.arena.place((number, name), values, room)
+        setattr(self.layers[number], name, values)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a decode step reads or writes here."""
+        names = ("prompt_keys", "prompt_values", "keys", "values")
+        return [
+            present(self.at, "PromptCache.at"),
+            self.lengths,
+            *(getattr(layer, name) for layer in self.layers for name in names),
+        ]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -148,48 +198,45 @@ class PromptCache(Cache):
         layer = self.layers[layer_idx]
         if self.step is None:
             if layer.prompt_keys is None:
-                layer.prompt_keys, layer.prompt_values = (
-                    new.new_zeros(len(self.read), new.shape[1], self.width, new.shape[3])
-                    for new in (key_states, value_states)
-                )
+                for name, new in (("prompt_keys", key_states), ("prompt_values", value_states)):
+                    empty = new.new_zeros(len(self.read), new.shape[1], self.width, new.shape[3])
+                    self._put(layer_idx, name, empty)
             layer.prompt_keys[self.reading, :, : key_states.shape[2]] = key_states
             layer.prompt_values[self.reading, :, : value_states.shape[2]] = value_states
-        else:
-            if layer.keys is None:
-                layer.keys, layer.values = (
-                    x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states)
-                )
-            if layer.keys.shape[2] < self.columns:
-                layer.keys, layer.values = (
-                    pad(x, (0, 0, 0, self.columns - x.shape[2])) for x in (layer.keys, layer.values)
-                )
+        elif self.at is None:
             layer.keys[:, :, self.step] = key_states[:, :, 0]
             layer.values[:, :, self.step] = value_states[:, :, 0]
+        else:
+            layer.keys.index_copy_(2, self.at, key_states)
+            layer.values.index_copy_(2, self.at, value_states)
         key_states.remembered = (self, layer)  # type: ignore[attr-defined]
         return key_states, value_states
 
     def keep(self, rows: list[int]) -> None:
         """Goes on with some of the rows, and with the prompts that they answer."""
         index = torch.tensor(rows, device=self.device)
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
         prompts = sorted({self.prompt_of_row[row] for row in rows})
-        if len(prompts) < len(self.read):
-            self.read = [self.read[prompt] for prompt in prompts]
-            width, index = max(*self.read, 1), torch.tensor(prompts, device=self.device)
-            for layer in self.layers:
-                layer.prompt_keys = layer.prompt_keys[index, :, :width]
-                layer.prompt_values = layer.prompt_values[index, :, :width]
+        fewer = len(prompts) < len(self.read)
         number = {prompt: i for i, prompt in enumerate(prompts)}
+        self.read = [self.read[prompt] for prompt in prompts]
         self.prompt_of_row = [number[self.prompt_of_row[row]] for row in rows]
         self._arrange()
+        of_prompts = torch.tensor(prompts, device=self.device)
+        for i, layer in enumerate(self.layers):
+            for name in ("keys", "values"):
+                self._put(i, name, getattr(layer, name)[index])
+                if fewer:
+                    self._put(i, f"prompt_{name}", getattr(layer, f"prompt_{name}")[of_prompts, :, : self.width])
 
     def hidden(self, window: int | None) -> Tensor | None:
         """(prompts, 1, 1, P) bool, True where a decoded token sees nothing of its prompt; None: it sees all."""
         if window not in self._hidden:
-            step, mask = present(self.step, "PromptCache.step"), None
-            slides = window is not None and self.width + step >= window
-            if slides or min(self.read) < self.width:
+            step: int | Tensor = present(self.step, "PromptCache.step")
+            last, mask = step, None
+            if self.at is not None:
+                step, last = self.at, self.columns - 1  # a recorded step is repeated as long as the buffers have room
+            slides = window is not None and self.width + last >= window
+            if slides or self.at is not None or min(self.read) < self.width:
                 columns = torch.arange(self.width, device=self.device)
                 mask = columns >= self.lengths  # (prompts, P)
                 if window is not None and slides:
@@ -200,6 +247,13 @@ class PromptCache(Cache):
 
     def hide(self, own: Tensor, window: int | None) -> None:
         """Scores of the decoded tokens' columns, (..., A): -inf where none is written, or out of the window."""
+        if self.at is not None:
+            if window not in self._unwritten:
+                columns = torch.arange(self.columns, device=self.device)
+                mask = columns > self.at
+                self._unwritten[window] = mask if window is None else mask | (columns <= self.at - window)
+            own.masked_fill_(self._unwritten[window], -torch.inf)
+            return
         step = present(self.step, "PromptCache.step")
         own[..., step + 1 :] = -torch.inf
         if window is not None and step >= window:

@@ -6,14 +6,18 @@ length, as many together as the memory for keys and values allows.
 
 What is drawn depends on neither: each row has its own random numbers, see `sampler`. Greedy answers are the same too,
 but for the rounding of products that depends on how many rows they have.
+
+With `Graphs` a GPU repeats recorded steps. Shapes are few then: prompts, the width of the longest, and rows are rounded
+up, and rows leave when half of them have ended. What is there in excess is computed and thrown away.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,16 +30,19 @@ from remax.core.onednn import for_few_rows
 from remax.core.sequences import Prompts, among
 from remax.generation.cache import SHARED, PromptCache
 from remax.generation.decoder import Answers, GenerationSettings
+from remax.generation.graphs import Arena, Graphs, addresses, regular_rows, rounded_up
 from remax.generation.hugging_face import HuggingFaceDecoder
 from remax.generation.sampler import draw, logprobs_of, mend, most_probable, uniform_numbers
 from utils.distributed import world_size
 from utils.metrics import warn
+from utils.run import UserError
 
 READ_AT_ONCE = 2**14  # prompt tokens, padding included
 CPU_BYTES = 2**31  # for keys and values
 GPU_SHARE = 0.5  # of the free memory
 LOOK_EVERY = 8  # steps between two looks at what has ended, on a GPU, where each waits for it
 LAYERS = {"full_attention", "sliding_attention"}
+WRITTEN = ("ids", "positions", "ended", "uniform", "logprobs")  # of `_Rows`, by a step
 
 
 @dataclass
@@ -43,11 +50,14 @@ class _Rows:
     """The rows of a decode that still grow, sampled ones first.
 
     Attributes:
-        numbers: (rows,) of each among all that are asked for.
+        numbers: (rows,) of each among all that are asked for; -1 of one that nobody asked for.
         sampled: How many of them are sampled.
         ids: (rows,) the last token of each.
         positions: (rows,) where it stands.
         ended: (rows,) bool.
+        uniform: (rows,) float64 in [0, 1), what the next token is drawn with, of the sampled ones.
+        logprobs: (rows,) float32 of the last token, where they are asked for.
+        arena: Where all but the numbers lies.
     """
 
     numbers: Tensor
@@ -55,13 +65,22 @@ class _Rows:
     ids: Tensor
     positions: Tensor
     ended: Tensor
+    uniform: Tensor
+    logprobs: Tensor
+    arena: Arena | None = None
+
+    def __post_init__(self) -> None:
+        if self.arena is not None:
+            for name in WRITTEN:
+                setattr(self, name, self.arena.place(name, getattr(self, name)))
 
     def keep(self, rows: list[int]) -> None:
         """Goes on with some of them."""
         index = torch.tensor(rows, device=self.ids.device)
         self.sampled = sum(row < self.sampled for row in rows)
-        for name in ("numbers", "ids", "positions", "ended"):
+        for name in ("numbers", *WRITTEN):
             setattr(self, name, getattr(self, name)[index])
+        self.__post_init__()
 
 
 class SharedPromptDecoder:
@@ -69,14 +88,17 @@ class SharedPromptDecoder:
 
     name = "a decode that reads each prompt once"
 
-    def __init__(self, cache_bytes: int | None = None, look_every: int | None = None):
+    def __init__(self, cache_bytes: int | None = None, look_every: int | None = None, graphs: Graphs | None = None):
         """Sets limits.
 
         Args:
             cache_bytes: Most memory for keys and values; by default 2 GiB on a CPU, half of what is free on a GPU.
             look_every: Steps between two looks at what has ended; by default each on a CPU, each eighth on a GPU.
+            graphs: Records the steps of the model, on a GPU.
         """
-        self.cache_bytes, self.look_every = cache_bytes, look_every
+        self.cache_bytes, self.look_every, self.graphs = cache_bytes, look_every, graphs
+        if graphs is not None:
+            self.name = f"{self.name}, its steps as CUDA graphs"
         self.faults: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
         self.instead = HuggingFaceDecoder()
 
@@ -92,19 +114,29 @@ class SharedPromptDecoder:
         logprobs: bool = False,
         synced_gpus: bool = False,
     ) -> Answers:
-        """See `Decoder`."""
+        """See `Decoder`.
+
+        Raises:
+            UserError: Graphs are wanted, and the model does not allow it.
+        """
         if model not in self.faults:
             self.faults[model] = fault_of(model)
-            if self.faults[model]:
+            if self.faults[model] and self.graphs is None:
                 kind = model.config.model_type
                 warn(f"answers of models of the type {kind!r} come from transformers' generate: {self.faults[model]}")
+        if self.graphs is not None and (
+            fault := self.faults[model] or ("its ranks decode in step" if synced_gpus else "")
+        ):
+            raise UserError(
+                f"--cuda_graphs: not for a model of the type {model.config.model_type!r}: {fault}; leave it out"
+            )
         if self.faults[model]:
             return self.instead(
                 model, prompts, settings, samples=samples, greedy=greedy, logprobs=logprobs, synced_gpus=synced_gpus
             )
-        decode = _Decode(model, prompts, settings, samples, greedy, logprobs, synced_gpus)
+        decode = _Decode(model, prompts, settings, samples, greedy, logprobs, synced_gpus, self.graphs)
         look_every = self.look_every or (1 if prompts.input_ids.is_cpu else LOOK_EVERY)
-        with attention(model, SHARED), for_few_rows(model):
+        with attention(model, SHARED), nullcontext() if self.graphs else for_few_rows(model):
             for some in self.parts(decode):
                 decode.answer(some, look_every)
         return decode.answers()
@@ -112,10 +144,12 @@ class SharedPromptDecoder:
     def parts(self, decode: _Decode) -> Iterator[list[int]]:
         """The prompts in order of length, as many at once as the memory allows; all where the ranks decode in step."""
         order = sorted(range(len(decode.lengths)), key=decode.lengths.__getitem__)
-        budget = self.cache_bytes or _free_bytes(decode.device)
+        budget = self.cache_bytes or _free_bytes(decode.device, self.graphs.arena.bytes if self.graphs else 0)
+        size = rounded_up if self.graphs else int
         part: list[int] = []
         for prompt in order:
-            tokens = (len(part) + 1) * (decode.lengths[prompt] + decode.kinds * decode.settings.max_new_tokens)
+            width = size(decode.lengths[prompt]) + decode.kinds * decode.settings.max_new_tokens
+            tokens = size(len(part) + 1) * width
             if part and not decode.together and tokens * PromptCache.bytes_of_token(decode.model) > budget:
                 yield part
                 part = []
@@ -123,12 +157,13 @@ class SharedPromptDecoder:
         yield part
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device, held: int) -> int:
+    """For keys and values; `held` is what an arena has for them already."""
     if device.type != "cuda":
         return CPU_BYTES
     free = torch.cuda.mem_get_info(device)[0]
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(GPU_SHARE * (free + unused))
+    return max(int(GPU_SHARE * (free + unused + held)), held)
 
 
 @contextmanager
@@ -154,13 +189,19 @@ class _Decode:
         greedy: bool,
         logprobs: bool,
         together: bool,
+        graphs: Graphs | None,
     ):
+        self.graphs: Graphs | None = graphs
+        self.kind: Hashable = None
+        if graphs is not None:
+            graphs.begin(model)
         self.model, self.prompts, self.settings = model, prompts, settings
         self.samples, self.greedy, self.together = samples, greedy, together
         self.device, self.lengths = prompts.input_ids.device, prompts.lengths.tolist()
         self.kinds = samples + greedy
         self.drawn = len(prompts) * samples  # rows; those of the greedy answers come behind
-        shape = (len(prompts) * self.kinds, settings.max_new_tokens)
+        # One row more, for those that nobody asked for.
+        shape = (len(prompts) * self.kinds + 1, settings.max_new_tokens)
         self.tokens = torch.full(shape, settings.pad_id, dtype=torch.long, device=self.device)
         self.logprobs = torch.zeros(shape, device=self.device) if logprobs else None
         self.noise = uniform_numbers(self.drawn, settings.max_new_tokens, self.device)
@@ -170,25 +211,37 @@ class _Decode:
         """Decodes the answers to some of the prompts, by their numbers."""
         limit, cap = self.settings.max_new_tokens, self.settings.greedy_cap
         longest = limit if self.samples else cap
-        sampled = [prompt * self.samples + i for i in range(self.samples) for prompt in some]
-        numbers = sampled + [self.drawn + prompt for prompt in some] * self.greedy
+        arena = self.graphs and self.graphs.arena
+        spare = rounded_up(len(some)) - len(some) if self.graphs else 0  # prompts of which there is nothing to read
+        kinds = [[prompt * self.samples + i for prompt in some] for i in range(self.samples)]
+        kinds += [[self.drawn + prompt for prompt in some]] * self.greedy
+        numbers = torch.tensor([kind + [-1] * spare for kind in kinds], device=self.device).flatten()
         cache = PromptCache(
-            [self.lengths[prompt] - 1 for prompt in some],
-            list(range(len(some))) * self.kinds,
+            [self.lengths[prompt] - 1 for prompt in some] + [0] * spare,
+            list(range(len(some) + spare)) * self.kinds,
             self.device,
+            arena,
+            longest,
         )
-        which = torch.tensor(some, device=self.device)
-        read(self.model, cache, self.prompts, which, READ_AT_ONCE if not self.together else None)
+        which = torch.tensor(some + some[:1] * spare, device=self.device)
+        read(self.model, cache, self.prompts, which[: len(some)], READ_AT_ONCE if not self.together else None)
         rows = _Rows(
-            numbers=torch.tensor(numbers, device=self.device),
-            sampled=len(sampled),
+            numbers=numbers,
+            sampled=len(which) * self.samples,
             ids=self.prompts.input_ids[which, -1].repeat(self.kinds),
             positions=(self.prompts.lengths[which] - 1).repeat(self.kinds),
-            ended=torch.zeros(len(numbers), dtype=torch.bool, device=self.device),
+            ended=numbers < 0,
+            uniform=torch.zeros(len(numbers), dtype=torch.float64, device=self.device),
+            logprobs=torch.zeros(len(numbers), device=self.device),
+            arena=arena,
         )
         for step in range(longest):
             cache.begin(step)
-            self.extend(cache, rows, step)
+            rows.uniform[: rows.sampled] = self.noise[rows.numbers[: rows.sampled], step]
+            self.take(cache, rows)
+            self.tokens[rows.numbers, step] = rows.ids
+            if self.logprobs is not None:
+                self.logprobs[rows.numbers, step] = rows.logprobs
             if step + 1 == cap:
                 rows.ended[rows.sampled :] = True
             if step + 1 == longest:
@@ -199,27 +252,38 @@ class _Decode:
                     break
                 self.drop(cache, rows, ended)
 
-    def extend(self, cache: PromptCache, rows: _Rows, step: int) -> None:
-        """One more token for every row."""
+    def take(self, cache: PromptCache, rows: _Rows) -> None:
+        """`extend`, by a graph where there are graphs."""
+        if self.graphs is None:
+            self.extend(cache, rows)
+            return
+        if cache.moved:
+            tensors = [*cache.tensors(), *(getattr(rows, name) for name in WRITTEN)]
+            shapes = tuple(tensor.shape for tensor in tensors)
+            asked = (rows.sampled, self.settings.sampling, tuple(self.end_ids), self.logprobs is not None)
+            self.kind, cache.moved = (asked, shapes, addresses(tensors)), False
+        self.graphs.take(self.kind, partial(self.extend, cache, rows))
+
+    def extend(self, cache: PromptCache, rows: _Rows) -> None:
+        """One more token for every row, by what lies on the device alone, and written in place."""
         out: Any = self.model(
             input_ids=rows.ids[:, None], position_ids=rows.positions[:, None], past_key_values=cache, use_cache=True
         )
         logits = mend(out.logits[:, -1])
         drawn, greedy, ids, logprobs = logits[: rows.sampled], logits[rows.sampled :], [], []
         if len(drawn):
-            found, logprob = draw(drawn, self.settings.sampling, self.noise[rows.numbers[: rows.sampled], step])
+            found, logprob = draw(drawn, self.settings.sampling, rows.uniform[: rows.sampled])
             ids.append(found)
             logprobs.append(logprob)
         if len(greedy):
             ids.append(most_probable(greedy))
             if self.logprobs is not None:
                 logprobs.append(logprobs_of(greedy, ids[-1]))
-        rows.ids = torch.cat(ids)
+        torch.cat(ids, out=rows.ids)
         rows.positions += 1
         rows.ended |= among(rows.ids, self.end_ids)
-        self.tokens[rows.numbers, step] = rows.ids
         if self.logprobs is not None:
-            self.logprobs[rows.numbers, step] = torch.cat(logprobs)
+            torch.cat(logprobs, out=rows.logprobs)
 
     def all_ended(self, here: bool) -> bool:
         """Whether no row grows any more, where the ranks decode in step on any rank."""
@@ -231,8 +295,13 @@ class _Decode:
 
     def drop(self, cache: PromptCache, rows: _Rows, ended: list[bool]) -> None:
         """Lets the rows go that have ended, if they are enough to be worth moving the others."""
-        left = [row for row, end in enumerate(ended) if not end] or [0]  # one for the ranks that go on
-        if 8 * len(left) <= 7 * len(ended):
+        if self.graphs is None:
+            left = [row for row, end in enumerate(ended) if not end] or [0]  # one for the ranks that go on
+            enough = 8 * len(left) <= 7 * len(ended)
+        else:
+            left = regular_rows(cache.prompt_of_row, rows.sampled, ended)
+            enough = 2 * len(left) <= len(ended)
+        if enough:
             cache.keep(left)
             rows.keep(left)
 
@@ -240,8 +309,8 @@ class _Decode:
         """What has been decoded."""
         return Answers.of_rows(
             self.prompts,
-            self.tokens,
-            self.logprobs,
+            self.tokens[:-1],
+            None if self.logprobs is None else self.logprobs[:-1],
             self.settings,
             self.end_ids,
             samples=self.samples,

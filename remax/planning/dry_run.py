@@ -334,9 +334,8 @@ def decoding(sketch: Sketch, prompts: int, kinds: int, prompt: int, answer: int,
                 asked = Prompts(_ids(prompts, prompt), torch.full((prompts,), prompt))
                 read(model.hf, cache, asked, torch.arange(prompts), READ_AT_ONCE)
                 if full > BLOCK:
-                    cache.columns = full - BLOCK
+                    cache.grow(full - BLOCK)
                     step(model, cache, full - BLOCK - 1)
-                cache.columns = full - BLOCK
                 step(model, cache, full - BLOCK)  # the buffers grow for the last time
                 return [storages.live, storages.peak]
 

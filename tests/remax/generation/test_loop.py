@@ -74,7 +74,7 @@ def decode(decoder, model, settings, **options):
     return decoder(model, prompts(), settings, **({"samples": 3, "greedy": True, "logprobs": True} | options))
 
 
-def assert_same(got, expected) -> None:
+def assert_same(got, expected, tolerance: float = 1e-4) -> None:
     for name in ("sampled", "greedy"):
         rows, wanted = getattr(got, name), getattr(expected, name)
         assert (rows is None) == (wanted is None)
@@ -83,7 +83,7 @@ def assert_same(got, expected) -> None:
             assert torch.equal(rows.answer_lengths, wanted.answer_lengths)
             assert torch.equal(rows.prompt_lengths, wanted.prompt_lengths)
     for name in ("logprobs", "greedy_logprobs"):
-        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=tolerance, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", SERVED)
