@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from measuring import ROOT, installed, table
 
-PARTS = ["tests", "demo", "rounding", "cost", "memory"]
+PARTS = ["tests", "demo", "rounding", "cost", "graphs", "memory"]
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "flash_attn")
 
 
@@ -81,13 +82,14 @@ def rounding() -> tuple[bool, list[str]]:
     return status == 0, ["## What 16 bits cost", "", "    python benchmarks/rounding.py", "", table, ""]
 
 
-def step_cost(folder: Path, shape: str) -> tuple[bool, list[str]]:
-    command = ["benchmarks/rlhf_step.py", "--shape", shape, "--dtype", "bf16"]
+def step_cost(folder: Path, shape: str, title: str, *ways: str) -> tuple[bool, list[str]]:
+    """The tables of `rlhf_step.py`, of all ways or of some."""
+    command = ["benchmarks/rlhf_step.py", "--shape", shape, "--dtype", "bf16", *(["--ways", *ways] if ways else [])]
     status, output, _ = run(sys.executable, *command, "--output", folder / "cost.md")
     if status:
-        return False, ["## What a step costs", "", f"ended with status {status}: {output[-500:]}", ""]
+        return False, [f"## {title}", "", f"ended with status {status}: {output[-500:]}", ""]
     table = (folder / "cost.md").read_text().partition("\n\n    ")[2].partition("\n\n")[2]
-    return True, ["## What a step costs", "", f"    python {' '.join(command)}", "", table]
+    return True, [f"## {title}", "", f"    python {shlex.join(command)}", "", table]
 
 
 def memory(folder: Path) -> tuple[bool, list[str]]:
@@ -109,7 +111,9 @@ def main() -> None:
     good, lines = True, ["# On GPUs", "", "    make gpu", "", *machine()]
     with tempfile.TemporaryDirectory() as folder:
         parts = {"tests": lambda: tests(Path(folder)), "demo": demo, "rounding": rounding}
-        parts["cost"] = lambda: step_cost(Path(folder), args.shape)
+        parts["cost"] = lambda: step_cost(Path(folder), args.shape, "What a step costs")
+        ways = ("ReMax", "ReMax, CUDA graphs")
+        parts["graphs"] = lambda: step_cost(Path(folder), args.shape, "The decode as CUDA graphs", *ways)
         parts["memory"] = lambda: memory(Path(folder))
         for part in args.parts:
             passed, found = parts[part]()

@@ -3,8 +3,10 @@
     python benchmarks/rlhf_step.py --output docs/results/rlhf_step.md
     python benchmarks/rlhf_step.py --family llama --prompts 16 --size 64+64 --lengths natural --rounds 5
     python benchmarks/rlhf_step.py --shape 1.1b --dtype bf16
+    python benchmarks/rlhf_step.py --shape 1.1b --dtype bf16 --ways ReMax "ReMax, CUDA graphs"
 
-The first measures what docs/results shows, the second one setting; the third, for a GPU, one of a large model.
+The first measures what docs/results shows, the second one setting; the third, for a GPU, one of a large model, and the
+fourth what `--cuda_graphs` changes there.
 Compared are ReMax, RLOO, GRPO and PPO by this pipeline's own trainer, ReMax in the authors' way (`rlhf_ways/authors`),
 and, where trl 1.16.0 is installed, TRL's RLOO and GRPO trainers. All ways answer the same prompts with answers of the
 same lengths (`rlhf_ways/models.py` says how) by the same sampling. They take turns in one process, `--rounds` times
@@ -42,7 +44,7 @@ from measuring import (
 )
 from turns import trl_is_here
 
-OURS = ("ReMax", "ReMax, greedy answers cut", "RLOO k=2", "GRPO k=2", "PPO")
+OURS = ("ReMax", "ReMax, greedy answers cut", "ReMax, CUDA graphs", "RLOO k=2", "GRPO k=2", "PPO")
 AUTHORS = "authors' way"
 TRL = ("TRL RLOO k=2", "TRL GRPO k=2")
 WAYS = (*OURS, AUTHORS, *TRL)

@@ -14,7 +14,12 @@ import sys
 import pytest
 import torch
 
+from remax.core.sampling import Sampling
+from remax.generation.decoder import GenerationSettings
+from remax.generation.graphs import Graphs
+from remax.generation.loop import SharedPromptDecoder
 from tests.references import cases
+from tests.remax.generation.test_loop import PAD, SERVED, assert_same, decode, make
 from utils.distributed import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.ranks]
@@ -60,6 +65,7 @@ RUNS: dict[str, tuple[int, str]] = {
     "remax, bf16, ZeRO 2, full KL, variance, EMA": rlhf(
         "bf16", 2, "--algo remax --penalty full_kl_full_step --log_variance --enable_ema"
     ),
+    "remax, bf16, ZeRO 2, CUDA graphs": rlhf("bf16", 2, "--algo remax --cuda_graphs"),
     "rloo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo rloo --samples_per_prompt 2"),
     "grpo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo grpo --samples_per_prompt 2"),
     "ppo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo ppo --ppo_epochs 2 --critic_zero_stage 2"),
@@ -200,6 +206,21 @@ def test_offloaded(name, offloaded, on_gpus):
 def test_flash_attention(launched, on_gpus):
     for name, outcome in launched(ATTENTION, "attention", torch.cuda.device_count()).items():
         compare(outcome, on_gpus["supervised, fp32, ZeRO 0"], name, tolerance=3e-2)
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2", "opt", "mistral", "gemma2"))
+def test_graphs_decode_what_single_launches_do(kind):
+    # Twice for what is recorded the second time; then with other weights where the first ones were.
+    model, settings = make(kind, SERVED[kind]).cuda(), GenerationSettings(36, PAD, Sampling(0.7, top_p=0.9, top_k=20))
+    recorded, plain = SharedPromptDecoder(graphs=Graphs()), SharedPromptDecoder()
+    for scale in (1.0, 1.1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale)
+        expected = decode(plain, model, settings)
+        for _ in range(2):
+            assert_same(decode(recorded, model, settings), expected)
+    assert sum(step is not None for step in recorded.graphs.steps.values()) > 1
 
 
 def test_nccl_reduces(launched, root, run_command, tmp_path):

@@ -23,6 +23,7 @@ from utils.metrics import MetricsLogger
 WAYS = {
     "ReMax": "--algo remax",
     "ReMax, greedy answers cut": "--algo remax --max_greedy_seq_len {quarter}",
+    "ReMax, CUDA graphs": "--algo remax --cuda_graphs",
     "RLOO k=2": "--algo rloo --samples_per_prompt 2",
     "GRPO k=2": "--algo grpo --samples_per_prompt 2",
     "PPO": "--algo ppo",

@@ -78,7 +78,17 @@ def parse_step3(argv: Sequence[str] | None = None) -> Step3Arguments:
         args.max_eval_batches = 16
     import_functions(args)
     resolve_models(args)
+    check_graphs(args)
     return args
+
+
+def check_graphs(args: Step3Arguments) -> None:
+    """CUDA graphs need a GPU."""
+    if args.cuda_graphs:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--cuda_graphs: no GPU is visible to torch; leave it out")
 
 
 def resolve_data(args: StageArguments) -> None:
@@ -343,6 +353,11 @@ def check_step3(args: Step3Arguments) -> None:
     check_attention(args)
     if args.zero3_generation == "synced" and stage != 3:
         raise UserError(f"--zero3_generation synced with --actor_zero_stage {stage}: is for ZeRO 3 only")
+    if args.cuda_graphs and stage == 3:
+        raise UserError(
+            "--cuda_graphs with --actor_zero_stage 3: a recorded step finds the weights where they were, and ZeRO 3 "
+            "gathers them anew for each rollout; leave it out, or use --actor_zero_stage 2"
+        )
     if args.penalty == "none":
         for name in ("kl_in", "kl_estimator", "adaptive_kl", "normalize_kl"):
             if getattr(args, name):

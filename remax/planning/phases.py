@@ -15,8 +15,9 @@ from remax.core.onednn import MOST_BYTES
 from remax.core.sampling import Sampling
 from remax.engines.deepspeed_config import EngineConfig
 from remax.generation.cache import PromptCache
+from remax.generation.graphs import rounded_up
 from remax.generation.loop import CPU_BYTES, GPU_SHARE
-from remax.planning.dry_run import Held, Sizes, Sketch, decoding, learning, reading, sizes
+from remax.planning.dry_run import Decoding, Held, Sizes, Sketch, decoding, learning, reading, sizes
 from remax.planning.states import (
     CRITIC_STEP,
     CRITIC_UPDATE,
@@ -146,6 +147,7 @@ class Job:
         full_kl: Over the vocabulary: the reference's hidden states are kept.
         stats_grad: Entropy or KL carry a gradient.
         average: A moving average of the weights is kept in CPU memory.
+        cuda_graphs: The steps of a decode are recorded, and what they work on is kept.
     """
 
     actor: Planned
@@ -160,6 +162,7 @@ class Job:
     stats_grad: bool = False
     average: bool = False
     synced_generation: bool = False
+    cuda_graphs: bool = False
 
     def with_rows(self, prompts: int, micro: int) -> Job:
         """The same with another batch."""
@@ -258,9 +261,14 @@ def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
         return
     written = {ROLLOUT: (rows.prompts, rows.kinds)} | ({EVALUATION: (rows.evaluated, 1)} if rows.evaluated else {})
     found = {}
+    as_cut = rounded_up if job.cuda_graphs else int
     for phase, (prompts, kinds) in written.items():
-        at_once, plain = _together(job, cache_bytes, prompts, kinds), _plain(job.actor.sketch)
-        found[phase] = decoding(plain, at_once, kinds, rows.prompt, rows.answer, rows.sampling)
+        at_once, plain = as_cut(_together(job, cache_bytes, prompts, kinds)), _plain(job.actor.sketch)
+        found[phase] = decoding(plain, at_once, kinds, as_cut(rows.prompt), rows.answer, rows.sampling)
+    if job.cuda_graphs:
+        yield always("CUDA graphs: keys and values of the answers", max(one.cache for one in found.values()))
+        yield always("CUDA graphs: a decode step's tensors, logits", max(one.beside for one in found.values()))
+        found = dict.fromkeys(found, Decoding(0, 0))
     whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
     copies = _laid_out(job)
     share = not job.machine.cuda  # where packing pays, see `remax.models.packing.pays`
@@ -274,8 +282,9 @@ def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
             del found[EVALUATION]
     if copies:
         yield Term("decoding: weights as a CPU reads them fastest", dict.fromkeys(found, copies))
-    yield Term("keys and values of the answers", {phase: one.cache for phase, one in found.items()})
-    yield Term("decoding: a step's tensors, logits", {phase: one.beside for phase, one in found.items()})
+    if not job.cuda_graphs:
+        yield Term("keys and values of the answers", {phase: one.cache for phase, one in found.items()})
+        yield Term("decoding: a step's tensors, logits", {phase: one.beside for phase, one in found.items()})
     if whole:
         yield Term("actor: gathered to decode", dict.fromkeys(found, whole))
     for phase, (name, size) in read.items():

@@ -19,6 +19,9 @@ from remax.engines.policy import Actor, Judge, Reference, TrainedHydra
 from remax.engines.roles import Role
 from remax.engines.scorer import Reward, TrainedReward
 from remax.engines.zero import copied_head, loading
+from remax.generation.graphs import Graphs
+from remax.generation.loop import SharedPromptDecoder
+from remax.generation.rollout import DEFAULT_DECODER
 from remax.models.hydra import HydraModel, check_hydra_config, load_hydra
 from remax.models.loading import check_length, load_config
 from remax.models.lora import add_lora
@@ -273,6 +276,7 @@ def build_roles(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Mod
         sampling=distribution,
         chunk_size=chunk_size,
         gather_for_generation=args.zero3_generation == "gather",
+        decoder=SharedPromptDecoder(graphs=Graphs()) if args.cuda_graphs else DEFAULT_DECODER,
         use=ACTOR if shared else None,
     )
     if shared:

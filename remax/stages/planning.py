@@ -110,6 +110,7 @@ def job_of(args: Step3Arguments, machine: Machine, configs: Configs = load_confi
         stats_grad=algorithm.needs_entropy or (full and algorithm.kl.where == "loss"),
         average=args.enable_ema,
         synced_generation=args.zero3_generation == "synced",
+        cuda_graphs=args.cuda_graphs,
     )
 
 

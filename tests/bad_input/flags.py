@@ -149,6 +149,13 @@ CASES = [
         "--zero3_generation synced",
         "--zero3_generation synced with --actor_zero_stage 0",
     ),
+    Case("graphs on a CPU", "remax", "--cuda_graphs", "--cuda_graphs: no GPU is visible to torch; leave it out"),
+    Case(
+        "graphs of gathered weights",
+        "remax",
+        "--cuda_graphs --actor_zero_stage 3",
+        "--cuda_graphs with --actor_zero_stage 3: a recorded step finds the weights where they were",
+    ),
     Case("no reward", "remax", "--reward_model_name_or_path", "one of them is required"),
     Case("split tensors", "remax", "--inference_tp_size 2", "--inference_tp_size 2"),
     Case(

@@ -24,6 +24,7 @@ from remax.algorithms import ALGORITHMS, readers
 from remax.cli.flags import WHY_RETIRED, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.cli.parser import flags_of
 from remax.cli.validate import make_algorithm, parse_step1, parse_step2, parse_step3
+from remax.generation.rollout import DEFAULT_DECODER
 from remax.stages import finetune, models, settings
 from remax.stages.data import data_config
 
@@ -438,6 +439,7 @@ READ = {
         "eos_ids = actor.model.hf.generation_config.eos_token_id if args.reward_fn else None",
         "distribution, chunk_size = (evaluated_distribution(args), args.logprob_chunk_size)",
         "gather_for_generation=args.zero3_generation == 'gather'",
+        "SharedPromptDecoder(graphs=Graphs()) if args.cuda_graphs else DEFAULT_DECODER",
         "tokenizer, spec, shared = (tokenizers.actor, actor_model(args), args.share != 'none')",
         "if args.share == 'all'",
         "JOINT_CRITIC if args.joint_critic else CRITIC",
@@ -575,6 +577,7 @@ def test_every_model_of_step_3_gets_its_own_settings(monkeypatch, line):
         sampling=sampling,
         chunk_size=args.logprob_chunk_size,
         gather_for_generation="synced" not in line,
+        decoder=DEFAULT_DECODER,
         use=None,
     )
     assert built.reference == recorded("Reference", frozen, sampling=sampling, chunk_size=args.logprob_chunk_size)

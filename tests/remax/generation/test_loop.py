@@ -71,7 +71,8 @@ def prompts() -> Prompts:
 
 def decode(decoder, model, settings, **options):
     torch.manual_seed(1)
-    return decoder(model, prompts(), settings, **({"samples": 3, "greedy": True, "logprobs": True} | options))
+    options = {"samples": 3, "greedy": True, "logprobs": True} | options
+    return decoder(model, prompts().to(model.device), settings, **options)
 
 
 def assert_same(got, expected, tolerance: float = 1e-4) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from remax.planning.advice import WAYS, Way, choose, in_batches, largest, micro_
 from remax.planning.dry_run import Sketch
 from remax.planning.phases import GIB, Job, Planned, Rows, plan
 from remax.planning.shapes import config_of
-from remax.planning.states import CRITIC_UPDATE, EVALUATION, ROLLOUT, SCORING, STEP, UPDATE, Machine
+from remax.planning.states import CRITIC_UPDATE, EVALUATION, PHASES, ROLLOUT, SCORING, STEP, UPDATE, Machine
 
 
 def job(name: str, rows: Rows, gpus: int = 1, ppo: bool = False) -> Job:
@@ -54,6 +56,18 @@ def test_phases_and_rows():
     assert steps.phases == [UPDATE, STEP, EVALUATION]
     assert small.peak == max(small.of(phase) for phase in small.phases)
     assert not plan(job("gpt2", rows)).fits(1 * GIB)
+
+
+def test_what_recorded_steps_work_on_stays():
+    # 12 layers of keys and values of 768 numbers of 2 bytes, for 127 tokens of 8 prompts and two answers each of 128;
+    # 7 prompts are rounded up to as many.
+    one = job("gpt2", Rows(8, greedy=True, micro=4, prompt=128, answer=128))
+    fresh, kept = plan(one), plan(replace(one, cuda_graphs=True))
+    (cache,) = [term.at for term in kept.terms if term.name == "CUDA graphs: keys and values of the answers"]
+    assert set(cache) == set(PHASES) and cache[UPDATE] == pytest.approx(24 * 768 * 2 * 8 * (127 + 256), rel=0.02)
+    assert kept.of(UPDATE) >= fresh.of(UPDATE) + cache[UPDATE] and kept.of(ROLLOUT) == fresh.of(ROLLOUT)
+    seven = plan(replace(one.with_rows(7, 4), cuda_graphs=True))
+    assert cache in [term.at for term in seven.terms]
 
 
 @pytest.mark.parametrize("micro", [0, 4])

@@ -38,6 +38,9 @@ def test_flags_reach_the_job(arguments):
     assert rows.sampling == rows.measured_in == Sampling(top_p=0.9)
     assert job.actor.engine.offload and job.actor.sketch.checkpointing and job.average
     assert job.reference.engine.zero_stage == 3 and len(job.rewards) == 1 and job.critic is None
+    args = arguments()
+    args.cuda_graphs = True  # which no command line on a CPU may say
+    assert job_of(args, Machine(4)).cuda_graphs and not job.cuda_graphs
     assert not job_of(arguments(), Machine()).average
     assert job_of(arguments(), Machine()).rows.decoded == 16
     assert job_of(arguments("--logprobs_of model --top_p 0.9"), Machine()).rows.measured_in == Sampling()
