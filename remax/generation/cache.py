@@ -136,7 +136,9 @@ class PromptCache(Cache):
         super().__init__(layers=[])
         self.read, self.prompt_of_row, self.device, self.arena = read, prompt_of_row, device, arena
         self.step: int | None = None
-        self.at = arena and arena.place("step", torch.zeros(1, dtype=torch.long, device=device))
+        self.at: Tensor | None = None
+        if arena is not None:
+            self.at = arena.place("step", torch.zeros(1, dtype=torch.long, device=device))
         self.columns, self.most_columns = 0, -(-longest // BLOCK) * BLOCK
         self.windows: set[int | None] = set()
         self.reading = slice(0, 0)

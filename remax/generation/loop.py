@@ -124,12 +124,10 @@ class SharedPromptDecoder:
             if self.faults[model] and self.graphs is None:
                 kind = model.config.model_type
                 warn(f"answers of models of the type {kind!r} come from transformers' generate: {self.faults[model]}")
-        if self.graphs is not None and (
-            fault := self.faults[model] or ("its ranks decode in step" if synced_gpus else "")
-        ):
-            raise UserError(
-                f"--cuda_graphs: not for a model of the type {model.config.model_type!r}: {fault}; leave it out"
-            )
+        fault = self.faults[model] or ("its ranks decode in step" if synced_gpus else "")
+        if self.graphs is not None and fault:
+            kind = model.config.model_type
+            raise UserError(f"--cuda_graphs: not for a model of the type {kind!r}: {fault}; leave it out")
         if self.faults[model]:
             return self.instead(
                 model, prompts, settings, samples=samples, greedy=greedy, logprobs=logprobs, synced_gpus=synced_gpus
@@ -163,7 +161,7 @@ def _free_bytes(device: torch.device, held: int) -> int:
         return CPU_BYTES
     free = torch.cuda.mem_get_info(device)[0]
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(int(GPU_SHARE * (free + unused + held)), held)
+    return int(GPU_SHARE * (free + unused + held))
 
 
 @contextmanager
@@ -211,8 +209,8 @@ class _Decode:
         """Decodes the answers to some of the prompts, by their numbers."""
         limit, cap = self.settings.max_new_tokens, self.settings.greedy_cap
         longest = limit if self.samples else cap
-        arena = self.graphs and self.graphs.arena
-        spare = rounded_up(len(some)) - len(some) if self.graphs else 0  # prompts of which there is nothing to read
+        arena = None if self.graphs is None else self.graphs.arena
+        spare = 0 if self.graphs is None else rounded_up(len(some)) - len(some)  # prompts that nobody asks about
         kinds = [[prompt * self.samples + i for prompt in some] for i in range(self.samples)]
         kinds += [[self.drawn + prompt for prompt in some]] * self.greedy
         numbers = torch.tensor([kind + [-1] * spare for kind in kinds], device=self.device).flatten()
