@@ -223,11 +223,11 @@ class PromptCache(Cache):
         self.read = [self.read[prompt] for prompt in prompts]
         self.prompt_of_row = [number[self.prompt_of_row[row]] for row in rows]
         self._arrange()
-        of_prompts = torch.tensor(prompts, device=self.device)
+        of_prompts = torch.tensor(prompts, device=self.device) if fewer else None
         for i, layer in enumerate(self.layers):
             for name in ("keys", "values"):
                 self._put(i, name, getattr(layer, name)[index])
-                if fewer:
+                if of_prompts is not None:
                     self._put(i, f"prompt_{name}", getattr(layer, f"prompt_{name}")[of_prompts, :, : self.width])
 
     def hidden(self, window: int | None) -> Tensor | None:
