@@ -17,6 +17,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from tests import zygote
+
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so in its background, and bash cannot undo it
@@ -133,13 +135,12 @@ def run_command():
     """run_command([program, ...], cwd=..., **environment) -> CompletedProcess; `.stdout` holds stderr too."""
 
     def run(command, cwd=ROOT, timeout=600, **environment) -> subprocess.CompletedProcess:
-        # The programs of this Python's environment first; nothing that a launcher of an outer run may have left behind.
-        inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        # The programs of this Python's environment first.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         process = subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
-            env=inherited | {"PATH": path} | {k: str(v) for k, v in environment.items()},
+            env=zygote.inherited() | {"PATH": path} | {k: str(v) for k, v in environment.items()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -154,6 +155,3 @@ def run_command():
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     return run
-
-
-LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}

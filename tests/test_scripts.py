@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from remax.checkpoint.export import export
 from remax.cli.validate import parse_step1, parse_step2, parse_step3
 from remax.models.hydra import load_hydra
-from utils.distributed import free_port
+from tests import zygote
 from utils.run import UserError
 from utils.tokenizer import load_tokenizer
 
@@ -184,9 +184,19 @@ def prepare_script(tmp_path_factory, corpus, rank_answers, tiny_model, tiny_hydr
     return prepare
 
 
+def run_mains(base: Path, ranks: int) -> str:
+    """Runs base/jobs.json, see tests/mains.py; what was printed where that failed."""
+    logs = [base / f"rank{rank}" for rank in range(ranks)]
+    try:
+        zygote.run_ranks(ROOT / "tests/mains.py", [base / "jobs.json"], folder=base, logs=logs, timeout=600)
+        return ""
+    except RuntimeError as error:
+        return str(error)
+
+
 @pytest.fixture(scope="module")
 def in_one_start(tmp_path_factory, prepare_script, run_command):
-    """{script: (its folder, exit status, what it printed)} of all scripts, run by one start of the launcher.
+    """{script: (its folder, exit status, what it printed)} of all scripts, run by the same two ranks.
 
     What each script would hand to the launcher is told by a stand-in for `deepspeed`.
     """
@@ -206,8 +216,7 @@ def in_one_start(tmp_path_factory, prepare_script, run_command):
         job = {"program": words[program], "flags": words[program + 1 :], "folder": str(folder)}
         jobs.append(job | {"log": str(folder / "printed.txt")})
     (base / "jobs.json").write_text(json.dumps(jobs))
-    launcher = ["deepspeed", "--log_level", "critical", "--master_port", str(free_port()), "--num_gpus", "2"]
-    done = run_command([*launcher, ROOT / "tests/mains.py", base / "jobs.json"], base, DS_ACCELERATOR="cpu")
+    failed = run_mains(base, ranks=2)
     finished = json.loads((base / "jobs.done").read_text()) if (base / "jobs.done").exists() else []
     results = {}
     for script, job, end in itertools.zip_longest(SCRIPTS, jobs, finished):
@@ -215,7 +224,7 @@ def in_one_start(tmp_path_factory, prepare_script, run_command):
         results[script] = (
             Path(job["folder"]),
             end.get("status") if end else None,
-            printed + (done.stdout if not end or "status" not in end else ""),
+            printed + (failed if not end or "status" not in end else ""),
         )
     return results
 
@@ -341,7 +350,7 @@ def test_script_keeps_the_exit_status_and_the_last_flag_wins(tmp_path, corpus, t
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model, tiny_reward_model, run_command):
+def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model, tiny_reward_model):
     flags = f"--data_path {corpus} --output_dir result --max_steps 5 --max_eval_batches 1"
     last = "last"
     if stage == STAGES[2]:
@@ -351,10 +360,12 @@ def test_a_lost_training_ends_with_one_line(stage, tmp_path, corpus, tiny_model,
     else:
         flags += f" --model_name_or_path {tiny_model('llama')} --max_seq_len 64 --learning_rate 1e30"
         flags += " --per_device_train_batch_size 4"
-    done = run_command(["python", ROOT / stage / "main.py", *shlex.split(flags)], cwd=tmp_path)
-    assert done.returncode == 3 and "Traceback" not in done.stdout, done.stdout
-    assert "training stopped. step " in done.stdout.splitlines()[-1]
-    assert "learning rate" in done.stdout.splitlines()[-1] and f"result/{last}" in done.stdout.splitlines()[-1]
+    log = tmp_path / "console"
+    status = zygote.wait(zygote.start(ROOT / stage / "main.py", shlex.split(flags), folder=tmp_path, out=log), 200)
+    printed = log.read_text()
+    assert status == 3 and "Traceback" not in printed, printed
+    assert "training stopped. step " in printed.splitlines()[-1]
+    assert "learning rate" in printed.splitlines()[-1] and f"result/{last}" in printed.splitlines()[-1]
     assert (tmp_path / f"result/{last}/model.safetensors").is_file()
     assert "**Did not go well.** Stopped at step " in (tmp_path / "result/report.md").read_text()
     lines = [json.loads(line) for line in (tmp_path / "result/metrics.jsonl").read_text().splitlines()]
@@ -462,7 +473,7 @@ def few_rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def authors_lines(tmp_path_factory, few_rows, tiny_model, tiny_reward_model, run_command, can_compile):
+def authors_lines(tmp_path_factory, few_rows, tiny_model, tiny_reward_model, can_compile):
     """{name: (output folder, exit status, what it printed)} of the authors' lines, run in one process."""
     # Whole epochs: one batch of 16 in a fifth of the rows (step 1) or two fifths (step 2), two batches for step 3.
     rows, base, jobs = (
@@ -480,10 +491,10 @@ def authors_lines(tmp_path_factory, few_rows, tiny_model, tiny_reward_model, run
         job = {"program": str(ROOT / STAGES[stage - 1] / "main.py"), "flags": flags, "folder": str(folder)}
         jobs.append(job | {"log": str(folder / "printed.txt")})
     (base / "jobs.json").write_text(json.dumps(jobs))
-    done = run_command(["python", ROOT / "tests/mains.py", base / "jobs.json"], base, RANK="0")
+    failed = run_mains(base, ranks=1)
     finished = json.loads((base / "jobs.done").read_text()) if (base / "jobs.done").exists() else []
     ends = itertools.zip_longest(AUTHORS, jobs, finished)
-    return {name: (Path(job["folder"]) / "output", end and end["status"], done.stdout) for name, job, end in ends}
+    return {name: (Path(job["folder"]) / "output", end and end["status"], failed) for name, job, end in ends}
 
 
 @pytest.mark.ranks

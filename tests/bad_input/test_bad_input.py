@@ -5,20 +5,16 @@ BAD_INPUT=all tries every case of the tables; by default half of those about dat
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import pytest
 
+from tests import zygote
 from tests.bad_input import data, environment, flags, models, texts
 from tests.bad_input.kit import PROGRAMS, SOUND, Case, lay_out, pairs
 
@@ -30,28 +26,6 @@ TRIED = CASES if os.environ.get("BAD_INPUT") == "all" else [case for case in CAS
 
 
 @pytest.fixture(scope="module")
-def run_job(tmp_path_factory) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """run_job(job) -> the zygote's answer."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # Python's cache beside a user's file is no trace of ours
-    command = [sys.executable, str(ROOT / "tests/bad_input/zygote.py")]
-    zygote = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert zygote.stdin is not None and zygote.stdout is not None
-    assert json.loads(zygote.stdout.readline()) == "ready"
-
-    def run(job: dict[str, Any]) -> dict[str, Any]:
-        zygote.stdin.write(json.dumps(job) + "\n")
-        zygote.stdin.flush()
-        return json.loads(zygote.stdout.readline())
-
-    yield run
-    zygote.stdin.close()
-    zygote.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
 def sound(tiny_model, tiny_reward_model) -> dict[str, str]:
     """Files that nothing is wrong with."""
     folders = {"POLICY": tiny_model("llama"), "SCORER": tiny_reward_model("llama"), "DATA": ROOT / "tests/data"}
@@ -59,7 +33,7 @@ def sound(tiny_model, tiny_reward_model) -> dict[str, str]:
 
 
 @pytest.fixture
-def run_case(run_job, sound, tmp_path):
+def run_case(sound, tmp_path):
     """run_case(case) -> (status, stdout, stderr), what the folder held before and holds now."""
 
     def run(case: Case) -> tuple[int | None, str, str, dict, dict]:
@@ -71,16 +45,12 @@ def run_case(run_job, sound, tmp_path):
             case.flags if case.alone else f"{SOUND[case.program]} --data_output_path {tmp_path / 'cache'} {case.flags}"
         )
         before = contents(folder)
-        job = {
-            "program": str(ROOT / PROGRAMS[case.program]),
-            "argv": shlex.split(Template(line).safe_substitute(sound)),
-            "folder": str(folder),
-            "environment": dict(case.environment),
-            "seconds": SECONDS,
-            "stdout": str(console / "out"),
-            "stderr": str(console / "err"),
-        }
-        status = run_job(job)["status"]
+        # Python's cache beside a user's file is no trace of ours.
+        environment = {"PYTHONDONTWRITEBYTECODE": 1, **case.environment}
+        files = {"out": console / "out", "err": console / "err"}
+        words = shlex.split(Template(line).safe_substitute(sound))
+        program = zygote.start(ROOT / PROGRAMS[case.program], words, folder=folder, environment=environment, **files)
+        status = zygote.wait(program, SECONDS)
         printed = [(console / name).read_text(errors="replace") for name in ("out", "err")]
         after = contents(folder)
         shutil.rmtree(tmp_path, ignore_errors=True)

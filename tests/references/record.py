@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 from cases import CASES, prepare  # noqa: E402
 
+from tests import zygote  # noqa: E402
 from utils.distributed import free_port  # noqa: E402
 
 
@@ -51,32 +49,15 @@ def environment(folder: Path, ranks: int) -> dict[str, str]:
 
 def run(folder: Path, ranks: int, *only: str, timeout: float = 900.0) -> dict:
     """The outcomes of all cases of that many ranks, in `folder` as `prepare` left it."""
-    common = environment(folder, ranks)
     logs = [folder / f"log{ranks}-{rank}.txt" for rank in range(ranks)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "run.py"), str(folder), *only],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        until = time.monotonic() + timeout
-        while any(process.poll() is None for process in processes) and time.monotonic() < until:
-            if any(process.poll() for process in processes):
-                break  # the others would wait for the one that failed
-            time.sleep(0.1)
-        codes = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if codes != [0] * ranks:
-        tails = "\n".join(f"--- rank {i}\n{log.read_text()[-3000:]}" for i, log in enumerate(logs))
-        raise RuntimeError(f"the reference trainings on {ranks} ranks ended with {codes}\n{tails}")
+    zygote.run_ranks(
+        HERE / "run.py",
+        [folder, *only],
+        folder=folder,
+        logs=logs,
+        timeout=timeout,
+        environment=environment(folder, ranks),
+    )
     return json.loads((folder / f"outcomes{ranks}.json").read_text())
 
 

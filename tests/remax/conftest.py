@@ -7,9 +7,7 @@ import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from remax.core.sequences import Sequences
-from utils.distributed import free_port
+from tests import zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -212,36 +210,14 @@ def run_ranks(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"{ranks}_ranks")
         job = folder / "job.json"
         job.write_text(json.dumps({"folder": str(folder), "checks": checks}))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-        common |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         # DeepSpeed asks the PATH for ninja when it looks for its compiled optimizer.
-        common["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(job)]
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
-        processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]
         try:
-            until = time.monotonic() + timeout
-            while any(process.poll() is None for process in processes) and time.monotonic() < until:
-                if any(process.poll() for process in processes):
-                    break  # the others would wait for the one that failed
-                time.sleep(0.1)
-            codes = [process.poll() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        if codes != [0] * ranks:
-            tails = [f"--- rank {i}, exit status {c}\n{logs[i].read_text()[-4000:]}" for i, c in enumerate(codes)]
-            reason = f"worker failed (None: still running, limit {timeout:.0f} s)"
-            pytest.fail("\n".join([reason, *tails]), pytrace=False)
+            program = Path(__file__).parent / "worker.py"
+            zygote.run_ranks(program, [job], folder=ROOT, logs=logs, timeout=timeout, environment={"PATH": path})
+        except RuntimeError as error:
+            pytest.fail(f"the worker failed: {error}", pytrace=False)
         return json.loads((folder / "results.json").read_text()), folder
 
     return run
