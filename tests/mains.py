@@ -1,4 +1,4 @@
-"""Several programs of the stages, one after the other in the same ranks: starting a launcher is what costs.
+"""Several programs of the stages, one after the other in the same ranks: starting them is what costs.
 
     deepspeed --num_gpus 2 tests/mains.py JOBS.json
 

@@ -6,12 +6,11 @@ left on the CPU ends them, their figures are those of the CPU, and what makes th
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from torch.utils import backend_registration
-
-from tests import zygote
 
 API = ("_setup_privateuseone_for_python_backend", "_DummyBackendModule")  # of torch, experimental
 pytestmark = [
@@ -21,13 +20,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, run_command):
     """What tests/second_device/trainings.py writes."""
     folder = tmp_path_factory.mktemp("second_device")
     program = Path(__file__).parent / "second_device" / "trainings.py"
     alone = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": folder / "cache"}
-    status = zygote.wait(zygote.start(program, [folder], folder=folder, out=folder / "log", environment=alone), 600)
-    assert status == 0, (folder / "log").read_text()[-6000:]
+    result = run_command([sys.executable, program, folder], **alone)
+    assert result.returncode == 0, result.stdout[-6000:]
     return json.loads((folder / "outcomes.json").read_text())
 
 

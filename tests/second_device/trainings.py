@@ -6,6 +6,7 @@ its steps.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
@@ -141,6 +142,12 @@ def main() -> None:
     device = install()
 
     import deepspeed
+
+    import remax.stages.finetune
+    import remax.stages.rlhf  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # each training ends with a collection, which would go through all that was imported
 
     def initialize(model, optimizer, lr_scheduler, config, dist_init_required):
         return (PlainEngine(model.to(device), optimizer, lr_scheduler, config["gradient_clipping"]),)
