@@ -49,6 +49,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish(session):
+    """What keeps one core busy for a minute begins at once, beside the first tests: `begin` of the selected modules."""
+    if not session.config.option.collectonly:
+        for module in dict.fromkeys(item.getparent(pytest.Module).obj for item in session.items):
+            getattr(module, "begin", lambda: None)()
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

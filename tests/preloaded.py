@@ -1,6 +1,7 @@
 """What a fork of tests/zygote.py has imported already: the programs, and what libraries import in their course."""
 
 # ruff: noqa: F401
+import functools
 import gc
 
 import cpuinfo
@@ -22,5 +23,7 @@ import remax.stages.reward_eval
 import remax.stages.rlhf
 
 torch.set_num_threads(1)
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+cpuinfo.get_cpu_info()  # takes a second, and each engine that offloads to the CPU asks three times
 gc.collect()
 gc.freeze()  # or each collection, of which DeepSpeed asks for many, would go through all of this again: 0.3 s

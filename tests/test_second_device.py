@@ -5,12 +5,18 @@ functions, packing, checkpointing, full KL, moving average, plain text, sentinel
 left on the CPU ends them, their figures are those of the CPU, and what makes the host wait for a GPU is counted.
 """
 
+import atexit
+import functools
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from torch.utils import backend_registration
+
+from tests import zygote
 
 API = ("_setup_privateuseone_for_python_backend", "_DummyBackendModule")  # of torch, experimental
 pytestmark = [
@@ -19,14 +25,37 @@ pytestmark = [
 ]
 
 
+@functools.cache
+def begin() -> tuple[subprocess.Popen, Path]:
+    """Starts the trainings, and says where they write; conftest.py calls this before the first test."""
+    place = tempfile.TemporaryDirectory()
+    program, folder = Path(__file__).parent / "second_device" / "trainings.py", Path(place.name)
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(folder / "cache")}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, program, folder],
+            cwd=Path(__file__).parents[1],
+            env=zygote.inherited() | alone,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+        place.cleanup()
+
+    atexit.register(end)
+    return process, folder
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, run_command):
-    """What tests/second_device/trainings.py writes."""
-    folder = tmp_path_factory.mktemp("second_device")
-    program = Path(__file__).parent / "second_device" / "trainings.py"
-    alone = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": folder / "cache"}
-    result = run_command([sys.executable, program, folder], **alone)
-    assert result.returncode == 0, result.stdout[-6000:]
+def found():
+    """What those trainings have left."""
+    process, folder = begin()
+    assert process.wait(600) == 0, (folder / "log").read_text()[-6000:]
     return json.loads((folder / "outcomes.json").read_text())
 
 
