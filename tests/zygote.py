@@ -25,6 +25,7 @@ from unittest.mock import patch
 from utils.distributed import LAUNCHER_VARIABLES, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # a process that has used a GPU could not be forked
 
 
 @cache
@@ -32,9 +33,7 @@ def context() -> ForkServerContext:
     """What forks."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["tests.preloaded"])
-    # The hub's folder is empty: no test is to depend on what this machine has downloaded. The GPUs are looked for in a
-    # way that leaves them to the forks.
-    early = {"HF_HOME": hub().name, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    early = {**ON_CPU, "HF_HOME": hub().name}  # an empty one: no test is to depend on what this machine has downloaded
     early["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with patch.dict(os.environ, early):
         forkserver.ensure_running()
@@ -61,13 +60,13 @@ def start(
     err: Path | None = None,
     environment: Mapping[str, object] | None = None,
 ) -> ForkServerProcess:
-    """A program as `python program arguments` would start it in `folder`.
+    """A program as `python program arguments` would start it in `folder` on a machine without GPUs.
 
     Args:
         out: Where it prints; stderr too, unless `err` is another file.
         environment: Variables beside those of this process.
     """
-    variables = inherited() | {name: str(value) for name, value in (environment or {}).items()}
+    variables = inherited() | ON_CPU | {name: str(value) for name, value in (environment or {}).items()}
     told = (str(program), [str(word) for word in arguments], folder, variables, out, err or out)
     process = context().Process(target=_run, args=told)
     process.start()
