@@ -1,9 +1,8 @@
 """The line of each training script that says on what GPUs it runs, made by the planner.
 
-    python tests/script_memory.py [--write] [SCRIPT ...]
+    python tests/script_memory.py [--write]
 
-prints the lines of all scripts, or of some, and writes them below the shebang's comment; tests/test_script_settings.py
-compares.
+prints the lines, or writes them into the scripts, below the shebang's comment; tests/test_script_settings.py compares.
 """
 
 from __future__ import annotations
@@ -96,11 +95,10 @@ def with_line(text: str, line: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the lines into the scripts")
-    parser.add_argument("scripts", nargs="*", type=Path, default=SCRIPTS, help="all by default")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.json").write_text("{}")
-        for script in map(Path.resolve, args.scripts):
+        for script in SCRIPTS:
             line = line_of(script, words_of(script), Path(place))
             sys.stdout.write(f"{script.relative_to(ROOT)}\n    {line}")
             if args.write:
