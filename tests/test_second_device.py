@@ -26,7 +26,7 @@ pytestmark = [
 
 
 @functools.cache
-def begin() -> tuple[subprocess.Popen, Path]:
+def start_early() -> tuple[subprocess.Popen, Path]:
     """Starts the trainings, and says where they write; conftest.py calls this before the first test."""
     place = tempfile.TemporaryDirectory()
     program, folder = Path(__file__).parent / "second_device" / "trainings.py", Path(place.name)
@@ -54,7 +54,7 @@ def begin() -> tuple[subprocess.Popen, Path]:
 @pytest.fixture(scope="module")
 def found():
     """What those trainings have left."""
-    process, folder = begin()
+    process, folder = start_early()
     assert process.wait(600) == 0, (folder / "log").read_text()[-6000:]
     return json.loads((folder / "outcomes.json").read_text())
 
