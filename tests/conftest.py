@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """What keeps one core busy for a minute begins at once, beside the first tests: `start_early` of selected modules."""
+    """What keeps one core busy for a minute begins beside the first tests: `start_early` of the selected modules."""
     if not session.config.option.collectonly:
         for module in dict.fromkeys(item.getparent(pytest.Module).obj for item in session.items):
             getattr(module, "start_early", lambda: None)()
