@@ -22,11 +22,18 @@ from remax.algorithms.kl import KLPenalty
 from remax.algorithms.terms import clip, grouped
 from remax.core.rollout import Rollout
 
+ROUNDING = 1e-5  # relative, of a score in fp32
+
 
 def grpo_advantages(reward: Tensor, samples_per_prompt: int, *, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
-    """(B,) scores, answers to one prompt adjacent -> (B,) advantages; zero where all answers of a group score alike."""
+    """(B,) scores, answers to one prompt adjacent -> (B,) advantages; zero where all answers of a group score alike.
+
+    Alike but for rounding: a reward model gives the same answer another last digit in another place of a batch.
+    """
     groups = grouped(reward, samples_per_prompt)  # (B/k, k)
     advantages = groups - groups.mean(1, keepdim=True)
+    alike = advantages.abs().amax(1, keepdim=True) <= ROUNDING * groups.abs().amax(1, keepdim=True)
+    advantages = advantages.masked_fill(alike, 0.0)
     if scale_by_std:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
     return advantages.flatten()

@@ -99,7 +99,7 @@ def rollout_tallies(rollout: Rollout) -> Figures:
         "length": Figure(n.sum(), rows),
         "length_square": Figure(n.square().sum(), rows),
         "reward_length": Figure((r * n).sum(), rows),
-        "zero_advantages": Figure((advantages.abs() <= 1e-6).all(1).sum(), rows),
+        "zero_advantages": Figure((advantages.abs() <= 1e-5).all(1).sum(), rows),
     }
 
 

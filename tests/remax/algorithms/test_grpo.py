@@ -21,6 +21,14 @@ def test_advantages_by_hand():
     assert grpo_advantages(reward, 3, scale_by_std=False).tolist() == pytest.approx([-2, -1, 3, 0, 0, 0])
 
 
+def test_rounding_is_no_spread():
+    # The same answer three times: its score's last digits are of no account, and divided by their own std they would be
+    reward = torch.tensor([4.0, 4.0 + 1e-6, 4.0 - 1e-6, 4.0, 4.001, 4.0])
+    alike, apart = grpo_advantages(reward, 3).view(2, 3)
+    assert alike.tolist() == [0.0, 0.0, 0.0]
+    assert apart.abs().min() > 0.4
+
+
 def test_loss_by_hand():
     # -(1/2) sum_i (1/T_i) sum_t ( A_i log pi - 0.04 k3 ),  k3 = exp(-k1) - 1 + k1,  d k3 / d log pi = 1 - exp(-k1)
     sequences = Sequences(torch.ones(2, 4, dtype=torch.long), torch.tensor([2, 2]), torch.tensor([2, 1]))
