@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from experiment import ESTIMATORS, METHODS, Run, Setting
 from fixed_policy import PROBES
+from matplotlib.ticker import LogLocator
 from measuring import fill, table
 from scipy.stats import t as students_t
 
@@ -349,6 +350,9 @@ def plot_variance(variance: dict[str, dict], path: Path) -> None:
             place.legend(fontsize=8, loc="lower left")
         place.set_ylim(-1.8, len(PROBES) - 0.5)  # room for the legend
         place.set_xscale("log")
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        place.xaxis.set_major_formatter("{x:g}")
+        place.xaxis.set_minor_formatter("")
         place.set_title(f"{policy} policy", fontsize=10)
         place.set_xlabel("gradient variance at 1000 generated tokens", fontsize=9)
         place.set_yticks(range(len(PROBES)), list(reversed(PROBES)), fontsize=9)
