@@ -195,6 +195,12 @@ def verdict(summary: dict[str, Any]) -> tuple[bool, str]:
     return passed, ("GOALS REACHED: " if passed else "GOALS NOT REACHED: ") + text
 
 
+def shown(form: str, value: Any) -> str:
+    """The value in this form; rounding that falls below 0 is no "-0.0"."""
+    text = form.format(value)
+    return text if text.strip("-0.%") else text.removeprefix("-")
+
+
 def table(summary: dict[str, Any]) -> str:
     """The summary, aligned."""
     with_error = "{0[mean]:.2f} ± {0[standard_error]:.2f}"
@@ -210,7 +216,7 @@ def table(summary: dict[str, Any]) -> str:
     ]
     rows = [("", list(POLICIES))]
     rows += [
-        (title, [form.format(summary["policies"][name][key]) for name in POLICIES]) for title, key, form in figures
+        (title, [shown(form, summary["policies"][name][key]) for name in POLICIES]) for title, key, form in figures
     ]
     width = max(len(title) for title, _ in rows)
     ranking, seconds = summary["reward_model"], summary["seconds"]

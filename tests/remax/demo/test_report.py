@@ -66,7 +66,10 @@ def test_verdict_needs_both_goals(errors, gap, passed):
 
 
 def test_table_is_aligned_and_says_everything():
-    text = table(summary())
+    measured = summary()
+    measured["policies"]["SFT"] = measured["policies"]["SFT"] | {"kl": -1e-7}  # what rounding leaves of 0
+    text = table(measured)
+    assert "-0.0" not in text
     lines = text.splitlines()
     (first, last) = (i for i, line in enumerate(lines) if line.startswith("-----"))
     assert len({len(line) for line in lines[first : last + 1]}) == 1  # every row is as wide as the rules
