@@ -15,6 +15,16 @@ import pytest
 from utils import stopping
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hangup_is_not_ignored() -> Iterator[None]:
+    """Under nohup it is, by all that the tests start, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 # Rank 0 waits in a collective, where Python answers no signal, for rank 1, which never comes. Before that, each rank
 # has seen that a signal to a child, and the end of a program that it has started, leave it alone.
 PROGRAM = """
