@@ -58,12 +58,13 @@ def make_models(
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from remax.engines.deepspeed_config import DTYPES
+
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     for name, kind in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = kind.from_config(config, dtype=number)
+            model = kind.from_config(config, dtype=DTYPES[dtype])
         if name == "policy":
             change(model)
         model.save_pretrained(folder / name)

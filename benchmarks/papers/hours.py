@@ -21,15 +21,13 @@ from remax.planning.durations import (
     DEVICES,
     GENERATE,
     UPDATE,
-    Part,
     Rates,
     Work,
-    adam,
     decode,
     hours,
-    learns,
     reads,
     seconds,
+    updates,
 )
 from remax.planning.phases import GIB, Job
 from remax.planning.states import Machine
@@ -96,15 +94,10 @@ def theirs(run: Run) -> Work:
     ask = reads(actor, ranks, n * decodes, prompt)
     score = reads(actor, ranks, n, tokens, tokens) + reads(job.reference, ranks, n, tokens, tokens)
     score += reads(job.rewards[0], ranks, n, tokens, 0).times(decodes)
-    update, on_cpu, states = Part(), 0.0, 0.0
-    for model in (actor, job.critic):
-        if model is not None:
-            update += learns(model, ranks, n, tokens, tokens, forwards=1, gradient_bytes=2)
-            parameters, read = adam(model, ranks)
-            on_cpu, states = on_cpu + parameters, states + read
     if job.critic is not None:
         score += reads(job.critic, ranks, n, tokens, 0)
-    return Work([decode(actor, n, n, prompt, answer)] * decodes, ask, score, update, on_cpu, states)
+    learned = updates(job, n, tokens, tokens, forwards=1, gradient_bytes=2)
+    return Work([decode(actor, n, n, prompt, answer)] * decodes, ask, score, *learned)
 
 
 def predicted(run: Run, rates: Rates) -> dict[str, float]:

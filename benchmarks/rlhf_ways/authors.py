@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rlhf_ways.clock import Clock
-from rlhf_ways.models import DTYPES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from remax.engines.base import FrozenEngine, TrainedEngine
-from remax.engines.deepspeed_config import EngineConfig
+from remax.engines.deepspeed_config import DTYPES, EngineConfig
 from remax.engines.optimizer import OptimizerConfig
 from utils.distributed import device, set_seed
 

@@ -17,7 +17,6 @@ from measuring import SHAPES, config_of
 from torch import Tensor, nn
 
 SPECIAL = ("</s>", "<pad>", "<s>", "<unk>")  # ids 0, 1, 2, 3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUIET = 0.1  # of what a layer adds, so that a token's class is heard at the end of the deepest model
 
 

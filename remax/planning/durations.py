@@ -217,6 +217,19 @@ def adam(model: Planned, ranks: int) -> tuple[float, float]:
     return 0.0, (28 + numbers(engine)) * trained / (1 if engine.zero_stage == 0 else ranks)
 
 
+def updates(
+    job: Job, rows: int, tokens: int, words: int, forwards: int, gradient_bytes: int = 4
+) -> tuple[Part, float, float]:
+    """Update and Adam of the actor and of a critic, as `Work` has them; the arguments are those of `learns`."""
+    update, on_cpu, states = Part(), 0.0, 0.0
+    for model in (job.actor, job.critic):
+        if model is not None:
+            update += learns(model, job.machine.ranks, rows, tokens, words, forwards, gradient_bytes)
+            parameters, read = adam(model, job.machine.ranks)
+            on_cpu, states = on_cpu + parameters, states + read
+    return update, on_cpu, states
+
+
 def decode(model: Planned, prompts: int, rows: int, prompt: int, answer: int) -> Decode:
     """Of `rows` answers; a mean step reads the keys and values of `prompts` prompts, and of half of every answer."""
     weights = numbers(model.engine) * model.size.parameters
@@ -245,14 +258,9 @@ def work(job: Job) -> Work:
     for reader, n in readers:
         score += reads(reader, ranks, n, rows.tokens, rows.answer, scored if n == rows.decoded else once)
 
-    update, on_cpu, states = Part(), 0.0, 0.0
-    for model in (actor, job.critic):
-        if model is not None:
-            answers = rows.answers * rows.batches * (2 if job.shared_critic else 1)
-            update += learns(model, ranks, answers, rows.tokens, rows.answer, rows.micro_batches)
-            parameters, read = adam(model, ranks)
-            on_cpu, states = on_cpu + parameters, states + read
-    return Work(decodes, ask.times(rows.batches), score.times(rows.batches), update, on_cpu, states)
+    answers = rows.answers * rows.batches * (2 if job.shared_critic else 1)
+    learned = updates(job, answers, rows.tokens, rows.answer, rows.micro_batches)
+    return Work(decodes, ask.times(rows.batches), score.times(rows.batches), *learned)
 
 
 def _forwards(rows: int, at_once: int) -> int:
