@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --output docs/results/gpu.md
 
 Runs the tests that need a GPU, the demo in bf16, `benchmarks/rounding.py` and `benchmarks/rlhf_step.py`, and writes
-their figures into one document; `benchmarks/memory.py` puts its own into docs/results/memory.md. A part that fails is
+their figures into one document; the last and `benchmarks/memory.py` have documents of their own. A part that fails is
 written down as failed, and the exit status is 1.
 """
 
@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from measuring import ROOT, installed, table
 
-PARTS = ["tests", "demo", "rounding", "cost", "graphs", "memory"]
+PARTS = ["tests", "demo", "rounding", "cost", "memory"]
+STEPS = "rlhf_step_gpu.md"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "peft", "datasets", "flash_attn")
 
 
@@ -82,14 +83,12 @@ def rounding() -> tuple[bool, list[str]]:
     return status == 0, ["## What 16 bits cost", "", "    python benchmarks/rounding.py", "", table, ""]
 
 
-def step_cost(folder: Path, shape: str, title: str, *ways: str) -> tuple[bool, list[str]]:
-    """The tables of `rlhf_step.py`, of all ways or of some."""
-    command = ["benchmarks/rlhf_step.py", "--shape", shape, "--dtype", "bf16", *(["--ways", *ways] if ways else [])]
-    status, output, _ = run(sys.executable, *command, "--output", folder / "cost.md")
-    if status:
-        return False, [f"## {title}", "", f"ended with status {status}: {output[-500:]}", ""]
-    table = (folder / "cost.md").read_text().partition("\n\n    ")[2].partition("\n\n")[2]
-    return True, [f"## {title}", "", f"    python {shlex.join(command)}", "", table]
+def cost(shape: str) -> tuple[bool, list[str]]:
+    """`rlhf_step.py`, whose document has the tables."""
+    command = ["benchmarks/rlhf_step.py", "--shape", shape, "--dtype", "bf16", "--output", f"docs/results/{STEPS}"]
+    status, output, _ = run(sys.executable, *command)
+    said = f"the tables are in [{STEPS}]({STEPS})." if status == 0 else f"failed: {output[-500:]}"
+    return status == 0, ["## What a step costs", "", f"    python {shlex.join(command)}", "", said, ""]
 
 
 def memory(folder: Path) -> tuple[bool, list[str]]:
@@ -111,9 +110,7 @@ def main() -> None:
     good, lines = True, ["# On GPUs", "", "    make gpu", "", *machine()]
     with tempfile.TemporaryDirectory() as folder:
         parts = {"tests": lambda: tests(Path(folder)), "demo": demo, "rounding": rounding}
-        parts["cost"] = lambda: step_cost(Path(folder), args.shape, "What a step costs")
-        ways = ("ReMax", "ReMax, CUDA graphs")
-        parts["graphs"] = lambda: step_cost(Path(folder), args.shape, "The decode as CUDA graphs", *ways)
+        parts["cost"] = lambda: cost(args.shape)
         parts["memory"] = lambda: memory(Path(folder))
         for part in args.parts:
             passed, found = parts[part]()

@@ -82,11 +82,12 @@ CPU_CASES = (
 )
 ON_GPU: dict[str, Any] = {"shape": "1.1b", "dtype": "bf16", "prompts": 32, "micro": 16, "answer": 128}
 GPU_CASES = (
-    Case("ReMax", **ON_GPU),
-    Case("PPO", flags="--algo ppo --actor_zero_stage 2", **ON_GPU),
-    Case("ReMax, checkpointing", flags=f"--algo remax --actor_zero_stage 2 {CHECKPOINTED}", **ON_GPU),
-    Case("ReMax, offload", flags=f"--algo remax --actor_zero_stage 2 --offload {CHECKPOINTED}", **ON_GPU),
-    Case("ReMax, ZeRO 3", flags="--algo remax --actor_zero_stage 3 --reference_zero_stage 3", **ON_GPU),
+    Case("1.1B, ReMax", **ON_GPU),
+    Case("1.1B, PPO", flags="--algo ppo --actor_zero_stage 2", **ON_GPU),
+    Case("1.1B, ReMax, checkpointing", flags=f"--algo remax --actor_zero_stage 2 {CHECKPOINTED}", **ON_GPU),
+    Case("1.1B, ReMax, CUDA graphs", flags="--algo remax --actor_zero_stage 2 --cuda_graphs", **ON_GPU),
+    Case("1.1B, ReMax, offload", flags=f"--algo remax --actor_zero_stage 2 --offload {CHECKPOINTED}", **ON_GPU),
+    Case("1.1B, ReMax, ZeRO 3", flags="--algo remax --actor_zero_stage 3 --reference_zero_stage 3", **ON_GPU),
 )
 
 

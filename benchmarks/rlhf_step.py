@@ -2,17 +2,15 @@
 
     python benchmarks/rlhf_step.py --output docs/results/rlhf_step.md
     python benchmarks/rlhf_step.py --family llama --prompts 16 --size 64+64 --lengths natural --rounds 5
-    python benchmarks/rlhf_step.py --shape 1.1b --dtype bf16
-    python benchmarks/rlhf_step.py --shape 1.1b --dtype bf16 --ways ReMax "ReMax, CUDA graphs"
+    python benchmarks/rlhf_step.py --shape 1.1b --dtype bf16 --output docs/results/rlhf_step_gpu.md
 
-The first measures what docs/results shows, the second one setting; the third, for a GPU, one of a large model, and the
-fourth what `--cuda_graphs` changes there.
+The first measures what docs/results shows, the second one setting; the third, for a GPU of 80 GB, large models.
 Compared are ReMax, RLOO, GRPO and PPO by this pipeline's own trainer, ReMax in the authors' way (`rlhf_ways/authors`),
 and, where trl 1.16.0 is installed, TRL's RLOO and GRPO trainers. All ways answer the same prompts with answers of the
 same lengths (`rlhf_ways/models.py` says how) by the same sampling. They take turns in one process, `--rounds` times
-after a first round that does not count; a ratio is the median of the rounds' ratios. Models that do not fit beside one
-another (`--apart`; the larger shapes) have a process for each way. Peak memory always comes from such a process: on a
-GPU what torch allocated, on a CPU the resident set without what the libraries take.
+after a first round that does not count; a ratio is the median of the rounds' ratios. Large models take turns two ways
+at a time, as many as fit beside one another; with `--apart` each way has a process. Peak memory always comes from such
+a process: on a GPU what torch allocated, on a CPU the resident set without what the libraries take.
 
 With two ranks, one and two ranks are started by turns, each rank on a core of its own.
 """
@@ -49,7 +47,7 @@ AUTHORS = "authors' way"
 TRL = ("TRL RLOO k=2", "TRL GRPO k=2")
 WAYS = (*OURS, AUTHORS, *TRL)
 PARTS = ("generate", "score", "reference", "update", "rest")
-SMALL = ("tiny", "10m")  # shapes of which all ways fit beside one another, and TRL is measured
+SMALL = ("tiny", "10m")  # shapes of which all ways fit beside one another
 PACKAGES = ("torch", "transformers", "deepspeed", "trl")
 
 
@@ -91,11 +89,15 @@ class Cell:
         """Of a training forward."""
         return min(self.micro_batch, self.prompts)
 
-    def make_models(self, folder: Path) -> None:
-        """Writes the models and tokenizers that all ways read."""
+    def models(self, place: Path) -> Path:
+        """The folder of the models and tokenizers that all ways read; cells whose models are alike share it."""
         from rlhf_ways.models import make_models
 
-        make_models(folder, self.family, self.shape, self.dtype, self.answer, 2 * (self.prompt + self.answer))
+        of = (self.family, self.shape, self.dtype, self.answer, 2 * (self.prompt + self.answer))
+        folder = place / "-".join(map(str, of))
+        if not folder.is_dir():
+            make_models(folder, *of)
+        return folder
 
     def rows(self, seed: int) -> list[list[int]]:
         """The prompts of a step."""
@@ -127,6 +129,13 @@ SUITE = (
     replace(Cell(), top_p=0.9),
     replace(Cell(), prompts=4),
     replace(Cell(), prompts=64, ways=("ReMax",)),
+)
+LARGE = replace(Cell(), prompts=32, answer=128)
+LARGE_PAIRS = (
+    ("ReMax", AUTHORS),
+    ("ReMax", "ReMax, CUDA graphs"),
+    ("RLOO k=2", "TRL RLOO k=2"),
+    ("ReMax", "PPO"),
 )
 
 
@@ -322,7 +331,7 @@ def derived(results: list[tuple[Cell, dict]]) -> list[str]:
             cost = 1000 * statistics.median(seconds(found, "ReMax", "step")) / cell.prompts
             alike.setdefault(replace(cell, prompts=0, ways=()), []).append((cell.prompts, cost))
     for cell, costs in alike.items():
-        if len(costs) > 1:
+        if len({prompts for prompts, _ in costs}) > 1:
             told = ", ".join(f"{cost:.0f} ms with {prompts}" for prompts, cost in sorted(costs))
             lines.append(f"- {replace(cell, prompts=1)}: a prompt costs {told} of a step.")
     return [*lines, ""]
@@ -377,7 +386,7 @@ def parser() -> argparse.ArgumentParser:
         "--cells", type=int, nargs="+", help="of those that docs/results shows, these (from 0) once more"
     )
     flags.add_argument("--rounds", type=int, default=5)
-    flags.add_argument("--apart", action="store_true", help="a process for each way (always for shapes from 1.1b)")
+    flags.add_argument("--apart", action="store_true", help="a process for each way")
     flags.add_argument(
         "--memory", action="store_const", const=True, help="measures the peak memory of each way as well"
     )
@@ -392,7 +401,7 @@ def parser() -> argparse.ArgumentParser:
 def cells_of(args: argparse.Namespace) -> list[Cell]:
     """The settings asked for: those of docs/results, or one."""
     small = args.shape in (None, *SMALL)
-    start = Cell() if small else Cell(prompts=32, answer=128, ways=("ReMax", "RLOO k=2", "PPO", AUTHORS))
+    start = Cell() if small else LARGE
     given = {name: getattr(args, name) for name in asdict(start) if getattr(args, name, None) is not None}
     if args.size:
         given |= dict(zip(("prompt", "answer"), map(int, args.size.split("+")), strict=True))
@@ -400,9 +409,11 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
         given["ways"] = tuple(args.ways)
     if args.cells is not None or not given.keys() - {"seconds"}:
         found = [replace(cell, **given) for cell in (SUITE if args.cells is None else [SUITE[i] for i in args.cells])]
-    else:
+    elif small or args.ways:
         found = [replace(start, **given)]
-    with_trl = small and trl_is_here()
+    else:
+        found = [replace(start, **given, ways=ways) for ways in LARGE_PAIRS]
+    with_trl = trl_is_here()
     return [replace(cell, ways=tuple(way for way in cell.ways if with_trl or way not in TRL)) for cell in found]
 
 
@@ -428,16 +439,16 @@ def main() -> None:
         return
     results = dict(kept(args.output) if args.cells else [])
     versions = machine(*PACKAGES, threads=1)
-    for cell in cells_of(args):
-        with tempfile.TemporaryDirectory() as name:
-            cell.make_models(Path(name))
-            how = in_ranks if cell.ranks > 1 else apart if args.apart or cell.shape not in SMALL else together
-            results[cell] = how(cell, args.rounds, Path(name))
-        print(report([(cell, results[cell])], args.rounds, versions), flush=True)
-        if args.output:
-            cells = [{"setting": asdict(cell), **found} for cell, found in results.items()]
-            body, figures = report(list(results.items()), args.rounds, versions), {"machine": versions, "cells": cells}
-            write_results(args.output, "What a step costs", "rlhf_step", body, figures, part=args.cells is not None)
+    with tempfile.TemporaryDirectory() as place:
+        for cell in cells_of(args):
+            how = in_ranks if cell.ranks > 1 else apart if args.apart else together
+            results[cell] = how(cell, args.rounds, cell.models(Path(place)))
+            print(report([(cell, results[cell])], args.rounds, versions), flush=True)
+            if args.output:
+                cells = [{"setting": asdict(cell), **found} for cell, found in results.items()]
+                body = report(list(results.items()), args.rounds, versions)
+                figures = {"machine": versions, "cells": cells}
+                write_results(args.output, "What a step costs", "rlhf_step", body, figures, part=args.cells is not None)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def trl_is_here() -> bool:
     """Whether trl can be imported."""
@@ -68,7 +70,7 @@ SHARED = {  # settings of TRL's trainers, so that they do this project's work
     "adam_beta2": 0.95,
     "bf16": False,
     "gradient_checkpointing": False,
-    "use_cpu": True,
+    "use_cpu": not torch.cuda.is_available(),
     "report_to": "none",
     "save_strategy": "no",
     "logging_steps": 1,

@@ -467,10 +467,11 @@ def test_ways_to_a_step_take_turns_on_the_same_answers(step_cost, tmp_path, monk
         step = kind.step
         monkeypatch.setattr(kind, "step", lambda self, rows, step=step: turns.append(type(self)) or step(self, rows))
     monkeypatch.setattr(step_cost, "best_rates", lambda dtype: {"flops": 1e9, "bytes": 1e9})
-    cell.make_models(tmp_path)
-    found = step_cost.one(
-        cell, cell.ways, 2, tmp_path
-    )  # which compares the lengths of the answers with those asked for
+    folder = cell.models(tmp_path)
+    assert dataclasses.replace(cell, top_p=1.0).models(tmp_path) == folder
+    assert dataclasses.replace(cell, answer=9).models(tmp_path) != folder
+    # it compares the lengths of the answers with those asked for
+    found = step_cost.one(cell, cell.ways, 2, folder)
     assert turns == [Authors, Ours, Ours, Authors, Authors, Ours]
     # of each quarter of the lengths 1..8 one prompt, sampled and greedy: 1 or 2, 3 or 4, ...
     assert all(2 * 16 <= tokens <= 2 * 20 for tokens in found["tokens"]["ReMax"])
