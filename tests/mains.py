@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from utils.environment import hide_gpus
+
 
 def run_program(program: str | Path, flags: list[str], folder: str | Path, log: str | Path | None = None) -> int:
     """Runs a stage's `main` in this process, which stays in its process group; the exit status."""
@@ -41,6 +43,7 @@ def run_program(program: str | Path, flags: list[str], folder: str | Path, log: 
 
 
 def main() -> None:
+    hide_gpus()  # as `run_main` does it
     # The launcher adds --local_rank, as it does for main.py itself.
     jobs_file, of_launcher = Path(sys.argv[-1]), sys.argv[1:-1]
     jobs = json.loads(jobs_file.read_text())

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 LARGEST = 2**31 - 1
 WHOLE_NUMBERS = {  # with the smallest and the largest that each may be
@@ -51,6 +51,15 @@ def environment_fault(environment: Mapping[str, str] = os.environ) -> str | None
     if environment.get("DS_ACCELERATOR", "cpu") not in ACCELERATORS:
         return refused("DS_ACCELERATOR", f"one of {', '.join(ACCELERATORS)}")
     return None
+
+
+def hide_gpus(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Where DS_ACCELERATOR asks for the CPU, torch sees no GPU; the deepspeed launcher shows each rank one all the same.
+
+    To be called before anything asks torch for GPUs.
+    """
+    if environment.get("DS_ACCELERATOR") == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _is_whole(text: str, smallest: int, largest: int) -> bool:

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from utils.environment import environment_fault
+from utils.environment import environment_fault, hide_gpus
 from utils.launchers import launcher_variables
 from utils.stopping import stoppable
 from utils.whereabouts import waited_in_vain
@@ -67,6 +67,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         if fault := environment_fault():
             raise UserError(fault)
+        hide_gpus()
         os.environ.update(launcher_variables(os.environ))  # from here on it is known which rank this is
         with stoppable():
             main()

@@ -16,7 +16,12 @@ from utils import run
 from utils.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
-BAD_INPUT = "from utils.run import UserError, run_main\ndef main(): raise UserError('--data_path: no such file')\n"
+BAD_INPUT = """
+import os
+from utils.run import UserError, run_main
+def main():
+    raise UserError(f"--data_path: no such file; GPUs: {os.environ.get('CUDA_VISIBLE_DEVICES')!r}")
+"""
 
 
 def raises(error):
@@ -69,7 +74,8 @@ def test_the_deepspeed_launcher_hands_on_status_2_and_says_it_once(tmp_path):
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("--data_path: no such file") == 1
+    # once, and by a rank that sees no GPU, though the launcher gives each one
+    assert done.stderr.count("--data_path: no such file; GPUs: ''\n") == 1
     assert "Traceback" not in done.stderr
 
 
