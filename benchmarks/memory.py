@@ -81,12 +81,13 @@ CPU_CASES = (
     Case("ReMax, ZeRO 2, 2 ranks", ranks=2),
 )
 ON_GPU: dict[str, Any] = {"shape": "1.1b", "dtype": "bf16", "prompts": 32, "micro": 16, "answer": 128}
+ZERO_2, PLAIN = "--algo remax --actor_zero_stage 2", "--cuda_graphs false"
 GPU_CASES = (
-    Case("1.1B, ReMax", **ON_GPU),
-    Case("1.1B, PPO", flags="--algo ppo --actor_zero_stage 2", **ON_GPU),
-    Case("1.1B, ReMax, checkpointing", flags=f"--algo remax --actor_zero_stage 2 {CHECKPOINTED}", **ON_GPU),
-    Case("1.1B, ReMax, CUDA graphs", flags="--algo remax --actor_zero_stage 2 --cuda_graphs", **ON_GPU),
-    Case("1.1B, ReMax, offload", flags=f"--algo remax --actor_zero_stage 2 --offload {CHECKPOINTED}", **ON_GPU),
+    Case("1.1B, ReMax", flags=f"{ZERO_2} {PLAIN}", **ON_GPU),
+    Case("1.1B, PPO", flags=f"--algo ppo --actor_zero_stage 2 {PLAIN}", **ON_GPU),
+    Case("1.1B, ReMax, checkpointing", flags=f"{ZERO_2} {CHECKPOINTED} {PLAIN}", **ON_GPU),
+    Case("1.1B, ReMax, CUDA graphs", flags=f"{ZERO_2} --cuda_graphs", **ON_GPU),
+    Case("1.1B, ReMax, offload", flags=f"{ZERO_2} --offload {CHECKPOINTED} {PLAIN}", **ON_GPU),
     Case("1.1B, ReMax, ZeRO 3", flags="--algo remax --actor_zero_stage 3 --reference_zero_stage 3", **ON_GPU),
 )
 

@@ -42,7 +42,7 @@ from measuring import (
 )
 from turns import trl_is_here
 
-OURS = ("ReMax", "ReMax, greedy answers cut", "ReMax, CUDA graphs", "RLOO k=2", "GRPO k=2", "PPO")
+OURS = ("ReMax", "ReMax, greedy answers cut", "ReMax, no CUDA graphs", "RLOO k=2", "GRPO k=2", "PPO")
 AUTHORS = "authors' way"
 TRL = ("TRL RLOO k=2", "TRL GRPO k=2")
 WAYS = (*OURS, AUTHORS, *TRL)
@@ -131,11 +131,12 @@ SUITE = (
     replace(Cell(), prompts=64, ways=("ReMax",)),
 )
 LARGE = replace(Cell(), prompts=32, answer=128)
-LARGE_PAIRS = (
-    ("ReMax", AUTHORS),
-    ("ReMax", "ReMax, CUDA graphs"),
-    ("RLOO k=2", "TRL RLOO k=2"),
-    ("ReMax", "PPO"),
+LARGE_SUITE = (
+    LARGE,
+    replace(LARGE, ways=("ReMax", "ReMax, no CUDA graphs")),
+    replace(LARGE, ways=("ReMax", "PPO")),
+    replace(LARGE, lengths="natural"),
+    replace(LARGE, ways=("RLOO k=2", "TRL RLOO k=2")),
 )
 
 
@@ -412,7 +413,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     elif small or args.ways:
         found = [replace(start, **given)]
     else:
-        found = [replace(start, **given, ways=ways) for ways in LARGE_PAIRS]
+        found = [replace(cell, **given) for cell in LARGE_SUITE]
     with_trl = trl_is_here()
     return [replace(cell, ways=tuple(way for way in cell.ways if with_trl or way not in TRL)) for cell in found]
 

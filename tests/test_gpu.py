@@ -132,9 +132,12 @@ def launched(root, prepared, run_command):
 
 
 @pytest.fixture(scope="module")
-def on_gpus(launched):
-    """Every run that needs no further package."""
-    return launched(RUNS, "gpu", torch.cuda.device_count())
+def on_gpus(launched, request):
+    """The runs that need no further package: those that the chosen tests name, and what they are compared with."""
+    chosen = [item for item in request.session.items if "on_gpus" in getattr(item, "fixturenames", ())]
+    named = {item.callspec.params.get("name") for item in chosen if hasattr(item, "callspec")}
+    named |= {f"supervised, fp32, ZeRO {stage}" for stage in range(4)} | {"ranking, fp32", "dpo, fp32"}
+    return launched({name: run for name, run in RUNS.items() if name in named}, "gpu", torch.cuda.device_count())
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +224,18 @@ def test_graphs_decode_what_single_launches_do(kind):
         for _ in range(2):
             assert_same(decode(recorded, model, settings), expected)
     assert sum(step is not None for step in recorded.graphs.steps.values()) > 1
+
+
+def test_what_cannot_be_recorded_is_decoded_all_the_same(capsys):
+    # The hook waits for the GPU, which ends the recording. The decode after that draws as if nothing had happened.
+    model, settings = make("llama", SERVED["llama"]).cuda(), GenerationSettings(36, PAD, Sampling(0.7, top_p=0.9))
+    expected, decoder = decode(SharedPromptDecoder(), model, settings), SharedPromptDecoder(graphs=Graphs())
+    model.lm_head.register_forward_hook(lambda module, args, output: output[0, 0, 0].item())
+    here = torch.cuda.current_stream()
+    for _ in range(2):
+        assert_same(decode(decoder, model, settings), expected)
+    assert torch.cuda.current_stream() == here and decoder.graphs is None
+    assert capsys.readouterr().out.count("CUDA graphs: a decode step cannot be recorded") == 1
 
 
 def test_nccl_reduces(launched, root, run_command, tmp_path):

@@ -54,7 +54,7 @@ def environment_fault(environment: Mapping[str, str] = os.environ) -> str | None
 
 
 def hide_gpus(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where DS_ACCELERATOR asks for the CPU, torch sees no GPU; the deepspeed launcher shows each rank one all the same.
+    """Where DS_ACCELERATOR asks for the CPU, torch sees no GPU, though the deepspeed launcher shows each rank one.
 
     To be called before anything asks torch for GPUs.
     """

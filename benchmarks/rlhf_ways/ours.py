@@ -13,17 +13,18 @@ from remax.checks.generation import decode_serves
 from remax.cli.validate import make_algorithm, parse_step3
 from remax.models.loading import quiet_libraries
 from remax.stages.models import build_models, check_models
+from remax.stages.planning import fit_to_memory
 from remax.stages.settings import trainer_settings
 from remax.training.sentinel import Sentinel
 from remax.training.trainer import Trainer
 from utils.data.batches import PromptBatch
-from utils.distributed import set_seed, sum_across_ranks
+from utils.distributed import device_memory, set_seed, sum_across_ranks
 from utils.metrics import MetricsLogger
 
 WAYS = {
     "ReMax": "--algo remax",
     "ReMax, greedy answers cut": "--algo remax --max_greedy_seq_len {quarter}",
-    "ReMax, CUDA graphs": "--algo remax --cuda_graphs",
+    "ReMax, no CUDA graphs": "--algo remax --cuda_graphs false",
     "RLOO k=2": "--algo rloo --samples_per_prompt 2",
     "GRPO k=2": "--algo grpo --samples_per_prompt 2",
     "PPO": "--algo ppo",
@@ -57,6 +58,7 @@ class Ours:
         output = tempfile.mkdtemp(dir=folder)
         args = parse_step3(flags(way, folder, output, cell))
         set_seed(args.seed)
+        fit_to_memory(args, 1, device_memory())
         tokenizers = check_models(args)
         models = build_models(args, tokenizers, 1000)
         algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)

@@ -361,10 +361,11 @@ class RolloutFlags(Flags, group="rollout"):
         "actor at ZeRO 3: collect its parameters once per rollout (must fit on each device), or layer by layer at "
         "every token",
     )
-    cuda_graphs: bool = flag(
-        False,
-        "record the steps of the actor's decode and repeat them, each by one launch instead of hundreds; on GPUs, "
-        "below ZeRO 3; keeps the memory of keys and values; not measured yet (docs/hardware.md)",
+    cuda_graphs: bool | None = flag(
+        None,
+        "record the steps of the actor's decode and repeat them, each by one launch instead of hundreds; keeps the "
+        "memory of keys and values. Default: on GPUs, below ZeRO 3, where the planner finds room for that "
+        "(docs/hardware.md)",
     )
 
 

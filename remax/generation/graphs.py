@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from utils.run import UserError
+from utils.metrics import warn
 
 MOST_GRAPHS = 64
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def rounded_up(number: int) -> int:
@@ -110,8 +110,19 @@ class CudaRecorder:
 
     def record(self, step: Step) -> Step:
         """See `Recorder`. What other threads do meanwhile (checkpoints, NCCL's watchdog) does not matter."""
+        here = torch.cuda.current_stream()
+        try:
+            return self._recorded(step, self.pool)
+        except Exception:
+            # torch leaves behind the stream and a generator that still counts for the graph; a recording that comes to
+            # its end gives the generator back.
+            torch.cuda.set_stream(here)
+            self._recorded(lambda: torch.zeros(1, device=here.device), torch.cuda.graph_pool_handle())
+            raise
+
+    def _recorded(self, step: Step, pool: Any) -> Step:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
             step()
         return graph.replay
 
@@ -121,10 +132,11 @@ class Graphs:
 
     Attributes:
         recorder: Makes the graphs; None until the first step: a `CudaRecorder`.
+        failed: A step could not be recorded, for example since it waits for the GPU. Steps are taken as they are then.
     """
 
     def __init__(self, recorder: Recorder | None = None):
-        self.recorder, self.arena = recorder, Arena()
+        self.recorder, self.arena, self.failed = recorder, Arena(), False
         self.steps: OrderedDict[Hashable, Step | None] = OrderedDict()  # the one that was used last is the last
         self._weights: tuple[int, ...] = ()
 
@@ -143,11 +155,11 @@ class Graphs:
 
         Args:
             kind: Equal for steps that launch the same kernels on the same addresses.
-
-        Raises:
-            UserError: It cannot be recorded, for example since it waits for the GPU.
         """
         recorder = self.recorder = self.recorder or CudaRecorder()
+        if self.failed:
+            step()
+            return
         if kind not in self.steps:
             recorder.warm_up(step)
             self.steps[kind] = None
@@ -156,23 +168,20 @@ class Graphs:
             return
         self.steps.move_to_end(kind)
         if (repeat := self.steps[kind]) is None:
-            repeat = self.steps[kind] = self._recorded(recorder, step)
+            try:
+                repeat = self.steps[kind] = recorder.record(step)
+            except Exception as error:
+                warn(f"CUDA graphs: a decode step cannot be recorded ({cause_of(error)}); decoding goes on without")
+                self.failed, repeat = True, step
+                self.steps.clear()
         repeat()
 
-    @staticmethod
-    def _recorded(recorder: Recorder, step: Step) -> Step:
-        try:
-            return recorder.record(step)
-        except Exception as error:
-            cause: BaseException = error
-            while cause.__context__ is not None:  # the end of a recording that failed fails as well
-                cause = cause.__context__
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise
-            said = (str(cause) or type(cause).__name__).splitlines()[0]
-            raise UserError(
-                f"--cuda_graphs: a decode step of this model cannot be recorded ({said}); leave it out"
-            ) from error
+
+def cause_of(error: BaseException) -> str:
+    """The first line of what came first: the end of a recording that failed fails as well."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:

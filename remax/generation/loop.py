@@ -7,8 +7,9 @@ length, as many together as the memory for keys and values allows.
 What is drawn depends on neither: each row has its own random numbers, see `sampler`. Greedy answers are the same too,
 but for the rounding of products that depends on how many rows they have.
 
-With `Graphs` a GPU repeats recorded steps. Shapes are few then: prompts, the width of the longest, and rows are rounded
-up, and rows leave when half of them have ended. What is there in excess is computed and thrown away.
+With `Graphs` a GPU repeats recorded steps, unless the ranks decode in step. Shapes are few then: prompts, the width of
+the longest, and rows are rounded up, and rows leave when half of them have ended. What is there in excess is computed
+and thrown away.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from remax.generation.hugging_face import HuggingFaceDecoder
 from remax.generation.sampler import draw, logprobs_of, mend, most_probable, uniform_numbers
 from utils.distributed import world_size
 from utils.metrics import warn
-from utils.run import UserError
 
 READ_AT_ONCE = 2**14  # prompt tokens, padding included
 CPU_BYTES = 2**31  # for keys and values
@@ -114,27 +114,22 @@ class SharedPromptDecoder:
         logprobs: bool = False,
         synced_gpus: bool = False,
     ) -> Answers:
-        """See `Decoder`.
-
-        Raises:
-            UserError: Graphs are wanted, and the model does not allow it.
-        """
+        """See `Decoder`."""
         if model not in self.faults:
             self.faults[model] = fault_of(model)
-            if self.faults[model] and self.graphs is None:
+            if self.faults[model]:
                 kind = model.config.model_type
                 warn(f"answers of models of the type {kind!r} come from transformers' generate: {self.faults[model]}")
-        fault = self.faults[model] or ("its ranks decode in step" if synced_gpus else "")
-        if self.graphs is not None and fault:
-            kind = model.config.model_type
-            raise UserError(f"--cuda_graphs: not for a model of the type {kind!r}: {fault}; leave it out")
         if self.faults[model]:
             return self.instead(
                 model, prompts, settings, samples=samples, greedy=greedy, logprobs=logprobs, synced_gpus=synced_gpus
             )
-        decode = _Decode(model, prompts, settings, samples, greedy, logprobs, synced_gpus, self.graphs)
+        if self.graphs is not None and self.graphs.failed:
+            self.graphs = None  # and its memory goes
+        graphs = None if synced_gpus else self.graphs
+        decode = _Decode(model, prompts, settings, samples, greedy, logprobs, synced_gpus, graphs)
         look_every = self.look_every or (1 if prompts.input_ids.is_cpu else LOOK_EVERY)
-        with attention(model, SHARED), nullcontext() if self.graphs else for_few_rows(model):
+        with attention(model, SHARED), nullcontext() if graphs else for_few_rows(model):
             for some in self.parts(decode):
                 decode.answer(some, look_every)
         return decode.answers()
@@ -142,8 +137,8 @@ class SharedPromptDecoder:
     def parts(self, decode: _Decode) -> Iterator[list[int]]:
         """The prompts in order of length, as many at once as the memory allows; all where the ranks decode in step."""
         order = sorted(range(len(decode.lengths)), key=decode.lengths.__getitem__)
-        budget = self.cache_bytes or _free_bytes(decode.device, self.graphs.arena.bytes if self.graphs else 0)
-        size = rounded_up if self.graphs else int
+        budget = self.cache_bytes or _free_bytes(decode.device, decode.graphs.arena.bytes if decode.graphs else 0)
+        size = rounded_up if decode.graphs else int
         part: list[int] = []
         for prompt in order:
             width = size(decode.lengths[prompt]) + decode.kinds * decode.settings.max_new_tokens

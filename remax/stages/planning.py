@@ -1,4 +1,4 @@
-"""From the flags of a stage to what it will hold in memory, and refusing what cannot fit before anything is loaded."""
+"""From the flags of a stage to what it will hold in memory, and what follows from that before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from remax.cli.validate import make_algorithm
 from remax.models.loading import load_config, without_dropout
 from remax.planning.advice import WAYS
 from remax.planning.dry_run import Sketch, sizes
-from remax.planning.phases import GIB, Job, Planned, Rows, plan
+from remax.planning.phases import GIB, Job, Plan, Planned, Rows, plan
 from remax.planning.states import Machine
 from remax.rewards.sources import reward_sources
 from remax.stages.settings import (
@@ -110,7 +110,7 @@ def job_of(args: Step3Arguments, machine: Machine, configs: Configs = load_confi
         stats_grad=algorithm.needs_entropy or (full and algorithm.kl.where == "loss"),
         average=args.enable_ema,
         synced_generation=args.zero3_generation == "synced",
-        cuda_graphs=args.cuda_graphs,
+        cuda_graphs=bool(args.cuda_graphs),
     )
 
 
@@ -132,8 +132,10 @@ def finetuning_job(args: FinetuneArguments, machine: Machine, configs: Configs =
     return Job(actor, rows, machine, reference)
 
 
-def refuse_what_cannot_fit(args: Step3Arguments, ranks: int, memory: int | None) -> None:
+def fit_to_memory(args: Step3Arguments, ranks: int, memory: int | None) -> None:
     """Ends a training that would clearly run out of a GPU's memory, before its models are loaded.
+
+    Where --cuda_graphs leaves it open, it is settled here: on, if what the graphs keep has room too.
 
     Args:
         memory: Bytes of the GPU; None: there is none.
@@ -141,7 +143,8 @@ def refuse_what_cannot_fit(args: Step3Arguments, ranks: int, memory: int | None)
     Raises:
         UserError: What takes how much, and which flags help.
     """
-    if memory is None or args.skip_doctor:
+    graphs, args.cuda_graphs = args.cuda_graphs, bool(args.cuda_graphs)
+    if memory is None:
         return
     try:
         job = job_of(args, Machine(ranks, memory=memory))
@@ -149,15 +152,23 @@ def refuse_what_cannot_fit(args: Step3Arguments, ranks: int, memory: int | None)
     except Exception as error:  # of a family's own code, which never ran without numbers
         args.notices.append(f"memory: no estimate for these models ({type(error).__name__}: {one_line(error)})")
         return
-    if found.peak <= CLEARLY * memory:
-        return
+    if graphs is None and args.actor_zero_stage < 3:
+        args.cuda_graphs = plan(replace(job, cuda_graphs=True)).fits(memory)
+        if not args.cuda_graphs:
+            args.notices.append("memory: no room for CUDA graphs of the decode; --cuda_graphs takes them all the same")
+    if found.peak > CLEARLY * memory and not args.skip_doctor:
+        raise UserError(_what_does_not_fit(job, found, memory))
+
+
+def _what_does_not_fit(job: Job, found: Plan, memory: int) -> str:
+    """The largest phase, and what helps."""
     phase = max(found.phases, key=found.of)
     term = max(found.terms, key=lambda term: term.at.get(phase, 0.0))
     loads = {"critic": job.critic is not None, "reference": job.reference is not None, "reward": bool(job.rewards)}
     ways = (way for way in WAYS if plan(way.of(job)).fits(memory))
     way = next(ways, None)
     remedy = "use " + " ".join(way.flags(**loads)) if way else "use more GPUs, smaller batches, or --actor_lora_dim"
-    raise UserError(
+    return (
         f"memory: a GPU of {memory / GIB:.0f} GiB does not hold the {phase}, which takes {found.of(phase) / GIB:.0f} "
         f"GiB by the planner's count (most of it: {term.name}, {term.at[phase] / GIB:.0f} GiB); {remedy}; "
         "`python -m remax.plan` counts other settings, --skip_doctor tries it all the same"

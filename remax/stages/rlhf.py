@@ -24,7 +24,7 @@ from remax.rewards.composite import try_functions
 from remax.stages import resume
 from remax.stages.data import PromptData, columns_of, data_config, load_data
 from remax.stages.models import Models, Tokenizer, Tokenizers, build_models, check_models, reward_functions
-from remax.stages.planning import refuse_what_cannot_fit
+from remax.stages.planning import fit_to_memory
 from remax.stages.settings import trainer_settings
 from remax.training.loop import TrainState
 from remax.training.sentinel import Sentinel
@@ -46,7 +46,7 @@ def run_rlhf(args: Step3Arguments) -> None:
     tokenizers = check_models(args)
     tokenizer = tokenizers.actor
     init_distributed(args.local_rank)
-    refuse_what_cannot_fit(args, world_size(), device_memory())
+    fit_to_memory(args, world_size(), device_memory())
     set_seed(args.seed)
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     output = open_folder(args.output_dir)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from remax.cli.flags import Step3Arguments
@@ -10,7 +12,7 @@ from remax.core.sampling import Sampling
 from remax.planning.phases import plan
 from remax.planning.states import Machine
 from remax.stages import planning, rlhf
-from remax.stages.planning import finetuning_job, job_of, refuse_what_cannot_fit
+from remax.stages.planning import finetuning_job, fit_to_memory, job_of
 from utils.run import UserError
 
 
@@ -81,19 +83,40 @@ def test_steps_1_and_2(tiny_model, corpus):
 def test_what_clearly_does_not_fit_is_refused(arguments, monkeypatch):
     args = arguments()
     needs = int(plan(job_of(args, Machine())).peak)
-    refuse_what_cannot_fit(args, 1, None)  # no GPU
-    refuse_what_cannot_fit(args, 1, needs)
-    refuse_what_cannot_fit(args, 1, int(needs / 1.05))  # not clearly
-    with pytest.raises(UserError, match="memory: a GPU of 0 GiB does not hold the .*; use more GPUs, smaller batches"):
-        refuse_what_cannot_fit(args, 1, needs // 2)
-    refuse_what_cannot_fit(arguments("--skip_doctor"), 1, needs // 2)
+    fit_to_memory(args, 1, None)  # no GPU
+    fit_to_memory(args, 1, needs)
+    fit_to_memory(args, 1, int(needs / 1.05))  # not clearly
     assert not args.notices
+    with pytest.raises(UserError, match="memory: a GPU of 0 GiB does not hold the .*; use more GPUs, smaller batches"):
+        fit_to_memory(args, 1, needs // 2)
+    fit_to_memory(arguments("--skip_doctor"), 1, needs // 2)
 
     # With room for what a GPU needs beside, a way that spreads or recomputes more is named.
     monkeypatch.setattr("remax.planning.phases.CONTEXT", 0.0)
     monkeypatch.setattr("remax.planning.phases.FRAGMENTS", 0.0)
     with pytest.raises(UserError, match="; use --actor_zero_stage 2.*; `python -m remax.plan`"):
-        refuse_what_cannot_fit(args, 64, int(needs / 1.2))
+        fit_to_memory(args, 64, int(needs / 1.2))
+
+
+def test_cuda_graphs_are_the_default_where_they_have_room(arguments):
+    args = arguments()
+    kept = plan(replace(job_of(args, Machine()), cuda_graphs=True))
+    room = int(kept.peak + kept.allowance) + 1
+    for flags, memory, expected in (
+        ("", None, False),  # no GPU
+        ("", room, True),
+        ("", room - 2**20, False),
+        ("--cuda_graphs false", room, False),
+        ("--actor_zero_stage 3", 2 * room, False),
+    ):
+        args = arguments(flags)
+        fit_to_memory(args, 1, memory)
+        assert args.cuda_graphs is expected, (flags, memory)
+        assert [note[:30] for note in args.notices] == ["memory: no room for CUDA graph"] * (memory == room - 2**20)
+    args = arguments()
+    args.cuda_graphs = True  # which no command line on a CPU may say
+    fit_to_memory(args, 1, room - 2**20)
+    assert args.cuda_graphs
 
 
 def test_models_that_cannot_be_counted_are_no_reason_to_stop(arguments, monkeypatch):
@@ -102,7 +125,7 @@ def test_models_that_cannot_be_counted_are_no_reason_to_stop(arguments, monkeypa
 
     args = arguments()
     monkeypatch.setattr(planning, "plan", fails)
-    refuse_what_cannot_fit(args, 1, 1)
+    fit_to_memory(args, 1, 1)
     assert args.notices == ["memory: no estimate for these models (NotImplementedError: an operator)"]
 
 
