@@ -133,10 +133,10 @@ SUITE = (
 LARGE = replace(Cell(), prompts=32, answer=128)
 LARGE_SUITE = (
     LARGE,
+    replace(LARGE, ways=("RLOO k=2", "TRL RLOO k=2")),
     replace(LARGE, ways=("ReMax", "ReMax, no CUDA graphs")),
     replace(LARGE, ways=("ReMax", "PPO")),
     replace(LARGE, lengths="natural"),
-    replace(LARGE, ways=("RLOO k=2", "TRL RLOO k=2")),
 )
 
 

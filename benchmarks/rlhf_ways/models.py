@@ -17,7 +17,7 @@ from measuring import SHAPES, config_of
 from torch import Tensor, nn
 
 SPECIAL = ("</s>", "<pad>", "<s>", "<unk>")  # ids 0, 1, 2, 3
-QUIET = 0.1  # of what a layer adds, so that a token's class is heard at the end of the deepest model
+QUIET = 0.02  # of what a layer adds, so that a token's class is heard at the end of the deepest model
 
 
 def classes(vocabulary: int, longest: int) -> Tensor:
