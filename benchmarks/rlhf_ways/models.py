@@ -17,6 +17,7 @@ from measuring import SHAPES, config_of
 from torch import Tensor, nn
 
 SPECIAL = ("</s>", "<pad>", "<s>", "<unk>")  # ids 0, 1, 2, 3
+WORDS = 20_000 + len(SPECIAL)  # that a tokenizer has at most; tokens beyond are never written
 QUIET = 0.02  # of what a layer adds, so that a token's class is heard at the end of the deepest model
 
 
@@ -24,7 +25,7 @@ def classes(vocabulary: int, longest: int) -> Tensor:
     """(V,) how many tokens follow a token in an answer: 0 for the end token, -1 for what is never written."""
     ids = torch.arange(vocabulary)
     found = 1 + (ids - len(SPECIAL)) % longest
-    found[: len(SPECIAL)] = -1
+    found[: len(SPECIAL)] = found[WORDS:] = -1
     found[0] = 0
     return found
 
@@ -39,7 +40,7 @@ def make_tokenizer(vocabulary: int):
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    characters = [chr(0x4E00 + i) for i in range(min(vocabulary - len(SPECIAL), 20_000))]
+    characters = [chr(0x4E00 + i) for i in range(min(vocabulary, WORDS) - len(SPECIAL))]
     words = {word: i for i, word in enumerate([*SPECIAL, *characters])}
     tokenizer = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
@@ -80,7 +81,7 @@ def count_down(model: nn.Module, longest: int) -> None:
 def prompt_rows(shape: str, prompts: int, prompt_len: int, longest: int, natural: bool, seed: int) -> list[list[int]]:
     """Rows of `prompt_len` tokens whose answers have `longest` tokens, or lengths that are even on 1..longest."""
     vocabulary, draw = SHAPES[shape][-1], random.Random(seed)
-    vocabulary = min(vocabulary, 20_000 + len(SPECIAL))
+    vocabulary = min(vocabulary, WORDS)
     lengths = [longest] * prompts
     if natural:  # each of `prompts` even parts of the lengths once, in any order
         lengths = [1 + int((i + draw.random()) * longest / prompts) for i in range(prompts)]
