@@ -330,9 +330,11 @@ def test_the_methods_on_real_preferences_differ_in_their_flags_alone(
     from remax.cli.validate import parse_step2, parse_step3
 
     programs, output = tmp_path / "bin", tmp_path / "out"
-    for folder in (programs, output / "remax/actor_final"):
+    for folder in (programs, output / "remax/actor_final", output / "models"):
         folder.mkdir(parents=True)
     for name, model in {"sft": tiny_model("llama"), "reward": tiny_reward_model("llama"), "data": corpus}.items():
+        (output / name).symlink_to(model)
+    for name, model in {"models/referee": tiny_model("llama"), "referee_data": corpus}.items():
         (output / name).symlink_to(model)
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl.gz").touch()  # what `prepare` has read
@@ -340,7 +342,7 @@ def test_the_methods_on_real_preferences_differ_in_their_flags_alone(
     (programs / "deepspeed").write_text("#!/bin/bash\nprintf 'argument %s\\n' \"$@\"\n")
     (programs / "deepspeed").chmod(0o755)
     variables = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "DATA": tmp_path, "OUTPUT": output}
-    variables |= {"NUM_GPUS": "2", "STAGES": "methods"}
+    variables |= {"NUM_GPUS": "2", "STAGES": "methods referee"}
     done = run_command(
         ["env", *(f"{k}={v}" for k, v in variables.items()), "bash", root / "benchmarks/real_data/run.sh"], cwd=root
     )
@@ -352,6 +354,9 @@ def test_the_methods_on_real_preferences_differ_in_their_flags_alone(
         if words:
             main = next(i for i, word in enumerate(words) if word.endswith("main.py"))
             found[name] = (parse_step2 if "step2" in words[main] else parse_step3)(words[main + 1 :])
+    referee = found.pop("referee")  # it reads all of its own pairs, and the methods none of them
+    assert (referee.data_path, referee.data_split) == ([f"{output}/referee_data"], "0,1,0")
+    assert {(*args.data_path, args.data_split) for args in found.values()} == {(f"{output}/data", "4,4,2")}
     assert [*found] == ["dpo", "r_dpo", "remax_calibrated", "rloo_2", "rloo_4"]
     assert [(found[name].loss, found[name].dpo_beta) for name in ("dpo", "r_dpo")] == [("dpo", 0.1), ("r-dpo", 0.1)]
     online = [args for name, args in found.items() if "dpo" not in name]
@@ -372,6 +377,17 @@ def test_questions_are_the_distinct_short_prompts(real_data):
     rows = [{"prompt": text} for text in ("a b", "a b c d", "e", "a b")]
     asked = real_data("prepare")["questions"](rows, Words(), 3)
     assert [row["instruction"] for row in asked] == ["a b"] * 4 + ["e"] * 4
+
+
+def test_the_referee_reads_the_pairs_of_step_1(real_data):
+    def row(prompt, answer):
+        return {"prompt": prompt, "chosen": answer, "rejected": "-"}
+
+    # 21 rows are to be 8, 9 and 4. By their rows: a to step 2, b to 1, c to 3, d to 1, e and f to 2
+    sizes = {"a": 6, "b": 5, "c": 4, "d": 3, "e": 2, "f": 1}
+    rows = [row(prompt, str(i)) for prompt, count in sizes.items() for i in range(count)]
+    kept = real_data("prepare")["rows_of_step_1"](rows + rows, "4,4,2")  # the second half repeats the first
+    assert kept == [row for row in rows if row["prompt"] in "bd"]
 
 
 def test_the_table_of_the_methods(real_data, tmp_path):

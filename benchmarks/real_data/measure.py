@@ -255,7 +255,8 @@ def main() -> None:
     torch.set_num_threads(2)
     max_len = json.loads((run / "prepared.json").read_text())["max_seq_len"]
     with gzip.open(run / "data" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+        read = [json.loads(line) for line in file]
+    rows = list({(row["prompt"], row["chosen"], row["rejected"]): row for row in read}.values())  # as the stages do
     result = {
         "perplexity": perplexities(run, rows, max_len),
         "reward": judge(run, "reward", rows, max_len),

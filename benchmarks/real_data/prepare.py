@@ -7,6 +7,7 @@ writes into --output_dir:
     models/policy    a Llama with random weights, for steps 1 and 2
     models/referee   the same with another seed, for the second reward model
     data/            train.jsonl.gz, test.jsonl.gz as the stages read them
+    referee_data/    the same, but to train on the pairs of step 1's prompts alone, for the second reward model
     questions.json   the held-out prompts of at most --max_prompt_seq_len tokens, each four times, as AlpacaEval's rows
     prepared.json    what was done: counts, and how often the longer answer wins
 
@@ -26,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from remax.demo.tiny_models import tiny_config, train_tokenizer
+from utils.data.splits import prompt_key, stage_indices
 from utils.run import UserError, run_main
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -47,6 +49,13 @@ def read_rows(path: Path) -> list[dict]:
             f"--data: {path}, row 1 has no {', '.join(missing)}; expected rows {{prompt, chosen, rejected}}"
         )
     return rows
+
+
+def rows_of_step_1(rows: list[dict], data_split: str) -> list[dict]:
+    """The rows of the prompts that step 1 reads under --data_split, without those that repeat an earlier row."""
+    distinct = list({tuple(row[name] for name in COLUMNS): row for row in rows}.values())
+    keys = [prompt_key(row["prompt"], row["chosen"]) for row in distinct]
+    return [distinct[i] for i in stage_indices(keys, data_split, 0)]
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -133,6 +142,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--max_seq_len", type=int, default=160, help="tokens of prompt and answer that steps 1, 2 read")
     parser.add_argument("--max_prompt_seq_len", type=int, default=64, help="longest prompt that policies are asked")
+    parser.add_argument("--data_split", default="4,4,2", help="of the stages; the referee reads what step 1 reads")
     parser.add_argument("--keep_lengths", action="store_true", help="leave the lengths of the pairs as they are")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -149,7 +159,9 @@ def main() -> None:
     differences = length_differences(train, tokenizer, args.max_seq_len)
     kept = train if args.keep_lengths else balance_lengths(train, differences, args.seed)
     write_rows(output / "data" / "train.jsonl.gz", kept)
-    write_rows(output / "data" / "test.jsonl.gz", test)
+    write_rows(output / "referee_data" / "train.jsonl.gz", rows_of_step_1(kept, args.data_split))
+    for folder in ("data", "referee_data"):
+        write_rows(output / folder / "test.jsonl.gz", test)
     asked = questions(test, tokenizer, args.max_prompt_seq_len)
     (output / "questions.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
     facts = {

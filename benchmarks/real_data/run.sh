@@ -36,6 +36,7 @@ if ! command -v deepspeed >/dev/null; then PATH=$ROOT/.venv/bin:$PATH; fi # made
 export PATH PYTHONPATH=$ROOT:$ROOT/benchmarks${PYTHONPATH:+:$PYTHONPATH} DATA OUTPUT
 mkdir -p "$OUTPUT"
 
+SPLIT=4,4,2 # of the training prompts among the steps
 TOKENS=160        # of prompt and answer together, in steps 1 and 2
 PROMPT_TOKENS=64  # in step 3
 ANSWER_TOKENS=64
@@ -55,11 +56,11 @@ stage() { # stage NUMBER MODEL RESULT FLAGS...
 
 prepare() {
     python "$HERE/prepare.py" --data "$DATA" --output_dir "$OUTPUT" --max_seq_len $TOKENS --seed "$SEED" \
-        --max_prompt_seq_len $PROMPT_TOKENS ${KEEP_LENGTHS:+--keep_lengths}
+        --data_split $SPLIT --max_prompt_seq_len $PROMPT_TOKENS ${KEEP_LENGTHS:+--keep_lengths}
 }
 
 sft() {
-    stage 1 "$OUTPUT/models/policy" "$OUTPUT/sft" --data_split 4,4,2 --max_seq_len $TOKENS --num_train_epochs 2 \
+    stage 1 "$OUTPUT/models/policy" "$OUTPUT/sft" --data_split $SPLIT --max_seq_len $TOKENS --num_train_epochs 2 \
         --per_device_train_batch_size 8 --learning_rate 2e-3 --num_warmup_steps 20 --logging_steps 20 \
         --eval_steps 100 --max_eval_batches 8 "${SFT_FLAGS[@]}"
 }
@@ -70,16 +71,17 @@ reward_flags=(
 )
 
 reward() {
-    stage 2 "$OUTPUT/sft" "$OUTPUT/reward" --data_split 4,4,2 "${reward_flags[@]}" "${REWARD_FLAGS[@]}"
+    stage 2 "$OUTPUT/sft" "$OUTPUT/reward" --data_split $SPLIT "${reward_flags[@]}" "${REWARD_FLAGS[@]}"
 }
 
-# A second judge: from random weights, on the pairs whose chosen answers step 1 read. Nothing is optimised against it.
+# A second judge: from random weights, on the pairs of step 1's prompts. Nothing is optimised against it.
 referee() {
-    stage 2 "$OUTPUT/models/referee" "$OUTPUT/referee" --data_split 0,4,6 "${reward_flags[@]}" "${REWARD_FLAGS[@]}"
+    stage 2 "$OUTPUT/models/referee" "$OUTPUT/referee" --data_path "$OUTPUT/referee_data" --data_split 0,1,0 \
+        "${reward_flags[@]}" "${REWARD_FLAGS[@]}"
 }
 
 rlhf() { # rlhf NAME FLAGS...: 64 answers a step, greedy ones included
-    REWARD_MODEL=$OUTPUT/reward stage 3 "$OUTPUT/sft" "$OUTPUT/$1" --data_split 4,4,2 \
+    REWARD_MODEL=$OUTPUT/reward stage 3 "$OUTPUT/sft" "$OUTPUT/$1" --data_split $SPLIT \
         --max_prompt_seq_len $PROMPT_TOKENS --max_answer_seq_len $ANSWER_TOKENS \
         --per_device_generation_batch_size 16 --per_device_training_batch_size 16 --temperature $TEMPERATURE \
         --actor_learning_rate 5e-5 --num_warmup_steps 0 --penalty full_step --kl_ctl $BETA --gamma 1 \
@@ -94,7 +96,7 @@ rloo_4() { rlhf rloo_4 --algo rloo --samples_per_prompt 4 --per_device_generatio
 
 # From the pairs that the reward model has learned from, at its rate; about as long as an RLHF run.
 pairs() { # pairs NAME FLAGS...
-    stage 2 "$OUTPUT/sft" "$OUTPUT/$1" --data_split 4,4,2 "${reward_flags[@]}" --weight_decay 0 --dpo_beta $BETA \
+    stage 2 "$OUTPUT/sft" "$OUTPUT/$1" --data_split $SPLIT "${reward_flags[@]}" --weight_decay 0 --dpo_beta $BETA \
         --max_steps 64 --num_train_epochs 10 --eval_steps 64 "${@:2}" "${PAIR_FLAGS[@]}"
 }
 
