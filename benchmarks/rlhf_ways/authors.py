@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rlhf_ways.clock import Clock
+from rlhf_ways.models import LEARNING_RATE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
@@ -37,7 +38,7 @@ class Authors:
         self.cell, dtype = cell, DTYPES[cell.dtype]
         load = AutoModelForCausalLM.from_pretrained
         config = EngineConfig(2, dtype=cell.dtype, micro_batch_size=cell.forward_rows)
-        optimizer = OptimizerConfig(9.65e-6, total_steps=1000)
+        optimizer = OptimizerConfig(LEARNING_RATE, total_steps=1000)
         self.actor = TrainedEngine(load(folder / "policy", dtype=dtype), config, optimizer)
         self.reference = FrozenEngine(load(folder / "policy", dtype=dtype), EngineConfig(dtype=cell.dtype))
         reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=dtype)

@@ -20,6 +20,9 @@ SPECIAL = ("</s>", "<pad>", "<s>", "<unk>")  # ids 0, 1, 2, 3
 WORDS = 20_000 + len(SPECIAL)  # that a tokenizer has at most; tokens beyond are never written
 QUIET = 0.02  # of what a layer adds, so that a token's class is heard at the end of the deepest model
 
+# Of all ways: with a usual one the first step of Adam, which moves every weight alike, would drown the codes below.
+LEARNING_RATE = 1e-9
+
 
 def classes(vocabulary: int, longest: int) -> Tensor:
     """(V,) how many tokens follow a token in an answer: 0 for the end token, -1 for what is never written."""

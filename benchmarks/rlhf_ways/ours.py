@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rlhf_ways.clock import Clock
+from rlhf_ways.models import LEARNING_RATE
 
 from remax.checks.generation import decode_serves
 from remax.cli.validate import make_algorithm, parse_step3
@@ -46,7 +47,8 @@ def flags(way: str, folder: Path, output: str, cell) -> list[str]:
     line += f" --per_device_generation_batch_size {cell.prompts} --per_device_training_batch_size {cell.forward_rows}"
     line += f" --actor_zero_stage 2 --actor_dtype {cell.dtype} --reward_dtype {cell.dtype} --top_p {cell.top_p}"
     # as the other sides do it, which learn from the model's log-probs; of use where sampling is truncated
-    line += f" --logprobs_of model --data_path {folder} --max_steps 1000 --target_kl 0 {cell.more}"
+    line += f" --logprobs_of model --data_path {folder} --max_steps 1000 --target_kl 0"
+    line += f" --actor_learning_rate {LEARNING_RATE} {cell.more}"
     return [*line.split(), *WAYS[way].format(quarter=max(1, cell.answer // 4)).split()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_ways.clock import Clock
+from rlhf_ways.models import LEARNING_RATE
 from turns import SHARED, Turns
 
 WAYS = {"TRL RLOO k=2": "RLOO", "TRL GRPO k=2": "GRPO"}
@@ -43,7 +44,7 @@ class Theirs:
             beta=0.05,
             max_steps=len(steps),
             shuffle_dataset=False,
-            **SHARED,
+            **SHARED | {"learning_rate": LEARNING_RATE},
         )
         self.trainer = getattr(trl, f"{WAYS[way]}Trainer")(
             AutoModelForCausalLM.from_pretrained(folder / "policy"),

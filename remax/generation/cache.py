@@ -157,12 +157,16 @@ class PromptCache(Cache):
     def begin(self, step: int) -> None:
         """The next forward decodes a token of every row, the one of this number."""
         self.step = step
-        self._hidden.clear()
-        self._unwritten.clear()
+        self.forget_masks()
         if self.at is not None:
             self.at.fill_(step)
         if step == self.columns:
             self.grow(step + BLOCK if self.arena is None else min(max(2 * step, BLOCK), self.most_columns))
+
+    def forget_masks(self) -> None:
+        """The next forward makes those of its step; what a recording has made holds no values before it is repeated."""
+        self._hidden.clear()
+        self._unwritten.clear()
 
     def grow(self, columns: int) -> None:
         """Gives the buffers more columns."""

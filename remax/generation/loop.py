@@ -259,6 +259,7 @@ class _Decode:
 
     def extend(self, cache: PromptCache, rows: _Rows) -> None:
         """One more token for every row, by what lies on the device alone, and written in place."""
+        cache.forget_masks()
         out: Any = self.model(
             input_ids=rows.ids[:, None], position_ids=rows.positions[:, None], past_key_values=cache, use_cache=True
         )

@@ -24,6 +24,11 @@ WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 FAMILIES = {kind: SERVED[kind] for kind in ("gpt2", "opt", "mistral", "gemma2")} | {"llama": USUAL | SHARED_HEADS}
 
 
+def place_of(tensor) -> int:
+    """Where the memory begins that a tensor is in."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class Tape(TorchDispatchMode):
     """What a CUDA graph is: operations on the very tensors that they were recorded with.
 
@@ -33,15 +38,25 @@ class Tape(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations = []
+        self.operations, self.given, self.made = [], set(), {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in WAITS:
             raise RuntimeError(f"operation not permitted when stream is capturing: {function}\nmore")
+        self.given |= {
+            place_of(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        } - self.made.keys()
         result = function(*args, **kwargs)
         self.operations.append((function, args, kwargs, result))
+        self.made |= {place_of(x): x for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
         return result
+
+    def spoil(self) -> None:
+        """Nothing was computed: what was made holds anything."""
+        for place, made in self.made.items():
+            if place not in self.given:
+                made.fill_(1)
 
     def repeat(self) -> None:
         for function, args, kwargs, result in self.operations:
@@ -63,10 +78,15 @@ class Tapes:
     def record(self, step):
         self.counts["recorded"] += 1
         before, tape = {name: piece.clone() for name, piece in self.arena.pieces.items()}, Tape()
-        with tape, patch("torch.cuda.is_current_stream_capturing", lambda: True):  # transformers asks
-            step()
-        for name, piece in before.items():
-            self.arena.pieces[name].copy_(piece)
+        try:
+            with tape, patch("torch.cuda.is_current_stream_capturing", lambda: True):  # transformers asks
+                step()
+        except RuntimeError:
+            tape.spoil()
+            raise
+        finally:
+            for name, piece in before.items():
+                self.arena.pieces[name].copy_(piece)
 
         def repeat():
             self.counts["repeated"] += 1
