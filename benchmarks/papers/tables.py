@@ -24,11 +24,14 @@ from papers.published import RUNS
 from papers.reading import cell, command, number, told
 
 from remax.evaluation.winrates import wilson
-from remax.planning.advice import in_batches
+from remax.planning.advice import in_batches, with_graphs
 from remax.planning.durations import DEVICES, Rates, hours, seconds, work
+from remax.planning.phases import GIB
 
 ANSWERS = "python -m remax.answers --model M --benchmark"
-HYDRA, STEP, ESTIMATORS = (f"docs/results/{name}.md" for name in ("hydra", "rlhf_step", "estimators"))
+HYDRA, STEP, STEP_GPU, ESTIMATORS = (
+    f"docs/results/{name}.md" for name in ("hydra", "rlhf_step", "rlhf_step_gpu", "estimators")
+)
 CITED = "cited"
 
 
@@ -95,8 +98,8 @@ def on_the_corpus(method: str) -> str:
 
 def memory() -> Section:
     """Batches, models, and how much less ReMax takes."""
-    gpu, old = "docs/results/gpu.md", "docs/results/step_memory.md"
-    h100 = [number(told(gpu, "peak memory", way=way) or cell(gpu, "peak MiB", way=way)) for way in ("ReMax", "PPO")]
+    gpu, old = "docs/results/memory.md", "docs/results/step_memory.md"
+    h100 = [number(cell(gpu, "update", case=f"1.1B, {way}").partition("/")[2]) for way in ("ReMax", "PPO")]
     cpu = [number(cell(HYDRA, "peak of a step GiB", setting=way)) for way in ("ReMax", "PPO")]
     states = [number(cell(HYDRA, "measured GiB", setting=way)) for way in ("ReMax", "PPO")]
     planned = model_states()
@@ -118,7 +121,7 @@ def memory() -> Section:
             f"{h100[0] / h100[1]:.2f} (H100, 1.1 B, bf16); {cpu[0] / cpu[1]:.2f} (CPU, 134 M, fp32)",
             "",
             "what activations take is the same for both, so it moves the ratio towards 1",
-            command(gpu, "--shape 1.1b"),
+            command(gpu),
         ),
         Figure(
             "GPT-2 on IMDB, ReMax and PPO",
@@ -142,6 +145,7 @@ def of_this_pipeline(run: they.Run) -> float:
     """Hours of the same batch by this pipeline's step, by the time model: micro-batches of 8, its own decode."""
     job = job_of_run(run)
     here = in_batches(job, rows_of(run), 8).job
+    here = with_graphs(here, DEVICES[run.gpu].memory * GIB) or here
     return hours(run.prompts, here, sum(seconds(work(here), here, DEVICES[run.gpu]).values()))
 
 
@@ -192,6 +196,8 @@ def rate_rows(rates: Rates) -> Iterator[list[str]]:
         meaning, unit, suffix = meant[name]
         ranges = [getattr(fit([other for other in FIT_ON if other is not run]), name) / unit for run in FIT_ON]
         yield [name, meaning, f"{getattr(rates, name) / unit:.3g}{suffix}", f"{min(ranges):.3g} to {max(ranges):.3g}"]
+    recorded = f"{1000 * Rates().recorded:.2f} ms"
+    yield ["recorded", "the same in this pipeline's CUDA graphs; measured on an H100 (rlhf_step_gpu.md)", recorded, ""]
     yield ["launch", "of a layer in a decode step; not fitted: DeepSpeed issue 8271", f"{1000 * LAUNCH:.2f} ms", ""]
 
 
@@ -211,6 +217,7 @@ def time() -> Section:
     setting = "opt 16 x 64+64 forced"
     ppo = cell(STEP, "its step / ReMax's", setting=setting, way="PPO")
     authors = cell(STEP, "its step / ReMax's", setting=setting, way="authors' way")
+    large = cell(STEP_GPU, "its step / ReMax's", way="authors' way")
     hydra = [number(cell(HYDRA, "step s", setting=way)) for way in ("ReMax", "PPO")]
     figures = []
     for source, gpus in (("ReMax v1", 4), ("ReMax v1", 1), ("ReMax ICML", 4), ("ReMax ICML", 1)):
@@ -240,10 +247,10 @@ def time() -> Section:
             "a step of the authors' way / of this pipeline, ReMax",
             "ReMax ICML",
             "",
-            f"{authors} (CPU, OPT of 10 M)",
+            f"{large} (H100, Llama of 1.1 B); {authors} (CPU, OPT of 10 M)",
             "",
             "the authors' way as `benchmarks/rlhf_ways/authors.py` has it",
-            command(STEP),
+            command(STEP_GPU),
         ),
     ]
     of_rates = ("rate", "what it is", "fitted", "with a run left out")

@@ -138,3 +138,11 @@ def choose(found: Sequence[tuple[Way, Plan]], wanted: int = 0) -> tuple[Way, Pla
         if (rows.prompts >= wanted) if wanted else (rows.decoded >= ENOUGH):
             return way, of_way
     return max(found, key=lambda one: _prompts(one[1]))
+
+
+def with_graphs(job: Job, memory: float) -> Job | None:
+    """The job with CUDA graphs of its decode; None where they are not possible, or what they keep has no room."""
+    if not job.machine.cuda or job.actor.engine.zero_stage == 3:
+        return None
+    recorded = replace(job, cuda_graphs=True)
+    return recorded if plan(recorded).fits(memory) else None

@@ -1,6 +1,7 @@
 """How long a step takes: what has to be computed, read and moved, at the rates that a machine achieves.
 
     a decode step     layers * launch, or (weights + keys and values) / (decode * bandwidth), whichever is longer
+    with CUDA graphs  the sum of both, with `recorded` for `launch`
     a forward         operations / (forward * peak), or what ZeRO 3 gathers / link, whichever is longer
     an update         the same with `update`: three times a forward's operations, four with gradient checkpointing
     offloaded Adam    gradients and weights / pcie, and parameters / adam
@@ -9,7 +10,7 @@
 The operations of a forward are 2 for each weight and token, 4 L H for each token that another attends to (L layers, H
 numbers wide), and 2 H V for each token whose logits are made (V words). Every row is taken to be as long as it may be.
 What a GPU can do is of its data sheet; what of that is achieved, `Rates`, is fitted to published hours by
-benchmarks/paper.py, but for `launch` and `network`, which are assumed.
+benchmarks/paper.py; `recorded` was measured by benchmarks/rlhf_step.py on an H100; `launch` and `network` are assumed.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Rates:
         pcie: Bytes/s between a GPU and CPU memory.
         adam: Parameters that the CPUs of a machine update in a second.
         launch: Seconds that the operators of a layer take to launch in a decode step, be they ever so small.
+        recorded: Seconds of a layer's small operators where CUDA graphs launch them.
         network: Bytes/s that a GPU gets from other machines.
     """
 
@@ -77,6 +79,7 @@ class Rates:
     pcie: float = 9.2e9
     adam: float = 0.94e9
     launch: float = 0.03 / 32
+    recorded: float = 0.164e-3
     network: float = 25e9
 
 
@@ -109,6 +112,7 @@ class Decode:
     steps: int
     layers: int
     read: float
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,11 +234,11 @@ def updates(
     return update, on_cpu, states
 
 
-def decode(model: Planned, prompts: int, rows: int, prompt: int, answer: int) -> Decode:
+def decode(model: Planned, prompts: int, rows: int, prompt: int, answer: int, recorded: bool = False) -> Decode:
     """Of `rows` answers; a mean step reads the keys and values of `prompts` prompts, and of half of every answer."""
     weights = numbers(model.engine) * model.size.parameters
     cache = bytes_of_token(model.sketch) * (prompts * prompt + rows * answer / 2)
-    return Decode(answer, model.sketch.layers, weights + cache)
+    return Decode(answer, model.sketch.layers, weights + cache, recorded)
 
 
 def work(job: Job) -> Work:
@@ -242,7 +246,7 @@ def work(job: Job) -> Work:
     rows, ranks, actor = job.rows, job.machine.ranks, job.actor
     at_once = decoded_at_once(job)
     parts = [min(at_once, rows.prompts - i) for i in range(0, rows.prompts, at_once)]
-    decodes = [decode(actor, n, n * rows.kinds, rows.prompt, rows.answer) for n in parts] * rows.batches
+    decodes = [decode(actor, n, n * rows.kinds, rows.prompt, rows.answer, job.cuda_graphs) for n in parts]
     gathers = len(parts) * rows.answer if job.synced_generation else 1
     ask = reads(actor, ranks, rows.prompts, rows.prompt, forwards=gathers)
 
@@ -260,7 +264,7 @@ def work(job: Job) -> Work:
 
     answers = rows.answers * rows.batches * (2 if job.shared_critic else 1)
     learned = updates(job, answers, rows.tokens, rows.answer, rows.micro_batches)
-    return Work(decodes, ask.times(rows.batches), score.times(rows.batches), *learned)
+    return Work(decodes * rows.batches, ask.times(rows.batches), score.times(rows.batches), *learned)
 
 
 def _forwards(rows: int, at_once: int) -> int:
@@ -276,7 +280,13 @@ def seconds(of: Work, job: Job, device: Device, rates: Rates = Rates()) -> dict[
         return max(part.operations / (share * peak), part.exchanged / link) + part.fetched / rates.pcie
 
     read = rates.decode * device.bandwidth
-    written = sum(one.steps * max(one.layers * rates.launch, one.read / read) for one in of.decodes)
+
+    def step(one: Decode) -> float:
+        if one.recorded:
+            return one.layers * rates.recorded + one.read / read
+        return max(one.layers * rates.launch, one.read / read)
+
+    written = sum(one.steps * step(one) for one in of.decodes)
     return {
         GENERATE: written + takes(of.generate, rates.forward),
         SCORE: takes(of.score, rates.forward),

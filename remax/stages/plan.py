@@ -15,7 +15,7 @@ from remax.cli.planning import PlanArguments
 from remax.cli.validate import check_algorithm, resolve_algorithm
 from remax.models.loading import check_length, quiet_libraries
 from remax.models.policy import check_policy_config
-from remax.planning.advice import WAYS, Way, choose, in_batches, largest
+from remax.planning.advice import WAYS, Way, choose, in_batches, largest, with_graphs
 from remax.planning.durations import DEVICES, hours, seconds, work
 from remax.planning.phases import GIB, Plan
 from remax.planning.shapes import config_of
@@ -144,14 +144,16 @@ class Duration:
     Attributes:
         step: Seconds.
         parts: Those of its parts by the time model; none where the flags tell the step's.
+        recorded: The decode has CUDA graphs.
     """
 
     step: float
     parts: dict[str, float]
+    recorded: bool = False
 
 
 def duration(plan: Plan, args: PlanArguments, measured: float | None) -> Duration:
-    """As it was measured, given or else predicted.
+    """As it was measured, given or else predicted; with CUDA graphs where step 3 would take them.
 
     Args:
         measured: Seconds per prompt of all GPUs together.
@@ -161,8 +163,9 @@ def duration(plan: Plan, args: PlanArguments, measured: float | None) -> Duratio
         return Duration(measured * rows.prompts * rows.batches * args.gpus, {})
     if args.seconds_per_step:
         return Duration(args.seconds_per_step, {})
-    parts = seconds(work(plan.job), plan.job, DEVICES[args.gpu])
-    return Duration(sum(parts.values()), parts)
+    job = with_graphs(plan.job, gpu_memory(args) * GIB) or plan.job
+    parts = seconds(work(job), job, DEVICES[args.gpu])
+    return Duration(sum(parts.values()), parts, job.cuda_graphs)
 
 
 def flags_of(way: Way, plan: Plan) -> str:
@@ -204,7 +207,8 @@ def table(one: Outcome, args: PlanArguments, measured: float | None) -> Iterator
         yield f"  CPU memory for what is offloaded: {plan.host * args.gpus / GIB:.0f} GiB of all machines together"
     takes = duration(plan, args, measured)
     told = ", ".join(f"{part} {time:.1f}" for part, time in takes.parts.items())
-    how = f"by the time model of {args.gpu}: {told}" if told else "as given"
+    graphs = ", with CUDA graphs" if takes.recorded else ""
+    how = f"by the time model of {args.gpu}{graphs}: {told}" if told else "as given"
     yield f"  a step of {plan.job.rows.prompts * args.gpus:,} prompts: {takes.step:.1f} s ({how})"
     if args.prompts:
         yield f"  an epoch over {args.prompts:,} prompts: {hours(args.prompts, plan.job, takes.step):.1f} hours"

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from remax.cli.flags import FinetuneArguments, Step1Arguments, Step2Arguments, Step3Arguments
 from remax.cli.validate import make_algorithm
 from remax.models.loading import load_config, without_dropout
-from remax.planning.advice import WAYS
+from remax.planning.advice import WAYS, with_graphs
 from remax.planning.dry_run import Sketch, sizes
 from remax.planning.phases import GIB, Job, Plan, Planned, Rows, plan
 from remax.planning.states import Machine
@@ -153,7 +153,7 @@ def fit_to_memory(args: Step3Arguments, ranks: int, memory: int | None) -> None:
         args.notices.append(f"memory: no estimate for these models ({type(error).__name__}: {one_line(error)})")
         return
     if graphs is None and args.actor_zero_stage < 3:
-        args.cuda_graphs = plan(replace(job, cuda_graphs=True)).fits(memory)
+        args.cuda_graphs = with_graphs(job, memory) is not None
         if not args.cuda_graphs:
             args.notices.append("memory: no room for CUDA graphs of the decode; --cuda_graphs takes them all the same")
     if found.peak > CLEARLY * memory and not args.skip_doctor:

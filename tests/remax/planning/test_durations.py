@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -77,15 +79,16 @@ def test_bytes_by_hand():
 
 
 DEVICE = Device(memory=1, half=100.0, single=50.0, bandwidth=10.0, link=5.0)
-RATES = Rates(decode=0.5, forward=0.5, update=0.25, pcie=2.0, adam=4.0, launch=0.1, network=1.0)
+RATES = Rates(decode=0.5, forward=0.5, update=0.25, pcie=2.0, adam=4.0, launch=0.1, recorded=0.01, network=1.0)
 
 
 def test_seconds_by_hand():
     decodes = [Decode(steps=3, layers=2, read=5.0), Decode(steps=3, layers=2, read=0.5)]
+    decodes.append(Decode(steps=3, layers=2, read=0.5, recorded=True))
     done = Work(decodes, Part(100.0), Part(100.0, exchanged=20.0), Part(100.0, fetched=6.0), adam=8.0, states=10.0)
     found = seconds(done, job(), DEVICE, RATES)
-    # 3 steps of 5 bytes at 5 a second, 3 that launch 2 layers; prompts: 100 / 50
-    assert found["generate"] == pytest.approx(3 * 1.0 + 3 * 0.2 + 2.0)
+    # 3 steps of 5 bytes at 5 a second, 3 that launch 2 layers, 3 that repeat them and read half a byte; prompts: 100 / 50
+    assert found["generate"] == pytest.approx(3 * 1.0 + 3 * 0.2 + 3 * (0.02 + 0.1) + 2.0)
     assert found["score"] == pytest.approx(20 / 5)  # rather than 100 / 50
     assert found["update"] == pytest.approx(100 / 25 + 6 / 2 + 8 / 4 + 10 / 5)
     assert seconds(done, job(16), DEVICE, RATES)["score"] == pytest.approx(20.0)  # over the network
@@ -143,3 +146,13 @@ def test_the_work_of_a_step():
     at_rest = (14 + 2) * PARAMETERS + 2 * (PARAMETERS - 64 * 100 + 64)
     cramped = work(job(memory=at_rest + 2 * 3.5 * 256 * 48))
     assert [one.read for one in cramped.decodes] == [decode(model(), n, 2 * n, 16, 16).read for n in (3, 3, 2)]
+
+
+def test_the_decode_by_graphs_takes_what_was_measured(root):
+    """docs/results/rlhf_step_gpu.json: `recorded` is what its decode takes beside what it reads."""
+    (cell, *_) = json.loads((root / "docs/results/rlhf_step_gpu.json").read_text())["cells"]
+    setting, generate = cell["setting"], statistics.median(step["generate"] for step in cell["ways"]["ReMax"])
+    sketch = Sketch(config_of("TinyLlama-1.1B", "--model"), torch.bfloat16)
+    one = decode(Planned(sketch, EngineConfig(2, dtype="bf16")), 32, 64, setting["prompt"], setting["answer"], True)
+    beside = generate / one.steps - one.read / (Rates().decode * DEVICES["h100"].bandwidth)
+    assert Rates().recorded == pytest.approx(beside / one.layers, rel=0.02)
