@@ -56,7 +56,8 @@ def test_rates_of_the_time_model():
     adam = [rates.pcie / 1e9, rates.adam / 1e9]
     shares = (rates.decode, rates.forward, rates.update)
     decode, forward, update = (round(100 * share) for share in shares)
-    assert told == [[decode, round(1000 * rates.launch, 2)], [forward], [update], [rates.network / 1e9], adam]
+    recorded, launched = (round(1000 * seconds, 2) for seconds in (rates.recorded, rates.launch))
+    assert told == [[decode, recorded], [launched], [forward], [update], [rates.network / 1e9], adam]
 
 
 def test_sizes_are_those_of_the_models():

@@ -87,7 +87,7 @@ def test_seconds_by_hand():
     decodes.append(Decode(steps=3, layers=2, read=0.5, recorded=True))
     done = Work(decodes, Part(100.0), Part(100.0, exchanged=20.0), Part(100.0, fetched=6.0), adam=8.0, states=10.0)
     found = seconds(done, job(), DEVICE, RATES)
-    # 3 steps of 5 bytes at 5 a second, 3 that launch 2 layers, 3 that repeat them and read half a byte; prompts: 100 / 50
+    # 3 steps of 5 bytes at 5 a second, 3 that launch 2 layers, 3 that repeat them and read .5; prompts: 100 / 50
     assert found["generate"] == pytest.approx(3 * 1.0 + 3 * 0.2 + 3 * (0.02 + 0.1) + 2.0)
     assert found["score"] == pytest.approx(20 / 5)  # rather than 100 / 50
     assert found["update"] == pytest.approx(100 / 25 + 6 / 2 + 8 / 4 + 10 / 5)
