@@ -342,7 +342,7 @@ def test_the_methods_on_real_preferences_differ_in_their_flags_alone(
     (programs / "deepspeed").write_text("#!/bin/bash\nprintf 'argument %s\\n' \"$@\"\n")
     (programs / "deepspeed").chmod(0o755)
     variables = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "DATA": tmp_path, "OUTPUT": output}
-    variables |= {"NUM_GPUS": "2", "STAGES": "methods referee"}
+    variables |= {"NUM_GPUS": "2", "STAGES": "methods referee", "SEEDS": "1 2"}
     done = run_command(
         ["env", *(f"{k}={v}" for k, v in variables.items()), "bash", root / "benchmarks/real_data/run.sh"], cwd=root
     )
@@ -357,15 +357,25 @@ def test_the_methods_on_real_preferences_differ_in_their_flags_alone(
     referee = found.pop("referee")  # it reads all of its own pairs, and the methods none of them
     assert (referee.data_path, referee.data_split) == ([f"{output}/referee_data"], "0,1,0")
     assert {(*args.data_path, args.data_split) for args in found.values()} == {(f"{output}/data", "4,4,2")}
-    assert [*found] == ["dpo", "r_dpo", "remax_calibrated", "rloo_2", "rloo_4"]
+    names = ["dpo", "r_dpo", "ppo", "remax", "remax_calibrated", "rloo_2", "rloo_4", "grpo", "reinforce"]
+    seeds = {seed: {name: found.pop(f"{name}, seed {seed}", None) for name in names} for seed in (1, 2)}
+    assert not found and seeds[1].pop("remax") is None and seeds[2].pop("remax").algo == "remax"
+    for name in seeds[1]:  # a seed differs in nothing but that, and in where its results are
+        first, second = ({**vars(seeds[seed][name])} for seed in (1, 2))
+        assert (first.pop("seed"), first.pop("output_dir")) == (1, f"{output}/{name}")
+        assert (second.pop("seed"), second.pop("output_dir")) == (2, f"{output}/seed_2/{name}")
+        assert first == second
+    found = seeds[1]
     assert [(found[name].loss, found[name].dpo_beta) for name in ("dpo", "r_dpo")] == [("dpo", 0.1), ("r-dpo", 0.1)]
     online = [args for name, args in found.items() if "dpo" not in name]
-    assert [(args.algo, args.baseline) for args in online][0] == ("remax", "calibrated")
+    algorithms = [(args.algo, args.baseline, args.baseline_decay) for args in online]
+    assert algorithms[:2] == [("ppo", None, 0), ("remax", "calibrated", 0)]
+    assert algorithms[-2:] == [("grpo", None, 0), ("reinforce", None, 0.9)]
     # prompts of a rank, with their sampled and greedy answers: 64 on two ranks
     answers = [
         args.per_device_generation_batch_size * (args.samples_per_prompt + (args.algo == "remax")) for args in online
     ]
-    assert answers == [32, 32, 32] and {args.kl_ctl for args in online} == {0.1}
+    assert answers == [32] * 6 and {args.kl_ctl for args in online} == {0.1}
     assert {args.max_steps for args in online} == {48}
 
 
@@ -390,18 +400,48 @@ def test_the_referee_reads_the_pairs_of_step_1(real_data):
     assert kept == [row for row in rows if row["prompt"] in "bd"]
 
 
-def test_the_table_of_the_methods(real_data, tmp_path):
-    (tmp_path / "winrates").mkdir()
-    rate = {"value": 61.24, "low": 55.0, "high": 66.01}
-    pair = {"raw": rate, "controlled": rate | {"value": 52.0}, "discrete": rate, "longer_wins": 70.0}
-    record = {"pairs": [pair | {"characters": [200.4, 100.0]}]}
+def test_the_tables_of_the_methods(real_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("remax.evaluation.winrates.REFITS", 5)
+    monkeypatch.setattr("remax.evaluation.winrates.COSTS", [1e4])
     report = real_data("report")
-    assert report["methods_table"](tmp_path) == []
-    for name in ("sft_again", "dpo"):  # in the order in which they were judged
-        (tmp_path / "winrates" / f"{name}.json").write_text(json.dumps(record))
-    _, _, first, second, _ = report["methods_table"](tmp_path)
-    assert first == "| sft_again | 61.2 [55.0, 66.0] | 52.0 [55.0, 66.0] | 61.2 | 70.0 | 200 |"
-    assert second.startswith("| dpo | 61.2")
+    assert report["read_methods"](tmp_path) == [] and report["methods_table"]([]) == []
+    # Win rates in percent of two prompts with two answers each, by seed
+    rates = {"sft_again": ([50, 40], [50, 60]), "dpo": ([90, 80], [70, 80]), "remax": ([70, 40], [80, 70])}
+    rates["ppo"] = ([88, 78], [68, 78])
+    for seed, folder in enumerate((tmp_path, tmp_path / "seed_10")):
+        for name, of_prompts in rates.items():
+            rows = [
+                {"instruction": f"p{i}", "output_1": "a *b*", "output_2": f"**{k}** and more.", "generator_1": "sft"}
+                | {"generator_2": name, "preference": 1 + of_prompts[seed][i] / 100 + k / 10}
+                for i in (0, 1)
+                for k in (-1, 1)
+            ]
+            pair = {"raw": {"value": sum(of_prompts[seed]) / 2}, "controlled": {"value": 52.0 + 2 * seed}}
+            for kind, content in (("winrates", {"pairs": [pair]}), ("verdicts", rows)):
+                (folder / kind).mkdir(parents=True, exist_ok=True)
+                (folder / kind / f"{name}.json").write_text(json.dumps(content))
+        (folder / "remax").mkdir()
+        steps = [{"train/kl": 1, "train/seconds_per_step": t, "train/tokens_per_second": 6000 / t} for t in (2, 3, 9)]
+        evaluations = [{"eval/kl": 0.0}, {"eval/kl": 4.0 + seed}]
+        lines = [json.dumps({"step": i} | row) for i, row in enumerate(evaluations[:1] + steps + evaluations[1:])]
+        (folder / "remax/metrics.jsonl").write_text("\n".join(lines))
+    methods = report["read_methods"](tmp_path)
+    _, _, first, second, third, _, _ = (row.split(" | ") for row in report["methods_table"](methods))
+    # seeds of 45 and 55: their mean, and sqrt(50 / 2); 52 and 54; both prompts have 50
+    assert first[:4] == ["| sft_again", "2", "50.0 ± 5.0 [50.0, 50.0]", f"53.0 ± 1.0 {first[3].split(' ± 1.0 ')[1]}"]
+    assert first[4:6] == ["100.0", "16"] and second[0] == "| dpo"  # in the order in which they were judged
+    # three steps of the median 3; 3 x 6000 tokens
+    assert third[0] == "| remax" and third[6:] == ["4.5 ± 0.5", "9", "18 |"]
+    _, _, dpo, remax, ppo, _ = report["differences_table"](methods)
+    # dpo - sft_again: seeds 85 - 45 and 75 - 55, 30 ± 10; Student's t of one degree of freedom is 12.7
+    assert dpo == "| dpo | +30.0 ± 10.0 |  |  |"
+    # remax - sft_again: 10 and 20; remax - dpo: -30 and 0
+    assert remax == "| remax | +15.0 ± 5.0 | -15.0 ± 15.0 |  |"
+    assert ppo == "| ppo | +28.0 ± 10.0 | **-2.0 ± 0.0** | +13.0 ± 15.0 |"  # two less in both seeds and both prompts
+    _, _, sft, again, *_ = report["style_table"](methods)
+    assert sft == "| sft | 0.0 | 0% | 2 | 0% |  |  |  |"
+    # All have more marks than the baseline. Verdicts: 0 1, 0 1/2 for one seed, 0 1, 1/2 1 for the other
+    assert again.startswith("| sft_again | 2.0 | 100% | 3 | 100% | 100% | 50% | ")
 
 
 # -------------------------------------------------------------------------------------------------------- steps 1 and 2

@@ -2,14 +2,31 @@
 
 import argparse
 import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from measuring import fill, table
 
+from remax.evaluation.judges import read_annotations
+from remax.evaluation.winrates import (
+    REFITS,
+    Comparison,
+    Summary,
+    best_cost,
+    fit,
+    relative_lengths,
+    resampled,
+    sigmoid,
+    summarise,
+)
 from utils.run import UserError, run_main
 
 
@@ -85,27 +102,171 @@ def filled_up(rows: list[list[str]]) -> str:
     return "\n".join(table(head, [row + [""] * (len(head) - len(row)) for row in body]))
 
 
-def methods_table(run: Path) -> list[str]:
-    """Each method's answers against the supervised policy's, by the referee; none where `winrates` was not run."""
+@dataclass(frozen=True)
+class Method:
+    """A method's answers against the supervised policy's, by the referee.
+
+    Attributes:
+        rates: win rates of the seeds in percent, raw and length-controlled.   pooled: of all seeds' comparisons.
+    """
+
+    name: str
+    seeds: dict[Path, list[Comparison]]  # by the folder of a seed
+    rates: dict[str, list[float]]
+    pooled: Summary
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return [one for found in self.seeds.values() for one in found]
+
+
+def read_methods(run: Path) -> list[Method]:
+    """In the order in which they were judged; none where `winrates` was not run."""
+    folders = [run, *sorted(run.glob("seed_*"), key=lambda folder: int(folder.name.removeprefix("seed_")))]
+    methods = []
+    for file in sorted((run / "winrates").glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
+        seeds, rates = {}, {"raw": [], "controlled": []}
+        for folder in folders:
+            if not (folder / "winrates" / file.name).is_file():
+                continue
+            seeds[folder] = read_annotations(str(folder / "verdicts" / file.name), f"--run {run}")
+            (pair,) = json.loads((folder / "winrates" / file.name).read_text())["pairs"]
+            for kind, found in rates.items():
+                found.append(pair[kind]["value"])
+        comparisons = [one for found in seeds.values() for one in found]
+        methods.append(Method(file.stem, seeds, rates, summarise(comparisons)))
+    return methods
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; not a number for one value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def mean_of_seeds(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
+    """Such as 61.2 ± 0.4; of one seed 61.2."""
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.{digits}f}{error}"
+
+
+def costs(method: Method) -> list[str]:
+    """Nats to the supervised policy, seconds of training, and thousands of generated tokens, over its seeds.
+
+    Seconds are the median step's times the steps, as other work on the machine makes some steps slow.
+    """
+    nats, seconds, tokens = [], [], []
+    for folder in method.seeds:
+        if not (folder / method.name / "metrics.jsonl").is_file():
+            return [""] * 3
+        rows = read_metrics(folder, method.name)
+        steps = [row for row in rows if "train/seconds_per_step" in row]
+        seconds.append(len(steps) * statistics.median(row["train/seconds_per_step"] for row in steps))
+        if "train/kl" in steps[0]:
+            nats.append(curve(rows, "eval/kl")[1][-1])
+            tokens.append(sum(row["train/tokens_per_second"] * row["train/seconds_per_step"] for row in steps))
+    generated = f"{statistics.median(tokens) / 1000:.0f}" if tokens else "0"
+    return [mean_of_seeds(nats) if nats else "", f"{statistics.median(seconds):.0f}", generated]
+
+
+def methods_table(methods: Sequence[Method]) -> list[str]:
+    """± is one standard error over seeds, brackets a 95 % interval over prompts."""
     rows = []
-    for file in sorted((run / "winrates").glob("*.json"), key=lambda file: file.stat().st_mtime_ns):  # as they were run
-        (pair,) = json.loads(file.read_text())["pairs"]
-        rates = [f"{r['value']:.1f} [{r['low']:.1f}, {r['high']:.1f}]" for r in (pair["raw"], pair["controlled"])]
-        longer = f"{pair['longer_wins']:.1f}"
-        rows.append([file.stem, *rates, f"{pair['discrete']['value']:.1f}", longer, f"{pair['characters'][0]:.0f}"])
-    header = [
-        "method",
-        "win rate over SFT, %",
-        "length-controlled, %",
-        "by verdicts, %",
-        "longer wins, %",
-        "characters",
-    ]
+    for method in methods:
+        pooled = method.pooled
+        rates = [
+            f"{mean_of_seeds(method.rates[kind])} [{rate.low:.1f}, {rate.high:.1f}]"
+            for kind, rate in (("raw", pooled.raw), ("controlled", pooled.controlled))
+        ]
+        lengths = [f"{pooled.longer_wins:.1f}", f"{pooled.characters[0]:.0f}"]
+        rows.append([method.name, str(len(method.seeds)), *rates, *lengths, *costs(method)])
+    header = ["method", "seeds", "win rate over SFT, %", "length-controlled, %", "longer wins, %", "characters"]
+    header += ["nats to SFT", "training, s", "generated, thousand tokens"]
+    return table(header, rows) if rows else []
+
+
+def rates_by_prompt(method: Method, folder: Path) -> np.ndarray:
+    """(prompts,) a seed's win rates in percent."""
+    found: dict[str, list[float]] = {}
+    for one in method.seeds[folder]:
+        found.setdefault(one.prompt, []).append(100 * one.p)
+    return np.array([statistics.fmean(found[prompt]) for prompt in sorted(found)])
+
+
+def difference(first: Method, second: Method) -> str:
+    """Of raw win rates, paired by seed and prompt.
+
+    It is bold where two 95 % intervals of the mean (Student's t) leave out 0: that over seeds and that over prompts.
+    """
+    from scipy.stats import t
+
+    common = [folder for folder in first.seeds if folder in second.seeds]
+    found = np.stack([rates_by_prompt(first, folder) - rates_by_prompt(second, folder) for folder in common])
+    shown = mean_of_seeds(found.mean(1).tolist(), sign="+")
+    if len(common) < 2:
+        return shown
+    over_seeds = t.ppf(0.975, len(common) - 1) * standard_error(found.mean(1).tolist())
+    over_prompts = t.ppf(0.975, found.shape[1] - 1) * standard_error(found.mean(0).tolist())
+    return f"**{shown}**" if abs(found.mean()) > max(over_seeds, over_prompts) else shown
+
+
+def differences_table(methods: Sequence[Method]) -> list[str]:
+    """Each method minus each that stands before it."""
+    cells = {(b.name, a.name): difference(b, a) for a, b in combinations(methods, 2)}
+    names = [method.name for method in methods]
+    rows = [[name, *(cells.get((name, other), "") for other in names[:-1])] for name in names[1:]]
+    return table(["minus", *names[:-1]], rows) if rows else []
+
+
+def marks(answer: str) -> int:
+    """Bold marks of Markdown."""
+    return answer.count("**")
+
+
+def at_equal_style(comparisons: Sequence[Comparison]) -> str:
+    """The win rate in percent at equal characters and bold marks, with a 95 % interval over prompts.
+
+    As the length-controlled rate (remax/evaluation/winrates.py), with a second column for the difference of marks.
+    """
+    lengths = [len(one.first) - len(one.second) for one in comparisons]
+    bold = [marks(one.first) - marks(one.second) for one in comparisons]
+    columns = [relative_lengths(np.array(column, dtype=float)) for column in (lengths, bold)]
+    features = np.stack([*columns, np.ones(len(comparisons))], axis=1)  # (n, 3)
+    p, weight = np.array([one.p for one in comparisons]), np.ones(len(comparisons))
+    cost = best_cost(features, p, weight)
+
+    def rate(rows: np.ndarray) -> float:
+        return 100 * float(sigmoid(fit(features[rows], p[rows], weight[rows], cost)[-1]))
+
+    low, high = np.percentile([rate(rows) for rows in resampled(comparisons, REFITS)], [2.5, 97.5])
+    return f"{rate(np.arange(len(comparisons))):.1f} [{low:.1f}, {high:.1f}]"
+
+
+def style_table(methods: Sequence[Method]) -> list[str]:
+    """What the answers of all seeds look like; those of the supervised policy first."""
+
+    def looks(name: str, answers: Sequence[str]) -> list[str]:
+        ends = statistics.fmean(answer.rstrip().endswith((".", "!", "?")) for answer in answers)
+        bold = [marks(answer) for answer in answers]
+        any_bold = statistics.fmean(n > 0 for n in bold)
+        words = statistics.fmean(len(answer.split()) for answer in answers)
+        return [name, f"{statistics.fmean(bold):.1f}", f"{any_bold:.0%}", f"{words:.0f}", f"{ends:.0%}"]
+
+    rows = [looks("sft", [one.first for one in methods[0].comparisons]) + [""] * 3] if methods else []
+    for method in methods:
+        pairs = [(marks(one.second) - marks(one.first), one) for one in method.comparisons]
+        more = statistics.fmean((d > 0) + 0.5 * (d == 0) for d, _ in pairs)
+        for_more = statistics.fmean(one.verdict if d > 0 else 1 - one.verdict for d, one in pairs if d)
+        shares = [f"{share:.0%}" for share in (more, for_more)]
+        rows.append(
+            [*looks(method.name, [one.second for _, one in pairs]), *shares, at_equal_style(method.comparisons)]
+        )
+    header = ["answers of all seeds", "bold marks", "with any", "words", "end with `.`, `!`, `?`"]
+    header += ["more marks than SFT's", "verdicts for more marks", "win rate at equal characters and marks, %"]
     return table(header, rows) if rows else []
 
 
 def tables(run: Path) -> str:
-    """Markdown. Every ± is one standard error over held-out prompts."""
+    """Markdown of the three stages. Every ± is one standard error over held-out prompts."""
     measured = json.loads((run / "measured.json").read_text())
     perplexity, policy = measured["perplexity"], measured["policy"]
     sft = [["held-out perplexity of the chosen answers", "random weights", "after step 1", "after step 3"]]
@@ -147,11 +308,11 @@ def tables(run: Path) -> str:
         data = [cell(policy[side][key], digits) if key in policy[side] else "" for side in ("chosen", "rejected")]
         answers.append([name, *(cell(policy[side][key], digits) for side in ("sft", "remax", "difference")), *data])
     for key, judge in (("reward", "learned reward"), ("referee", "referee's reward")):
-        for fit, alike in (
+        for held, alike in (
             ("rise_at_equal_length", "length and ending"),
             ("rise_at_equal_style", "... and bold, repeats"),
         ):
-            answers.append([f"rise of {judge} at equal {alike}", "", "", cell(policy[fit][key])])
+            answers.append([f"rise of {judge} at equal {alike}", "", "", cell(policy[held][key])])
     for key, name in (
         ("kl_per_token", "KL to SFT, nats per token"),
         ("entropy", "entropy, nats per token"),
@@ -169,20 +330,25 @@ def tables(run: Path) -> str:
     answers.append(
         [f"distinct answers of {count['n']}", *(str(policy[side]["distinct_answers"]) for side in ("sft", "remax"))]
     )
-    return "\n".join([*map(filled_up, (sft, judges, answers)), *methods_table(run)])
+    return "\n".join(map(filled_up, (sft, judges, answers)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Table and plot of a run on real data.")
     parser.add_argument("--run", required=True, help="output folder of run.sh; report.md and report.png go there")
-    parser.add_argument("--document", help="Markdown whose table between the marks of `methods` is made anew")
+    parser.add_argument(
+        "--document", help="Markdown whose tables between the marks of methods, differences and style are made anew"
+    )
     args = parser.parse_args()
     run = Path(args.run)
-    text = tables(run)
+    methods = read_methods(run)
+    compared = {"methods": methods_table(methods), "differences": differences_table(methods)}
+    compared |= {"style": style_table(methods)}
+    text = "\n".join([tables(run), *(line for lines in compared.values() for line in lines)])
     (run / "report.md").write_text(text, encoding="utf-8")
     plot(run, run / "report.png")
     if args.document:
-        fill(Path(args.document), {"methods": methods_table(run)})
+        fill(Path(args.document), compared)
     print(text)
     print(f"written to {run / 'report.md'} and {run / 'report.png'}")
 

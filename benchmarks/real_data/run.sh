@@ -5,12 +5,14 @@
 #   DATA          folder with train.jsonl.gz and test.jsonl.gz, rows {prompt, chosen, rejected}
 #   OUTPUT        folder of the results (default: output/real_data)
 #   STAGES        which parts to run, in order (default: prepare sft reward referee remax measure methods winrates report)
-#   METHODS       from the supervised policy, compared by `winrates`; what is there already is not made again
-#                 (default: dpo r_dpo remax remax_calibrated rloo_2 rloo_4)
+#   METHODS       from the supervised policy, compared by `winrates`; a policy, answers or verdicts that are there already
+#                 are not made again (default: dpo r_dpo ppo remax remax_calibrated rloo_2 rloo_4 grpo reinforce)
 #   KEEP_LENGTHS  1: train on every pair; without it, on pairs in which the longer answer wins as often as not
 #   SEED          of weights, order and sampling (default: 1)
+#   SEEDS         those of the methods' trainings and answers (default: SEED); another one's are in OUTPUT/seed_N. All start
+#                 from the one supervised policy, reward model and referee of SEED
 #   SFT_FLAGS, REWARD_FLAGS, REMAX_FLAGS, PAIR_FLAGS   further flags of a stage's main.py; they win
-#   DOCUMENT      a document whose table of the methods `report` makes anew, such as docs/results/real_data.md
+#   DOCUMENT      a document whose tables of the methods `report` makes anew, such as docs/results/real_data.md
 #   NUM_GPUS      ranks (default: every GPU there is; without any, 2 on the CPU)
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,8 +20,9 @@ ROOT=$(cd "$HERE/../.." && pwd)
 DATA=${DATA:-$ROOT/../shared/data/alpaca_prefs}
 OUTPUT=${OUTPUT:-$ROOT/output/real_data}
 STAGES=${STAGES:-prepare sft reward referee remax measure methods winrates report}
-METHODS=${METHODS:-dpo r_dpo remax remax_calibrated rloo_2 rloo_4}
+METHODS=${METHODS:-dpo r_dpo ppo remax remax_calibrated rloo_2 rloo_4 grpo reinforce}
 SEED=${SEED:-1}
+SEEDS=${SEEDS:-$SEED}
 read -ra SFT_FLAGS <<<"${SFT_FLAGS:-}"
 read -ra REWARD_FLAGS <<<"${REWARD_FLAGS:-}"
 read -ra REMAX_FLAGS <<<"${REMAX_FLAGS:-}"
@@ -80,8 +83,11 @@ referee() {
         "${reward_flags[@]}" "${REWARD_FLAGS[@]}"
 }
 
+RUN_SEED=$SEED # of the method in hand
+folder() { if [[ $RUN_SEED == "$SEED" ]]; then echo "$OUTPUT"; else echo "$OUTPUT/seed_$RUN_SEED"; fi; }
+
 rlhf() { # rlhf NAME FLAGS...: 64 answers a step, greedy ones included
-    REWARD_MODEL=$OUTPUT/reward stage 3 "$OUTPUT/sft" "$OUTPUT/$1" --data_split $SPLIT \
+    REWARD_MODEL=$OUTPUT/reward stage 3 "$OUTPUT/sft" "$(folder)/$1" --data_split $SPLIT --seed "$RUN_SEED" \
         --max_prompt_seq_len $PROMPT_TOKENS --max_answer_seq_len $ANSWER_TOKENS \
         --per_device_generation_batch_size 16 --per_device_training_batch_size 16 --temperature $TEMPERATURE \
         --actor_learning_rate 5e-5 --num_warmup_steps 0 --penalty full_step --kl_ctl $BETA --gamma 1 \
@@ -93,11 +99,15 @@ remax() { rlhf remax; }
 remax_calibrated() { rlhf remax_calibrated --baseline calibrated; }
 rloo_2() { rlhf rloo_2 --algo rloo --samples_per_prompt 2; }
 rloo_4() { rlhf rloo_4 --algo rloo --samples_per_prompt 4 --per_device_generation_batch_size 8; }
+grpo() { rlhf grpo --algo grpo --samples_per_prompt 4 --per_device_generation_batch_size 8; }
+reinforce() { rlhf reinforce --algo reinforce --baseline_decay 0.9 --per_device_generation_batch_size 32; }
+# The critic starts from the reward model and learns at its rate.
+ppo() { rlhf ppo --algo ppo --per_device_generation_batch_size 32 --critic_learning_rate 3e-4; }
 
 # From the pairs that the reward model has learned from, at its rate; about as long as an RLHF run.
 pairs() { # pairs NAME FLAGS...
-    stage 2 "$OUTPUT/sft" "$OUTPUT/$1" --data_split $SPLIT "${reward_flags[@]}" --weight_decay 0 --dpo_beta $BETA \
-        --max_steps 64 --num_train_epochs 10 --eval_steps 64 "${@:2}" "${PAIR_FLAGS[@]}"
+    stage 2 "$OUTPUT/sft" "$(folder)/$1" --data_split $SPLIT --seed "$RUN_SEED" "${reward_flags[@]}" --weight_decay 0 \
+        --dpo_beta $BETA --max_steps 64 --num_train_epochs 10 --eval_steps 64 "${@:2}" "${PAIR_FLAGS[@]}"
 }
 
 dpo() { pairs dpo --loss dpo; }
@@ -106,33 +116,41 @@ r_dpo() { pairs r_dpo --loss r-dpo --length_alpha 0.01; }
 policy_of() { # its folder
     case $1 in
         sft | sft_again) echo "$OUTPUT/sft" ;;
-        *dpo) echo "$OUTPUT/$1" ;;
-        *) echo "$OUTPUT/$1/actor_final" ;;
+        *dpo) echo "$(folder)/$1" ;;
+        *) echo "$(folder)/$1/actor_final" ;;
     esac
 }
 
 methods() {
-    local name
-    for name in $METHODS; do
-        if [[ -f $(policy_of "$name")/config.json ]]; then continue; fi
-        echo "== $name"
-        "$name"
+    local name RUN_SEED
+    for RUN_SEED in $SEEDS; do
+        for name in $METHODS; do
+            if [[ -f $(policy_of "$name")/config.json ]]; then continue; fi
+            echo "== $name, seed $RUN_SEED"
+            "$name"
+        done
     done
 }
 
-# Answers to held-out prompts, those of the baseline with random numbers of their own, and who wins by the referee.
+# Answers to held-out prompts, each seed's baseline and the others with random numbers of their own, and who wins by the
+# referee.
 winrates() {
-    local name
-    mkdir -p "$OUTPUT/winrates"
-    for name in sft sft_again $METHODS; do
-        if [[ -f $OUTPUT/answers/$name.json ]]; then continue; fi
-        python -m remax.answers --model "$(policy_of "$name")" --benchmark "$OUTPUT/questions.json" \
-            --temperature $TEMPERATURE --max_new_tokens $ANSWER_TOKENS --batch_size 64 --dtype fp32 \
-            --seed "$([[ $name == sft ]] && echo 1 || echo 2)" --output "$OUTPUT/answers/$name.json"
-    done
-    for name in sft_again $METHODS; do
-        python -m remax.winrate "$OUTPUT/answers/$name.json" "$OUTPUT/answers/sft.json" --judge "reward:$OUTPUT/referee" \
-            --json >"$OUTPUT/winrates/$name.json"
+    local name RUN_SEED to draw
+    for RUN_SEED in $SEEDS; do
+        to=$(folder)
+        mkdir -p "$to/winrates" "$to/verdicts"
+        for name in sft sft_again $METHODS; do
+            if [[ -f $to/answers/$name.json ]]; then continue; fi
+            if [[ $name == sft ]]; then draw=$((2 * RUN_SEED - 1)); else draw=$((2 * RUN_SEED)); fi
+            python -m remax.answers --model "$(policy_of "$name")" --benchmark "$OUTPUT/questions.json" \
+                --temperature $TEMPERATURE --max_new_tokens $ANSWER_TOKENS --batch_size 64 --dtype fp32 \
+                --seed "$draw" --output "$to/answers/$name.json"
+        done
+        for name in sft_again $METHODS; do
+            if [[ -f $to/verdicts/$name.json && -s $to/winrates/$name.json ]]; then continue; fi
+            python -m remax.winrate "$to/answers/$name.json" "$to/answers/sft.json" --judge "reward:$OUTPUT/referee" \
+                --output "$to/verdicts/$name.json" --json >"$to/winrates/$name.json"
+        done
     done
 }
 
