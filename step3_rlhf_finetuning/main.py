@@ -1,4 +1,4 @@
-"""Step 3: reinforcement learning with ReMax (or --algo reinforce, rloo, grpo, ppo).
+"""Step 3: reinforcement learning with ReMax (or --algo reinforce, rloo, grpo, ppo, raft, superhf, inpo).
 
 `deepspeed main.py --help` lists the flags; `remax/stages/rlhf.py` holds the way from them to the trained policy.
 """

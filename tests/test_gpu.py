@@ -68,6 +68,8 @@ RUNS: dict[str, tuple[int, str]] = {
     "remax, bf16, ZeRO 2, CUDA graphs": rlhf("bf16", 2, "--algo remax --cuda_graphs"),
     "rloo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo rloo --samples_per_prompt 2"),
     "grpo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo grpo --samples_per_prompt 2"),
+    "superhf, bf16, ZeRO 2": rlhf("bf16", 2, "--algo superhf --samples_per_prompt 4"),
+    "inpo, bf16, ZeRO 3": rlhf("bf16", 3, "--algo inpo --samples_per_prompt 2 --ppo_epochs 2"),
     "ppo, bf16, ZeRO 2": rlhf("bf16", 2, "--algo ppo --ppo_epochs 2 --critic_zero_stage 2"),
     "ppo, bf16, ZeRO 3": rlhf("bf16", 3, "--algo ppo --critic_zero_stage 3"),
 }

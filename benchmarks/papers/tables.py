@@ -442,11 +442,11 @@ def offline() -> Section:
         )
     )
     figures += [
-        Figure(f"INPO: {name}", "INPO", f"{value} %", caveat="not a method of this project")
+        Figure(f"INPO: {name}", "INPO", f"{value} %", caveat="`--algo inpo`; not trained at this size here")
         for name, value in they.INPO.items()
     ]
     figures += [
-        Figure(f"{name}: win rate", "SuperHF", f"{value} %", caveat="not a method of this project")
+        Figure(f"{name}: win rate", "SuperHF", f"{value} %", caveat="`--algo superhf`; not trained at this size here")
         for name, value in they.SUPERHF.items()
     ]
     return Section(figures)

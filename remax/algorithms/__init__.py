@@ -1,4 +1,4 @@
-"""The policy-gradient algorithms, by the name that --algo takes; one file each, torch only."""
+"""The algorithms of step 3, by the name that --algo takes; torch only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 from remax.algorithms.base import Algorithm
 from remax.algorithms.grpo import GRPO
+from remax.algorithms.inpo import INPO
 from remax.algorithms.kl import KLPenalty, build_penalty
 from remax.algorithms.ppo import PPO
+from remax.algorithms.raft import RAFT, SuperHF
 from remax.algorithms.reinforce import Reinforce
 from remax.algorithms.remax import ReMax
 from remax.algorithms.rloo import RLOO
@@ -19,6 +21,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "rloo": RLOO,
     "grpo": GRPO,
     "ppo": PPO,
+    "raft": RAFT,
+    "superhf": SuperHF,
+    "inpo": INPO,
 }
 
 __all__ = ["ALGORITHMS", "Algorithm", "KLPenalty", "build_algorithm", "build_penalty"]

@@ -3,8 +3,9 @@
 Every algorithm is a dataclass of its hyper-parameters that the trainer calls in one way:
 
     rollout = algorithm.prepare(rollout)                  # once a rollout: numbers that need more than one row
-    denominator = sum over ranks of algorithm.count(rollout.sequences)
-    for batch in rollout.split(rows):                     # any cut
+    learned = algorithm.learned(rollout)                  # the rows that the update reads
+    denominator = sum over ranks of algorithm.count(learned.sequences)
+    for batch in learned.split(rows):                     # any cut
         loss, figures = algorithm.loss(batch, output, denominator)
     algorithm.update(kl, answers)                         # means over the step and all ranks
 
@@ -59,7 +60,8 @@ class Algorithm(ABC):
         sum_across_ranks: Adds named numbers up over all ranks; one rank by default.
         samples_per_prompt: Answers drawn for each prompt.
         greedy: The algorithm needs `Rollout.baseline`.
-        compares_answers: `loss` needs all answers to a prompt in one micro-batch.
+        kept: How many of the answers to a prompt `learned` keeps; None: all.
+        compares_answers: `loss` needs all of these in one micro-batch.
         scalings: What its advantage_scaling may be, where it has one.
         critic: The algorithm needs `Rollout.values`, and has `value_loss`.
     """
@@ -77,6 +79,7 @@ class Algorithm(ABC):
     epochs: int = field(default=1, init=False, repr=False)
 
     greedy: ClassVar[bool] = False
+    kept: ClassVar[int | None] = None
     compares_answers: ClassVar[bool] = False
     critic: ClassVar[bool] = False
     scalings: ClassVar[tuple[str, ...]] = ("none",)
@@ -105,6 +108,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether `prepare` or `loss` reads Rollout.reference_logprobs: not without a penalty."""
+        return self.kl.active
+
+    @property
     def needs_greedy_cost(self) -> bool:
         """Whether `prepare` reads Rollout.greedy_cost: a forward of actor and reference on the greedy answers."""
         return False
@@ -117,6 +125,10 @@ class Algorithm(ABC):
     @abstractmethod
     def prepare(self, rollout: Rollout) -> Rollout:
         """Fills `advantages` for all answers that this rank collected for one optimizer step."""
+
+    def learned(self, rollout: Rollout) -> Rollout:
+        """The rows of a prepared rollout that the update reads, those to one prompt adjacent."""
+        return rollout
 
     def loss(self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor) -> tuple[Tensor, Figures]:
         """The micro-batch's share of the step's loss, and its figures."""

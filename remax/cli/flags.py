@@ -371,11 +371,15 @@ class RolloutFlags(Flags, group="rollout"):
 
 @dataclass(kw_only=True)
 class AlgorithmFlags(Flags, group="algorithm"):
-    algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo"] = usual(
-        "remax", "how an answer's advantage is estimated"
+    algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo", "raft", "superhf", "inpo"] = usual(
+        "remax",
+        "how an answer's advantage is estimated; raft, superhf: the best answer to each prompt is learned, as in "
+        "step 1; inpo: from the best and the worst one",
     )
     samples_per_prompt: Count | None = usual(
-        None, "sampled answers per prompt; default 4 (rloo, grpo: at least 2), 1 (others; only remax takes more)"
+        None,
+        "sampled answers per prompt, 2 or more where they are compared; default 4 (rloo, grpo, raft), 8 (inpo), 16 "
+        "(superhf), 1 (others; only remax takes more)",
     )
     baseline: Literal["greedy", "greedy_kl", "calibrated", "others", "length_weighted", "token_weighted"] | None = flag(
         None,
@@ -399,7 +403,7 @@ class AlgorithmFlags(Flags, group="algorithm"):
         None,
         "sequence: sum over an answer's tokens, mean over answers (Algorithm 1); token: mean over all tokens; "
         "sequence_mean: mean over an answer's tokens, then over answers; constant: sequence, divided by "
-        "--max_answer_seq_len (Dr. GRPO); default: token (ppo), sequence_mean (grpo), sequence (others)",
+        "--max_answer_seq_len (Dr. GRPO); default: token (ppo, raft, superhf), sequence_mean (grpo), sequence (others)",
     )
     advantage_scaling: Literal["none", "group", "batch"] | None = flag(
         None,
@@ -408,6 +412,12 @@ class AlgorithmFlags(Flags, group="algorithm"):
         only="advantage_scaling",
     )
     entropy_coef: NonNegative = flag(0.0, "weight of an entropy bonus in the loss")
+    inpo_eta: Positive = flag(
+        7.5e-3, "inpo: the larger, the nearer the policy stays to that of the rollout", only="eta"
+    )
+    inpo_tau: NonNegative | None = flag(
+        None, "inpo: pull to the reference, at most --inpo_eta; default: a third of it", only="tau"
+    )
     unsupervised_dataset_name: str | None = flag(None, "plain text mixed into the loss: hub name, folder or file")
     unsupervised_dataset_config_name: str | None = flag(None, "its configuration on the hub")
     unsup_coef: NonNegative = flag(27.8, "weight of that text's loss")
@@ -420,10 +430,13 @@ class KlFlags(Flags, group="KL to the reference"):
         None,
         "one_step: a token pays its own KL; full_step: and that of the tokens after it (with k1 the exact gradient); "
         "full_kl_...: the same with the KL over the vocabulary; the last four are older names, kl and full_kl of "
-        "the full step. Default: full_step (rloo, ppo), one_step (others)",
+        "the full step. Default: full_step (rloo, ppo), full_kl_one_step (superhf), one_step (others); raft and inpo "
+        "have none",
     )
     kl_ctl: NonNegative | None = usual(
-        None, "weight of the KL, reward per nat; full_step needs about a tenth of one_step's; default 0.1 (grpo 0.04)"
+        None,
+        "weight of the KL, reward per nat; full_step needs about a tenth of one_step's; default 0.1 (grpo 0.04, "
+        "superhf 0.35)",
     )
     kl_in: Literal["reward", "loss"] | None = flag(None, "where the KL enters; default: reward for k1, loss for others")
     kl_estimator: Literal["k1", "k2", "k3", "bregman", "js", "clamped_js", "full"] | None = flag(
@@ -441,8 +454,8 @@ class KlFlags(Flags, group="KL to the reference"):
 
 @dataclass(kw_only=True)
 class PpoFlags(Flags, group="ppo only"):
-    ppo_epochs: Count = flag(1, "passes over each rollout", only="epochs")
-    ppo_mini_batches: Count = flag(1, "optimizer steps in one pass", only="epochs")
+    ppo_epochs: Count = flag(1, "passes over each rollout (raft, superhf and inpo too)", only="epochs")
+    ppo_mini_batches: Count = flag(1, "optimizer steps in one pass (likewise)", only="epochs")
     cliprange: Positive = flag(0.2, "the policy's ratio counts within 1 +- this", only="cliprange")
     cliprange_value: Positive = flag(
         0.2, "a value counts within this of the one at rollout time", only="cliprange_value"

@@ -25,8 +25,12 @@ class PlanArguments(ConfigFlag, group="models, machine and batch"):
     gpus: Count = flag(8, "in all")
     gpu: GpuName = flag("a100", "its kind, for the time that a step takes")
     gpu_memory: Positive | None = flag(None, "of each GPU, in GiB; default: what GPUs of the kind have")
-    algo: list[Literal["remax", "reinforce", "rloo", "grpo", "ppo"]] = flag(["remax", "ppo"], "one or several")
-    samples_per_prompt: Count | None = flag(None, "answers per prompt; default 4 (rloo, grpo), 1 (others)")
+    algo: list[Literal["remax", "reinforce", "rloo", "grpo", "ppo", "raft", "superhf", "inpo"]] = flag(
+        ["remax", "ppo"], "one or several"
+    )
+    samples_per_prompt: Count | None = flag(
+        None, "answers per prompt; default 4 (rloo, grpo, raft), 8 (inpo), 16 (superhf), 1 (others)"
+    )
     dtype: Literal["bf16", "fp16", "fp32"] = flag("bf16", "number format")
     zero: ZeroStage | None = flag(None, "stage of what is trained; default: what is best")
     offload: bool | None = flag(None, "its optimizer states in CPU memory; default: where nothing else fits")

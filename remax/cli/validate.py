@@ -479,6 +479,7 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
     names = ["gamma", "clip_reward_value", "clip_on", "loss_aggregation", "entropy_coef", "samples_per_prompt"]
     names += ["baseline", "baseline_decay", "advantage_scaling", "lam", "cliprange", "cliprange_value"]
     settings = {name: getattr(args, name) for name in names} | {"epochs": args.ppo_epochs}
+    settings |= {"eta": args.inpo_eta, "tau": args.inpo_tau}
     settings |= {"longest_answer": args.max_answer_seq_len} if args.loss_aggregation == "constant" else {}
     settings = {name: value for name, value in settings.items() if args.algo in readers(name)}
     kl_flags = ("penalty", "kl_ctl", "kl_in", "kl_estimator", "normalize_kl")
@@ -500,10 +501,21 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
 
 
 def check_batches(args: Step3Arguments) -> None:
-    """Micro-batches, and ppo's mini-batches, must cut the rollout evenly."""
-    answers, micro = args.answers_per_rollout, args.per_device_training_batch_size
+    """Micro-batches, and mini-batches, must cut what is learned from a rollout evenly."""
+    from remax.algorithms import ALGORITHMS
+
+    answers, micro, kept = args.answers_per_rollout, args.per_device_training_batch_size, ALGORITHMS[args.algo].kept
     terms = "--per_device_generation_batch_size x --generation_batches x --gradient_accumulation_steps"
-    terms += " x --samples_per_prompt" if (args.samples_per_prompt or 1) > 1 else ""
+    if kept:
+        answers = kept * answers // (args.samples_per_prompt or 1)
+        terms += f", of each prompt the {'best one' if kept == 1 else f'{kept}'} that {args.algo} learns from"
+        if micro % kept:
+            raise UserError(
+                f"--per_device_training_batch_size {micro} with --algo {args.algo}: it compares {kept} answers to a "
+                f"prompt; a multiple of {kept}"
+            )
+    elif (args.samples_per_prompt or 1) > 1:
+        terms += " x --samples_per_prompt"
     if answers % args.ppo_mini_batches:
         raise UserError(
             f"--ppo_mini_batches {args.ppo_mini_batches}: must divide the {answers} answers of a rollout ({terms})"
@@ -515,8 +527,9 @@ def check_batches(args: Step3Arguments) -> None:
             if mini == answers
             else f"the {mini} answers of a mini-batch"
         )
-        fitting = max(n for n in range(1, min(micro, mini) + 1) if mini % n == 0)
-        raise UserError(f"--per_device_training_batch_size {micro}: must divide {what}; for example {fitting}")
+        sizes = [n for n in range(1, min(micro, mini) + 1) if mini % n == 0 and n % (kept or 1) == 0]
+        example = f"; for example {max(sizes)}" if sizes else ""
+        raise UserError(f"--per_device_training_batch_size {micro}: must divide {what}{example}")
 
 
 def resolve_models(args: Step3Arguments) -> None:

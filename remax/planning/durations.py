@@ -262,7 +262,7 @@ def work(job: Job) -> Work:
     for reader, n in readers:
         score += reads(reader, ranks, n, rows.tokens, rows.answer, scored if n == rows.decoded else once)
 
-    answers = rows.answers * rows.batches * (2 if job.shared_critic else 1)
+    answers = rows.learned * rows.batches * (2 if job.shared_critic else 1)
     learned = updates(job, answers, rows.tokens, rows.answer, rows.micro_batches)
     return Work(decodes * rows.batches, ask.times(rows.batches), score.times(rows.batches), *learned)
 

@@ -75,6 +75,7 @@ class Rows:
     Attributes:
         prompts: Answered together; 0: nothing is answered (steps 1 and 2).
         samples: Answers to each.
+        kept: Those of them that the update learns from; None: all.
         greedy: Each prompt gets a greedy answer, too.
         micro: Rows of a training forward.
         batches: Batches of prompts before an optimizer step.
@@ -95,6 +96,7 @@ class Rows:
     chunk: int = 1024
     sampling: Sampling = Sampling()
     measured_in: Sampling = Sampling()
+    kept: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -105,6 +107,11 @@ class Rows:
     def answers(self) -> int:
         """Sampled, of a batch of prompts."""
         return self.prompts * self.samples
+
+    @property
+    def learned(self) -> int:
+        """Of these answers those that the update reads."""
+        return self.prompts * (self.kept or self.samples)
 
     @property
     def decoded(self) -> int:
@@ -130,7 +137,7 @@ class Rows:
     @property
     def micro_batches(self) -> int:
         """Of an optimizer step."""
-        return max(self.answers * self.batches // self.micro, 1) if self.prompts else self.batches
+        return max(self.learned * self.batches // self.micro, 1) if self.prompts else self.batches
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from remax.algorithms import ALGORITHMS
 from remax.cli.flags import Step3Arguments
 from remax.cli.planning import PlanArguments
 from remax.cli.validate import check_algorithm, resolve_algorithm
@@ -36,7 +37,7 @@ class Outcome:
 
 def step3_flags(args: PlanArguments, algo: str) -> Step3Arguments:
     """Those that step 3 would be given, but for what the planner chooses."""
-    several = algo in ("rloo", "grpo")
+    several = ALGORITHMS[algo]().samples_per_prompt > 1
     found = Step3Arguments(
         actor_model_name_or_path=args.model,
         reward_model_name_or_path=[] if args.reward_fn or args.share == "all" else [args.reward_model or args.model],

@@ -95,6 +95,7 @@ def job_of(args: Step3Arguments, machine: Machine, configs: Configs = load_confi
         args.logprob_chunk_size,
         sampling(args),
         evaluated_distribution(args),
+        algorithm.kept,
     )
     full = algorithm.kl.needs_full_kl
     return Job(

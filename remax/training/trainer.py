@@ -155,9 +155,10 @@ class Trainer:
             figures = add(figures, parts)
         rollout = Rollout.concatenate(collected, self.pad_id)
         rollout = self.algorithm.prepare(rollout)  # advantages: for ReMax r(x, y) - r(x, ybar)
+        rows = self.algorithm.learned(rollout)
         with timer("update"):
             for _ in range(self.algorithm.epochs):
-                for part in self.mini_batches(rollout):
+                for part in self.mini_batches(rows):
                     result, learned = self.update(part)  # loss, gradient, one optimizer step
                     figures = add(figures, learned)
             if self.average is not None:
@@ -376,15 +377,15 @@ class Trainer:
 
         All that the loss compares; else as many as fit, where the actor computes what they share once.
         """
-        samples = self.algorithm.samples_per_prompt
+        samples = self.algorithm.kept or self.algorithm.samples_per_prompt
         if self.algorithm.compares_answers:
             return samples
         return math.gcd(samples, self.settings.micro_batch_size) if shares_prompts(self.actor.model) else 1
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference is read in a step: not without a penalty. Evaluations measure the KL all the same."""
-        return self.algorithm.kl.active
+        """Whether the reference is read in a step. Evaluations measure the KL all the same."""
+        return self.algorithm.needs_reference
 
     @property
     def one_engine(self) -> bool:

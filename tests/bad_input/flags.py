@@ -140,6 +140,24 @@ CASES = [
         "--algo reinforce --samples_per_prompt 4",
         "--samples_per_prompt 4 with --algo reinforce",
     ),
+    Case(
+        "one answer is no best one",
+        "remax",
+        "--algo raft --samples_per_prompt 1",
+        "--samples_per_prompt 1 with --algo raft",
+    ),
+    Case("a KL for raft", "remax", "--algo raft --kl_ctl 0.1", "raft has no KL penalty; superhf is the same with one"),
+    Case(
+        "a KL of drawn tokens", "remax", "--algo superhf --penalty one_step --kl_estimator k3", "only full_kl_one_step"
+    ),
+    Case("half a pair", "remax", "--algo inpo --per_device_training_batch_size 1", "a multiple of 2"),
+    Case("more pull than eta", "remax", "--algo inpo --inpo_tau 0.1", "tau from 0 to eta"),
+    Case(
+        "flag of inpo for remax",
+        "remax",
+        "--inpo_eta 0.1",
+        "--inpo_eta 0.1 with --algo remax: only --algo inpo reads it",
+    ),
     Case("flag of ppo for remax", "remax", "--ppo_epochs 2", "--ppo_epochs 2 with --algo remax"),
     Case("KL without a penalty", "remax", "--penalty none --adaptive_kl", "--adaptive_kl with --penalty none"),
     Case("greedy longer than the answer", "remax", "--max_greedy_seq_len 9", "--max_greedy_seq_len 9: must not exceed"),

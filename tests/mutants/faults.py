@@ -323,6 +323,19 @@ ALGORITHMS = [
          "the default is not the paper's", [f"{ROOM}/algorithms/test_grpo.py", f"{ROOM}/cli/test_validate.py"]),
     ),
     *faults(
+        "remax/algorithms/raft.py",
+        f"{ROOM}/algorithms/test_raft.py",
+        ("raft-across-prompts", "first = torch.arange(len(chosen), device=chosen.device)[:, None] * samples_per_prompt",
+         "first = torch.arange(len(chosen), device=chosen.device)[:, None]", "rows of other prompts are learned"),
+        ("superhf-no-kl", 'KLPenalty(0.35, "full"', 'KLPenalty(0.0, "full"', "SuperHF is RAFT"),
+    ),
+    *faults(
+        "remax/algorithms/inpo.py",
+        f"{ROOM}/algorithms/test_inpo.py",
+        ("inpo-reference-only", "- (1 - share) * before", "- share * before", "the policy of the rollout counts as tau does"),
+        ("inpo-equals", "(better > worse)", "(better >= worse)", "answers that score alike are a pair"),
+    ),
+    *faults(
         "remax/algorithms/ppo.py",
         f"{ROOM}/algorithms/test_ppo.py",
         ("ppo-value-range", "clipped_value_loss(values, old_values, returns, self.cliprange_value)",

@@ -99,6 +99,12 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
             " --packing false --critic_weight_decay 0.2 --cliprange 0.1 --cliprange_value 0.3 --enable_ema"
             " --unsupervised_dataset_name {text} --unsup_coef 0.4 --per_device_unsupervised_batch_size 2" + GPT2,
         ),
+        "superhf": (3, "--algo superhf --samples_per_prompt 4 --per_device_generation_batch_size 4" + LLAMA),
+        "inpo": (
+            3,
+            "--algo inpo --samples_per_prompt 3 --kl_ctl 0 --ppo_epochs 2 --ppo_mini_batches 2 --inpo_eta 0.05"
+            " --inpo_tau 0.02" + LLAMA,
+        ),
         "remax, one trunk": (3, "--algo remax --reward_fn {functions}:words:-0.1 --enable_ema" + HYDRA),
         "ppo, one trunk": (
             3,

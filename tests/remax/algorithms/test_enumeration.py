@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from remax.algorithms.calibration import PAPER, token_weights
 from remax.algorithms.grpo import GRPO
+from remax.algorithms.inpo import INPO
 from remax.algorithms.kl import ESTIMATORS, REACHES, WHERE, KLPenalty
 from remax.algorithms.ppo import PPO
+from remax.algorithms.raft import RAFT, SuperHF
 from remax.algorithms.reinforce import Reinforce
 from remax.algorithms.remax import ReMax
 from remax.algorithms.rloo import RLOO
@@ -31,6 +33,7 @@ from remax.core.logprobs import PolicyOutput, token_stats
 from remax.core.rollout import Rollout
 from remax.core.sampling import Sampling
 from remax.core.sequences import Prompts, Sequences
+from utils.present import present
 
 EOS = 0  # also the padding
 BETA = 0.3
@@ -297,13 +300,16 @@ def expected_estimate(
     w = world(*w_key)
     output, reference = outputs(w_key, replay)
     groups = torch.arange(len(w.rewards))[:, None] if groups is None else groups
-    rows = groups.flatten()
+    prepared = algorithm.prepare(drawn(algorithm, w_key, groups.flatten(), values=values, replay=replay))
+    numbers = torch.arange(groups.numel())
+    rollout = algorithm.learned(replace(prepared, greedy_cost=numbers))  # which nothing reads any more
+    kept = present(rollout.greedy_cost, "the numbers of the rows")
+    rows = groups.flatten()[kept]
     leaf = PolicyOutput(*(x.detach()[rows].requires_grad_() for x in (output.logprobs, output.entropy, output.full_kl)))
-    rollout = algorithm.prepare(drawn(algorithm, w_key, rows, values=values, replay=replay))
-    loss, _ = algorithm.loss(rollout, leaf, denominator=groups.shape[1])
+    loss, _ = algorithm.loss(rollout, leaf, denominator=1 if algorithm.kept else groups.shape[1])
     leaves = (leaf.logprobs, leaf.entropy, leaf.full_kl)
     by_row = torch.autograd.grad(loss, leaves, allow_unused=True)
-    weight = w.fixed[groups].prod(1).repeat_interleave(groups.shape[1])[:, None]  # (rows, 1)
+    weight = w.fixed[groups].prod(1)[kept // groups.shape[1], None]  # (rows, 1)
     total = sum(
         (weight * grad * x[rows]).sum()
         for grad, x in zip(by_row, (output.logprobs, output.entropy, output.full_kl), strict=True)
@@ -753,6 +759,55 @@ def test_grpo_with_std_and_two_answers_maximises_the_chance_to_win():
     sign = (w.rewards[i] - w.rewards[j]).sign()
     objective = (w.probability[i] * w.fixed[j] * sign).sum() / 2**0.5
     assert close(expected_estimate(algorithm, w_key, groups=all_groups(w, 2)), w.gradient(objective))
+
+
+# ---- the best and the worst of k
+
+
+def chance_to_be_the_best(w: World, k: int) -> Tensor:
+    """(N,) of an answer among k to its prompt: F(r)^k - F(r-)^k, F the distribution of the reward."""
+    chances = torch.zeros_like(w.rewards)
+    for i in range(w.prompts):
+        rows = [row for row, prompt in enumerate(w.prompt_of) if prompt == i]
+        order = torch.tensor(rows)[w.rewards[rows].argsort()]
+        up_to = w.fixed[order].cumsum(0)
+        chances[order] = up_to**k - (up_to - w.fixed[order]) ** k
+    return chances
+
+
+@pytest.mark.parametrize("k, vocabulary", [(2, 5), (3, 3)])
+@pytest.mark.parametrize("penalty", [0.0, 0.35])
+def test_the_best_of_k_is_learned_as_often_as_it_comes(k, vocabulary, penalty, sampling=SAMPLINGS[2]):
+    w_key = key(sampling, vocabulary)
+    w, settings = world(*w_key), {"loss_aggregation": "sequence", "samples_per_prompt": k}
+    algorithm = RAFT(**settings)
+    if penalty:
+        algorithm = SuperHF(**settings)
+        assert algorithm.kl.coefficient == penalty
+    estimate = expected_estimate(algorithm, w_key, groups=all_groups(w, k))
+    of_answer = (w.logq - penalty * w.kl).sum(1)
+    assert close(estimate, w.gradient((chance_to_be_the_best(w, k) * of_answer).sum()))
+
+
+@pytest.mark.parametrize("k, vocabulary", [(2, 5), (3, 3)])
+@pytest.mark.parametrize("share", [1 / 3, 0.8])
+def test_inpo_is_the_square_of_its_margin(k, vocabulary, share):
+    w_key, eta = key(vocabulary=vocabulary), 0.2
+    w = world(*w_key)
+    groups = all_groups(w, k)
+    better, worse = (
+        groups.gather(1, at(w.rewards[groups], 1, keepdim=True))[:, 0] for at in (torch.argmax, torch.argmin)
+    )
+    policy, reference = w.logq.sum(1), (w.logq - w.k1).sum(1).detach()  # (N,) of whole answers
+
+    def margin(of_answers: Tensor) -> Tensor:
+        return of_answers[better] - of_answers[worse]
+
+    h = margin(policy) - share * margin(reference) - (1 - share) * margin(policy.detach())
+    square = (h - 1 / (2 * eta)).square() * (better != worse)
+    algorithm = INPO(samples_per_prompt=k, eta=eta, tau=share * eta)
+    estimate = expected_estimate(algorithm, w_key, groups=groups)
+    assert close(estimate, w.gradient(-(w.fixed[groups].prod(1) * square).sum()))
 
 
 def test_first_step_of_the_moving_average_leaves_the_expectation_alone():

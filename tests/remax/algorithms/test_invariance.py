@@ -24,6 +24,9 @@ SETTINGS = {
     "rloo, by tokens": {"samples_per_prompt": 2, "baseline": "token_weighted", "advantage_scaling": "batch"},
     "grpo": {"samples_per_prompt": 2},
     "ppo": {"advantage_scaling": "batch"},
+    "raft": {"samples_per_prompt": 2},
+    "superhf": {"samples_per_prompt": 2},
+    "inpo": {"samples_per_prompt": 4, "entropy_coef": 0.0},
 }
 KL = {"grpo": KLPenalty(0.1, "full", "loss", "full_step"), "remax, calibrated": KLPenalty(0.1)}
 
@@ -74,14 +77,18 @@ def rollout() -> Rollout:
 
 
 def build(name: str, aggregation: str | None = None, **more):
-    algorithm = build_algorithm(
-        name.split(",")[0], kl=KL.get(name), loss_aggregation=aggregation, entropy_coef=0.01, **SETTINGS[name], **more
-    )
+    settings = {"entropy_coef": 0.01} | SETTINGS[name] | more
+    algorithm = build_algorithm(name.split(",")[0], kl=KL.get(name), loss_aggregation=aggregation, **settings)
     if "calibrated" in name:  # which an earlier rollout was for
         before = replace(algorithm, sum_across_ranks=on_one_rank)
         before.prepare(rollout())
         algorithm.load_state_dict(before.state_dict())
     return algorithm
+
+
+def learned(algorithm, rows: Rollout) -> Rollout:
+    """What the update reads."""
+    return algorithm.learned(algorithm.prepare(rows))
 
 
 def gradient(algorithm, parts: list[Rollout], denominator: Tensor) -> Tensor:
@@ -96,26 +103,36 @@ def gradient(algorithm, parts: list[Rollout], denominator: Tensor) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
 
-def in_order(prepared: Rollout, size: int) -> list[Rollout]:
+def pair(name: str) -> int:
+    """Rows that stay together."""
+    kind = ALGORITHMS[name.split(",")[0]]
+    return kind.kept if kind.compares_answers else 1
+
+
+def in_order(prepared: Rollout, size: int, group: int) -> list[Rollout]:
     return [prepared.select(slice(start, start + size)) for start in range(0, len(prepared), size)]
 
 
 def whole(algorithm) -> Tensor:
-    prepared = algorithm.prepare(rollout())
+    prepared = learned(algorithm, rollout())
     return gradient(algorithm, [prepared], algorithm.count(prepared.sequences))
 
 
-@pytest.mark.parametrize("aggregation", ["sequence", "token", "sequence_mean"])
-@pytest.mark.parametrize("name", SETTINGS)
+HOW = ("sequence", "token", "sequence_mean")
+AGGREGATED = [(name, how) for name in SETTINGS for how in (HOW if name != "inpo" else HOW[:1])]
+
+
+@pytest.mark.parametrize("name, aggregation", AGGREGATED)
 def test_cut_in_any_way(name, aggregation):
     expected = whole(build(name, aggregation))
     assert expected.norm() > 1e-3
-    for size in (8, 4, 3, 1):
+    group = pair(name)
+    for size in {group * -(-size // group) for size in (8, 4, 3, 1)}:
         for cut_up in (Rollout.split, in_order):
             algorithm = build(name, aggregation)
-            prepared = algorithm.prepare(rollout())
-            parts = list(cut_up(prepared, size))
-            assert len(parts) == -(-8 // size)
+            prepared = learned(algorithm, rollout())
+            parts = list(cut_up(prepared, size, group=group))
+            assert len(parts) == -(-len(prepared) // size)
             cut = gradient(algorithm, parts, algorithm.count(prepared.sequences))
             torch.testing.assert_close(cut, expected, atol=1e-12, rtol=0)
 
@@ -124,8 +141,8 @@ def test_cut_in_any_way(name, aggregation):
 def test_in_any_order(name):
     for order in ([4, 5, 6, 7, 0, 1, 2, 3], [3, 2, 1, 0, 7, 6, 5, 4]):  # answers of a group stay together
         algorithm = build(name)
-        prepared = algorithm.prepare(rollout().select(torch.tensor(order)))
-        parts = in_order(prepared, 3)
+        prepared = learned(algorithm, rollout().select(torch.tensor(order)))
+        parts = in_order(prepared, 4 if pair(name) > 1 else 3, group=pair(name))
         permuted = gradient(algorithm, parts, algorithm.count(prepared.sequences))
         torch.testing.assert_close(permuted, whole(build(name)), atol=1e-12, rtol=0)
 
@@ -134,7 +151,7 @@ def test_in_any_order(name):
 def test_padded_or_trimmed(name):
     algorithm, plain = build(name), rollout()
     ids = torch.nn.functional.pad(plain.sequences.input_ids, (0, 7), value=PAD)
-    prepared = algorithm.prepare(replace(plain, sequences=replace(plain.sequences, input_ids=ids)))
+    prepared = learned(algorithm, replace(plain, sequences=replace(plain.sequences, input_ids=ids)))
     padded = gradient(algorithm, [prepared], algorithm.count(prepared.sequences))
     torch.testing.assert_close(padded, whole(build(name)), atol=1e-12, rtol=0)
 
@@ -156,9 +173,9 @@ def test_on_two_ranks(name):
     parts, count = [], torch.tensor(0)
     for half in halves:
         algorithm = build(name, sum_across_ranks=lambda totals: both)
-        prepared = algorithm.prepare(half)
+        prepared = learned(algorithm, half)
         count = count + algorithm.count(prepared.sequences)
-        parts += prepared.split(2)
+        parts += prepared.split(2, group=pair(name))
     torch.testing.assert_close(gradient(algorithm, parts, count), whole(build(name)), atol=1e-12, rtol=0)
 
 

@@ -291,6 +291,8 @@ RLHF = EVERYWHERE | {
     ("--cliprange 0.4", PPO): {"algorithm.cliprange": 0.4},
     ("--cliprange_value 0.6", PPO): {"algorithm.cliprange_value": 0.6},
     ("--lam 0.7", PPO): {"algorithm.lam": 0.7},
+    ("--inpo_eta 0.02", "--algo inpo"): {"algorithm.eta": 0.02},
+    ("--inpo_tau 0.001", "--algo inpo"): {"algorithm.tau": 0.001},
     ("--penalty full_step", ""): {"algorithm.kl.reach": "full_step"},
     ("--kl_ctl 0.07", ""): {"algorithm.kl.coefficient": 0.07},
     ("--kl_in reward", "--algo grpo"): {"algorithm.kl.where": "reward"},

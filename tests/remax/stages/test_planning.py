@@ -56,6 +56,11 @@ def test_algorithms_hold_what_they_need(arguments):
     assert full.full_kl and not remax.full_kl
     assert plan(full).of("update") > plan(remax).of("update")
     assert job_of(arguments("--entropy_coef 0.1"), Machine()).stats_grad
+    raft, superhf, inpo = (job_of(arguments(f"--algo {algo}"), Machine()) for algo in ("raft", "superhf", "inpo"))
+    assert (raft.rows.answers, raft.rows.learned, raft.rows.micro_batches) == (32, 8, 2)  # of 8 prompts, by 4 rows
+    assert (inpo.rows.answers, inpo.rows.learned, inpo.old_logprobs) == (64, 16, True)
+    assert superhf.full_kl and superhf.stats_grad and not raft.full_kl and not raft.old_logprobs
+    assert remax.rows.learned == remax.rows.answers == 8
 
 
 def test_shared_weights_are_held_once(arguments):
