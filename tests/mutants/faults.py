@@ -332,7 +332,8 @@ ALGORITHMS = [
     *faults(
         "remax/algorithms/inpo.py",
         f"{ROOM}/algorithms/test_inpo.py",
-        ("inpo-reference-only", "- (1 - share) * before", "- share * before", "the policy of the rollout counts as tau does"),
+        ("inpo-reference-only", "- (1 - share) * before", "- share * before",
+         "the policy of the rollout counts as tau does"),
         ("inpo-equals", "(better > worse)", "(better >= worse)", "answers that score alike are a pair"),
     ),
     *faults(
@@ -1073,7 +1074,7 @@ TRAINING = [
          "the moving average is the untrained model"),
         ("trainer-adaptive-kl", '            self.algorithm.update(means["kl"], answers)\n', "            pass\n",
          "an adaptive coefficient never moves"),
-        ("trainer-reference-skipped", "        return self.algorithm.kl.active\n", "        return False\n",
+        ("trainer-reference-skipped", "        return self.algorithm.needs_reference\n", "        return False\n",
          "no step has a KL", f"{ROOM}/rewards/test_composite.py::test_without_a_penalty_no_step_reads_the_reference"),
         ("trainer-samples", "self.actor.rollout(prompts, samples=samples, greedy=greedy, logprobs=logprobs)",
          "self.actor.rollout(prompts, greedy=greedy, logprobs=logprobs)", "one answer to each prompt", (1, "rloo")),
