@@ -227,13 +227,13 @@ def regularisers(
         figures["kl"] = Figure(k1, len(batch))
     if kl.active and penalised:
         costs = token_kl(output.logprobs, batch.reference_logprobs, kl.estimator, output.full_kl)
-        if kl.where == "loss" and not costs.requires_grad:
+        if kl.where == "loss" and not costs.requires_grad and torch.is_grad_enabled():
             raise ValueError("a KL in the loss needs its costs with gradient")
         in_advantage, in_loss = kl.in_advantage(costs, mask), kl.in_loss(costs, mask)
     if output.entropy is not None:
         figures["entropy"] = Figure(masked_total(output.entropy, mask), mask.sum())
     if algorithm.needs_entropy:
-        if output.entropy is None or not output.entropy.requires_grad:
+        if output.entropy is None or (not output.entropy.requires_grad and torch.is_grad_enabled()):
             raise ValueError("an entropy bonus needs PolicyOutput.entropy, with gradient")
         in_loss = in_loss - algorithm.entropy_coef * output.entropy
     return in_advantage, in_loss, figures

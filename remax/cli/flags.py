@@ -471,6 +471,9 @@ class PpoFlags(Flags, group="ppo only"):
     )
     critic_learning_rate: Positive = of_critic(5e-6, "peak learning rate, of adapters too")
     critic_weight_decay: NonNegative = of_critic(0.0, "AdamW weight decay, not on biases and norms")
+    critic_warmup_steps: CountOrZero = of_critic(
+        0, "first steps in which it learns alone, from answers of the policy as it starts (PPO-max)"
+    )
     critic_zero_stage: ZeroStage | None = of_critic(None, "default: the actor's")
     critic_dtype: Dtype | None = of_critic(None, "default: the actor's")
     offload_critic: bool = of_critic(False, "the critic's optimizer states in CPU memory, also without --offload")

@@ -384,6 +384,8 @@ def check_share(args: Step3Arguments) -> None:
     share = f"--share {args.share}"
     if args.joint_critic and args.share != "all":
         raise UserError(f"--joint_critic with {share}: the actor's adapters can only serve the critic with --share all")
+    if args.critic_warmup_steps and args.share == "all":
+        raise UserError(f"--critic_warmup_steps with {share}: actor and critic learn in the same step; leave one out")
     if args.joint_critic and args.critic_lora_dim:
         raise UserError("--joint_critic with --critic_lora_dim: the critic has no adapters of its own; leave one out")
     if args.share == "none":

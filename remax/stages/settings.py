@@ -168,6 +168,7 @@ def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
 
 
 def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
+    steps = max(steps - args.critic_warmup_steps * args.ppo_epochs * args.ppo_mini_batches, 1)
     actor = _optimizer(args, steps, args.actor_learning_rate, args.actor_weight_decay, args.actor_lora_learning_rate)
     critic = (args.critic_learning_rate, args.critic_weight_decay)
     return replace(actor, critic=critic) if args.share == "all" else actor
@@ -197,6 +198,7 @@ def trainer_settings(args: Step3Arguments) -> TrainerSettings:
         _cadence(args, args.rollout_batches, args.stop_step),
         micro_batch_size=args.per_device_training_batch_size,
         mini_batches=args.ppo_mini_batches,
+        critic_warmup_steps=args.critic_warmup_steps,
         target_kl=args.target_kl,
         best_by=args.best_by,
         unsupervised_coefficient=args.unsup_coef,

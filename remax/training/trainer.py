@@ -55,6 +55,7 @@ class TrainerSettings:
         cadence: Epochs, steps and evaluations; its batches are collected before an update.
         micro_batch_size: Rows per training forward on one rank.
         mini_batches: Optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
+        critic_warmup_steps: First steps in which the critic alone learns.
         target_kl: Evaluation KL, nats per token, at which training stops; 0 for never.
         best_by: The evaluation figure whose highest value makes the best model, `reward` or `objective`.
         unsupervised_coefficient: Weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
@@ -63,6 +64,7 @@ class TrainerSettings:
     cadence: Cadence = Cadence()
     micro_batch_size: int = 16
     mini_batches: int = 1
+    critic_warmup_steps: int = 0
     target_kl: float = 0.0
     best_by: str = "reward"
     unsupervised_coefficient: float = 0.0
@@ -127,6 +129,7 @@ class Trainer:
     trusts_decode: bool = False
     losses: list[Part] = field(default_factory=list, init=False)  # of the present step's micro-batches
     suspects: str = field(default="", init=False)  # what was not finite in it
+    critic_alone: bool = field(default=False, init=False)  # the actor does not learn in it
 
     def __post_init__(self) -> None:
         self.reference_head = self.reference.head() if self.algorithm.kl.needs_full_kl else None
@@ -286,35 +289,38 @@ class Trainer:
         parts = list(rollout.split(self.settings.micro_batch_size, group=self.rows_together, packed=packed))
         figures: Figures = {}
         # A backward pass before a step reaches all that the engine learns, or ZeRO 1 would keep a part of the gradient.
-        text_follows = self.unsupervised is not None and not self.one_engine
+        text_follows = self.unsupervised is not None and not self.one_engine and not self.critic_alone
         if self.unsupervised is not None and self.one_engine:
             figures = add(figures, self.learn_plain_text(next(self.unsupervised), last=False))
         for i, batch in enumerate(parts):
-            output = self.actor.logprobs(
-                batch.sequences,
-                entropy=True,
-                stats_grad=self.algorithm.needs_entropy or (kl.needs_full_kl and kl.where == "loss"),
-                reference_hidden=batch.reference_hidden,
-                reference_head=self.reference_head,
-            )
-            loss, of_batch = self.algorithm.loss(batch, output, denominator)
+            with torch.set_grad_enabled(not self.critic_alone):
+                output = self.actor.logprobs(
+                    batch.sequences,
+                    entropy=True,
+                    stats_grad=self.algorithm.needs_entropy or (kl.needs_full_kl and kl.where == "loss"),
+                    reference_hidden=batch.reference_hidden,
+                    reference_head=self.reference_head,
+                )
+                loss, of_batch = self.algorithm.loss(batch, output, denominator)
             if self.critic is not None and self.one_engine:
                 values = self.critic.values(batch.sequences)
                 value_loss, of_values = self.algorithm.value_loss(batch, values, denominator)
                 loss, of_batch = loss + value_loss, of_batch | of_values
             self.losses.append((batch.sequences, {"loss": loss.detach()}))
-            self.actor.backward(loss, last=i == len(parts) - 1 and not text_follows)
+            if not self.critic_alone:
+                self.actor.backward(loss, last=i == len(parts) - 1 and not text_follows)
             figures = add(figures, of_batch)
         if self.unsupervised is not None and text_follows:
             figures = add(figures, self.learn_plain_text(next(self.unsupervised)))
-        result = self.actor.step()
+        result = None if self.critic_alone else self.actor.step()
         if self.critic is not None and not self.one_engine:
             for i, batch in enumerate(parts):
                 loss, of_batch = self.algorithm.value_loss(batch, self.critic.values(batch.sequences), denominator)
                 self.critic.backward(loss, last=i == len(parts) - 1)
                 figures = add(figures, of_batch)
-            self.critic.step()
-        return result, figures
+            of_critic = self.critic.step()
+            result = result or of_critic
+        return present(result, "an optimizer step"), figures
 
     def learn_plain_text(self, batch: SupervisedBatch, last: bool = True) -> Figures:
         """Adds the gradient of coefficient * (mean negative log-likelihood per token of a batch of plain text)."""
@@ -411,6 +417,7 @@ class Trainer:
 
     def learn(self, step: int, batches: list[PromptBatch]) -> dict[str, float]:
         """A step, and what those who watch make of it."""
+        self.critic_alone = step <= self.settings.critic_warmup_steps
         rollout, figures = self.step(batches)
         watchers: list[Watcher] = [*self.watchers, *([self.sentinel] if self.sentinel else [])]
         for watch in watchers:

@@ -158,6 +158,12 @@ CASES = [
         "--inpo_eta 0.1",
         "--inpo_eta 0.1 with --algo remax: only --algo inpo reads it",
     ),
+    Case(
+        "a critic that cannot learn alone",
+        "remax",
+        "--algo ppo --share all --actor_lora_dim 2 --only_optimize_lora --critic_warmup_steps 2",
+        "--critic_warmup_steps with --share all: actor and critic learn in the same step",
+    ),
     Case("flag of ppo for remax", "remax", "--ppo_epochs 2", "--ppo_epochs 2 with --algo remax"),
     Case("KL without a penalty", "remax", "--penalty none --adaptive_kl", "--adaptive_kl with --penalty none"),
     Case("greedy longer than the answer", "remax", "--max_greedy_seq_len 9", "--max_greedy_seq_len 9: must not exceed"),

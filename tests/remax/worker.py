@@ -367,6 +367,7 @@ def trainer_update(
     texts: list[str] | None = None,
     sampling: list | None = None,
     mini_batches: int = 1,
+    critic_warmup_steps: int = 0,
     **spread,
 ) -> dict:
     """One step of the RL loop per saved rollout, with the actor's collecting replaced by the saved rows.
@@ -387,7 +388,10 @@ def trainer_update(
         reward=None,
         algorithm=build_algorithm(**settings, sum_across_ranks=sum_across_ranks),
         settings=TrainerSettings(
-            micro_batch_size=spread.micro_batch, mini_batches=mini_batches, unsupervised_coefficient=0.5
+            micro_batch_size=spread.micro_batch,
+            mini_batches=mini_batches,
+            critic_warmup_steps=critic_warmup_steps,
+            unsupervised_coefficient=0.5,
         ),
         measure=None,
         metrics=None,
@@ -419,13 +423,13 @@ def trainer_update(
 
     trainer.answer, trainer.score, trainer.annotate = answer, score, annotate
     figures = []
-    for path in rollouts:
+    for step, path in enumerate(rollouts, start=1):
         rows = len(torch.load(path)["rewards"])
         shares = mine(order or range(rows)).tensor_split(rollouts_per_step)
         # In the place of prompts: a saved rollout, and which of its rows.
         ones = torch.ones(rows)
         batches = [PromptBatch(input_ids=part, lengths=part, weight=ones, prompts=[path]) for part in shares]
-        _, step_figures = trainer.step(batches)
+        step_figures = trainer.learn(step, batches)
         figures.append({k: v for k, v in step_figures.items() if "second" not in k})
     save_weights(folder, name, actor)
     if value_model is not None:

@@ -288,6 +288,7 @@ RLHF = EVERYWHERE | {
     ("--baseline_decay 0.9", "--algo reinforce"): {"algorithm.baseline_decay": 0.9},
     ("--ppo_epochs 4", PPO): {"algorithm.epochs": 4},
     ("--ppo_mini_batches 2", f"{PPO} {BATCHES}"): {"settings.mini_batches": 2},
+    ("--critic_warmup_steps 3", PPO): {"settings.critic_warmup_steps": 3, "actor_optimizer.total_steps": 97},
     ("--cliprange 0.4", PPO): {"algorithm.cliprange": 0.4},
     ("--cliprange_value 0.6", PPO): {"algorithm.cliprange_value": 0.6},
     ("--lam 0.7", PPO): {"algorithm.lam": 0.7},

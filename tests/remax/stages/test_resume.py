@@ -22,7 +22,8 @@ FIXED = """
     algo samples_per_prompt baseline baseline_decay gamma clip_reward_value clip_on loss_aggregation advantage_scaling
     entropy_coef unsupervised_dataset_name unsupervised_dataset_config_name unsup_coef enable_ema log_variance
     penalty kl_ctl kl_in kl_estimator normalize_kl adaptive_kl adaptive_kl_target adaptive_kl_horizon
-    ppo_epochs ppo_mini_batches cliprange cliprange_value lam inpo_eta inpo_tau reward_fn normalize_reward
+    ppo_epochs ppo_mini_batches cliprange cliprange_value lam critic_warmup_steps inpo_eta inpo_tau
+    reward_fn normalize_reward
     temperature top_p top_k logprobs_of max_prompt_seq_len max_answer_seq_len max_greedy_seq_len max_seq_len
     lora_dim lora_module_name lora_alpha lora_dropout only_optimize_lora
     actor_lora_dim actor_lora_module_name actor_lora_alpha actor_lora_dropout

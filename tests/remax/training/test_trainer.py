@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,8 @@ def expected(saved, run_ranks):
     checks = [check for algorithm in ALGORITHMS for check in checks_of(saved, whole, algorithm)]
     checks += checks_of(saved, single) + checks_of(saved, {"8x1": single["8x1"]}, "full_kl")
     checks += checks_of(saved, {"2x4": single["2x4"]}, "ppo") + checks_of(saved, {"2x4": single["2x4"]}, "text")
+    first = {"rollouts": saved["ppo"]["rollouts"][:1]}
+    checks += checks_of(saved, {"one rollout": first, "critic alone": first | {"critic_warmup_steps": 1}}, "ppo")
     return run_ranks(checks, 1)
 
 
@@ -95,9 +98,23 @@ def same_update(name: str, results: dict, folder, expected: tuple[dict, object])
 
 
 @pytest.mark.ranks
+def test_a_critic_that_learns_alone_learns_the_same_and_the_policy_stays(expected, saved):
+    # Of the same answers: the critic's update does not depend on the policy's, which follows them.
+    results, folder = expected
+    alone, together = (torch.load(folder / f"ppo-{name}-critic.pt") for name in ("critic alone", "one rollout"))
+    assert all(torch.equal(alone[name], together[name]) for name in together)
+    policy = torch.load(folder / "ppo-critic alone.pt")
+    start = load_file(Path(saved["ppo"]["model"]) / "model.safetensors")
+    assert start.keys() <= policy.keys() and all(torch.equal(policy[name], start[name]) for name in start)
+    (figures,), (usual,) = (results[f"ppo-{name}"]["figures"] for name in ("critic alone", "one rollout"))
+    assert figures.keys() == usual.keys() and figures["lr"] > 0
+    assert figures["value_loss"] == pytest.approx(usual["value_loss"])
+
+
+@pytest.mark.ranks
 def test_micro_batches_order_and_padding(expected, make_policy):
     results, folder = expected
-    for name in results:
+    for name in set(results) - {"ppo-one rollout", "ppo-critic alone"}:
         same_update(name, results, folder, expected)
     after, before = torch.load(folder / "remax-whole.pt"), load_file(make_policy("llama") / "model.safetensors")
     assert max((after[key] - before[key]).abs().max().item() for key in after) > 1e-3  # the weights did move
