@@ -55,19 +55,19 @@ class TrainerSettings:
         cadence: Epochs, steps and evaluations; its batches are collected before an update.
         micro_batch_size: Rows per training forward on one rank.
         mini_batches: Optimizer steps per pass over a rollout (PPO; 1 for on-policy algorithms).
-        critic_warmup_steps: First steps in which the critic alone learns.
         target_kl: Evaluation KL, nats per token, at which training stops; 0 for never.
         best_by: The evaluation figure whose highest value makes the best model, `reward` or `objective`.
         unsupervised_coefficient: Weight of the language-modelling loss on plain text, mixed in as in InstructGPT.
+        critic_warmup_steps: First steps in which the critic alone learns.
     """
 
     cadence: Cadence = Cadence()
     micro_batch_size: int = 16
     mini_batches: int = 1
-    critic_warmup_steps: int = 0
     target_kl: float = 0.0
     best_by: str = "reward"
     unsupervised_coefficient: float = 0.0
+    critic_warmup_steps: int = 0
 
     def optimizer_steps(self, algorithm: Algorithm) -> int:
         """Optimizer steps per step of the loop."""
