@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from remax.core.sampling import Sampling
+from remax.engines.pretrained import load_actor
 from remax.generation.decoder import GenerationSettings
 from remax.generation.graphs import Graphs
 from remax.generation.loop import SharedPromptDecoder
 from tests.references import cases
-from tests.remax.generation.test_loop import PAD, SERVED, assert_same, decode, make
+from tests.remax.generation.test_loop import PAD, SERVED, assert_same, decode, make, prompts
 from utils.distributed import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.ranks]
@@ -226,6 +227,13 @@ def test_graphs_decode_what_single_launches_do(kind):
         for _ in range(2):
             assert_same(decode(recorded, model, settings), expected)
     assert sum(step is not None for step in recorded.graphs.steps.values()) > 1
+
+
+def test_a_model_of_a_folder_decodes_by_graphs(prepared):
+    actor, _ = load_actor(str(prepared / "models/llama"), max_new_tokens=12)
+    answers = [actor.rollout(prompts().to(actor.model.hf.device), samples=0) for _ in range(2)]
+    assert any(actor.decoder.graphs.steps.values())
+    assert torch.equal(answers[0].greedy.input_ids, answers[1].greedy.input_ids)
 
 
 def test_what_cannot_be_recorded_is_decoded_all_the_same(capsys):

@@ -15,9 +15,10 @@ from remax.engines.policy import Actor, Reference
 from remax.engines.scorer import Reward
 from remax.engines.zero import loading
 from remax.generation.decoder import GenerationSettings
+from remax.generation.rollout import decoder_for_one_model
 from remax.models.policy import PolicyModel, load_policy
 from remax.models.reward_model import load_reward_model
-from utils.distributed import init_distributed
+from utils.distributed import device, init_distributed
 from utils.tokenizer import load_tokenizer
 
 FP32 = EngineConfig()  # a copy on each rank
@@ -33,6 +34,8 @@ def load_actor(
     flag: str = "name_or_path",
 ) -> tuple[Actor, PreTrainedTokenizerBase]:
     """A causal language model that answers prompts, on this process's device and in eval mode.
+
+    On a GPU its decode is recorded as CUDA graphs, below ZeRO 3.
 
     Args:
         name_or_path: folder or hub name.
@@ -51,7 +54,8 @@ def load_actor(
     spread = FrozenEngine(model, engine) if optimizer is None else TrainedEngine(model, engine, optimizer)
     spread.train(False)
     generation = GenerationSettings(max_new_tokens, tokenizer.pad_token_id, sampling)
-    return Actor(spread, generation=generation), tokenizer
+    decoder = decoder_for_one_model(graphs=device().type == "cuda" and engine.zero_stage < 3)
+    return Actor(spread, generation=generation, decoder=decoder), tokenizer
 
 
 def load_reference(

@@ -6,9 +6,15 @@ from transformers import PreTrainedModel
 
 from remax.core.sequences import Prompts
 from remax.generation.decoder import Answers, Decoder, GenerationSettings
+from remax.generation.graphs import Graphs
 from remax.generation.loop import SharedPromptDecoder
 
 DEFAULT_DECODER: Decoder = SharedPromptDecoder()
+
+
+def decoder_for_one_model(graphs: bool) -> Decoder:
+    """With CUDA graphs, which belong to a model, or the decoder that all others share."""
+    return SharedPromptDecoder(graphs=Graphs()) if graphs else DEFAULT_DECODER
 
 
 def rollout(

@@ -19,9 +19,7 @@ from remax.engines.policy import Actor, Judge, Reference, TrainedHydra
 from remax.engines.roles import Role
 from remax.engines.scorer import Reward, TrainedReward
 from remax.engines.zero import copied_head, loading
-from remax.generation.graphs import Graphs
-from remax.generation.loop import SharedPromptDecoder
-from remax.generation.rollout import DEFAULT_DECODER
+from remax.generation.rollout import decoder_for_one_model
 from remax.models.hydra import HydraModel, check_hydra_config, load_hydra
 from remax.models.loading import check_length, load_config
 from remax.models.lora import add_lora
@@ -276,7 +274,7 @@ def build_roles(args: Step3Arguments, tokenizers: Tokenizers, steps: int) -> Mod
         sampling=distribution,
         chunk_size=chunk_size,
         gather_for_generation=args.zero3_generation == "gather",
-        decoder=SharedPromptDecoder(graphs=Graphs()) if args.cuda_graphs else DEFAULT_DECODER,
+        decoder=decoder_for_one_model(graphs=bool(args.cuda_graphs)),
         use=ACTOR if shared else None,
     )
     if shared:

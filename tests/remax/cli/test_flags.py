@@ -442,7 +442,7 @@ READ = {
         "eos_ids = actor.model.hf.generation_config.eos_token_id if args.reward_fn else None",
         "distribution, chunk_size = (evaluated_distribution(args), args.logprob_chunk_size)",
         "gather_for_generation=args.zero3_generation == 'gather'",
-        "SharedPromptDecoder(graphs=Graphs()) if args.cuda_graphs else DEFAULT_DECODER",
+        "decoder=decoder_for_one_model(graphs=bool(args.cuda_graphs))",
         "tokenizer, spec, shared = (tokenizers.actor, actor_model(args), args.share != 'none')",
         "if args.share == 'all'",
         "JOINT_CRITIC if args.joint_critic else CRITIC",
