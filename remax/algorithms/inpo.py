@@ -4,9 +4,9 @@
     h    = D(pi) - (tau/eta) D(rho) - (1 - tau/eta) D(pi_t),       D(p) = log p(y_w | x) - log p(y_l | x)
     loss = (1/N) sum_x (h - 1/(2 eta))^2                           of N prompts; 0 where all k rewards are equal
 
-rho is the reference, pi_t the policy that wrote the answers, which makes an iteration of a rollout and its epochs. The
-square takes h to 1/(2 eta), of which tau/eta decays towards the reference. At the first step pi is pi_t, and the
-gradient 2 ( (tau/eta) (D(pi_t) - D(rho)) - 1/(2 eta) ) grad D(pi).
+rho is the reference and pi_t the policy that wrote the answers, so a rollout with its epochs is an iteration of the
+paper. Where pi has not moved yet, h is (tau/eta) (D(pi) - D(rho)): the further pi_t prefers y_w than rho does, the
+smaller the step.
 """
 
 from __future__ import annotations
