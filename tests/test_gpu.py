@@ -245,6 +245,14 @@ def test_what_cannot_be_recorded_is_decoded_all_the_same(capsys):
     for _ in range(2):
         assert_same(decode(decoder, model, settings), expected)
     assert torch.cuda.current_stream() == here and decoder.graphs is None
+    # Nor does the allocator wait for a recording to end: what another stream has used is freed when it is done.
+    used, other = torch.zeros(2**20, device="cuda"), torch.cuda.Stream()
+    used.record_stream(other)
+    del used
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.zeros(2, device="cuda")
+    assert torch.cuda.memory_allocated() < held - 2**21
     assert capsys.readouterr().out.count("CUDA graphs: a decode step cannot be recorded") == 1
 
 

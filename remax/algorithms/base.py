@@ -60,7 +60,8 @@ class Algorithm(ABC):
         sum_across_ranks: Adds named numbers up over all ranks; one rank by default.
         samples_per_prompt: Answers drawn for each prompt.
         greedy: The algorithm needs `Rollout.baseline`.
-        kept: How many of the answers to a prompt `learned` keeps; None: all.
+        kept: How many of the answers to a prompt `learned` keeps; None: all. Where it is a number, `prepare` has their
+            rewards alone, and what the models know of those that are kept is there for `loss`.
         compares_answers: `loss` needs all of these in one micro-batch.
         scalings: What its advantage_scaling may be, where it has one.
         critic: The algorithm needs `Rollout.values`, and has `value_loss`.
@@ -111,6 +112,11 @@ class Algorithm(ABC):
     def needs_reference(self) -> bool:
         """Whether `prepare` or `loss` reads Rollout.reference_logprobs: not without a penalty."""
         return self.kl.active
+
+    @property
+    def price_of_kl(self) -> float:
+        """What a nat costs in reward."""
+        return self.kl.coefficient
 
     @property
     def needs_greedy_cost(self) -> bool:

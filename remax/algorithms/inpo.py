@@ -82,8 +82,10 @@ class INPO(Algorithm):
         return True
 
     def prepare(self, rollout: Rollout) -> Rollout:
-        """A weight of 1 for each answer, if it is learned from."""
-        return with_advantages(rollout, torch.ones_like(rollout.rewards))
+        """A weight of 1 for each answer to a prompt; 0 where all score alike, and nothing is preferred."""
+        rewards = grouped(rollout.rewards, self.samples_per_prompt)  # (B/k, k)
+        differ = rewards.amax(1) > rewards.amin(1)
+        return with_advantages(rollout, differ.repeat_interleave(self.samples_per_prompt).to(rewards.dtype))
 
     def learned(self, rollout: Rollout) -> Rollout:
         """The best and the worst answer to each prompt."""
@@ -102,12 +104,12 @@ class INPO(Algorithm):
         of_rows = (output.logprobs, reference, present(batch.old_logprobs, "Rollout.old_logprobs"))
         now, of_reference, before = (margins(logprobs, mask) for logprobs in of_rows)  # (N,) each
         h = now - share * of_reference - (1 - share) * before
-        better, worse = batch.rewards.view(-1, 2).unbind(1)
-        loss = ((h - 1 / (2 * self.eta)).square() * (better > worse)).sum() / denominator
+        preferred = present(batch.advantages, "Rollout.advantages")[::2, 0]
+        loss = ((h - 1 / (2 * self.eta)).square() * preferred).sum() / denominator
         figures: Figures = {
             "loss": Figure(loss.detach()),
             "margin": Figure(h.detach().sum(), len(h)),
-            "kept_reward": Figure(better.sum(), len(better)),
+            "kept_reward": Figure(batch.rewards[::2].sum(), len(h)),
         }
         if output.entropy is not None:
             figures["entropy"] = Figure(masked_total(output.entropy, mask), mask.sum())

@@ -64,8 +64,18 @@ class RAFT(Algorithm):
         if self.kl.active:
             raise ValueError(f"{name} has no KL penalty; superhf is the same with one")
 
+    @property
+    def needs_reference(self) -> bool:
+        """Never: of the reference the KL over the vocabulary needs hidden states alone."""
+        return False
+
+    @property
+    def price_of_kl(self) -> float:
+        """None: a KL weighs against log-probs here."""
+        return 0.0
+
     def prepare(self, rollout: Rollout) -> Rollout:
-        """A weight of 1 for each answer, if it is learned from."""
+        """A weight of 1 for each answer."""
         return with_advantages(rollout, torch.ones_like(rollout.rewards))
 
     def learned(self, rollout: Rollout) -> Rollout:
@@ -76,9 +86,8 @@ class RAFT(Algorithm):
     def loss(self, batch: Rollout, output: PolicyOutput, denominator: float | Tensor) -> tuple[Tensor, Figures]:
         """See the top of the file."""
         loss, figures = on_policy_loss(self, batch, output, denominator)
-        figures.pop("kl", None)  # of the drawn tokens
         if output.full_kl is not None:
-            figures["kl"] = Figure(masked_total(output.full_kl, batch.sequences.answer_mask), len(batch))
+            figures["kept_kl"] = Figure(masked_total(output.full_kl, batch.sequences.answer_mask), len(batch))
         return loss, figures | {"kept_reward": Figure(batch.rewards.sum(), len(batch))}
 
 
@@ -90,8 +99,12 @@ class SuperHF(RAFT):
     samples_per_prompt: int = 16
 
     def _check_kl(self, name: str) -> None:
-        if self.kl.active and (self.kl.estimator, self.kl.where, self.kl.reach) != ("full", "loss", "one_step"):
+        if not self.kl.active:
+            return
+        if (self.kl.estimator, self.kl.where, self.kl.reach) != ("full", "loss", "one_step"):
             raise ValueError(
                 f"{name} holds the states of the best answers, which are no sample of the policy: only "
                 "full_kl_one_step in the loss is a KL there"
             )
+        if self.kl.normalize or self.kl.target is not None:
+            raise ValueError(f"{name} has a KL of fixed weight, of a mean over tokens as it is")

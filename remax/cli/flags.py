@@ -373,8 +373,8 @@ class RolloutFlags(Flags, group="rollout"):
 class AlgorithmFlags(Flags, group="algorithm"):
     algo: Literal["remax", "reinforce", "rloo", "grpo", "ppo", "raft", "superhf", "inpo"] = usual(
         "remax",
-        "how an answer's advantage is estimated; raft, superhf: the best answer to each prompt is learned, as in "
-        "step 1; inpo: from the best and the worst one",
+        "how an answer's advantage is estimated; raft and superhf learn the best answer to each prompt, as step 1 "
+        "would, and inpo prefers the best one to the worst",
     )
     samples_per_prompt: Count | None = usual(
         None,
@@ -411,6 +411,8 @@ class AlgorithmFlags(Flags, group="algorithm"):
         "step's answer tokens (reinforce, rloo, grpo, ppo); default: group (grpo), none (others)",
         only="advantage_scaling",
     )
+    ppo_epochs: Count = flag(1, "passes over each rollout (ppo, raft, superhf, inpo)", only="epochs")
+    ppo_mini_batches: Count = flag(1, "optimizer steps in one pass (ppo, raft, superhf, inpo)", only="epochs")
     entropy_coef: NonNegative = flag(0.0, "weight of an entropy bonus in the loss")
     inpo_eta: Positive = flag(
         7.5e-3, "inpo: the larger, the nearer the policy stays to that of the rollout", only="eta"
@@ -454,8 +456,6 @@ class KlFlags(Flags, group="KL to the reference"):
 
 @dataclass(kw_only=True)
 class PpoFlags(Flags, group="ppo only"):
-    ppo_epochs: Count = flag(1, "passes over each rollout (raft, superhf and inpo too)", only="epochs")
-    ppo_mini_batches: Count = flag(1, "optimizer steps in one pass (likewise)", only="epochs")
     cliprange: Positive = flag(0.2, "the policy's ratio counts within 1 +- this", only="cliprange")
     cliprange_value: Positive = flag(
         0.2, "a value counts within this of the one at rollout time", only="cliprange_value"
@@ -472,7 +472,7 @@ class PpoFlags(Flags, group="ppo only"):
     critic_learning_rate: Positive = of_critic(5e-6, "peak learning rate, of adapters too")
     critic_weight_decay: NonNegative = of_critic(0.0, "AdamW weight decay, not on biases and norms")
     critic_warmup_steps: CountOrZero = of_critic(
-        0, "first steps in which it learns alone, from answers of the policy as it starts (PPO-max)"
+        0, "first steps in which the critic alone learns, and the policy stays as it is (PPO-max)"
     )
     critic_zero_stage: ZeroStage | None = of_critic(None, "default: the actor's")
     critic_dtype: Dtype | None = of_critic(None, "default: the actor's")

@@ -494,7 +494,8 @@ def make_algorithm(args: Step3Arguments, **more: Any) -> "Algorithm":
         )
         return build_algorithm(args.algo, kl=penalty, **settings, **more)
     except ValueError as error:
-        names = ["algo", *kl_flags, "adaptive_kl", "clip_on", "loss_aggregation"]
+        names = ["algo", *kl_flags, "adaptive_kl", "gamma", "clip_on", "loss_aggregation"]
+        names += ["inpo_eta", "inpo_tau"] if args.algo == "inpo" else []
         values = [(name, getattr(args, name)) for name in names]
         given = " ".join(
             f"--{name} {x}".removesuffix(" True") for name, x in values if x is not None and x is not False
@@ -510,7 +511,7 @@ def check_batches(args: Step3Arguments) -> None:
     terms = "--per_device_generation_batch_size x --generation_batches x --gradient_accumulation_steps"
     if kept:
         answers = kept * answers // (args.samples_per_prompt or 1)
-        terms += f", of each prompt the {'best one' if kept == 1 else f'{kept}'} that {args.algo} learns from"
+        terms += ", of each prompt the best answer" if kept == 1 else f", of each prompt {kept} answers"
         if micro % kept:
             raise UserError(
                 f"--per_device_training_batch_size {micro} with --algo {args.algo}: it compares {kept} answers to a "
@@ -530,8 +531,8 @@ def check_batches(args: Step3Arguments) -> None:
             else f"the {mini} answers of a mini-batch"
         )
         sizes = [n for n in range(1, min(micro, mini) + 1) if mini % n == 0 and n % (kept or 1) == 0]
-        example = f"; for example {max(sizes)}" if sizes else ""
-        raise UserError(f"--per_device_training_batch_size {micro}: must divide {what}{example}")
+        example = f"for example {max(sizes)}" if sizes else "fewer --ppo_mini_batches, or more prompts"
+        raise UserError(f"--per_device_training_batch_size {micro}: must divide {what}; {example}")
 
 
 def resolve_models(args: Step3Arguments) -> None:

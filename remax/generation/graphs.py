@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -114,9 +115,11 @@ class CudaRecorder:
         try:
             return self._recorded(step, self.pool)
         except Exception:
-            # torch leaves behind the stream and a generator that still counts for the graph; a recording that comes to
-            # its end gives the generator back.
+            # torch may leave behind the stream, a pool that it still records to, and a generator that still counts for
+            # the graph; a recording that comes to its end gives the generator back.
             torch.cuda.set_stream(here)
+            with suppress(RuntimeError):  # it is not recorded to
+                torch._C._cuda_endAllocateToPool(here.device_index, self.pool)
             self._recorded(lambda: torch.zeros(1, device=here.device), torch.cuda.graph_pool_handle())
             raise
 

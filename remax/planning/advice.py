@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from remax.planning.phases import Job, Plan, Planned, plan
+from remax.planning.phases import Job, Plan, Planned, Rows, plan
 
 MOST = 4096  # prompts answered together; beyond, a device is busy anyway
 ENOUGH = 32  # rows of a decode, from which on a decode step costs by the row
@@ -82,15 +82,20 @@ WAYS = (
 )
 
 
-def micro_of(prompts: int, samples: int, micro: int) -> int:
-    """Rows of a training forward, at most `micro` (0: all answers), that cut the answers to so many prompts evenly."""
-    answers = prompts * samples
-    return max(n for n in range(1, min(micro or answers, answers) + 1) if answers % n == 0)
+def micro_of(prompts: int, rows: Rows, micro: int) -> int:
+    """Rows of a training forward, at most `micro` (0: all), that cut what is learned of so many prompts evenly.
+
+    Where some of a prompt's answers are learned from, these stay together.
+    """
+    together = rows.kept or 1
+    groups = prompts * (rows.kept or rows.samples) // together
+    most = min(max(micro // together, 1) if micro else groups, groups)
+    return together * max(n for n in range(1, most + 1) if groups % n == 0)
 
 
 def in_batches(job: Job, prompts: int, micro: int) -> Plan:
     """The plan with so many prompts on a GPU, and micro-batches of at most `micro` rows (0: all at once)."""
-    return plan(job.with_rows(prompts, micro_of(prompts, job.rows.samples, micro)))
+    return plan(job.with_rows(prompts, micro_of(prompts, job.rows, micro)))
 
 
 def largest(job: Job, memory: float, micro: int = 0) -> Plan | None:
@@ -102,7 +107,7 @@ def largest(job: Job, memory: float, micro: int = 0) -> Plan | None:
     one = in_batches(job, 1, micro)
     if not one.fits(memory):
         return None
-    unit = max(micro // job.rows.samples, 1)
+    unit = max(micro // (job.rows.kept or job.rows.samples), 1)
     fits, too_many = one, MOST // unit + 1
     before, here = one, in_batches(job, unit * 8, micro)
     while True:

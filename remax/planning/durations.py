@@ -250,15 +250,15 @@ def work(job: Job) -> Work:
     gathers = len(parts) * rows.answer if job.synced_generation else 1
     ask = reads(actor, ranks, rows.prompts, rows.prompt, forwards=gathers)
 
-    scored, once = (_forwards(n, rows.together(n)) for n in (rows.decoded, rows.answers))
+    scored, once = (_forwards(n, rows.together(n)) for n in (rows.decoded, rows.learned))
     score = Part()
     for reward in job.rewards:
         score += reads(reward, ranks, rows.decoded, rows.tokens, 0, scored)
     # of one trunk for all, the forward that gives log-probs gives the rewards, too
     alone = job.reference is None and not job.rewards
-    readers = [(job.reference or actor, rows.decoded if alone else rows.answers)]
-    readers += [(actor, rows.answers)] * (job.old_logprobs + job.shared_critic)
-    readers += [(job.critic, rows.answers)] if job.critic else []
+    readers = [(job.reference or actor, rows.decoded if alone else rows.learned)]
+    readers += [(actor, rows.learned)] * (job.old_logprobs + job.shared_critic)
+    readers += [(job.critic, rows.learned)] if job.critic else []
     for reader, n in readers:
         score += reads(reader, ranks, n, rows.tokens, rows.answer, scored if n == rows.decoded else once)
 

@@ -279,7 +279,7 @@ def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
     whole = gathered(job.actor.size, job.actor.engine, whole=not job.synced_generation)
     copies = _laid_out(job)
     share = not job.machine.cuda  # where packing pays, see `remax.models.packing.pays`
-    scored = rows.together(rows.decoded, share), rows.together(rows.answers, share)
+    scored = rows.together(rows.decoded, share), rows.together(rows.learned, share)
     read = {SCORING: max(_forwards(job, *scored), key=lambda one: one[1])}
     if rows.evaluated:
         read[EVALUATION] = max(_forwards(job, rows.evaluated, rows.evaluated), key=lambda one: one[1])
@@ -298,7 +298,7 @@ def _of_answers(job: Job, cache_bytes: float) -> Iterator[Term]:
         yield Term(f"forward: {name}", {phase: size})
     if job.full_kl and job.reference is not None:
         width = job.reference.sketch.config.hidden_size * numbers(job.reference.engine)
-        kept = rows.answers * rows.batches * rows.answer * width
+        kept = rows.learned * rows.batches * rows.answer * width
         yield Term("reference: hidden states of the answers", {SCORING: kept, UPDATE: kept, STEP: kept})
 
 

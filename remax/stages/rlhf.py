@@ -33,7 +33,7 @@ from remax.training.variance import VarianceMeter
 from utils.data.batches import PromptBatch
 from utils.distributed import device_memory, init_distributed, print0, set_seed, shutdown, sum_across_ranks, world_size
 from utils.metrics import MetricsLogger
-from utils.run import TrainingStopped, open_folder, start_run
+from utils.run import TrainingStopped, UserError, open_folder, start_run
 
 CONSOLE = ("baseline", "kl", "entropy", "length", "ended", "grad_norm", "lr", "seconds_per_step")  # after the reward
 SAMPLES = 8  # answers of an evaluation to look at: token by token, and in TensorBoard and Weights & Biases
@@ -63,6 +63,10 @@ def run_rlhf(args: Step3Arguments) -> None:
     algorithm = make_algorithm(args, sum_across_ranks=sum_across_ranks)
     settings = trainer_settings(args)
     steps = settings.cadence.total_steps(len(data.train))
+    if args.critic_warmup_steps >= steps:
+        raise UserError(
+            f"--critic_warmup_steps {args.critic_warmup_steps}: the run has {steps} steps, and the policy none"
+        )
     models = build_models(args, tokenizers, steps * settings.optimizer_steps(algorithm))
     report = None
     if not (args.skip_doctor or found):  # the start was examined, and the actor is no longer its reference

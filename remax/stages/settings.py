@@ -168,7 +168,7 @@ def critic_model(args: Step3Arguments, first_reward_model: str) -> ModelSpec:
 
 
 def actor_optimizer(args: Step3Arguments, steps: int) -> OptimizerConfig:
-    steps = max(steps - args.critic_warmup_steps * args.ppo_epochs * args.ppo_mini_batches, 1)
+    steps -= args.critic_warmup_steps * args.ppo_epochs * args.ppo_mini_batches
     actor = _optimizer(args, steps, args.actor_learning_rate, args.actor_weight_decay, args.actor_lora_learning_rate)
     critic = (args.critic_learning_rate, args.critic_weight_decay)
     return replace(actor, critic=critic) if args.share == "all" else actor

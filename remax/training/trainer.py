@@ -152,13 +152,16 @@ class Trainer:
                 sampled, greedy, drawn = self.answer(batch)  # y ~ pi(.|x), ybar, the greedy answer, and log pi(y|x)
             with timer("scoring"):
                 reward, baseline, reference, parts = self.score(sampled, greedy, batch.columns)  # r(x, y), r(x, ybar)
-                scored = replace(self.annotate(sampled, reward, reference, drawn), baseline=baseline)
-                collected.append(replace(scored, greedy_cost=self.greedy_cost(greedy)))
+                scored = Rollout(sampled, reward, baseline, reference, drawn, greedy_cost=self.greedy_cost(greedy))
+                collected.append(self.annotate(scored) if self.algorithm.kept is None else scored)
             timer.tokens += sum(x.answer_tokens for x in (sampled, greedy) if x is not None)
             figures = add(figures, parts)
         rollout = Rollout.concatenate(collected, self.pad_id)
         rollout = self.algorithm.prepare(rollout)  # advantages: for ReMax r(x, y) - r(x, ybar)
         rows = self.algorithm.learned(rollout)
+        if self.algorithm.kept is not None:
+            with timer("scoring"):
+                rows = self.annotate(rows)
         with timer("update"):
             for _ in range(self.algorithm.epochs):
                 for part in self.mini_batches(rows):
@@ -226,31 +229,25 @@ class Trainer:
         return rewards[: len(sampled)], baseline, reference, figures
 
     @torch.no_grad()
-    def annotate(
-        self,
-        sampled: Sequences,
-        rewards: Tensor,
-        reference: Tensor | None = None,
-        old_logprobs: Tensor | None = None,
-    ) -> Rollout:
-        """The answers with what the models know of them at the time of the rollout.
-
-        Args:
-            reference: (B, A) log-probs under the reference, where they are known.
-            old_logprobs: (B, A) log-probs under the actor, where they are known.
-        """
-        forwards, algorithm = self.scoring_forwards(sampled), self.algorithm
-        hidden = self.reference.hidden(sampled, forwards) if self.reference_head else None
+    def annotate(self, scored: Rollout) -> Rollout:
+        """Scored answers with what the models know of them at the time of the rollout, if it is not there yet."""
+        rows, algorithm, reference, old_logprobs = (
+            scored.sequences,
+            self.algorithm,
+            scored.reference_logprobs,
+            scored.old_logprobs,
+        )
+        forwards = self.scoring_forwards(rows)
+        hidden = self.reference.hidden(rows, forwards) if self.reference_head else None
         if reference is None and self.needs_reference:
-            reference = self.reference.logprobs(sampled, forwards, hidden)
+            reference = self.reference.logprobs(rows, forwards, hidden)
         if old_logprobs is None and algorithm.needs_old_logprobs:
-            old_logprobs = self.actor.old_logprobs(sampled, forwards)
-        return Rollout(
-            sampled,
-            rewards,
+            old_logprobs = self.actor.old_logprobs(rows, forwards)
+        return replace(
+            scored,
             reference_logprobs=reference,
             old_logprobs=old_logprobs,
-            values=self.critic.old_values(sampled, forwards) if self.critic else None,
+            values=self.critic.old_values(rows, forwards) if self.critic else None,
             reference_hidden=hidden,
         )
 
@@ -345,7 +342,7 @@ class Trainer:
         local |= {"tokens of a rank": Figure(timer.tokens, 1), "answers of a rank": Figure(rows, 1)}
         means = reduce(local, self.settings.optimizer_steps(self.algorithm))
         tokens, answers = (means.pop(f"{name} of a rank") * world_size() for name in ("tokens", "answers"))
-        if "kl" in means:
+        if "kl" in means and not self.critic_alone:
             self.algorithm.update(means["kl"], answers)
         of_rollout = rollout_figures({name: means.pop(name) for name in tallies})
         return of_rollout | means | {"tokens": tokens} | self.algorithm.figures() | result.figures
@@ -436,7 +433,7 @@ class Trainer:
         """Measures the policy; its `objective` is the reward minus the price of its KL."""
         evaluation = self.measure()
         figures = evaluation.figures
-        figures["objective"] = figures["reward"] - self.algorithm.kl.coefficient * figures["kl"]
+        figures["objective"] = figures["reward"] - self.algorithm.price_of_kl * figures["kl"]
         return evaluation
 
     def evaluated(self, state: TrainState, evaluation: PolicyEvaluation, best: bool) -> str | None:

@@ -159,6 +159,12 @@ CASES = [
         "--inpo_eta 0.1 with --algo remax: only --algo inpo reads it",
     ),
     Case(
+        "a critic that learns alone to the end",
+        "remax",
+        "--algo ppo --critic_warmup_steps 2 --max_steps 2",
+        "--critic_warmup_steps 2: the run has 2 steps, and the policy none",
+    ),
+    Case(
         "a critic that cannot learn alone",
         "remax",
         "--algo ppo --share all --actor_lora_dim 2 --only_optimize_lora --critic_warmup_steps 2",

@@ -150,6 +150,7 @@ CASES: dict[int, dict[str, tuple[int, str]]] = {
         "ppo, ZeRO 2 and 3": (
             3,
             "--algo ppo --ppo_epochs 2 --critic_zero_stage 3 --actor_zero_stage 2 --ppo_mini_batches 2"
+            " --critic_warmup_steps 2 --adaptive_kl --adaptive_kl_horizon 40"
             " --critic_learning_rate 2e-3 --reward_fn {functions}:finished" + LLAMA,
         ),
         "remax, one trunk, ZeRO 3": (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
 from remax import plan
 from remax.cli.planning import PlanArguments, parse_plan
+from remax.cli.validate import check_batches
 from remax.planning.advice import in_batches
 from remax.planning.durations import DEVICES, Rates
 from remax.planning.phases import Job
@@ -31,6 +32,17 @@ def run(monkeypatch, capsys, line: str) -> tuple[int, str]:
     except SystemExit as end:
         status = end.code
     return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("algo", get_args(get_type_hints(PlanArguments)["algo"].__args__[0]))
+def test_step_3_takes_the_batches(algo, monkeypatch, capsys):
+    for more in ("--batch 1", "--batch 3", "--batch 8 --micro_batch 3"):
+        _, out = run(monkeypatch, capsys, f"{SMALL} --gpu_memory 40 --algo {algo} {more} --json")
+        flags = dict(part.split() for part in json.loads(out)[algo]["flags"].split("--") if " " in part.strip())
+        args = step3_flags(parse_plan(SMALL.split()), algo)
+        for name in ("per_device_generation_batch_size", "per_device_training_batch_size"):
+            setattr(args, name, int(flags[name]))
+        check_batches(args)
 
 
 def test_the_tables(monkeypatch, capsys, tmp_path):
@@ -63,8 +75,9 @@ def test_as_json(monkeypatch, capsys):
     assert status == 0 and found["fits"] and found["seconds"].keys() == {"generate", "score", "update"}
     assert found["seconds_per_step"] == pytest.approx(sum(found["seconds"].values()))
     assert found["hours"] == pytest.approx(4 * found["seconds_per_step"] / 3600)
-    # 48 tokens, of which each launches 12 layers, and the rest of it takes no tenth of that
-    assert found["seconds"]["generate"] == pytest.approx(48 * 12 * Rates().launch, rel=0.1)
+    # 48 tokens, for each of which CUDA graphs run 12 layers and the weights are read; the rest takes no tenth of that
+    reads = 2 * 124e6 / (Rates().decode * DEVICES["rtx4090"].bandwidth)
+    assert found["seconds"]["generate"] == pytest.approx(48 * (12 * Rates().recorded + reads), rel=0.1)
     for phase, size in found["phases"].items():
         assert size == pytest.approx(sum(term["bytes"].get(phase, 0) for term in found["terms"]))
 

@@ -412,8 +412,8 @@ def trainer_update(
     def score(sampled: Sequences, greedy: None, columns: dict) -> tuple[torch.Tensor, torch.Tensor, None, dict]:
         return saved[-1].rewards, saved[-1].baseline, None, {}
 
-    def annotate(sampled: Sequences, rewards: torch.Tensor, *known: None) -> Rollout:
-        rollout = saved[-1]
+    def annotate(scored: Rollout) -> Rollout:
+        rollout, sampled = saved[-1], scored.sequences
         if trainer.reference_head is not None:
             rollout = replace(rollout, reference_hidden=reference.hidden(sampled))
         if value_model is not None:

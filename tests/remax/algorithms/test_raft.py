@@ -18,7 +18,7 @@ LENGTHS = torch.tensor([2, 3, 1, 2, 2, 1])
 
 def rollout() -> Rollout:
     sequences = Sequences(torch.arange(30).view(6, 5), torch.full((6,), 2), LENGTHS)
-    return Rollout(sequences, REWARDS, reference_logprobs=torch.zeros(6, 3))
+    return Rollout(sequences, REWARDS)
 
 
 def test_the_best_answer_to_each_prompt_is_learned():
@@ -34,10 +34,10 @@ def test_the_best_answer_to_each_prompt_is_learned():
         loss.backward()
         assert logprobs.grad.tolist() == [pytest.approx([-0.2] * 3), pytest.approx([-0.2, -0.2, 0.0])]
         assert figures["kept_reward"].total / figures["kept_reward"].count == pytest.approx(4.5)
-        assert ("kl" in figures) == bool(c)
+        assert ("kept_kl" in figures) == bool(c) and "kl" not in figures
         if c:
             assert full_kl.grad.tolist() == [pytest.approx([0.07] * 3), pytest.approx([0.07, 0.07, 0.0])]
-            assert figures["kl"].total / figures["kl"].count == pytest.approx(0.75)
+            assert figures["kept_kl"].total / figures["kept_kl"].count == pytest.approx(0.75)
 
 
 def test_what_it_cannot_do_is_refused():
@@ -49,4 +49,6 @@ def test_what_it_cannot_do_is_refused():
         RAFT(kl=KLPenalty(0.1))
     with pytest.raises(ValueError, match="superhf holds the states of the best answers.*only full_kl_one_step"):
         SuperHF(kl=KLPenalty(0.1, "k3", where="loss", reach="one_step"))
-    assert not SuperHF(kl=KLPenalty(0.0)).needs_reference and SuperHF().needs_reference
+    with pytest.raises(ValueError, match="superhf has a KL of fixed weight"):
+        SuperHF(kl=KLPenalty(0.1, "full", where="loss", reach="one_step", normalize=True))
+    assert not SuperHF().needs_reference and SuperHF().price_of_kl == 0.0

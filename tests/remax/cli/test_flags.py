@@ -477,6 +477,7 @@ READ = {
         "steps_between = args.log_variance_gradient_steps",
         "average=WeightAverage(actor.model.hf, zero3=actor.zero3) if args.enable_ema else None",
         "args.best_by",  # in a message
+        "if args.critic_warmup_steps >= steps",
     ],
     f"{LEARNING}:examine_models": [f"max_len={LONGEST}", "max_prompt_tokens=args.max_prompt_seq_len"],
     f"{LEARNING}:save_final": ["if args.save_at_final"],

@@ -80,8 +80,11 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(micro):
 
 
 def test_micro_batches_cut_answers_evenly():
-    assert [micro_of(n, 1, 8) for n in (3, 8, 12, 16)] == [3, 8, 6, 8]
-    assert micro_of(5, 4, 0) == 20 and micro_of(3, 4, 8) == 6
+    assert [micro_of(n, Rows(), 8) for n in (3, 8, 12, 16)] == [3, 8, 6, 8]
+    assert micro_of(5, Rows(samples=4), 0) == 20 and micro_of(3, Rows(samples=4), 8) == 6
+    # of 16 answers to each of 3 prompts one is learned from, or two that stay together
+    assert micro_of(3, Rows(samples=16, kept=1), 8) == 3
+    assert [micro_of(6, Rows(samples=16, kept=2), micro) for micro in (1, 7, 0)] == [2, 6, 12]
 
 
 def test_what_is_said_of_7b():

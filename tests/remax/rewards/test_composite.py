@@ -17,6 +17,7 @@ from remax.algorithms.kl import KLPenalty
 from remax.checks.generation import take_probe
 from remax.checks.packing import start_packing
 from remax.checks.rewards import check_scores
+from remax.core.rollout import Rollout
 from remax.core.sequences import Prompts, Sequences
 from remax.engines.base import Engine, FrozenEngine, StepResult
 from remax.engines.deepspeed_config import EngineConfig
@@ -318,7 +319,7 @@ def test_scoring_in_several_forwards_gives_the_same_rollout(algo, packing, make_
         for counter in counted:
             counter.rows.clear()
         rewards, baseline, _, parts = trainer.score(sampled, greedy)
-        rollouts.append(replace(trainer.annotate(sampled, rewards), baseline=baseline))
+        rollouts.append(trainer.annotate(Rollout(sampled, rewards, baseline)))
         tallies.append({name: float(figure.total) for name, figure in parts.items()})
         assert all(figure.count == answers for figure in parts.values())
         for counter, role in zip(counted, (first, second, trainer.reference), strict=True):
@@ -427,7 +428,7 @@ def test_old_logprobs_are_those_of_the_decode_where_it_is_trusted(make_trainer, 
         counter = Counting(trainer.actor)
         torch.manual_seed(0)
         sampled, greedy, drawn = trainer.answer(prompts_of(4))
-        rollout = trainer.annotate(sampled, torch.zeros(8), None, drawn)
+        rollout = trainer.annotate(Rollout(sampled, torch.zeros(8), old_logprobs=drawn))
         assert len(counter.rows) == (0 if trusted else 1)  # forwards of the actor besides the decode
         found.append(rollout.old_logprobs)
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)

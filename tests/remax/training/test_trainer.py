@@ -101,11 +101,15 @@ def same_update(name: str, results: dict, folder, expected: tuple[dict, object])
 def test_a_critic_that_learns_alone_learns_the_same_and_the_policy_stays(expected, saved):
     # Of the same answers: the critic's update does not depend on the policy's, which follows them.
     results, folder = expected
-    alone, together = (torch.load(folder / f"ppo-{name}-critic.pt") for name in ("critic alone", "one rollout"))
+    alone, together, twice = (
+        torch.load(folder / f"ppo-{name}-critic.pt") for name in ("critic alone", "one rollout", "whole")
+    )
     assert all(torch.equal(alone[name], together[name]) for name in together)
-    policy = torch.load(folder / "ppo-critic alone.pt")
+    assert any(not torch.equal(twice[name], together[name]) for name in together)  # it does learn
+    stayed, moved = (torch.load(folder / f"ppo-{name}.pt") for name in ("critic alone", "one rollout"))
     start = load_file(Path(saved["ppo"]["model"]) / "model.safetensors")
-    assert start.keys() <= policy.keys() and all(torch.equal(policy[name], start[name]) for name in start)
+    assert start.keys() <= stayed.keys() and all(torch.equal(stayed[name], start[name]) for name in start)
+    assert any(not torch.equal(moved[name], start[name]) for name in start)
     (figures,), (usual,) = (results[f"ppo-{name}"]["figures"] for name in ("critic alone", "one rollout"))
     assert figures.keys() == usual.keys() and figures["lr"] > 0
     assert figures["value_loss"] == pytest.approx(usual["value_loss"])
