@@ -430,8 +430,8 @@ def test_the_tables_of_the_methods(real_data, tmp_path, monkeypatch):
     # seeds of 45 and 55: their mean, and sqrt(50 / 2); 52 and 54; both prompts have 50
     assert first[:4] == ["| sft_again", "2", "50.0 ± 5.0 [50.0, 50.0]", f"53.0 ± 1.0 {first[3].split(' ± 1.0 ')[1]}"]
     assert first[4:6] == ["100.0", "16"] and second[0] == "| dpo"  # in the order in which they were judged
-    # three steps of the median 3; 3 x 6000 tokens
-    assert third[0] == "| remax" and third[6:] == ["4.5 ± 0.5", "9", "18 |"]
+    # three steps of 2 s, the first decile of 2, 2, 3, 3, 9, 9; 3 x 6000 tokens
+    assert third[0] == "| remax" and third[6:] == ["4.5 ± 0.5", "6", "18 |"]
     _, _, dpo, remax, ppo, _ = report["differences_table"](methods)
     # dpo - sft_again: seeds 85 - 45 and 75 - 55, 30 ± 10; Student's t of one degree of freedom is 12.7
     assert dpo == "| dpo | +30.0 ± 10.0 |  |  |"

@@ -150,9 +150,9 @@ def mean_of_seeds(values: Sequence[float], digits: int = 1, sign: str = "") -> s
 
 
 def costs(method: Method) -> list[str]:
-    """Nats to the supervised policy, seconds of training, and thousands of generated tokens, over its seeds.
+    """Nats to the supervised policy, seconds of training, and thousands of generated tokens of a seed.
 
-    Seconds are the median step's times the steps, as other work on the machine makes some steps slow.
+    Seconds are the first decile of all seeds' steps, times the steps: other work on the machine slows many of them.
     """
     nats, seconds, tokens = [], [], []
     for folder in method.seeds:
@@ -160,12 +160,12 @@ def costs(method: Method) -> list[str]:
             return [""] * 3
         rows = read_metrics(folder, method.name)
         steps = [row for row in rows if "train/seconds_per_step" in row]
-        seconds.append(len(steps) * statistics.median(row["train/seconds_per_step"] for row in steps))
+        seconds += [row["train/seconds_per_step"] for row in steps]
         if "train/kl" in steps[0]:
             nats.append(curve(rows, "eval/kl")[1][-1])
             tokens.append(sum(row["train/tokens_per_second"] * row["train/seconds_per_step"] for row in steps))
     generated = f"{statistics.median(tokens) / 1000:.0f}" if tokens else "0"
-    return [mean_of_seeds(nats) if nats else "", f"{statistics.median(seconds):.0f}", generated]
+    return [mean_of_seeds(nats) if nats else "", f"{len(steps) * np.percentile(seconds, 10):.0f}", generated]
 
 
 def methods_table(methods: Sequence[Method]) -> list[str]:
