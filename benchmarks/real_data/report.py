@@ -123,18 +123,20 @@ class Method:
 def read_methods(run: Path) -> list[Method]:
     """In the order in which they were judged; none where `winrates` was not run."""
     folders = [run, *sorted(run.glob("seed_*"), key=lambda folder: int(folder.name.removeprefix("seed_")))]
+    judged: dict[str, list[Path]] = {}  # folders of a method's seeds
+    for folder in folders:
+        for file in sorted((folder / "winrates").glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
+            if (folder / "verdicts" / file.name).is_file():
+                judged.setdefault(file.stem, []).append(folder)
     methods = []
-    for file in sorted((run / "winrates").glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
-        seeds, rates = {}, {"raw": [], "controlled": []}
-        for folder in folders:
-            if not (folder / "winrates" / file.name).is_file():
-                continue
-            seeds[folder] = read_annotations(str(folder / "verdicts" / file.name), f"--run {run}")
-            (pair,) = json.loads((folder / "winrates" / file.name).read_text())["pairs"]
-            for kind, found in rates.items():
-                found.append(pair[kind]["value"])
-        comparisons = [one for found in seeds.values() for one in found]
-        methods.append(Method(file.stem, seeds, rates, summarise(comparisons)))
+    for name, found in judged.items():
+        texts = [(folder / "winrates" / f"{name}.json").read_text() for folder in found]
+        pairs = [json.loads(text)["pairs"][0] for text in texts]
+        rates = {kind: [pair[kind]["value"] for pair in pairs] for kind in ("raw", "controlled")}
+        seeds = {
+            folder: read_annotations(str(folder / "verdicts" / f"{name}.json"), f"--run {run}") for folder in found
+        }
+        methods.append(Method(name, seeds, rates, summarise([one for rows in seeds.values() for one in rows])))
     return methods
 
 
