@@ -406,10 +406,13 @@ def test_the_tables_of_the_methods(real_data, tmp_path, monkeypatch):
     report = real_data("report")
     assert report["read_methods"](tmp_path) == [] and report["methods_table"]([]) == []
     # Win rates in percent of two prompts with two answers each, by seed
-    rates = {"sft_again": ([50, 40], [50, 60]), "dpo": ([90, 80], [70, 80]), "remax": ([70, 40], [80, 70])}
-    rates["ppo"] = ([88, 78], [68, 78])
-    for seed, folder in enumerate((tmp_path, tmp_path / "seed_10")):
+    rates = {"sft_again": [[50, 40], [50, 60], [50, 50]], "dpo": [[90, 80], [70, 80], [80, 80]]}
+    rates |= {"remax": [[70, 40], [80, 70], [60, 70]], "ppo": [[88, 78], [68, 78], [78, 78]]}
+    rates |= {"grpo": [[86, 76], [66, 76]]}
+    for seed, folder in enumerate((tmp_path, tmp_path / "seed_9", tmp_path / "seed_10")):
         for name, of_prompts in rates.items():
+            if seed == len(of_prompts):
+                continue
             rows = [
                 {"instruction": f"p{i}", "output_1": "a *b*", "output_2": f"**{k}** and more.", "generator_1": "sft"}
                 | {"generator_2": name, "preference": 1 + of_prompts[seed][i] / 100 + k / 10}
@@ -426,21 +429,23 @@ def test_the_tables_of_the_methods(real_data, tmp_path, monkeypatch):
         lines = [json.dumps({"step": i} | row) for i, row in enumerate(evaluations[:1] + steps + evaluations[1:])]
         (folder / "remax/metrics.jsonl").write_text("\n".join(lines))
     methods = report["read_methods"](tmp_path)
-    _, _, first, second, third, _, _ = (row.split(" | ") for row in report["methods_table"](methods))
-    # seeds of 45 and 55: their mean, and sqrt(50 / 2); 52 and 54; both prompts have 50
-    assert first[:4] == ["| sft_again", "2", "50.0 ± 5.0 [50.0, 50.0]", f"53.0 ± 1.0 {first[3].split(' ± 1.0 ')[1]}"]
+    _, _, first, second, third, *_ = (row.split(" | ") for row in report["methods_table"](methods))
+    # seeds of 45, 55 and 50: their mean, and 5 / sqrt(3); 52, 54 and 56; both prompts have 50
+    assert first[:4] == ["| sft_again", "3", "50.0 ± 2.9 [50.0, 50.0]", f"54.0 ± 1.2 {first[3].split(' ± 1.2 ')[1]}"]
     assert first[4:6] == ["100.0", "16"] and second[0] == "| dpo"  # in the order in which they were judged
-    # three steps of 2 s, the first decile of 2, 2, 3, 3, 9, 9; 3 x 6000 tokens
-    assert third[0] == "| remax" and third[6:] == ["4.5 ± 0.5", "6", "18 |"]
-    _, _, dpo, remax, ppo, _ = report["differences_table"](methods)
-    # dpo - sft_again: seeds 85 - 45 and 75 - 55, 30 ± 10; Student's t of one degree of freedom is 12.7
-    assert dpo == "| dpo | +30.0 ± 10.0 |  |  |"
-    # remax - sft_again: 10 and 20; remax - dpo: -30 and 0
-    assert remax == "| remax | +15.0 ± 5.0 | -15.0 ± 15.0 |  |"
-    assert ppo == "| ppo | +28.0 ± 10.0 | **-2.0 ± 0.0** | +13.0 ± 15.0 |"  # two less in both seeds and both prompts
+    # three steps of 2 s, the fastest; 3 x 6000 tokens
+    assert third[0] == "| remax" and third[6:] == ["5.0 ± 0.6", "6", "18 |"]
+    _, _, dpo, remax, ppo, grpo, _ = report["differences_table"](methods)
+    # dpo - sft_again: seeds 40, 20 and 30, prompts both 30; Student's t of two degrees of
+    # freedom is 4.3, and 4.3 x 5.8 = 25
+    assert dpo == "| dpo | **+30.0 ± 5.8** |  |  |  |"
+    # remax - sft_again: seeds 10, 20 and 15, but prompts 20 and 10; remax - dpo: -30, 0 and -15
+    assert remax == "| remax | +15.0 ± 2.9 | -15.0 ± 8.7 |  |  |"
+    assert ppo == "| ppo | **+28.0 ± 5.8** | **-2.0 ± 0.0** | +13.0 ± 8.7 |  |"
+    assert grpo.endswith("| -2.0 ± 0.0 |")  # of two seeds alone
     _, _, sft, again, *_ = report["style_table"](methods)
     assert sft == "| sft | 0.0 | 0% | 2 | 0% |  |  |  |"
-    # All have more marks than the baseline. Verdicts: 0 1, 0 1/2 for one seed, 0 1, 1/2 1 for the other
+    # All have more marks than the baseline. Verdicts of the seeds: 0 1, 0 1/2; 0 1, 1/2 1; 0 1, 0 1
     assert again.startswith("| sft_again | 2.0 | 100% | 3 | 100% | 100% | 50% | ")
 
 

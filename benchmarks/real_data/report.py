@@ -154,7 +154,7 @@ def mean_of_seeds(values: Sequence[float], digits: int = 1, sign: str = "") -> s
 def costs(method: Method) -> list[str]:
     """Nats to the supervised policy, seconds of training, and thousands of generated tokens of a seed.
 
-    Seconds are the first decile of all seeds' steps, times the steps: other work on the machine slows many of them.
+    Seconds are those of the fastest step of all seeds, times the steps: other work on the machine slows most of them.
     """
     nats, seconds, tokens = [], [], []
     for folder in method.seeds:
@@ -167,7 +167,7 @@ def costs(method: Method) -> list[str]:
             nats.append(curve(rows, "eval/kl")[1][-1])
             tokens.append(sum(row["train/tokens_per_second"] * row["train/seconds_per_step"] for row in steps))
     generated = f"{statistics.median(tokens) / 1000:.0f}" if tokens else "0"
-    return [mean_of_seeds(nats) if nats else "", f"{len(steps) * np.percentile(seconds, 10):.0f}", generated]
+    return [mean_of_seeds(nats) if nats else "", f"{len(steps) * min(seconds):.0f}", generated]
 
 
 def methods_table(methods: Sequence[Method]) -> list[str]:
@@ -197,14 +197,15 @@ def rates_by_prompt(method: Method, folder: Path) -> np.ndarray:
 def difference(first: Method, second: Method) -> str:
     """Of raw win rates, paired by seed and prompt.
 
-    It is bold where two 95 % intervals of the mean (Student's t) leave out 0: that over seeds and that over prompts.
+    It is bold where two 95 % intervals of the mean (Student's t) leave out 0: over at least three seeds, as two may be
+    close by chance, and over prompts.
     """
     from scipy.stats import t
 
     common = [folder for folder in first.seeds if folder in second.seeds]
     found = np.stack([rates_by_prompt(first, folder) - rates_by_prompt(second, folder) for folder in common])
     shown = mean_of_seeds(found.mean(1).tolist(), sign="+")
-    if len(common) < 2:
+    if len(common) < 3:
         return shown
     over_seeds = t.ppf(0.975, len(common) - 1) * standard_error(found.mean(1).tolist())
     over_prompts = t.ppf(0.975, found.shape[1] - 1) * standard_error(found.mean(0).tolist())
