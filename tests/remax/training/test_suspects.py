@@ -13,7 +13,7 @@ from remax.core.sequences import Sequences
 from remax.training import suspects as module
 from remax.training.sentinel import Sentinel
 from remax.training.suspects import suspects
-from remax.training.trainer import Trainer
+from remax.training.trainer import Trainer, TrainerSettings
 from utils.run import TrainingStopped
 
 NAN = math.nan
@@ -61,7 +61,13 @@ def test_the_trainer_says_whose_reward_it_was():
     figures = {"loss": 1.0, "reward": NAN, "length": 2.0, "entropy": 1.0, "ended": 1.0, "grad_norm": 1.0}
     figures |= dict.fromkeys(("distinct_trigrams", "reward_length_correlation", "zero_advantages"), 0.0)
     trainer = SimpleNamespace(
-        step=lambda batches: (rollout, figures), watchers=[], sentinel=Sentinel(9), losses=[], decode=words, suspects=""
+        settings=TrainerSettings(),
+        step=lambda batches: (rollout, figures),
+        watchers=[],
+        sentinel=Sentinel(9),
+        losses=[],
+        decode=words,
+        suspects="",
     )
     Trainer.learn(trainer, 3, [])
     with pytest.raises(TrainingStopped, match=r"^step 3: .*\. Not finite: on rank 0 the rewards of row 1, 'w5'$"):
