@@ -197,6 +197,17 @@ class Algorithm(ABC):
             self.kl.coefficient = present(state["kl_coefficient"], "kl_coefficient")
 
 
+def refuse_a_single_answer(algorithm: Algorithm, why: str = "compares at least 2 answers to a prompt") -> None:
+    """For algorithms that need several answers to a prompt.
+
+    Raises:
+        ValueError: samples_per_prompt is below 2.
+    """
+    if algorithm.samples_per_prompt < 2:
+        name = type(algorithm).__name__.lower()
+        raise ValueError(f"{name} with samples_per_prompt {algorithm.samples_per_prompt}: it {why}")
+
+
 def with_advantages(rollout: Rollout, advantages: Tensor) -> Rollout:
     """Equal advantages (B,) for all tokens of an answer, or (B, A) for each its own."""
     return replace(rollout, advantages=advantages[:, None] if advantages.dim() == 1 else advantages)

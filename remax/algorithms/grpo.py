@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from remax.algorithms.base import Algorithm, scaled_over_the_batch, with_advantages
+from remax.algorithms.base import Algorithm, refuse_a_single_answer, scaled_over_the_batch, with_advantages
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.terms import clip, grouped
 from remax.core.rollout import Rollout
@@ -60,10 +60,7 @@ class GRPO(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                f"grpo with samples_per_prompt {self.samples_per_prompt}: it compares at least 2 answers to a prompt"
-            )
+        refuse_a_single_answer(self)
 
     def prepare(self, rollout: Rollout) -> Rollout:
         """See `grpo_advantages`."""

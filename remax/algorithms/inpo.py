@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from remax.algorithms.base import Algorithm, with_advantages
+from remax.algorithms.base import Algorithm, refuse_a_single_answer, with_advantages
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.raft import row_of_each
 from remax.algorithms.terms import grouped, masked_total
@@ -55,10 +55,7 @@ class INPO(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                f"inpo with samples_per_prompt {self.samples_per_prompt}: it compares at least 2 answers to a prompt"
-            )
+        refuse_a_single_answer(self)
         if self.kl.active or self.entropy_coef:
             raise ValueError("inpo has no KL penalty and no entropy bonus; tau pulls to the reference")
         if self.gamma != 1 or self.loss_aggregation != "sequence":

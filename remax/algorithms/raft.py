@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from remax.algorithms.base import Algorithm, on_policy_loss, with_advantages
+from remax.algorithms.base import Algorithm, on_policy_loss, refuse_a_single_answer, with_advantages
 from remax.algorithms.kl import KLPenalty
 from remax.algorithms.terms import grouped, masked_total
 from remax.core.logprobs import PolicyOutput
@@ -52,10 +52,7 @@ class RAFT(Algorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__.lower()
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                f"{name} with samples_per_prompt {self.samples_per_prompt}: it takes the best of at least 2 answers"
-            )
+        refuse_a_single_answer(self, "takes the best of at least 2 answers")
         if self.gamma != 1:
             raise ValueError(f"{name} has no discount: gamma is 1")
         self._check_kl(name)

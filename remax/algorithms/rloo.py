@@ -28,7 +28,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from remax.algorithms.base import Algorithm, on_policy_loss, scaled_over_the_batch, with_advantages
+from remax.algorithms.base import (
+    Algorithm,
+    on_policy_loss,
+    refuse_a_single_answer,
+    scaled_over_the_batch,
+    with_advantages,
+)
 from remax.algorithms.calibration import token_weights
 from remax.algorithms.kl import token_kl
 from remax.algorithms.terms import clip, leave_one_out_mean, weighted_mean_of_others
@@ -62,10 +68,7 @@ class RLOO(Algorithm):
         super().__post_init__()
         if self.baseline not in ("others", "length_weighted", "token_weighted"):
             raise ValueError(f"rloo with baseline {self.baseline!r}; choose others, length_weighted or token_weighted")
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                f"rloo with samples_per_prompt {self.samples_per_prompt}: it compares at least 2 answers to a prompt"
-            )
+        refuse_a_single_answer(self)
         if self._kl_in_returns and self.kl.estimator == "full":
             raise ValueError(
                 "rloo has its KL in the return before the update, where only sampled estimators exist; use k1"

@@ -145,7 +145,7 @@ def fit_to_memory(args: Step3Arguments, ranks: int, memory: int | None) -> None:
         UserError: What takes how much, and which flags help.
     """
     graphs, args.cuda_graphs = args.cuda_graphs, bool(args.cuda_graphs)
-    if memory is None:
+    if memory is None or (args.skip_doctor and graphs is not None):
         return
     try:
         job = job_of(args, Machine(ranks, memory=memory))

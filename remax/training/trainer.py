@@ -231,17 +231,12 @@ class Trainer:
     @torch.no_grad()
     def annotate(self, scored: Rollout) -> Rollout:
         """Scored answers with what the models know of them at the time of the rollout, if it is not there yet."""
-        rows, algorithm, reference, old_logprobs = (
-            scored.sequences,
-            self.algorithm,
-            scored.reference_logprobs,
-            scored.old_logprobs,
-        )
-        forwards = self.scoring_forwards(rows)
+        rows, forwards = scored.sequences, self.scoring_forwards(scored.sequences)
+        reference, old_logprobs = scored.reference_logprobs, scored.old_logprobs
         hidden = self.reference.hidden(rows, forwards) if self.reference_head else None
         if reference is None and self.needs_reference:
             reference = self.reference.logprobs(rows, forwards, hidden)
-        if old_logprobs is None and algorithm.needs_old_logprobs:
+        if old_logprobs is None and self.algorithm.needs_old_logprobs:
             old_logprobs = self.actor.old_logprobs(rows, forwards)
         return replace(
             scored,
